@@ -1,0 +1,1 @@
+"""SafeCLIP: pre-training CLIP on image-caption pairs that nobody can trust."""

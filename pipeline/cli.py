@@ -1,0 +1,138 @@
+"""safeclip: pre-training CLIP on image-caption pairs that nobody can trust.
+
+    safeclip data shapes OUT                                  demo shards
+    safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
+    safeclip attack configs/attack.yaml                       an attack manifest
+    safeclip train CONFIG run.dir=RUN                         train, or go on with a run
+    safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
+    safeclip export RUN OUT                                   an open_clip local directory
+"""
+
+import argparse
+import os
+import sys
+
+# Heavy packages are imported in the commands that use them: `safeclip --help` answers at once.
+from shards.errors import UserError
+
+
+def data(args):
+    from shards import demo, emoji
+
+    if args.name == "shapes":
+        demo.shapes(args.out, pairs=args.pairs or 16000, seed=args.seed)
+    else:
+        if args.pairs:
+            raise UserError("--pairs: the number of emoji pairs follows from the packages; leave it out")
+        emoji.emoji(args.out, seed=args.seed)
+    print(f"{args.out}: train/, test/, index/, labels/ and test_index/ are ready")
+
+
+def index(args):
+    from shards.index import build_index
+
+    built = build_index(args.shards, args.out, text=args.text)
+    print(f"{args.out}: {built.samples:,} samples in {len(built.shards)} shards, fingerprint {built.fingerprint}")
+
+
+def attack(args):
+    from pipeline.config import override, read_yaml
+    from pipeline.evaluation.attacks import make_attack
+
+    config = read_yaml(args.config)
+    override(config, args.overrides)
+    print(make_attack(config))
+
+
+def train(args):
+    from pipeline.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from pipeline.evaluation.evaluators import ZeroShot
+    from pipeline.training.run import train as train_run
+    from shards.index import ShardIndex
+    from shards.overlay import Overlay
+
+    evaluators = {}
+    if config.evaluation.test:
+        overlay = Overlay.load(config.data.overlay, ShardIndex.load(config.data.index)) if config.data.overlay else None
+        evaluators["eval"] = ZeroShot(config.evaluation, overlay)
+    train_run(config, evaluators)
+
+
+def evaluate(args):
+    from pipeline.evaluation.report import evaluate_run
+
+    result = evaluate_run(args.run, args.baseline, args.overrides)
+    print(f"{args.run}: clean top-1 {result['clean_top1']:.1%}")
+    for kind, figures in result["attacks"].items():
+        note = "  (attack did not take)" if figures["took"] is False else ""
+        print(f"  {kind:9s} success {figures['success']:6.1%}  base {figures['base']:6.1%}  read as the true class "
+              f"{figures['true_class']:6.1%}{note}")
+
+
+def compare(args):
+    from pipeline.evaluation.table import compare as compare_runs
+
+    print(compare_runs(args.clip_run, args.safeclip_run, args.out))
+
+
+def export(args):
+    from pipeline.config import load_config
+    from pipeline.training.export import export_run
+
+    export_run(args.run, load_config(f"{args.run}/config.yaml"), args.out)
+    print(f'{args.out}: open_clip.create_model_and_transforms("local-dir:{args.out}")')
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="safeclip", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run, text):
+        sub = commands.add_parser(run.__name__, help=text, description=text)
+        sub.set_defaults(run_command=run)
+        return sub
+
+    sub = command(data, "build demo data as shards")
+    sub.add_argument("name", choices=["shapes", "emoji"])
+    sub.add_argument("out")
+    sub.add_argument("--pairs", type=int, help="shapes: number of training pairs (default 16000)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub = command(index, "index shards: what each holds, and where")
+    sub.add_argument("shards", nargs="+", help="paths, brace-expanded")
+    sub.add_argument("--out", required=True, help="folder for the index")
+    sub.add_argument("--text", default="txt", help="member that is the sample's text: txt (default), or cls for labels")
+    sub = command(attack, "write an attack manifest (overlay) for indexed shards")
+    sub.add_argument("config")
+    sub.add_argument("overrides", nargs="*", metavar="a.b=value")
+    sub = command(train, "train from a config; goes on from the newest complete checkpoint of run.dir")
+    sub.add_argument("config")
+    sub.add_argument("overrides", nargs="*", metavar="a.b=value")
+    sub = command(evaluate, "clean accuracy and attack success of a run's model; writes RUN/eval.json")
+    sub.add_argument("run")
+    sub.add_argument("overrides", nargs="*", metavar="a.b=value")
+    sub.add_argument("--baseline", help="run of plain CLIP on the same poison: tells whether the attacks took")
+    sub = command(compare, "table, result.json and result.png of a plain CLIP run and a SafeCLIP run")
+    sub.add_argument("clip_run")
+    sub.add_argument("safeclip_run")
+    sub.add_argument("--out", required=True)
+    sub = command(export, "write a run's model as an open_clip local directory")
+    sub.add_argument("run")
+    sub.add_argument("out")
+    return top
+
+
+def main(argv=None):
+    """Run one command. Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 anything else."""
+    args = parser().parse_args(argv)
+    try:
+        args.run_command(args)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"safeclip: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Configuration: dataclass defaults <- preset <- YAML file <- a.b=value from the command line. Unknown keys are errors."""
+
+import difflib
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+from shards.augment import ImageAugment
+from shards.errors import UserError
+
+
+@dataclass
+class Run:
+    dir: str = ""
+    """Run directory: everything the run writes."""
+    seed: int = 0
+    """Of the weights, the order and the augmentation."""
+    timeout: float = 600.0
+    """Seconds after which a collective that waits for a dead rank gives up."""
+    keep: int = 2
+    """Complete checkpoints to keep."""
+
+
+@dataclass
+class Data:
+    index: str = ""
+    """Folder written by `safeclip index`."""
+    overlay: str | None = None
+    """Folder written by `safeclip attack`: poison applied while reading, or null."""
+    workers: int = 2
+    """Reading processes of each rank; 0 reads in the training process."""
+    streams: int = 8
+    """Parts of the data that a batch is drawn from. Must divide train.batch_size; not tied to the number of ranks."""
+    window: int = 4096
+    """Samples among which a stream is shuffled."""
+    clip_augment: ImageAugment = field(default_factory=ImageAugment)
+    """Augmentation of the picture for the CLIP loss."""
+    unimodal_augment: ImageAugment = field(default_factory=ImageAugment)
+    """Augmentation of both views for the unimodal loss."""
+    clip_eda: float = 0.0
+    """Share of a caption's words that EDA changes for the CLIP loss."""
+    unimodal_eda: float = 0.1
+    """The same for the unimodal loss."""
+
+
+@dataclass
+class Model:
+    name: str | None = None
+    """An open_clip architecture: RN50, ViT-B-32, ViT-B-16 ..."""
+    config: dict | None = None
+    """Or an open_clip model config: embed_dim, vision_cfg, text_cfg."""
+
+
+@dataclass
+class Train:
+    method: str = "safeclip"
+    """safeclip, or clip: plain CLIP on all pairs."""
+    epochs: int = 32
+    """All epochs, warm-up included."""
+    unimodal_epochs: int = 5
+    """Epochs of unimodal warm-up."""
+    slow_epochs: int = 1
+    """Epochs of the CLIP loss on all pairs at slow_lr."""
+    batch_size: int = 512
+    """Pairs of a global batch, over all ranks."""
+    lr: float = 5e-4
+    slow_lr: float = 5e-6
+    warmup_steps: int = 10_000
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 0.0
+    """Gradient norm above which gradients are clipped; 0 = off."""
+    precision: str = "fp32"
+    """fp32 or bf16."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    pool: int = 4096
+    """Past embeddings of each modality in which the nearest neighbour is searched."""
+
+    @property
+    def betas(self):
+        return (self.beta1, self.beta2)
+
+
+@dataclass
+class Selection:
+    posterior: float = 0.9
+    """First safe set: pairs above the cosine where the mixture's higher component reaches this posterior."""
+    first_share: float | None = None
+    """First safe share of the pairs; null: by the posterior."""
+    least_share: float = 0.05
+    """The posterior rule may give almost nothing; the first share is at least this."""
+    growth: float = 0.01
+    """Share of the pairs by which the safe set grows at each later split."""
+    cap: float = 0.85
+    """The safe set grows no larger than this share."""
+    risky: str = "unimodal"
+    """What risky pairs are trained with: unimodal, or skip."""
+    refill: bool = False
+    """Go over the safe set again until the epoch has as many steps as one over all pairs."""
+    batch_size: int = 512
+    """Pairs that one rank scores at a time."""
+
+
+@dataclass
+class Evaluation:
+    test: str | None = None
+    """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null."""
+    index: str | None = None
+    """Index of its shards (text="cls")."""
+    every: int = 1
+    """Evaluate after every n-th epoch; 0 = only at the end."""
+
+
+@dataclass
+class Wandb:
+    mode: str = "disabled"
+    """disabled, offline or online."""
+    project: str = "safeclip"
+
+
+@dataclass
+class Config:
+    preset: str = "paper"
+    """paper (as published), default (the best recipe known to us) or clip (plain CLIP); the keys below override it."""
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    selection: Selection = field(default_factory=Selection)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    wandb: Wandb = field(default_factory=Wandb)
+
+    def hash(self):
+        """12 hex digits that change with anything that changes what is learnt."""
+        values = asdict(self)
+        for part in ("wandb", "evaluation"):
+            del values[part]
+        for key in ("dir", "timeout", "keep"):
+            del values["run"][key]
+        del values["data"]["workers"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# What a preset sets beyond the defaults above, which are the published ones.
+PRESETS = {
+    "paper": {},
+    "clip": {"train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0}},
+    "default": {"train": {"unimodal_epochs": 1},
+                "selection": {"first_share": 0.4, "growth": 0.05, "risky": "skip", "refill": True}},
+}
+CHOICES = {
+    "train.method": ("safeclip", "clip"), "train.precision": ("fp32", "bf16"), "train.zero_stage": (0, 1, 2, 3),
+    "selection.risky": ("unimodal", "skip"), "wandb.mode": ("disabled", "offline", "online"),
+}
+AT_LEAST_ONE = ("train.epochs", "train.batch_size", "train.pool", "data.streams", "data.window", "run.keep",
+                "selection.batch_size")
+SHARES = ("selection.posterior", "selection.first_share", "selection.least_share", "selection.growth", "selection.cap",
+          "data.clip_eda", "data.unimodal_eda")
+
+
+def load_config(path, overrides=()):
+    """Config of the YAML file `path` with `overrides` ("a.b=value", YAML values). Raises UserError naming the key.
+
+    A file may hold `presets: {NAME: {...}}`: its own settings for a preset, laid over the built-in ones.
+    """
+    values = read_yaml(path)
+    override(values, overrides)
+    own = values.pop("presets", None) or {}
+    values.pop("hash", None)  # in the config.yaml of a run directory
+    preset = values.get("preset", "paper")
+    if preset not in PRESETS:
+        raise UserError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
+    config = Config()
+    for layer in (PRESETS[preset], own.get(preset) or {}, values):
+        merge(config, layer, "")
+    check(config)
+    return config
+
+
+def read_yaml(path):
+    """The mapping in the YAML file `path`. Raises UserError."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror or error}; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config {path}: got {type(values).__name__}, expected a mapping of sections")
+    return values
+
+
+def override(values, words):
+    """Set values["a"]["b"] for every word "a.b=value" (values as in YAML), in place. Raises UserError."""
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"command line: got {word!r}, expected a.b=value")
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"command line: {key}: {parent} is not a section")
+        section[last] = yaml.safe_load(value) if value else None
+
+
+def merge(target, values, prefix):
+    """Lay the mapping `values` over the dataclass `target`, in place."""
+    known = {f.name: f for f in fields(target)}
+    for key, value in (values or {}).items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
+            raise UserError(f"config key {name}: unknown; {hint}")
+        current = getattr(target, key)
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise UserError(f"config key {name}: got {value!r}, expected a section")
+            merge(current, value, name + ".")
+        else:
+            setattr(target, key, convert(name, value, known[key].type))
+
+
+def convert(name, value, kind):
+    """`value` as the annotated type `kind` (bool, int, float, str, dict, each perhaps | None). Raises UserError."""
+    kinds = getattr(kind, "__args__", (kind,))
+    if value is None and type(None) in kinds:
+        return None
+    for one in kinds:
+        if one is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)  # YAML reads 5e-4 as a string
+            except ValueError:
+                continue
+        if one is not type(None) and isinstance(value, one) and not (one is int and isinstance(value, bool)):
+            return value
+    expected = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
+    raise UserError(f"config key {name}: got {value!r}, expected {expected}")
+
+
+def check(config):
+    """Raise UserError for values that no run can use."""
+    def value(key):
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    for key, choices in CHOICES.items():
+        if value(key) not in choices:
+            raise UserError(f"{key}: got {value(key)!r}, expected one of {', '.join(map(str, choices))}")
+    for key in AT_LEAST_ONE:
+        if value(key) < 1:
+            raise UserError(f"{key}: got {value(key)}, expected 1 or more")
+    for key in SHARES:
+        if value(key) is not None and not 0 <= value(key) <= 1:
+            raise UserError(f"{key}: got {value(key)}, expected a share from 0 to 1")
+    if not config.data.index:
+        raise UserError("data.index: missing; make one with `safeclip index SHARDS... --out DIR` and name DIR")
+    if (config.model.name is None) == (config.model.config is None):
+        raise UserError("model: expected either model.name (an open_clip architecture) or model.config, and not both")
+    if config.train.batch_size % config.data.streams:
+        raise UserError(f"data.streams: got {config.data.streams}, which does not divide train.batch_size "
+                        f"{config.train.batch_size}; take a divisor of it")

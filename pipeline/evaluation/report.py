@@ -1,0 +1,109 @@
+"""eval.json of a run: its model, and how much poison each of its splits let through."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+
+from pipeline import comm
+from pipeline.config import load_config
+from pipeline.evaluation.evaluators import TOOK, ZeroShot
+from pipeline.safety.split import load_split
+from pipeline.training import checkpoint
+from pipeline.training.model import Towers, build_model, pixel_stats
+from pipeline.training.run import make_views
+from shards.errors import UserError
+from shards.index import ShardIndex
+from shards.overlay import Overlay
+from shards.storage import write_json
+
+
+def evaluate_run(run_dir, baseline=None, overrides=()):
+    """Evaluate the newest complete checkpoint of `run_dir` and write RUN/eval.json; returns it as a dict.
+
+    `took` (the undefended attack reaches 80 %) is judged on `baseline`, the run directory of plain CLIP on the same poison;
+    without it, on this run if it is plain CLIP, else it is null: unknown. Raises UserError.
+    """
+    run_dir = Path(run_dir)
+    config, folder, towers = load_run(run_dir, overrides)
+    if not config.evaluation.test:
+        raise UserError("evaluation.test: missing; name a folder in the CLIP_benchmark layout with evaluation.test=DIR")
+    index = ShardIndex.load(config.data.index)
+    overlay = Overlay.load(config.data.overlay, index) if config.data.overlay else None
+    figures = ZeroShot(config.evaluation, overlay)(towers, make_views(config), comm.device())
+    state = checkpoint.load_state(folder)
+    undefended = None
+    if baseline:
+        undefended = read_eval(baseline)["attacks"]
+    elif config.train.method == "clip":
+        undefended = figures["attacks"]
+    splits = [load_split(path.parent, index) for path in sorted(run_dir.glob("masks/epoch_*/mask.json"))]
+    for kind, attack in figures["attacks"].items():
+        attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
+        attack.update(poison_in_splits(overlay, index, splits, kind))
+    result = {"preset": config.preset, "seed": config.run.seed, "clean_top1": figures["clean_top1"], "epochs": state["epoch"],
+              "seconds": round(state["seconds"], 1), "sample_views": state["sample_views"],
+              "safe_share": [split.share for split in splits],
+              "poison_in_safe_set": poison_shares(overlay, index, splits), "attacks": figures["attacks"]}
+    write_json(run_dir / "eval.json", result)
+    return result
+
+
+def poison_rows(overlay, index, kind=None):
+    """Global rows of the poisoned pairs, of one kind or of all."""
+    return np.array([index.offsets[r["shard"]] + r["position"] for r in overlay.rows if kind in (None, r["kind"])], np.int64)
+
+
+def poison_in_splits(overlay, index, splits, kind):
+    """Per split: share of the kind's poison that is in the safe set, and AUROC of the cosine (clean pairs above poison)."""
+    poison = poison_rows(overlay, index, kind)
+    clean_N = np.ones(index.samples, bool)
+    clean_N[poison_rows(overlay, index)] = False
+    shares, aurocs = [], []
+    for split in splits:
+        shares.append(float(split.mask.flags()[poison].mean()))
+        usable_N = ~np.isnan(split.cos_N)
+        clean, bad = split.cos_N[clean_N & usable_N], split.cos_N[poison][usable_N[poison]]
+        truth = np.r_[np.ones(len(clean)), np.zeros(len(bad))]
+        aurocs.append(float(roc_auc_score(truth, np.r_[clean, bad])))
+    return {"share_in_safe_set": shares, "auroc": aurocs}
+
+
+def poison_shares(overlay, index, splits):
+    """Per split: poisoned pairs / all pairs of the safe set."""
+    if not overlay:
+        return []
+    poison = poison_rows(overlay, index)
+    return [float(s.mask.flags()[poison].sum() / max(1, s.mask.flags().sum())) for s in splits]
+
+
+def load_run(run_dir, overrides=()):
+    """(config, newest complete checkpoint, towers with its weights on this process's device) of a run directory."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"run {run_dir}: no config.yaml in it; give a directory that `safeclip train` wrote")
+    config = load_config(run_dir / "config.yaml", overrides)
+    folder = checkpoint.newest_complete(run_dir)
+    if folder is None:
+        raise UserError(f"run {run_dir}: no complete checkpoint in it; let `safeclip train` finish an epoch first")
+    towers = Towers(build_model(asdict(config.model)), *pixel_stats())
+    towers.clip.load_state_dict(load_file(folder / "model.safetensors"))
+    return config, folder, towers.to(comm.device()).eval().requires_grad_(False)
+
+
+def read_eval(run_dir):
+    """The eval.json of a run directory. Raises UserError."""
+    try:
+        return json.loads((Path(run_dir) / "eval.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"run {run_dir}: cannot read eval.json ({error}); run `safeclip evaluate {run_dir}` first") from None
+
+
+def read_metrics(run_dir):
+    """List of the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+

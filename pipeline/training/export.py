@@ -1,0 +1,28 @@
+"""A run's model as an open_clip local directory: open_clip.create_model_and_transforms("local-dir:OUT") loads it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from pipeline.training import checkpoint
+from pipeline.training.model import open_clip_config, pixel_stats
+from shards.errors import UserError
+from shards.storage import write_bytes
+
+
+def export_run(run_dir, config, out):
+    """Write OUT/open_clip_config.json and OUT/open_clip_model.safetensors from the newest complete checkpoint. Raises UserError."""
+    folder = checkpoint.newest_complete(run_dir)
+    if folder is None:
+        raise UserError(f"run {run_dir}: no complete checkpoint in it; let `safeclip train` finish an epoch first")
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_scale"] = weights["logit_scale"].reshape(())  # 1-d for DeepSpeed, 0-d in open_clip's files
+    mean, std = pixel_stats()
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "open_clip_model.safetensors")
+    described = {"model_cfg": open_clip_config(asdict(config.model)),
+                 "preprocess_cfg": {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "shortest"}}
+    write_bytes(out / "open_clip_config.json", (json.dumps(described, indent=1) + "\n").encode())

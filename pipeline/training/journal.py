@@ -1,0 +1,82 @@
+"""What a run tells: metrics.jsonl always, Weights & Biases when configured, a progress line; all of it on rank 0 only."""
+
+import json
+import sys
+import time
+
+from pipeline import comm
+
+
+class Journal:
+    """Appends to RUN/metrics.jsonl. `length`: bytes of it to keep; what a dead run wrote after its checkpoint is cut off."""
+
+    def __init__(self, run_dir, config, length=0, wandb_id=None):
+        self.file, self.wandb, self.wandb_id, self.last, self.started = None, None, wandb_id, 0.0, time.monotonic()
+        if not comm.is_main():
+            return
+        path = run_dir / "metrics.jsonl"
+        self.file = open(path, "ab")
+        self.file.truncate(length)
+        if config.wandb.mode != "disabled":
+            import wandb
+
+            self.wandb_id = wandb_id or wandb.util.generate_id()
+            self.wandb = wandb.init(project=config.wandb.project, mode=config.wandb.mode, dir=str(run_dir), id=self.wandb_id,
+                                    name=run_dir.name, resume="allow", settings=wandb.Settings(silent=True))
+
+    def log(self, **figures):
+        """One line of metrics: figures of one step, epoch or split."""
+        if not self.file:
+            return
+        self.file.write((json.dumps(figures) + "\n").encode())
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({key: value for key, value in figures.items() if isinstance(value, (int, float, str))},
+                           step=figures["step"])
+
+    def length(self):
+        """Bytes written so far, to be kept by whoever resumes from here."""
+        return self.file.tell() if self.file else 0
+
+    def say(self, text):
+        """A line for the person who watches."""
+        if comm.is_main():
+            print(text, file=sys.stderr, flush=True)
+
+    def progress(self, text, every=5.0):
+        """The same, at most once in `every` seconds."""
+        now = time.monotonic()
+        if now - self.last >= every:
+            self.last = now
+            self.say(text)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Meter:
+    """Samples per second, share of the time spent waiting for data, and time left, of the steps since it was made."""
+
+    def __init__(self, total):
+        self.total, self.done, self.samples, self.waited = total, 0, 0, 0.0
+        self.started = time.monotonic()
+
+    def step(self, samples, waited):
+        self.done, self.samples, self.waited = self.done + 1, self.samples + samples, self.waited + waited
+
+    @property
+    def seconds(self):
+        return max(1e-9, time.monotonic() - self.started)
+
+    def figures(self):
+        """{"samples_per_s", "data_wait" (share of 1)}."""
+        return {"samples_per_s": round(self.samples / self.seconds, 1), "data_wait": round(self.waited / self.seconds, 3)}
+
+    def line(self, steps_left):
+        """For the progress line; `steps_left` of the whole run."""
+        figures, eta = self.figures(), self.seconds / max(1, self.done) * steps_left
+        return (f"{figures['samples_per_s']:7.0f} samples/s  data {figures['data_wait']:4.0%}  "
+                f"ETA {int(eta // 3600)}:{int(eta % 3600 // 60):02d}:{int(eta % 60):02d}")

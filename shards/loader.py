@@ -1,0 +1,125 @@
+"""Batches: plan + reader + decode + augment, in the worker processes of torch's DataLoader.
+
+A batch is a pure function of its number, so any number of workers gives the same batches in the same order, and starting
+at batch k reads nothing of the batches before it.
+Legend: B rows of this rank, V views, L tokens, C channels, H height, W width.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shards.augment import caption_view, image_view, plain_view, sample_rng
+from shards.errors import BadSample
+
+
+@dataclass
+class Batch:
+    """One rank's rows of a batch. A row that could not be read is there, blank and with valid = False."""
+
+    images: torch.Tensor  # uint8 (V*B, C, H, W): all first views, then all second views
+    tokens: torch.Tensor  # int64 (V*B, L)
+    valid: torch.Tensor  # bool (B,)
+    rows: torch.Tensor  # int64 (B,): number of the sample over all shards
+    bad: list  # [(shard, position, key, reason)]
+
+    def to(self, device):
+        """The same batch with its tensors on `device`."""
+        moved = [x.to(device, non_blocking=True) for x in (self.images, self.tokens, self.valid)]
+        return Batch(*moved, self.rows, self.bad)
+
+
+@dataclass
+class Views:
+    """How samples become rows: picture size in pixels, tokenizer (list[str] -> (N, L) int64), and per kind of view its augmentation."""
+
+    size: int
+    tokenize: object
+    clip: object  # ImageAugment
+    unimodal: object  # ImageAugment
+    eda: float  # share of the words that EDA changes; 0 = captions as they are
+    clip_eda: float
+
+
+class TrainBatches(Dataset):
+    """Item i: the batch of the epoch's i-th step. One augmented view for the CLIP loss, two for the unimodal loss."""
+
+    def __init__(self, samples, steps, views, *, seed, epoch, rank=0, world=1):
+        """`steps`: list of pipeline.training.curriculum.Step (loss, plan, number in the plan, mask and view to locate)."""
+        self.samples, self.steps, self.views = samples, steps, views
+        self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __getitem__(self, i):
+        step = self.steps[i]
+        shard_B, nth_B = step.plan.batch(step.number, self.rank, self.world)
+        position_B = step.mask.locate(step.view, shard_B, nth_B) if step.mask else nth_B
+        unimodal = step.loss == "unimodal"
+        augment = self.views.unimodal if unimodal else self.views.clip
+        eda = self.views.eda if unimodal else self.views.clip_eda
+        # A lap is another pass over the same samples in the same epoch: other views.
+        passes = [step.lap * 4 + view + 1 for view in range(2 if unimodal else 1)]
+
+        def read(shard, position):
+            image, caption = self.samples.image(shard, position), self.samples.caption(shard, position)
+            views = []
+            for view in passes:
+                rng = sample_rng(self.seed, self.epoch, shard, position, view)
+                picture = image_view(image, self.views.size, rng, augment)
+                views.append((picture, caption_view(caption, rng, eda) if eda else caption))
+            return views
+
+        return collate(self.samples, self.views, shard_B, position_B, read, len(passes))
+
+
+class PlainBatches(Dataset):
+    """Item i: the un-augmented rows of `batches[i]` = (shard, first position, last position + 1)."""
+
+    def __init__(self, samples, batches, views):
+        self.samples, self.batches, self.views = samples, batches, views
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        shard, start, stop = self.batches[i]
+        position_B = np.arange(start, stop)
+
+        def read(shard, position):
+            image, caption = self.samples.image(shard, position), self.samples.caption(shard, position)
+            return [(plain_view(image, self.views.size), caption)]
+
+        return collate(self.samples, self.views, np.full(len(position_B), shard), position_B, read, 1)
+
+
+def collate(samples, views, shard_B, position_B, read, count):
+    """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid."""
+    size, rows = views.size, len(shard_B)
+    images = np.zeros((count, rows, size, size, 3), np.uint8)
+    captions = [["" for _ in range(rows)] for _ in range(count)]
+    valid, bad = np.zeros(rows, bool), []
+    for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
+        try:
+            for view, (picture, caption) in enumerate(read(shard, position)):
+                images[view, row], captions[view][row] = picture, caption
+            valid[row] = True
+        except BadSample as error:
+            images[:, row] = 0
+            bad.append((shard, position, samples.key(shard, position), str(error)))
+    tokens = views.tokenize([caption for view in captions for caption in view])
+    pixels = torch.from_numpy(images.reshape(count * rows, size, size, 3)).permute(0, 3, 1, 2).contiguous()
+    numbers = torch.from_numpy(samples.index.offsets[shard_B] + position_B)
+    return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad)
+
+
+def batches(dataset, start=0, workers=0):
+    """Iterate over `dataset` from item `start` on, in order, read ahead by `workers` processes (0: in this one)."""
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=workers,
+        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)

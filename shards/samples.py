@@ -1,0 +1,39 @@
+"""Samples: (shard, position) -> a picture and a caption, with the attack overlay applied while reading."""
+
+from shards.decode import decode_caption, decode_image
+from shards.index import ShardIndex
+from shards.reader import Reader
+
+
+class Samples:
+    """The pictures and captions of an index, decoded. Cheap to pickle: files are opened where they are read.
+
+    With an `overlay` (shards.overlay.Overlay) the rows that the attack names come back poisoned; the shards stay as they are.
+    """
+
+    def __init__(self, index, overlay=None):
+        self.index, self.overlay = index, overlay
+        self.reader = Reader(index)
+        self.source = Samples(ShardIndex.load(overlay.source_index)) if overlay else None
+
+    def image(self, shard, position):
+        """PIL RGB picture. Raises BadSample."""
+        poison = self.overlay.get(shard, position) if self.overlay else None
+        if poison and poison.source:
+            return self.source.image(*poison.source)
+        image = decode_image(self.reader.image_bytes(shard, position))
+        trigger = self.overlay.trigger(poison.kind) if poison else None
+        return trigger.apply(image) if trigger else image
+
+    def caption(self, shard, position):
+        """str. Raises BadSample."""
+        poison = self.overlay.get(shard, position) if self.overlay else None
+        return poison.caption if poison else decode_caption(self.reader.text_bytes(shard, position))
+
+    def label(self, shard, position):
+        """int: the class number, for an index built with text="cls". Raises ValueError."""
+        return int(self.reader.text_bytes(shard, position))
+
+    def key(self, shard, position):
+        """str: the sample's name in its shard, for people."""
+        return self.index.table(shard).keys[position]

@@ -1,0 +1,38 @@
+"""Files that are complete or absent: write beside, fsync, rename."""
+
+import json
+import os
+from pathlib import Path
+
+
+def write_bytes(path, data):
+    """Put `data` (bytes) at `path` so that a reader sees the old file or the whole new one, never a part.
+
+    Raises OSError (disk full, no permission); then `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path, value):
+    """`write_bytes` of a JSON object, indented for people."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def sync_folder(path):
+    """Make renames inside the folder `path` survive a power loss."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
