@@ -17,14 +17,16 @@ from shards.errors import UserError
 
 
 def data(args):
-    from shards import demo, emoji
-
     if args.name == "shapes":
-        demo.shapes(args.out, pairs=args.pairs or 16000, seed=args.seed)
+        from shards.demo import shapes
+
+        shapes(args.out, pairs=args.pairs or 16_000, seed=args.seed)
     else:
+        from shards.emoji import emoji
+
         if args.pairs:
             raise UserError("--pairs: the number of emoji pairs follows from the packages; leave it out")
-        emoji.emoji(args.out, seed=args.seed)
+        emoji(args.out, seed=args.seed)
     print(f"{args.out}: train/, test/, index/, labels/ and test_index/ are ready")
 
 

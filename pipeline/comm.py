@@ -1,0 +1,102 @@
+"""The process group: who we are, and the few collectives that are used outside the losses. One process needs no group."""
+
+import datetime
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+from shards.errors import UserError
+
+
+def init(timeout=600.0):
+    """Join the process group of torchrun (RANK ...) or srun (SLURM_PROCID ...), or be a group of one.
+
+    gloo on the CPU, NCCL on GPUs. `timeout`: seconds a collective waits for a rank that does not come. Raises UserError.
+    """
+    if dist.is_initialized():
+        return
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        if "MASTER_ADDR" not in env:
+            raise UserError("MASTER_ADDR: missing under srun; start with launch/slurm.sbatch, which takes it from scontrol")
+    if "RANK" not in env:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("MASTER_PORT", "29500")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(env["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def device():
+    """torch.device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value):
+    """Rank 0's `value` on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value):
+    """List of every rank's `value`, in rank order, on every rank."""
+    if world() == 1:
+        return [value]
+    box = [None] * world()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def broadcast_bytes(data):
+    """Rank 0's `data` (uint8 array, of the same length everywhere) on every rank."""
+    if world() == 1 or not len(data):
+        return data
+    tensor = torch.from_numpy(data.copy()).to(device())
+    dist.broadcast(tensor, src=0)
+    return tensor.cpu().numpy()
+
+
+def all_gather_rows(local_ND, counts):
+    """Rows of all ranks, in rank order; counts[r] is the number of rank r's rows. No gradient."""
+    if world() == 1:
+        return local_ND
+    padded = local_ND.new_zeros((max(counts), *local_ND.shape[1:]))
+    padded[:len(local_ND)] = local_ND
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded)
+    return torch.cat([rows[:count] for rows, count in zip(everyone, counts)])
+
+
+def mean(value):
+    """float: the mean over the ranks of a 0-d tensor."""
+    value = value.detach().float().clone()
+    if world() > 1:
+        dist.all_reduce(value)
+    return float(value) / world()

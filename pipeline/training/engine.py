@@ -1,0 +1,92 @@
+"""The DeepSpeed engine: ZeRO 0 to 3 in fp32 or bf16, on GPUs or on the CPU. Every setting here answers a measured trap."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from pipeline import comm
+from pipeline.training.model import MAX_LOG_SCALE, param_groups
+from shards.errors import UserError
+
+
+def start_engine(towers, train, device):
+    """DeepSpeed engine over `towers` (model.Towers) with AdamW. `train`: config.Train. The process group must be up."""
+    deepspeed = import_deepspeed()
+    stage = train.zero_stage
+    if train.batch_size % comm.world():
+        raise UserError(f"train.batch_size: got {train.batch_size}, which {comm.world()} processes do not divide; take a multiple of their number")
+    optimizer = torch.optim.AdamW(param_groups(towers, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps)
+    config = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.batch_size // comm.world(),
+        "gradient_clipping": train.clip,  # DeepSpeed clips at 1.0 when this is absent
+        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }
+    engine, *_ = deepspeed.initialize(model=towers.to(device), optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def import_deepspeed():
+    """The package, quiet, without a compiler, and told whether there is a GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False  # else the first start compiles it
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return deepspeed
+
+
+def set_lr(engine, lr):
+    """The learning rate of all parameters."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def clamp_logit_scale(engine):
+    """Keep the logit scale in [1, 100] (its log in [0, ln 100]), in every copy that the engine holds."""
+    scale = engine.module.clip.logit_scale
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    full = safe_get_full_fp32_param(scale) if hasattr(scale, "_hp_mapping") or hasattr(scale, "ds_id") else None
+    if full is None:
+        scale.clamp_(0, MAX_LOG_SCALE)
+    elif not 0 <= float(full) <= MAX_LOG_SCALE:
+        safe_set_full_fp32_param(scale, full.clamp(0, MAX_LOG_SCALE))
+
+
+def save(engine, folder):
+    """Write weights and optimizer, sharded, into a folder that no complete checkpoint has yet; all ranks call."""
+    # No `latest` file: it is written before the others have finished (the run's own marker comes last).
+    engine.save_checkpoint(str(Path(folder).parent), tag=Path(folder).name, save_latest=False)
+
+
+def load(engine, folder):
+    """Restore what `save` wrote at the same world size; all ranks call."""
+    path, _ = engine.load_checkpoint(str(Path(folder).parent), tag=Path(folder).name)
+    if path is None:
+        raise UserError(f"checkpoint {folder}: DeepSpeed cannot load it; delete it to go on from the one before")
+
+
+def consolidated_state(engine):
+    """On rank 0 the CLIP's whole state dict in fp32 on the CPU, elsewhere an empty dict; all ranks call."""
+    import deepspeed
+
+    state = {}
+    parameters = dict(engine.module.clip.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.zero_optimization_stage() == 3):
+        if comm.is_main():
+            for name, value in engine.module.clip.state_dict().items():
+                kind = value.dtype if not value.is_floating_point() else torch.float32
+                state[name] = value.detach().to("cpu", kind, copy=True).contiguous()
+    return state

@@ -1,0 +1,97 @@
+"""The two towers: any open_clip architecture, by name or by config, from scratch."""
+
+import copy
+import difflib
+import math
+import warnings
+
+import open_clip
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline import comm
+from shards.errors import UserError
+
+MAX_LOG_SCALE = math.log(100)  # CLIP's clamp of the logit scale
+
+
+def open_clip_config(model):
+    """dict as in open_clip's JSON files (embed_dim, vision_cfg, text_cfg) for {"name": ...} or {"config": {...}}. Raises UserError."""
+    if model.get("name"):
+        found = open_clip.get_model_config(model["name"])
+        if found is None:
+            close = difflib.get_close_matches(model["name"], open_clip.list_models(), 3, 0.4)
+            raise UserError(f"model.name: open_clip knows no {model['name']!r}; did you mean {' or '.join(close) or 'RN50'}?")
+        return found
+    config = copy.deepcopy(model["config"])
+    for key in ("embed_dim", "vision_cfg", "text_cfg"):
+        if key not in config:
+            raise UserError(f"model.config: {key} is missing; expected embed_dim, vision_cfg and text_cfg as in open_clip's model configs")
+    return config
+
+
+def build_model(model):
+    """open_clip.CLIP with fresh weights from torch's generator. Raises UserError for a config that open_clip refuses."""
+    config = open_clip_config(model)
+    if set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} or "hf_model_name" in config["text_cfg"]:
+        raise UserError(f"model: {model.get('name') or 'model.config'} is no plain CLIP; take one like RN50 or ViT-B-32")
+    try:
+        # One element, not none: DeepSpeed cannot store a 0-d parameter.
+        return open_clip.CLIP(**config, nonscalar_logit_scale=True)
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        raise UserError(f"model.config: open_clip refuses it: {' '.join(str(error).split())}") from None
+
+
+def tokenizer_for(model):
+    """Function: list[str] -> int64 (N, L), L the model's context length."""
+    text = open_clip_config(model)["text_cfg"]
+    return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
+
+
+def picture_size(model):
+    """Pixels of the side of the model's square picture."""
+    size = open_clip_config(model)["vision_cfg"].get("image_size", 224)
+    return size if isinstance(size, int) else size[0]
+
+
+def pixel_stats():
+    """(mean, std) of the RGB channels in 0..1, those of OpenAI's CLIP."""
+    return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+def param_groups(model, weight_decay):
+    """AdamW groups: no decay for biases, norms and the logit scale (all that has fewer than two dimensions)."""
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+class Towers(nn.Module):
+    """A CLIP that takes pixels as they come from the loader, and in which every parameter takes part in every step."""
+
+    def __init__(self, clip, mean, std):
+        super().__init__()
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in clip.modules()) and comm.world() > 1:
+            if torch.cuda.is_available():
+                clip = nn.SyncBatchNorm.convert_sync_batchnorm(clip)
+            elif comm.is_main():
+                warnings.warn("BatchNorm on the CPU takes its statistics per process; on GPUs they are shared", stacklevel=2)
+        self.clip = clip
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images_BCHW, tokens_BL):
+        """(image_BD, text_BD, scale): unit float32 embeddings and the logit scale (1,).
+
+        images: uint8; tokens: int64. Without gradients either may be None, and so is its embedding. DeepSpeed's ZeRO-3 applies
+        old gradients to a parameter that a step does not use, so training gives both.
+        """
+        image_BD = text_BD = None
+        if images_BCHW is not None:
+            kind = self.clip.text_projection.dtype
+            pixels = ((images_BCHW.float() / 255 - self.mean) / self.std).to(kind)
+            image_BD = F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+        if tokens_BL is not None:
+            text_BD = F.normalize(self.clip.encode_text(tokens_BL).float(), dim=-1)
+        return image_BD, text_BD, self.clip.logit_scale.float().exp()

@@ -1,0 +1,131 @@
+"""Views of a sample. Their randomness is keyed by (seed, epoch, sample, view), never by worker or call order.
+
+Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: EDA (Wei and Zou 2019).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+
+@dataclass
+class ImageAugment:
+    """Strengths of the picture's augmentation; the defaults are the published ones."""
+
+    crop_min: float = 0.08
+    """Least share of the picture's area that a crop keeps; 1 switches cropping off."""
+    flip: float = 0.5
+    """Probability of a mirror image."""
+    jitter: float = 0.8
+    """Probability of a colour jitter, of the four strengths below."""
+    brightness: float = 0.5
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: float = 0.1
+    grey: float = 0.2
+    """Probability of a grey picture."""
+    blur: float = 0.5
+    """Probability of a Gaussian blur, of a deviation from 0.1 to 2 pixels at 224 pixels."""
+
+
+def sample_rng(seed, epoch, shard, position, view):
+    """np.random.Generator: a pure function of its key (view: int)."""
+    key = hashlib.blake2b(f"{seed}/{epoch}/{shard}/{position}/{view}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
+
+
+def image_view(image, size, rng, augment):
+    """uint8 (size, size, 3): a random view of a PIL RGB picture."""
+    image = image.resize((size, size), Image.BICUBIC, box=random_box(image.width, image.height, augment.crop_min, rng))
+    flip, jitter, grey, blur = rng.random(4)
+    if flip < augment.flip:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    if jitter < augment.jitter:
+        image = colour_jitter(image, augment, rng)
+    if grey < augment.grey:
+        image = image.convert("L").convert("RGB")
+    if blur < augment.blur:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * size / 224))
+    return np.asarray(image)
+
+
+def plain_view(image, size):
+    """uint8 (size, size, 3): shorter side to `size`, centre crop; one bicubic resize."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if image.size == (size, size):
+        return np.asarray(image)
+    return np.asarray(image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side)))
+
+
+def random_box(width, height, crop_min, rng):
+    """(left, top, right, bottom) of a random crop: a share of the area from crop_min to 1, sides in a ratio from 3/4 to 4/3."""
+    if crop_min >= 1:
+        return 0, 0, width, height
+    for _ in range(10):
+        area = width * height * rng.uniform(crop_min, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, top, left + w, top + h
+    side = min(width, height)  # no crop of that area fits: the centre
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def colour_jitter(image, augment, rng):
+    """Brightness, contrast, saturation and hue, each changed at random, in random order."""
+    for step in rng.permutation(4):
+        if step == 3:
+            if augment.hue:
+                hue, saturation, value = image.convert("HSV").split()
+                shift = int(rng.uniform(-augment.hue, augment.hue) * 255)
+                image = Image.merge("HSV", (hue.point([(i + shift) % 256 for i in range(256)]), saturation, value)).convert("RGB")
+            continue
+        strength = (augment.brightness, augment.contrast, augment.saturation)[step]
+        if strength:
+            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
+            image = enhance(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return image
+
+
+def caption_view(text, rng, rate=0.1):
+    """The caption with one of EDA's four operations on about `rate` of its words, at least one. Never empty."""
+    words = text.split()
+    count = max(1, round(rate * len(words)))
+    operation = ("replace", "insert", "swap", "delete")[rng.integers(4)]
+    if operation == "delete":
+        keep = rng.random(len(words)) >= rate
+        return " ".join(word for word, kept in zip(words, keep) if kept) or words[rng.integers(len(words))]
+    for _ in range(count):
+        if operation == "swap":
+            i, j = rng.integers(len(words), size=2)
+            words[i], words[j] = words[j], words[i]
+            continue
+        known = [i for i, word in enumerate(words) if word.lower().strip(".,;:!?") in synonyms()]
+        if not known:
+            break
+        i = known[rng.integers(len(known))]
+        choices = synonyms()[words[i].lower().strip(".,;:!?")]
+        chosen = choices[rng.integers(len(choices))]
+        if operation == "replace":
+            words[i] = chosen
+        else:
+            words.insert(rng.integers(len(words) + 1), chosen)
+    return " ".join(words)
+
+
+@lru_cache(maxsize=1)
+def synonyms():
+    """dict: word -> the other words of its lines in synonyms.tsv."""
+    table = {}
+    for line in (Path(__file__).parent / "synonyms.tsv").read_text(encoding="utf-8").splitlines():
+        group = line.split("\t")
+        for word in group:
+            table.setdefault(word, []).extend(other for other in group if other != word)
+    return table

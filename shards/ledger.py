@@ -1,0 +1,32 @@
+"""The ledger of bad samples: RUN/bad_samples.jsonl, one line for each sample and reason, however often it is met."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+
+class Ledger:
+    """Appends {"shard", "position", "key", "reason"} to a file of JSON lines; goes on with what is already there."""
+
+    def __init__(self, path):
+        self.path, self.seen = Path(path), set()
+        if self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith(b"\n")]  # a death may have cut the last line
+            if len(whole) != len(lines):
+                self.path.write_bytes(b"".join(whole))
+            for line in whole:
+                row = json.loads(line)
+                self.seen.add((row["shard"], row["position"], row["reason"]))
+
+    def add(self, shard, position, key, reason):
+        """Note that a sample could not be used."""
+        if (shard, position, reason) in self.seen:
+            return
+        self.seen.add((shard, position, reason))
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"shard": shard, "position": position, "key": key, "reason": reason}) + "\n")
+
+    def reasons(self):
+        """Counter of the reasons."""
+        return Counter(reason for _, _, reason in self.seen)

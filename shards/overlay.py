@@ -1,0 +1,86 @@
+"""An attack manifest applied while reading: poisoned data without a second copy, and the ground truth of what was poisoned."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shards.errors import UserError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Poison:
+    """What the manifest makes of one pair: the attack's kind, the caption in place of its own, and for targeted poisoning the
+    (shard, position) of the picture in place of its own, in the overlay's source index."""
+
+    kind: str
+    caption: str
+    source: tuple | None
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A backdoor's mark, described by plain numbers so that it can be made again anywhere.
+
+    pattern "patch": a noisy square of `size` (share of the shorter side) with its corner at (`left`, `top`) (shares of width and
+    height), BadNets (Gu et al. 2017). pattern "blended": noise over the whole picture at `alpha`, Blended (Chen et al. 2017).
+    """
+
+    pattern: str
+    seed: int
+    size: float = 0.0
+    left: float = 0.0
+    top: float = 0.0
+    alpha: float = 0.0
+    cells: int = 8
+
+    def apply(self, image):
+        """A triggered copy of a PIL RGB picture."""
+        rng = np.random.default_rng(self.seed)
+        if self.pattern == "patch":
+            side = max(1, round(self.size * min(image.size)))
+            cells = rng.integers(0, 2, (self.cells, self.cells, 3)).astype(np.uint8) * 255
+            image = image.copy()
+            corner = (round(self.left * image.width), round(self.top * image.height))
+            image.paste(Image.fromarray(cells).resize((side, side), Image.NEAREST), corner)
+            return image
+        noise = Image.fromarray(rng.integers(0, 256, (self.cells, self.cells, 3)).astype(np.uint8))
+        return Image.blend(image, noise.resize(image.size, Image.NEAREST), self.alpha)
+
+
+class Overlay:
+    """A loaded manifest. kinds: dict kind -> its settings; targets: list of the targeted pictures; rows: list of poisoned pairs."""
+
+    def __init__(self, manifest):
+        self.kinds, self.targets, self.rows = manifest["kinds"], manifest["targets"], manifest["rows"]
+        self.source_index = manifest["source"]
+        self.poison = {(r["shard"], r["position"]): Poison(r["kind"], r["caption"], tuple(r["source"]) if r["source"] else None)
+                       for r in self.rows}
+        self.triggers = {kind: Trigger(**settings["trigger"]) for kind, settings in self.kinds.items() if "trigger" in settings}
+
+    @classmethod
+    def load(cls, folder, index):
+        """The overlay in `folder`, made for `index`. Raises UserError when it cannot be read or was made for other shards."""
+        path = Path(folder) / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text())
+            if manifest["version"] != VERSION:
+                raise UserError(f"overlay {path}: version {manifest['version']}, expected {VERSION}; make it again with `safeclip attack`")
+            if manifest["fingerprint"] != index.fingerprint:
+                raise UserError(f"overlay {path}: made for shards with fingerprint {manifest['fingerprint']}, these have "
+                                f"{index.fingerprint}; make it again with `safeclip attack`")
+            return cls(manifest)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"overlay {path}: cannot be read ({error}); make it with `safeclip attack CONFIG`") from None
+
+    def get(self, shard, position):
+        """Poison of this pair, or None."""
+        return self.poison.get((shard, position))
+
+    def trigger(self, kind):
+        """Trigger of a backdoor, or None for an attack that has none."""
+        return self.triggers.get(kind)

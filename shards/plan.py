@@ -1,0 +1,83 @@
+"""EpochPlan: which sample stands at (step, slot). A pure function of a few numbers: no state, no iteration.
+
+So every sample of a view is seen exactly once an epoch (but for the last partial batch), a run resumes at any step for
+nothing, and global batch k holds the same samples at any world size and worker count.
+"""
+
+import hashlib
+
+import numpy as np
+
+from shards.errors import UserError
+
+ROUNDS = 4  # of the Feistel network; three already give a good permutation (Luby and Rackoff 1988)
+
+
+class EpochPlan:
+    """Order of one view of the data in one epoch.
+
+    The shards are permuted and their samples laid end to end; the first steps * batch_size of that line are cut into equal
+    `streams`; each stream is shuffled inside windows of `window` samples; batch k takes the same number from each stream.
+    A batch so touches few shards, whatever their size, and the shuffle needs no memory.
+    """
+
+    def __init__(self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, lap=0):
+        """counts_S: samples of the view in each shard. `lap`: which pass over the view in this epoch. Raises UserError."""
+        if batch_size % streams:
+            raise UserError(f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; take a divisor of it")
+        name = f"{seed}/{epoch}/{view}/{lap}".encode()
+        self.key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+        counts_S = np.asarray(counts_S, np.int64)
+        self.shard_S = np.random.Generator(np.random.Philox(self.key)).permutation(len(counts_S))
+        self.ends_S = np.cumsum(counts_S[self.shard_S])
+        self.batch_size, self.streams, self.window = batch_size, streams, window
+        self.steps = int(counts_S.sum()) // batch_size
+        self.stream_length = self.steps * (batch_size // streams)
+
+    def batch(self, step, rank=0, world=1):
+        """(shard_B, nth_B): int64, this rank's rows of global batch `step`: sample nth_B of the view within shard_B.
+
+        Raises IndexError for a step outside 0 .. steps - 1, UserError when `world` does not divide the batch.
+        """
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        if self.batch_size % world:
+            raise UserError(f"train.batch_size: got {self.batch_size}, which {world} processes do not divide; take a multiple of their number")
+        rows = self.batch_size // world
+        slot_B = np.arange(rank * rows, (rank + 1) * rows)
+        each = self.batch_size // self.streams
+        stream_B, within_B = slot_B // each, slot_B % each
+        at_B = step * each + within_B
+        window_B = at_B // self.window
+        length_B = np.minimum(self.window, self.stream_length - window_B * self.window)
+        shuffled_B = permute(at_B % self.window, length_B, self.key, stream_B * (1 << 32) + window_B)
+        line_B = stream_B * self.stream_length + window_B * self.window + shuffled_B
+        place_B = np.searchsorted(self.ends_S, line_B, side="right")
+        before_B = np.where(place_B > 0, self.ends_S[place_B - 1], 0)
+        return self.shard_S[place_B], line_B - before_B
+
+
+def permute(at_B, length_B, key, tweak_B):
+    """int64 (B,): where a pseudorandom permutation of 0 .. length - 1, chosen by (key, tweak), sends `at`. Elementwise.
+
+    A Feistel network over the next power of four, walked until it lands inside (cycle walking: Black and Rogaway 2002).
+    """
+    half = max(1, -(-int(max(length_B.max() - 1, 1)).bit_length() // 2))
+    low = np.uint64((1 << half) - 1)
+    tweak_B = mix(tweak_B.astype(np.uint64) ^ np.uint64(key))
+    result_B, todo = at_B.astype(np.uint64), np.arange(len(at_B))
+    while len(todo):
+        left, right = result_B[todo] >> np.uint64(half), result_B[todo] & low
+        for number in range(ROUNDS):
+            left, right = right, left ^ (mix(right ^ (tweak_B[todo] + np.uint64(number))) & low)
+        result_B[todo] = (left << np.uint64(half)) | right
+        todo = todo[result_B[todo] >= length_B[todo].astype(np.uint64)]
+    return result_B.astype(np.int64)
+
+
+def mix(x):
+    """The SplitMix64 finaliser: 64 bits in, 64 well-mixed bits out (Steele, Lea and Flood 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

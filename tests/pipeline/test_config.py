@@ -1,0 +1,70 @@
+"""Configuration: layers, types, and errors that name the key."""
+
+import pytest
+
+from pipeline.config import load_config
+from shards.errors import UserError
+
+BASE = "data: {index: here, streams: 2}\nmodel: {name: RN50}\ntrain: {batch_size: 8}\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+    return write
+
+
+def test_yaml_lies_over_the_preset_and_the_command_line_over_both(file):
+    path = file(BASE + "preset: default\nselection: {growth: 0.02}\n")
+    config = load_config(path, ["selection.cap=0.7", "train.lr=1e-3"])
+    assert (config.selection.first_share, config.selection.growth, config.selection.cap) == (0.4, 0.02, 0.7)
+    assert config.train.lr == 1e-3
+
+
+def test_a_file_can_have_its_own_settings_for_a_preset(file):
+    path = file(BASE + "presets: {clip: {train: {lr: 0.5}}}\n")
+    assert load_config(path, ["preset=clip"]).train.lr == 0.5
+    assert load_config(path, ["preset=paper"]).train.lr == 5e-4
+
+
+@pytest.mark.parametrize("override, names", [
+    ("train.epoch=3", "train.epochs"),
+    ("train.epochs=many", "train.epochs"),
+    ("train.epochs=0", "train.epochs"),
+    ("train.precision=fp8", "train.precision"),
+    ("train.zero_stage=4", "train.zero_stage"),
+    ("selection.first_share=1.5", "selection.first_share"),
+    ("selection.refill=1", "selection.refill"),
+    ("preset=best", "preset"),
+    ("train=3", "train"),
+    ("data.streams=3", "data.streams"),
+    ("data.index=", "data.index"),
+    ("model.config={embed_dim: 3}", "model.name"),
+    ("train.epochs", "a.b=value"),
+])
+def test_a_wrong_value_is_one_line_that_names_the_key(file, override, names):
+    with pytest.raises(UserError, match=names) as error:
+        load_config(file(BASE), [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\xff"])
+def test_a_file_that_is_no_config_is_refused(file, text):
+    with pytest.raises(UserError, match="config"):
+        load_config(file(text))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(file):
+    path = file(BASE)
+    same = load_config(path).hash()
+    assert load_config(path, ["run.dir=x", "data.workers=7", "wandb.mode=offline"]).hash() == same
+    assert load_config(path, ["run.seed=1"]).hash() != same
+    assert load_config(path, ["data.clip_augment.flip=0.1"]).hash() != same

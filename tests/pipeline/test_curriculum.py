@@ -1,0 +1,64 @@
+"""The curriculum: stages, equal views, interleaving, learning rate."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import Config, Data, Selection, Train
+from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
+from shards.masks import SafeMask
+
+COUNTS = np.array([40, 0, 17, 63])
+
+
+def config(**selection):
+    return Config(data=Data(streams=2, window=16), train=Train(batch_size=4, epochs=6, unimodal_epochs=2, slow_epochs=1),
+                  selection=Selection(**selection))
+
+
+def test_stages_follow_the_method():
+    stages = [(e.stage, e.split) for e in curriculum(config().train)]
+    assert stages == [("unimodal", None)] * 2 + [("slow", None)] + [("safeclip", 0), ("safeclip", 1), ("safeclip", 2)]
+
+
+def test_plain_clip_is_the_same_program_without_warm_up_and_split():
+    train = Train(method="clip", epochs=3, unimodal_epochs=0, slow_epochs=0)
+    assert [(e.stage, e.split) for e in curriculum(train)] == [("clip", None)] * 3
+
+
+@given(safe=st.integers(4, 120), refill=st.booleans(), risky=st.sampled_from(["unimodal", "skip"]), seed=st.integers(0, 99))
+def test_every_epoch_has_at_most_the_views_of_one_over_all_pairs(safe, refill, risky, seed):
+    flags = np.zeros(120, bool)
+    flags[np.random.default_rng(seed).permutation(120)[:safe]] = True
+    mask, chosen = SafeMask.from_flags(COUNTS, flags), config(refill=refill, risky=risky)
+    epoch = curriculum(chosen.train)[3]
+    steps = epoch_steps(epoch, COUNTS, mask, chosen)
+    kinds = [step.loss for step in steps]
+    safe_steps, risky_steps = kinds.count("clip"), kinds.count("unimodal")
+    assert risky_steps == ((120 - safe) // 4 if risky == "unimodal" else 0)
+    assert safe_steps == (30 - risky_steps if refill else safe // 4)
+    assert {(s.loss, s.view) for s in steps} <= {("clip", "safe"), ("unimodal", "risky")}
+    # Each batch once per lap, in order; interleaved in proportion: no stretch lacks either kind for long.
+    assert [(s.lap, s.number) for s in steps if s.loss == "clip"] == [divmod(i, safe // 4) for i in range(safe_steps)]
+    assert [s.number for s in steps if s.loss == "unimodal"] == list(range(risky_steps))
+    for i in range(len(steps) + 1):
+        assert abs(kinds[:i].count("clip") - i * safe_steps / max(1, len(steps))) <= 1
+
+
+def test_laps_have_another_order():
+    flags = np.ones(120, bool)
+    flags[::2] = False
+    chosen = config(refill=True, risky="skip")
+    steps = epoch_steps(curriculum(chosen.train)[3], COUNTS, SafeMask.from_flags(COUNTS, flags), chosen)
+    first, second = ([tuple(s.plan.batch(s.number)[1]) for s in steps if s.lap == lap] for lap in (0, 1))
+    assert sorted(sum(first, ())) == sorted(sum(second, ())) and first != second
+
+
+def test_the_rate_warms_up_falls_as_a_cosine_and_is_low_in_slow_epochs():
+    train = Train(epochs=6, unimodal_epochs=2, slow_epochs=1, lr=1.0, slow_lr=0.01, warmup_steps=10)
+    stages = curriculum(train)
+    rates = [learning_rate(step, stages[step // 20], 20, train) for step in range(120)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[119] < 0.001
+    assert set(rates[40:60]) == {0.01}
+    falling = rates[10:40] + rates[60:]
+    assert all(a > b for a, b in zip(falling[1:], falling[2:]))
