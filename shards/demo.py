@@ -7,6 +7,7 @@ that distract; captions name colour and shape, and by chance the rest, in many f
 import io
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from shards.errors import UserError
 from shards.index import build_index
-from shards.storage import write_json
+from shards.storage import write_bytes, write_json
 from shards.write import write_shards, write_test_set
 
 SIZE, FINE = 32, 3  # pixels of a side; rendered this many times larger, then reduced
@@ -48,18 +49,22 @@ def shapes(out, pairs=16_000, test=1_080, seed=0):
 def build(out, made_by, train, test, classes, templates):
     """Write and index train() and test() samples in OUT, with `made_by` as the marker of a finished data set."""
     out = Path(out)
-    marker = out / "made_by.json"
+    marker, unfinished = out / "made_by.json", out / "unfinished"
+    if unfinished.exists():
+        shutil.rmtree(out)  # our own, cut off
     if marker.exists() and json.loads(marker.read_text()) == made_by:
         return
     if out.exists() and any(out.iterdir()):
         held = f"data made by {marker.read_text().strip()}" if marker.exists() else "files that are not a finished data set"
         raise UserError(f"{out}: holds {' '.join(held.split())}; delete it or name another folder")
+    write_bytes(unfinished, b"")
     paths = write_shards(train(), out / "train")
     build_index([str(p) for p in paths], out / "index")
     build_index([str(p) for p in paths], out / "labels", text="cls")
     paths = write_test_set(test(), classes, templates, out)
     build_index([str(p) for p in paths], out / "test_index", text="cls")
     write_json(marker, made_by)
+    unfinished.unlink()
 
 
 def render(number, seed, captioned):
@@ -80,7 +85,7 @@ def choose(rng, options):
 
 def caption(rng, colour, shape, ground, texture, size, place):
     """One of many natural forms; colour and shape always, the rest by chance."""
-    said = rng.random(4) < (0.4, 0.4, 0.5, 0.4)
+    said = (rng.random(4) < (0.4, 0.4, 0.5, 0.4)).tolist()
     words = [size] * said[0] + [texture] * (said[1] and texture != "plain") + [colour, shape]
     where = f" in the {place}" if place in ("centre", "upper left", "upper right", "lower left", "lower right") else f" at the {place}"
     on = f"a {ground} background"
