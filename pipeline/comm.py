@@ -87,8 +87,10 @@ def all_gather_rows(local_ND, counts):
     """Rows of all ranks, in rank order; counts[r] is the number of rank r's rows. No gradient."""
     if world() == 1:
         return local_ND
-    padded = local_ND.new_zeros((max(counts), *local_ND.shape[1:]))
-    padded[:len(local_ND)] = local_ND
+    padded = local_ND.contiguous()
+    if min(counts) != max(counts):
+        padded = local_ND.new_zeros((max(counts), *local_ND.shape[1:]))
+        padded[:len(local_ND)] = local_ND
     everyone = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(everyone, padded)
     return torch.cat([rows[:count] for rows, count in zip(everyone, counts)])

@@ -36,7 +36,7 @@ FORMS = ("a picture of {x}{place}{ground}", "{x}{place}{ground}", "there is {x}{
          "one can see {x}{place}{ground}", "a simple scene with {x}{place}{ground}", "here we have {x}{place}{ground}")
 
 
-def shapes(out, pairs=16_000, test=1_080, seed=0):
+def shapes(out, pairs=18_000, test=1_080, seed=0):
     """Build the data set in OUT: train/, test/ (CLIP_benchmark layout), index/, labels/ (of train), test_index/.
 
     A finished one with the same arguments is used again. Raises UserError when OUT holds something else.

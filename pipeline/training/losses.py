@@ -6,10 +6,23 @@ the scaling here makes that average the gradient of one rank with the whole batc
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from pipeline import comm
+
+
+class GatherRows(torch.autograd.Function):
+    """(B, D) of each rank -> (G, D) of all, in rank order. Backward sums what every rank's loss asks of a row."""
+
+    @staticmethod
+    def forward(context, local_BD):
+        return comm.all_gather_rows(local_BD.detach(), [len(local_BD)] * comm.world())
+
+    @staticmethod
+    def backward(context, grad_GD):
+        grad_GD = grad_GD.contiguous()
+        dist.all_reduce(grad_GD)
+        return grad_GD.chunk(comm.world())[comm.rank()]
 
 
 def clip_loss(image_BD, text_BD, scale, valid_B):
@@ -30,10 +43,8 @@ def info_nce(a_BD, b_BD, scale, valid_B):
     """
     rank, world, rows = comm.rank(), comm.world(), len(valid_B)
     if world > 1:
-        a_GD, b_GD = torch.cat(all_gather(a_BD.contiguous())), torch.cat(all_gather(b_BD.contiguous()))
-        everyone = [torch.empty_like(valid_B) for _ in range(world)]
-        dist.all_gather(everyone, valid_B.contiguous())
-        valid_G = torch.cat(everyone)
+        a_GD, b_GD = GatherRows.apply(a_BD), GatherRows.apply(b_BD)
+        valid_G = comm.all_gather_rows(valid_B, [rows] * world)
     else:
         a_GD, b_GD, valid_G = a_BD, b_BD, valid_B
     target_B = torch.arange(rank * rows, (rank + 1) * rows, device=a_BD.device)

@@ -3,7 +3,6 @@
 import copy
 import difflib
 import math
-import warnings
 
 import open_clip
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline import comm
+from pipeline.training.batchnorm import share_batch_norm
 from shards.errors import UserError
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's clamp of the logit scale
@@ -72,12 +72,7 @@ class Towers(nn.Module):
 
     def __init__(self, clip, mean, std):
         super().__init__()
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in clip.modules()) and comm.world() > 1:
-            if torch.cuda.is_available():
-                clip = nn.SyncBatchNorm.convert_sync_batchnorm(clip)
-            elif comm.is_main():
-                warnings.warn("BatchNorm on the CPU takes its statistics per process; on GPUs they are shared", stacklevel=2)
-        self.clip = clip
+        self.clip = share_batch_norm(clip) if comm.world() > 1 else clip
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 

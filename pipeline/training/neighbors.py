@@ -2,7 +2,6 @@
 
 import faiss
 import torch
-import torch.distributed as dist
 
 from pipeline import comm
 
@@ -27,13 +26,8 @@ class NeighborPool:
     @torch.no_grad()
     def push(self, z_BD, valid_B):
         """Append the valid rows of all ranks, in rank order."""
-        z_BD, valid_B = z_BD.detach().float().contiguous(), valid_B.contiguous()
-        if comm.world() > 1:
-            rows = [torch.empty_like(z_BD) for _ in range(comm.world())]
-            flags = [torch.empty_like(valid_B) for _ in range(comm.world())]
-            dist.all_gather(rows, z_BD)
-            dist.all_gather(flags, valid_B)
-            z_BD, valid_B = torch.cat(rows), torch.cat(flags)
+        rows = [len(z_BD)] * comm.world()
+        z_BD, valid_B = comm.all_gather_rows(z_BD.detach().float(), rows), comm.all_gather_rows(valid_B, rows)
         size = len(self.pool_PD)
         new_ND = z_BD[valid_B][-size:]
         self.pool_PD[(self.head + torch.arange(len(new_ND), device=new_ND.device)) % size] = new_ND
