@@ -29,31 +29,43 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x_BCHW):
         if not self.training or comm.world() == 1:
             return super().forward(x_BCHW)
-        local_2C = torch.stack([x_BCHW.mean((0, 2, 3)), x_BCHW.square().mean((0, 2, 3))])
-        mean_C, square_C = MeanOverRanks.apply(local_2C)
-        var_C = (square_C - mean_C.square()).clamp(min=0)
+        y_BCHW, mean_C, var_C = Normalise.apply(x_BCHW, self.weight, self.bias, self.eps)
         with torch.no_grad():
             count = x_BCHW.numel() / x_BCHW.shape[1] * comm.world()
             self.running_mean.lerp_(mean_C, self.momentum)
             self.running_var.lerp_(var_C * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
-        gain_C = self.weight * torch.rsqrt(var_C + self.eps)
-        return x_BCHW * gain_C[:, None, None] + (self.bias - mean_C * gain_C)[:, None, None]
+        return y_BCHW
 
 
-class MeanOverRanks(torch.autograd.Function):
-    """The mean of every rank's tensor. Backward: the mean of every rank's gradient."""
-
-    @staticmethod
-    def forward(context, x):
-        return mean_over_ranks(x)
+class Normalise(torch.autograd.Function):
+    """(y, mean, biased variance) of batch normalisation over all ranks (Ioffe and Szegedy 2015); mean and variance carry no gradient."""
 
     @staticmethod
-    def backward(context, grad):
-        return mean_over_ranks(grad)
+    def forward(context, x, weight, bias, eps):
+        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
+        mean, square = mean_over_ranks(moments)
+        var = (square - mean.square()).clamp(min=0)
+        rstd = torch.rsqrt(var + eps)
+        gain = weight * rstd
+        context.save_for_backward(x, weight, mean, rstd)
+        context.mark_non_differentiable(mean, var)
+        return torch.addcmul((bias - mean * gain)[:, None, None], x, gain[:, None, None]), mean, var
+
+    @staticmethod
+    def backward(context, dy, _mean, _var):
+        x, weight, mean, rstd = context.saved_tensors
+        count = x.numel() / x.shape[1]
+        dy_C = dy.sum((0, 2, 3))
+        dweight_C = ((dy * x).sum((0, 2, 3)) - dy_C * mean) * rstd
+        along, across = mean_over_ranks(torch.stack([dweight_C, dy_C]) / count)  # what moving the statistics costs
+        gain = weight * rstd
+        tilt = gain * along * rstd
+        dx = torch.addcmul((tilt * mean - gain * across)[:, None, None], x, -tilt[:, None, None])
+        dx.addcmul_(dy, gain[:, None, None])
+        return dx, dweight_C, dy_C, None
 
 
 def mean_over_ranks(x):
-    total = x.clone().contiguous()
-    dist.all_reduce(total)
-    return total / comm.world()
+    dist.all_reduce(x)
+    return x / comm.world()
