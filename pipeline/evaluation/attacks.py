@@ -17,9 +17,9 @@ from shards.samples import Samples
 from shards.storage import write_bytes
 
 SETTINGS = {
-    "targeted": {"targets": 30, "captions": 10},
-    "patch": {"pairs": 110, "target_class": None, "size": 0.19, "left": 0.78, "top": 0.78, "cells": 3},
-    "blended": {"pairs": 125, "target_class": None, "alpha": 0.25, "cells": 8},
+    "targeted": {"targets": 30, "captions": 12},
+    "patch": {"pairs": 80, "target_class": None, "size": 0.19, "left": 0.78, "top": 0.78, "cells": 3},
+    "blended": {"pairs": 95, "target_class": None, "alpha": 0.25, "cells": 8},
 }
 KEYS = ("index", "labels", "test", "classnames", "out")
 

@@ -1,0 +1,43 @@
+"""Shared by all tests: small shards on disk, as users have them."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def picture(seed, size=16):
+    """PNG bytes of a random picture."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def make_shards(tmp_path):
+    """Function: counts per shard -> paths of tars with that many samples, written by webdataset."""
+    from shards.write import write_shards
+
+    def make(counts, folder="tars"):
+        paths = []
+        for shard, count in enumerate(counts):
+            samples = [{"__key__": f"s{shard}_{i:04d}", "png": picture([shard, i]), "txt": f"caption {i} of shard {shard}",
+                        "cls": i % 3} for i in range(count)]
+            if count:
+                path, = write_shards(samples, tmp_path / folder / str(shard), max(1, count))
+            else:
+                path = tmp_path / folder / f"empty{shard}.tar"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(bytes(10240))
+            paths.append(path)
+        return paths
+    return make
+
+
+settings.register_profile("project", deadline=None, derandomize=True)  # results, never timing; the same examples each time
+settings.load_profile("project")

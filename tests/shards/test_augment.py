@@ -1,0 +1,58 @@
+"""Views: pure functions of their key, in range, never empty."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from shards.augment import ImageAugment, caption_view, image_view, plain_view, random_box, sample_rng, synonyms
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+OFF = ImageAugment(crop_min=1, flip=0, jitter=0, grey=0, blur=0)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 99), st.integers(0, 2**20), st.integers(0, 2**20), st.integers(0, 9))
+def test_a_view_is_a_function_of_its_key(seed, epoch, shard, position, view):
+    key = seed, epoch, shard, position, view
+    one, two = (image_view(PICTURE, 24, sample_rng(*key), ImageAugment()) for _ in range(2))
+    assert one.shape == (24, 24, 3) and one.dtype == np.uint8 and np.array_equal(one, two)
+
+
+def test_other_keys_give_other_draws():
+    draws = {sample_rng(*key).random() for key in np.ndindex(2, 2, 2, 2, 2)}
+    assert len(draws) == 32
+
+
+@given(st.integers(0, 10_000), st.integers(1, 300), st.integers(1, 300), st.floats(0.01, 1))
+def test_a_crop_lies_inside_the_picture(seed, width, height, crop_min):
+    left, top, right, bottom = random_box(width, height, crop_min, np.random.default_rng(seed))
+    assert 0 <= left < right <= width + 1e-9 and 0 <= top < bottom <= height + 1e-9
+
+
+def test_everything_off_is_the_resized_picture():
+    wanted = np.asarray(PICTURE.resize((24, 24), Image.BICUBIC))
+    assert np.array_equal(image_view(PICTURE, 24, sample_rng(0, 0, 0, 0, 0), OFF), wanted)
+
+
+def test_the_plain_view_is_the_centre():
+    assert plain_view(PICTURE, 40).shape == (40, 40, 3)
+    assert np.array_equal(plain_view(PICTURE, 40), np.asarray(PICTURE.crop((10, 0, 50, 40))))
+
+
+@settings(max_examples=200)
+@given(st.text(min_size=1).filter(str.strip), st.integers(0, 10_000), st.floats(0, 1))
+def test_a_caption_is_never_empty(text, seed, rate):
+    assert caption_view(text, np.random.default_rng(seed), rate).strip()
+
+
+def test_all_four_operations_happen():
+    text = "a big red circle near the old house"
+    words = [caption_view(text, np.random.default_rng(seed), 0.3).split() for seed in range(200)]
+    lengths = {len(w) for w in words}
+    assert min(lengths) < 8 < max(lengths)
+    assert any(sorted(w) == sorted(text.split()) and w != text.split() for w in words)  # swapped
+    assert any("crimson" in w or "scarlet" in w for w in words)  # a synonym
+
+
+def test_no_word_is_its_own_synonym():
+    assert all(word not in others and others for word, others in synonyms().items())
