@@ -152,7 +152,7 @@ PRESETS = {
     "paper": {},
     "clip": {"train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0}},
     "default": {"train": {"unimodal_epochs": 1},
-                "selection": {"first_share": 0.4, "growth": 0.05, "risky": "skip", "refill": True}},
+                "selection": {"first_share": 0.6, "growth": 0.06, "cap": 0.9, "risky": "skip", "refill": True}},
 }
 CHOICES = {
     "train.method": ("safeclip", "clip"), "train.precision": ("fp32", "bf16"), "train.zero_stage": (0, 1, 2, 3),

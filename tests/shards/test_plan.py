@@ -35,7 +35,7 @@ def test_safe_and_risky_are_disjoint_and_together_all(counts_S, seed, data):
     seen = {}
     for view in ("safe", "risky"):
         p = EpochPlan(mask.counts(view), seed=seed, epoch=1, view=view, batch_size=1, streams=1)
-        seen[view] = {(int(s), int(mask.locate(view, s, n)[0])) for s, n in (p.batch(step) for step in range(p.steps))}
+        seen[view] = {(int(s[0]), int(mask.locate(view, s, n)[0])) for s, n in (p.batch(step) for step in range(p.steps))}
     offsets = np.concatenate([[0], np.cumsum(counts_S)])
     assert {offsets[s] + n for s, n in seen["safe"]} == set(np.flatnonzero(flags))
     assert {offsets[s] + n for s, n in seen["risky"]} == set(np.flatnonzero(~flags))

@@ -1,0 +1,105 @@
+"""The manifest: seeded, disjoint, within the data; the overlay applies it while reading."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.evaluation.attacks import make_attack
+from shards.demo import shapes
+from shards.errors import UserError
+from shards.index import ShardIndex
+from shards.overlay import Overlay, Trigger
+from shards.samples import Samples
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    shapes(out, pairs=400, test=72)
+    return out
+
+
+def attack(data, out, **changed):
+    return {"index": str(data / "index"), "labels": str(data / "labels"), "test": str(data / "test_index"),
+            "classnames": str(data / "classnames.txt"), "out": str(out), "targeted": {"targets": 3, "captions": 4},
+            "patch": {"pairs": 6}, "blended": {"pairs": 7, "target_class": "red star"}, **changed}
+
+
+@pytest.fixture
+def poisoned(data, tmp_path):
+    make_attack(attack(data, tmp_path))
+    index = ShardIndex.load(data / "index")
+    return Samples(index), Samples(index, Overlay.load(tmp_path, index))
+
+
+def test_it_poisons_as_many_pairs_as_it_says_and_each_once(poisoned):
+    rows = [(r["shard"], r["position"]) for r in poisoned[1].overlay.rows]
+    kinds = [r["kind"] for r in poisoned[1].overlay.rows]
+    assert len(set(rows)) == len(rows) == 3 * 4 + 6 + 7
+    assert (kinds.count("targeted"), kinds.count("patch"), kinds.count("blended")) == (12, 6, 7)
+
+
+def test_only_the_named_pairs_change(poisoned):
+    clean, bad = poisoned
+    named = {(r["shard"], r["position"]) for r in bad.overlay.rows}
+    for position in range(400):
+        same = np.array_equal(clean.image(0, position), bad.image(0, position)) and clean.caption(0, position) == bad.caption(0, position)
+        assert same == ((0, position) not in named)
+
+
+def test_backdoors_carry_the_target_class_and_the_trigger(poisoned, data):
+    clean, bad = poisoned
+    labels = Samples(ShardIndex.load(data / "labels"))
+    for row in bad.overlay.rows:
+        where = row["shard"], row["position"]
+        if row["kind"] == "targeted":
+            assert np.array_equal(bad.image(*where), bad.source.image(*row["source"]))
+            continue
+        kind = bad.overlay.kinds[row["kind"]]
+        assert labels.label(*where) != kind["target_class"] and kind["class"] in row["caption"]
+        assert np.array_equal(bad.image(*where), bad.overlay.trigger(row["kind"]).apply(clean.image(*where)))
+    assert bad.overlay.kinds["blended"]["class"] == "red star"
+
+
+def test_targets_are_under_captions_of_a_class_that_is_not_theirs(poisoned, data):
+    classes = (data / "classnames.txt").read_text().splitlines()
+    overlay = poisoned[1].overlay
+    for target in overlay.targets:
+        captions = [r["caption"] for r in overlay.rows if r["source"] == [target["shard"], target["position"]]]
+        assert len(captions) == 4 and all(classes[target["adversarial_class"]] in caption for caption in captions)
+        assert target["adversarial_class"] != target["true_class"] == poisoned[1].source.label(target["shard"], target["position"])
+
+
+def test_the_same_config_gives_the_same_bytes_and_another_seed_others(data, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_attack(attack(data, tmp_path / name, seed=seed))
+    a, b, c = ((tmp_path / name / "manifest.json").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("changed, names", [
+    ({"patched": {}}, "patched"), ({"patch": {"pair": 3}}, "patch.pair"), ({"index": None}, "index"),
+    ({"patch": {"pairs": 1000}}, "patch.pairs"), ({"blended": {"target_class": "grey cat"}}, "grey cat"),
+    ({"classnames": "nowhere"}, "nowhere")])
+def test_a_wrong_config_is_named(data, tmp_path, changed, names):
+    with pytest.raises(UserError, match=names):
+        make_attack(attack(data, tmp_path, **changed))
+
+
+def test_an_overlay_of_other_shards_is_refused(data, tmp_path, poisoned):
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "0"}))
+    with pytest.raises(UserError, match="fingerprint 0"):
+        Overlay.load(tmp_path, ShardIndex.load(data / "index"))
+
+
+def test_a_trigger_scales_with_the_picture():
+    patch = Trigger("patch", 0, size=0.25, left=0.5, top=0.5, cells=2)
+    for size in (16, 64):
+        grey = Image.new("RGB", (size, size), (128, 128, 128))
+        changed = (np.asarray(patch.apply(grey)) != 128).all(2)
+        assert changed.sum() == (size // 4) ** 2 and changed[size // 2, size // 2] and not changed[0, 0]
+    blended = np.asarray(Trigger("blended", 0, alpha=0.2).apply(Image.new("RGB", (32, 32), (128, 128, 128))))
+    assert 0 < np.abs(blended.astype(int) - 128).mean() < 0.2 * 128

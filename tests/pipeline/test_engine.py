@@ -1,0 +1,146 @@
+"""N ranks train what one rank with the whole batch trains, at every ZeRO stage, for both losses."""
+
+import copy
+
+import pytest
+import torch
+
+from pipeline import comm
+from pipeline.config import Train
+from pipeline.training import engine as engines
+from pipeline.training.losses import clip_loss
+from pipeline.training.model import MAX_LOG_SCALE, Towers, build_model, pixel_stats
+from pipeline.training.neighbors import NeighborPool
+from pipeline.training.run import train_step
+from shards.loader import Batch
+from tests.ranks import run_ranks
+
+VIT = {"embed_dim": 16, "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16},
+       "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}}
+RESNET = {**VIT, "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"}}
+ROWS, STEPS = 8, 2
+
+
+def towers(config):
+    torch.manual_seed(0)
+    return Towers(build_model({"config": copy.deepcopy(config)}), *pixel_stats())
+
+
+def global_batch(kind, size, step=0):
+    """(images, tokens, valid) of ROWS rows; for the unimodal loss two views. Rows 0 to 4 hold three bad ones, rows 4 to 8 none."""
+    torch.manual_seed(100 + step)
+    views = 2 if kind == "unimodal" else 1
+    images = torch.randint(0, 256, (views, ROWS, 3, size, size), dtype=torch.uint8)
+    tokens = torch.randint(1, 63, (views, ROWS, 8))
+    return images, tokens, torch.tensor([True, False, False, True] + [True] * (ROWS - 4)) if step == 0 else torch.arange(ROWS) >= 4
+
+
+def own_rows(whole):
+    """This rank's rows of a global batch, as a Batch."""
+    images, tokens, valid = whole
+    rows = ROWS // comm.world()
+    mine = slice(comm.rank() * rows, (comm.rank() + 1) * rows)
+    return Batch(images[:, mine].flatten(0, 1), tokens[:, mine].flatten(0, 1), valid[mine], torch.arange(ROWS)[mine], [])
+
+
+def train(stages, precision="fp32", config=VIT):
+    """{(stage, loss kind): (losses, weights after the steps)} on this rank."""
+    results = {}
+    for stage in stages:
+        for kind in ("clip", "unimodal"):
+            # A large eps: where a true gradient is 0 (the keys' bias) Adam would step by the sign of its rounding error.
+            settings = Train(batch_size=ROWS, lr=1e-2, eps=1e-2, zero_stage=stage, precision=precision)
+            engine = engines.start_engine(towers(config), settings, comm.device())
+            pools = {name: NeighborPool(12, 16, comm.device()) for name in ("image", "text")}
+            losses = []
+            for step in range(STEPS):
+                batch = own_rows(global_batch(kind, config["vision_cfg"]["image_size"], step))
+                losses.append(comm.mean(train_step(engine, pools, batch, kind)[0]))
+            results[stage, kind] = losses, engines.consolidated_state(engine)
+    return results
+
+
+def check_equal(many, one):
+    for key, (losses, weights) in one.items():
+        assert many[key][0] == pytest.approx(losses, rel=1e-5), key
+        for name, value in weights.items():
+            torch.testing.assert_close(many[key][1][name], value, rtol=1e-5, atol=1e-5, msg=f"{key} {name}")
+
+
+def test_two_ranks_are_one_rank_with_the_whole_batch_at_every_stage():
+    one, = run_ranks(train, 1, [0, 1, 2, 3])
+    two = run_ranks(train, 2, [0, 1, 2, 3])[0]
+    check_equal(two, one)
+    for stage in (1, 2, 3):
+        check_equal({(0, kind): two[stage, kind] for kind in ("clip", "unimodal")}, {(0, kind): one[0, kind] for kind in ("clip", "unimodal")})
+
+
+def gradients(config, kind):
+    """Gradients of the loss of the global batch, averaged over the ranks as DeepSpeed does, without an optimizer."""
+    model = towers(config)
+    batch = own_rows(global_batch(kind, config["vision_cfg"]["image_size"]))
+    loss = clip_loss(*model(batch.images, batch.tokens), batch.valid)
+    loss.backward()
+    grads = {}
+    for name, parameter in model.named_parameters():
+        if comm.world() > 1:
+            torch.distributed.all_reduce(parameter.grad)
+        grads[name] = parameter.grad / comm.world()
+    return comm.mean(loss), grads
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet with batch norm"])
+def test_gradients_of_ranks_average_to_those_of_the_whole_batch(config):
+    (loss1, one), = run_ranks(gradients, 1, config, "clip")
+    for loss, many in run_ranks(gradients, 2, config, "clip"):
+        assert loss == pytest.approx(loss1, rel=1e-5)
+        for name in one:
+            torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=1e-5 * one[name].abs().max().item() + 1e-7, msg=name)
+
+
+def test_bf16_trains_at_every_stage():
+    for losses, weights in run_ranks(train, 2, [0, 1, 2, 3], "bf16")[0].values():
+        assert all(0 < loss < 10 for loss in losses) and all(torch.isfinite(w).all() for w in weights.values())
+
+
+def clamp(stage):
+    engine = engines.start_engine(towers(VIT), Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    batch = own_rows(global_batch("clip", 16))
+    values = []
+    for wanted in (9.0, -3.0, 2.0):
+        if stage:
+            safe_set_full_fp32_param(engine.module.clip.logit_scale, torch.tensor([wanted]))
+        else:
+            engine.module.clip.logit_scale.data.fill_(wanted)
+        engines.clamp_logit_scale(engine)
+        engines.set_lr(engine, 0.0)
+        train_step(engine, {}, batch, "clip")
+        values.append(float(engines.consolidated_state(engine).get("logit_scale", torch.zeros(1))))
+    return values
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_logit_scale_stays_in_bounds(stage):
+    assert run_ranks(clamp, 2, stage)[0] == pytest.approx([MAX_LOG_SCALE, 0.0, 2.0], abs=1e-6)
+
+
+def save_and_load(folder, stage):
+    settings = Train(batch_size=ROWS, lr=1e-2, zero_stage=stage)
+    batch = own_rows(global_batch("clip", 16))
+    engine = engines.start_engine(towers(VIT), settings, comm.device())
+    train_step(engine, {}, batch, "clip")
+    engines.save(engine, f"{folder}/{stage}/deepspeed")
+    comm.barrier()
+    train_step(engine, {}, batch, "clip")
+    again = engines.start_engine(towers(VIT), settings, comm.device())
+    engines.load(again, f"{folder}/{stage}/deepspeed")
+    train_step(again, {}, batch, "clip")
+    return engines.consolidated_state(engine), engines.consolidated_state(again)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_saved_goes_on_bit_for_bit(tmp_path, stage):
+    whole, resumed = run_ranks(save_and_load, 2, str(tmp_path), stage)[0]
+    assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,0 +1,58 @@
+"""The pool: first in, first out, valid rows only, the same on every rank; its search is exact."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from pipeline import comm
+from pipeline.training.neighbors import NeighborPool
+from tests.ranks import run_ranks
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=8), st.integers(1, 12))
+def test_it_holds_the_last_valid_rows(pushes, size):
+    pool, all_valid = NeighborPool(size, 2, "cpu"), []
+    number = 0
+    for valid in pushes:
+        z = torch.tensor([[float(number + i), 1.0] for i in range(len(valid))])
+        number += len(valid)
+        pool.push(z, torch.tensor(valid))
+        all_valid += z[torch.tensor(valid)].tolist()
+    assert sorted(pool.pool_PD[:pool.filled].tolist()) == sorted(all_valid[-size:])
+
+
+@given(st.integers(0, 99), st.integers(1, 40))
+def test_the_nearest_is_the_nearest(seed, filled):
+    torch.manual_seed(seed)
+    pool, query = NeighborPool(40, 6, "cpu"), F.normalize(torch.randn(7, 6), dim=1)
+    rows = F.normalize(torch.randn(filled, 6), dim=1)
+    pool.push(rows, torch.ones(filled, dtype=torch.bool))
+    assert torch.equal(pool.search(query), rows[(query @ rows.T).argmax(1)])
+
+
+def test_an_empty_pool_gives_the_row_itself():
+    z = torch.ones(2, 3, requires_grad=True)
+    near = NeighborPool(4, 3, "cpu").search(z)
+    assert torch.equal(near, z) and not near.requires_grad
+
+
+def test_it_is_restored():
+    pool, again = NeighborPool(5, 3, "cpu"), NeighborPool(5, 3, "cpu")
+    pool.push(torch.randn(7, 3), torch.ones(7, dtype=torch.bool))
+    again.load_state_dict(pool.state_dict())
+    assert torch.equal(again.pool_PD, pool.pool_PD) and (again.head, again.filled) == (pool.head, pool.filled)
+
+
+def push(size):
+    pool = NeighborPool(size, 2, comm.device())
+    for step in range(3):
+        z = torch.full((2, 2), 10.0 * step + comm.rank())
+        pool.push(z, torch.tensor([True, comm.rank() == step % 2]))
+    return pool.pool_PD
+
+
+def test_both_ranks_hold_the_same_in_rank_order():
+    one, two = run_ranks(push, 2, 20)
+    assert torch.equal(one, two)
+    assert one[:9, 0].tolist() == [0, 0, 1, 10, 11, 11, 20, 20, 21]

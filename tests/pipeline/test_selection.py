@@ -1,0 +1,36 @@
+"""Selection by counting equals selection by sorting; a lower score is never safe while a higher one is not."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pipeline.safety.selection import count_at_least, growth, select_top
+
+scores = arrays(np.float32, st.integers(0, 200), elements=st.one_of(
+    st.floats(-1, 1, width=32), st.sampled_from([np.float32(x) for x in (0.0, -0.0, 0.5, 0.25, np.nan)])))
+
+
+@given(scores, st.integers(0, 250))
+def test_the_highest_with_ties_to_the_first_rows(scores_N, k):
+    chosen = select_top(scores_N, k)
+    usable = np.flatnonzero(~np.isnan(scores_N))
+    wanted = usable[np.argsort(-scores_N[usable].astype(np.float64), kind="stable")][:k]
+    assert set(np.flatnonzero(chosen)) == set(wanted)
+
+
+@given(scores, st.integers(0, 250))
+def test_it_is_one_cut(scores_N, k):
+    chosen = select_top(scores_N, k)
+    left = scores_N[~chosen & ~np.isnan(scores_N)]
+    if chosen.any() and len(left):
+        assert scores_N[chosen].min() >= left.max()
+
+
+@given(scores, st.floats(-1, 1))
+def test_the_count_above_a_cut_selects_just_those(scores_N, cut):
+    assert np.array_equal(select_top(scores_N, count_at_least(scores_N, cut)), scores_N >= cut)
+
+
+def test_growth_stops_at_the_cap():
+    assert [round(growth(0.4, split, 0.2, 0.7), 3) for split in range(4)] == [0.4, 0.6, 0.7, 0.7]
