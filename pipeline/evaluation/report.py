@@ -24,8 +24,8 @@ from shards.storage import write_json
 def evaluate_run(run_dir, baseline=None, overrides=()):
     """Evaluate the newest complete checkpoint of `run_dir` and write RUN/eval.json; returns it as a dict.
 
-    `took` (the undefended attack reaches 80 %) is judged on `baseline`, the run directory of plain CLIP on the same poison;
-    without it, on this run if it is plain CLIP, else it is null: unknown. Raises UserError.
+    `took` (the undefended attack reaches 80 %) is judged by plain CLIP on the same poison: this run
+    if it is one, else the run directory `baseline`; without either it is null: unknown. Raises UserError.
     """
     run_dir = Path(run_dir)
     config, folder, towers = load_run(run_dir, overrides)
@@ -36,10 +36,10 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
     figures = ZeroShot(config.evaluation, overlay)(towers, make_views(config), comm.device())
     state = checkpoint.load_state(folder)
     undefended = None
-    if baseline:
-        undefended = read_eval(baseline)["attacks"]
-    elif config.train.method == "clip":
+    if config.train.method == "clip":
         undefended = figures["attacks"]
+    elif baseline:
+        undefended = read_eval(baseline)["attacks"]
     splits = [load_split(path.parent, index) for path in sorted(run_dir.glob("masks/epoch_*/mask.json"))]
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None

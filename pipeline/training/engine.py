@@ -56,15 +56,17 @@ def set_lr(engine, lr):
 
 @torch.no_grad()
 def clamp_logit_scale(engine):
-    """Keep the logit scale in [1, 100] (its log in [0, ln 100]), in every copy that the engine holds."""
+    """Keep the logit scale in [1, 100] (its log in [0, ln 100]): the weight and the part of its fp32 master on this rank."""
     scale = engine.module.clip.logit_scale
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+    if hasattr(scale, "ds_id"):  # ZeRO-3: both are partitioned; what is no part of the scale is padding
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
-    full = safe_get_full_fp32_param(scale) if hasattr(scale, "_hp_mapping") or hasattr(scale, "ds_id") else None
-    if full is None:
-        scale.clamp_(0, MAX_LOG_SCALE)
-    elif not 0 <= float(full) <= MAX_LOG_SCALE:
-        safe_set_full_fp32_param(scale, full.clamp(0, MAX_LOG_SCALE))
+        safe_set_local_fp32_param(scale, safe_get_local_fp32_param(scale).clamp(0, MAX_LOG_SCALE))
+        scale.ds_tensor.clamp_(0, MAX_LOG_SCALE)
+        return
+    scale.clamp_(0, MAX_LOG_SCALE)
+    if getattr(scale, "_hp_mapping", None) is not None:  # ZeRO-1 and 2, or bf16: the rank that owns the master
+        scale._hp_mapping.get_hp_fragment().clamp_(0, MAX_LOG_SCALE)
 
 
 def save(engine, folder):

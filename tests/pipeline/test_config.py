@@ -1,5 +1,7 @@
 """Configuration: layers, types, and errors that name the key."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.config import load_config
@@ -68,3 +70,11 @@ def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(file):
     assert load_config(path, ["run.dir=x", "data.workers=7", "wandb.mode=offline"]).hash() == same
     assert load_config(path, ["run.seed=1"]).hash() != same
     assert load_config(path, ["data.clip_augment.flip=0.1"]).hash() != same
+
+
+@pytest.mark.parametrize("name", ["quickstart", "emoji", "cc3m_rn50", "cc12m_vitb32"])
+@pytest.mark.parametrize("preset", ["clip", "paper", "default"])
+def test_the_shipped_recipes_load(name, preset):
+    root = Path(__file__).parents[2]
+    config = load_config(root / "configs" / f"{name}.yaml", [f"preset={preset}"])
+    assert config.train.method == ("clip" if preset == "clip" else "safeclip")
