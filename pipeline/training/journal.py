@@ -3,15 +3,17 @@
 import json
 import sys
 import time
+import uuid
 
 from pipeline import comm
+from shards.storage import write_bytes
 
 
 class Journal:
     """Appends to RUN/metrics.jsonl. `length`: bytes of it to keep; what a dead run wrote after its checkpoint is cut off."""
 
-    def __init__(self, run_dir, config, length=0, wandb_id=None):
-        self.file, self.wandb, self.wandb_id, self.last, self.started = None, None, wandb_id, 0.0, time.monotonic()
+    def __init__(self, run_dir, config, length=0):
+        self.file, self.wandb, self.last = None, None, 0.0
         if not comm.is_main():
             return
         path = run_dir / "metrics.jsonl"
@@ -20,9 +22,12 @@ class Journal:
         if config.wandb.mode != "disabled":
             import wandb
 
-            self.wandb_id = wandb_id or wandb.util.generate_id()
-            self.wandb = wandb.init(project=config.wandb.project, mode=config.wandb.mode, dir=str(run_dir), id=self.wandb_id,
-                                    name=run_dir.name, resume="allow", settings=wandb.Settings(silent=True))
+            id_file = run_dir / "wandb_id"  # kept, so that a resumed run is the same run there
+            if not id_file.exists():
+                write_bytes(id_file, uuid.uuid4().hex[:8].encode())
+            self.wandb = wandb.init(project=config.wandb.project, mode=config.wandb.mode, dir=str(run_dir),
+                                    id=id_file.read_text(), name=run_dir.name, resume="allow",
+                                    settings=wandb.Settings(silent=True))
 
     def log(self, **figures):
         """One line of metrics: figures of one step, epoch or split."""

@@ -53,11 +53,11 @@ def train(config, evaluators=None):
     engine = start_engine(Towers(build_model(asdict(config.model)), *pixel_stats()), config.train, device)
     width = open_clip_config(asdict(config.model))["embed_dim"]
     pools = {name: NeighborPool(config.train.pool, width, device) for name in ("image", "text")}
-    state = {"step": 0, "epoch": 0, "seconds": 0.0, "sample_views": 0, "first_share": None, "metrics_bytes": 0, "wandb_id": None}
+    state = {"step": 0, "epoch": 0, "seconds": 0.0, "sample_views": 0, "first_share": None, "metrics_bytes": 0}
     found = checkpoint.newest_complete(run_dir)
     if found:
         state = checkpoint.load_checkpoint(found, engine, pools)
-    journal = Journal(run_dir, config, state["metrics_bytes"], state["wandb_id"])
+    journal = Journal(run_dir, config, state["metrics_bytes"])
     ledger = Ledger(run_dir / "bad_samples.jsonl") if comm.is_main() else None
     journal.say(f"{run_dir}: {index.samples:,} pairs in {len(index.shards)} shards, {comm.world()} process(es) on {device.type}, "
                 f"{config.train.epochs} epochs of {steps_per_epoch} steps" + (f", resumed after epoch {state['epoch']}" if found else ""))
@@ -93,7 +93,7 @@ def train(config, evaluators=None):
                 figures = evaluate(engine, views, device)
                 journal.log(step=state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
                 journal.say(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
-        state.update(metrics_bytes=journal.length(), wandb_id=journal.wandb_id)
+        state["metrics_bytes"] = journal.length()
         checkpoint.save_checkpoint(run_dir, engine, pools, state, config.run.keep)
     journal.say(f"{run_dir}: done, {state['step']} steps, {state['sample_views']:,} sample views, {state['seconds']:.0f} s")
     journal.close()
