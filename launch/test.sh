@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
 install test
-ruff check pipeline shards tests
+ruff check --quiet --line-length 120 --select E,F,I,W --ignore E501 pipeline shards tests
+ruff format --quiet --check --line-length 120 pipeline shards tests
 exec python -m pytest "$@"

@@ -1,11 +1,11 @@
 """safeclip: pre-training CLIP on image-caption pairs that nobody can trust.
 
-    safeclip data shapes OUT                                  demo shards
-    safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
-    safeclip attack configs/attack.yaml                       an attack manifest
-    safeclip train CONFIG run.dir=RUN                         train, or go on with a run
-    safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
-    safeclip export RUN OUT                                   an open_clip local directory
+safeclip data shapes OUT                                  demo shards
+safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
+safeclip attack configs/attack.yaml                       an attack manifest
+safeclip train CONFIG run.dir=RUN                         train, or go on with a run
+safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
+safeclip export RUN OUT                                   an open_clip local directory
 """
 
 import argparse
@@ -20,7 +20,7 @@ def data(args):
     if args.name == "shapes":
         from shards.demo import shapes
 
-        shapes(args.out, pairs=args.pairs or 18_000, seed=args.seed)
+        shapes(args.out, pairs=args.pairs or 15_000, seed=args.seed)
     else:
         from shards.emoji import emoji
 
@@ -69,8 +69,10 @@ def evaluate(args):
     print(f"{args.run}: clean top-1 {result['clean_top1']:.1%}")
     for kind, figures in result["attacks"].items():
         note = "  (attack did not take)" if figures["took"] is False else ""
-        print(f"  {kind:9s} success {figures['success']:6.1%}  base {figures['base']:6.1%}  read as the true class "
-              f"{figures['true_class']:6.1%}{note}")
+        print(
+            f"  {kind:9s} success {figures['success']:6.1%}  base {figures['base']:6.1%}  read as the true class "
+            f"{figures['true_class']:6.1%}{note}"
+        )
 
 
 def compare(args):
@@ -88,7 +90,9 @@ def export(args):
 
 
 def parser():
-    top = argparse.ArgumentParser(prog="safeclip", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="safeclip", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(run, text):
@@ -99,7 +103,7 @@ def parser():
     sub = command(data, "build demo data as shards")
     sub.add_argument("name", choices=["shapes", "emoji"])
     sub.add_argument("out")
-    sub.add_argument("--pairs", type=int, help="shapes: number of training pairs (default 18000)")
+    sub.add_argument("--pairs", type=int, help="shapes: number of training pairs (default 15000)")
     sub.add_argument("--seed", type=int, default=0)
     sub = command(index, "index shards: what each holds, and where")
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")

@@ -21,11 +21,19 @@ def init(timeout=600.0):
     if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         if "MASTER_ADDR" not in env:
-            raise UserError("MASTER_ADDR: missing under srun; start with launch/slurm.sbatch, which takes it from scontrol")
+            raise UserError(
+                "MASTER_ADDR: missing under srun; start with launch/slurm.sbatch, which takes it from scontrol"
+            )
     if "RANK" not in env:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+            env.update(
+                RANK="0",
+                WORLD_SIZE="1",
+                LOCAL_RANK="0",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(free.getsockname()[1]),
+            )
     env.setdefault("LOCAL_RANK", "0")
     env.setdefault("MASTER_PORT", "29500")
     if torch.cuda.is_available():
@@ -90,7 +98,7 @@ def all_gather_rows(local_ND, counts):
     padded = local_ND.contiguous()
     if min(counts) != max(counts):
         padded = local_ND.new_zeros((max(counts), *local_ND.shape[1:]))
-        padded[:len(local_ND)] = local_ND
+        padded[: len(local_ND)] = local_ND
     everyone = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(everyone, padded)
     return torch.cat([rows[:count] for rows, count in zip(everyone, counts)])

@@ -151,17 +151,36 @@ class Config:
 PRESETS = {
     "paper": {},
     "clip": {"train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0}},
-    "default": {"train": {"unimodal_epochs": 1},
-                "selection": {"first_share": 0.6, "growth": 0.06, "cap": 0.9, "risky": "skip", "refill": True}},
+    "default": {
+        "train": {"unimodal_epochs": 1},
+        "selection": {"first_share": 0.6, "growth": 0.06, "cap": 0.9, "risky": "skip", "refill": True},
+    },
 }
 CHOICES = {
-    "train.method": ("safeclip", "clip"), "train.precision": ("fp32", "bf16"), "train.zero_stage": (0, 1, 2, 3),
-    "selection.risky": ("unimodal", "skip"), "wandb.mode": ("disabled", "offline", "online"),
+    "train.method": ("safeclip", "clip"),
+    "train.precision": ("fp32", "bf16"),
+    "train.zero_stage": (0, 1, 2, 3),
+    "selection.risky": ("unimodal", "skip"),
+    "wandb.mode": ("disabled", "offline", "online"),
 }
-AT_LEAST_ONE = ("train.epochs", "train.batch_size", "train.pool", "data.streams", "data.window", "run.keep",
-                "selection.batch_size")
-SHARES = ("selection.posterior", "selection.first_share", "selection.least_share", "selection.growth", "selection.cap",
-          "data.clip_eda", "data.unimodal_eda")
+AT_LEAST_ONE = (
+    "train.epochs",
+    "train.batch_size",
+    "train.pool",
+    "data.streams",
+    "data.window",
+    "run.keep",
+    "selection.batch_size",
+)
+SHARES = (
+    "selection.posterior",
+    "selection.first_share",
+    "selection.least_share",
+    "selection.growth",
+    "selection.cap",
+    "data.clip_eda",
+    "data.unimodal_eda",
+)
 
 
 def load_config(path, overrides=()):
@@ -248,6 +267,7 @@ def convert(name, value, kind):
 
 def check(config):
     """Raise UserError for values that no run can use."""
+
     def value(key):
         section, name = key.split(".")
         return getattr(getattr(config, section), name)
@@ -266,5 +286,7 @@ def check(config):
     if (config.model.name is None) == (config.model.config is None):
         raise UserError("model: expected either model.name (an open_clip architecture) or model.config, and not both")
     if config.train.batch_size % config.data.streams:
-        raise UserError(f"data.streams: got {config.data.streams}, which does not divide train.batch_size "
-                        f"{config.train.batch_size}; take a divisor of it")
+        raise UserError(
+            f"data.streams: got {config.data.streams}, which does not divide train.batch_size "
+            f"{config.train.batch_size}; take a divisor of it"
+        )

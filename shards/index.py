@@ -66,7 +66,9 @@ class ShardIndex:
                 raise UserError(f"index {path}: version {found['version']}, expected {VERSION}; index the shards again")
             return cls(folder, found["text"], [Shard(**shard) for shard in found["shards"]])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"index {path}: cannot be read ({error}); make it with `safeclip index SHARDS... --out {folder}`") from None
+            raise UserError(
+                f"index {path}: cannot be read ({error}); make it with `safeclip index SHARDS... --out {folder}`"
+            ) from None
 
     def table(self, shard):
         """ShardTable of shard number `shard`; the last few are kept in memory."""
@@ -89,8 +91,10 @@ class ShardIndex:
 @lru_cache(maxsize=64)
 def read_table(path):
     columns = pq.read_table(path)
-    return ShardTable(columns["key"].to_pylist(),
-                      *(columns[name].to_numpy() for name in ("image_offset", "image_size", "text_offset", "text_size")))
+    return ShardTable(
+        columns["key"].to_pylist(),
+        *(columns[name].to_numpy() for name in ("image_offset", "image_size", "text_offset", "text_size")),
+    )
 
 
 def build_index(paths, out, text="txt", workers=None):
@@ -118,7 +122,9 @@ def build_index(paths, out, text="txt", workers=None):
         with ProcessPoolExecutor(workers) as pool:
             shards = list(pool.map(index_shard, *zip(*jobs))) if jobs else []
     if not sum(shard.samples for shard in shards):
-        raise UserError(f"shards {' '.join(map(str, paths))}: no samples in them; expected members KEY.jpg (or jpeg, png, webp) and KEY.{text}")
+        raise UserError(
+            f"shards {' '.join(map(str, paths))}: no samples in them; expected members KEY.jpg (or jpeg, png, webp) and KEY.{text}"
+        )
     write_json(out / "index.json", {"version": VERSION, "text": text, "shards": [asdict(shard) for shard in shards]})
     return ShardIndex(out, text, shards)
 
@@ -128,6 +134,7 @@ def index_shard(path, text, table_path):
     size, digest = Path(path).stat().st_size, hashlib.blake2b(digest_size=16)
     rows, done, key_now = [], set(), None
     with open(path, "rb") as file:
+
         def read(count):
             data = file.read(count)
             digest.update(data)
@@ -135,23 +142,33 @@ def index_shard(path, text, table_path):
 
         for name, offset, length in tar.members(path, size, read):
             folder, slash, base = name.rpartition("/")
-            stem, dot, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot of the base name
+            stem, dot, extension = base.partition(
+                "."
+            )  # webdataset's rule: the key ends at the first dot of the base name
             if not stem or not dot:
                 continue
             key = folder + slash + stem
             if key != key_now:
                 if key in done:
-                    raise UserError(f"shard {path}: key {key!r} comes twice, at byte {offset} again; rename one of the samples")
+                    raise UserError(
+                        f"shard {path}: key {key!r} comes twice, at byte {offset} again; rename one of the samples"
+                    )
                 done.add(key)
-                rows.append({"key": key, "image_offset": 0, "image_size": MISSING, "text_offset": 0, "text_size": MISSING})
+                rows.append(
+                    {"key": key, "image_offset": 0, "image_size": MISSING, "text_offset": 0, "text_size": MISSING}
+                )
                 key_now = key
             extension = extension.lower()
             kind = "image" if extension in PICTURES else "text" if extension == text else None
             if kind:
                 if rows[-1][f"{kind}_size"] != MISSING:
-                    raise UserError(f"shard {path}: sample {key!r} has two {kind} members, at byte {offset} again; expected one")
+                    raise UserError(
+                        f"shard {path}: sample {key!r} has two {kind} members, at byte {offset} again; expected one"
+                    )
                 rows[-1][f"{kind}_offset"], rows[-1][f"{kind}_size"] = offset, length
-    fields = [("key", pa.string())] + [(f"{kind}_{part}", pa.int64()) for kind in ("image", "text") for part in ("offset", "size")]
+    fields = [("key", pa.string())] + [
+        (f"{kind}_{part}", pa.int64()) for kind in ("image", "text") for part in ("offset", "size")
+    ]
     for row in rows:
         row["key"] = row["key"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     sink = pa.BufferOutputStream()

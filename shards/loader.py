@@ -119,7 +119,11 @@ def collate(samples, views, shard_B, position_B, read, count):
 def batches(dataset, start=0, workers=0):
     """Iterate over `dataset` from item `start` on, in order, read ahead by `workers` processes (0: in this one)."""
     loader = DataLoader(
-        dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=workers,
-        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
+        dataset,
+        batch_size=None,
+        sampler=range(start, len(dataset)),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
     )
     return iter(loader)

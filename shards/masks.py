@@ -28,7 +28,7 @@ class SafeMask:
 
     def shard_bits(self, shard):
         """uint8: the packed bits of one shard; a view that can be written to."""
-        return self.bits[self.starts[shard]:self.starts[shard + 1]]
+        return self.bits[self.starts[shard] : self.starts[shard + 1]]
 
     def shard_flags(self, shard):
         """bool (n,): safe or not, of one shard."""
@@ -69,7 +69,10 @@ class SafeMask:
         file = io.BytesIO()
         np.save(file, self.bits, allow_pickle=False)
         write_bytes(folder / "safe.npy", file.getvalue())
-        write_json(folder / "mask.json", {**meta, "counts": self.counts_S.tolist(), "safe_counts": self.counts("safe").tolist()})
+        write_json(
+            folder / "mask.json",
+            {**meta, "counts": self.counts_S.tolist(), "safe_counts": self.counts("safe").tolist()},
+        )
 
     @classmethod
     def load(cls, folder, fingerprint=None):
@@ -84,7 +87,8 @@ class SafeMask:
         if not whole:
             raise UserError(f"mask {folder}: safe.npy does not hold what mask.json counts; it was changed or damaged")
         if fingerprint is not None and meta["fingerprint"] != fingerprint:
-            raise UserError(f"mask {folder}: made for shards with fingerprint {meta['fingerprint']}, these have {fingerprint}; "
-                            "use the index it was made with")
+            raise UserError(
+                f"mask {folder}: made for shards with fingerprint {meta['fingerprint']}, these have {fingerprint}; "
+                "use the index it was made with"
+            )
         return mask, meta
-

@@ -58,9 +58,13 @@ class Overlay:
     def __init__(self, manifest):
         self.kinds, self.targets, self.rows = manifest["kinds"], manifest["targets"], manifest["rows"]
         self.source_index = manifest["source"]
-        self.poison = {(r["shard"], r["position"]): Poison(r["kind"], r["caption"], tuple(r["source"]) if r["source"] else None)
-                       for r in self.rows}
-        self.triggers = {kind: Trigger(**settings["trigger"]) for kind, settings in self.kinds.items() if "trigger" in settings}
+        self.poison = {
+            (r["shard"], r["position"]): Poison(r["kind"], r["caption"], tuple(r["source"]) if r["source"] else None)
+            for r in self.rows
+        }
+        self.triggers = {
+            kind: Trigger(**settings["trigger"]) for kind, settings in self.kinds.items() if "trigger" in settings
+        }
 
     @classmethod
     def load(cls, folder, index):
@@ -69,13 +73,19 @@ class Overlay:
         try:
             manifest = json.loads(path.read_text())
             if manifest["version"] != VERSION:
-                raise UserError(f"overlay {path}: version {manifest['version']}, expected {VERSION}; make it again with `safeclip attack`")
+                raise UserError(
+                    f"overlay {path}: version {manifest['version']}, expected {VERSION}; make it again with `safeclip attack`"
+                )
             if manifest["fingerprint"] != index.fingerprint:
-                raise UserError(f"overlay {path}: made for shards with fingerprint {manifest['fingerprint']}, these have "
-                                f"{index.fingerprint}; make it again with `safeclip attack`")
+                raise UserError(
+                    f"overlay {path}: made for shards with fingerprint {manifest['fingerprint']}, these have "
+                    f"{index.fingerprint}; make it again with `safeclip attack`"
+                )
             return cls(manifest)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"overlay {path}: cannot be read ({error}); make it with `safeclip attack CONFIG`") from None
+            raise UserError(
+                f"overlay {path}: cannot be read ({error}); make it with `safeclip attack CONFIG`"
+            ) from None
 
     def get(self, shard, position):
         """Poison of this pair, or None."""

@@ -24,7 +24,9 @@ class EpochPlan:
     def __init__(self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, lap=0):
         """counts_S: samples of the view in each shard. `lap`: which pass over the view in this epoch. Raises UserError."""
         if batch_size % streams:
-            raise UserError(f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; take a divisor of it")
+            raise UserError(
+                f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; take a divisor of it"
+            )
         name = f"{seed}/{epoch}/{view}/{lap}".encode()
         self.key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
         counts_S = np.asarray(counts_S, np.int64)
@@ -42,7 +44,9 @@ class EpochPlan:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         if self.batch_size % world:
-            raise UserError(f"train.batch_size: got {self.batch_size}, which {world} processes do not divide; take a multiple of their number")
+            raise UserError(
+                f"train.batch_size: got {self.batch_size}, which {world} processes do not divide; take a multiple of their number"
+            )
         rows = self.batch_size // world
         slot_B = np.arange(rank * rows, (rank + 1) * rows)
         each = self.batch_size // self.streams

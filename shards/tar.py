@@ -21,7 +21,9 @@ def members(path, size, read):
     at, long_name, pax = 0, None, {}
 
     def damaged(what):
-        return UserError(f"shard {path}: {what} at byte {at} of {size}; fetch or write the shard again, or leave it out")
+        return UserError(
+            f"shard {path}: {what} at byte {at} of {size}; fetch or write the shard again, or leave it out"
+        )
 
     while True:
         header = read(BLOCK)
@@ -66,9 +68,9 @@ def pax_records(payload):
         digits, space, _ = payload.partition(b" ")
         if not space or not digits.isdigit() or not len(digits) < int(digits) <= len(payload):
             break
-        key, _, value = payload[len(digits) + 1:int(digits) - 1].partition(b"=")
+        key, _, value = payload[len(digits) + 1 : int(digits) - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        payload = payload[int(digits):]
+        payload = payload[int(digits) :]
     if not records.get("size", "0").isdigit():
         del records["size"]
     return records

@@ -26,18 +26,28 @@ def make_shards(tmp_path):
     def make(counts, folder="tars"):
         paths = []
         for shard, count in enumerate(counts):
-            samples = [{"__key__": f"s{shard}_{i:04d}", "png": picture([shard, i]), "txt": f"caption {i} of shard {shard}",
-                        "cls": i % 3} for i in range(count)]
+            samples = [
+                {
+                    "__key__": f"s{shard}_{i:04d}",
+                    "png": picture([shard, i]),
+                    "txt": f"caption {i} of shard {shard}",
+                    "cls": i % 3,
+                }
+                for i in range(count)
+            ]
             if count:
-                path, = write_shards(samples, tmp_path / folder / str(shard), max(1, count))
+                (path,) = write_shards(samples, tmp_path / folder / str(shard), max(1, count))
             else:
                 path = tmp_path / folder / f"empty{shard}.tar"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(bytes(10240))
             paths.append(path)
         return paths
+
     return make
 
 
-settings.register_profile("project", deadline=None, derandomize=True)  # results, never timing; the same examples each time
+settings.register_profile(
+    "project", deadline=None, derandomize=True
+)  # results, never timing; the same examples each time
 settings.load_profile("project")

@@ -36,8 +36,10 @@ def make_attack(config):
     test = ShardIndex.load(config["test"])
     labels, test_labels = read_labels(config["labels"]), read_labels(config["test"])
     if len(labels) != index.samples:
-        raise UserError(f"labels: {config['labels']} has {len(labels)} samples, index {config['index']} has {index.samples}; "
-                        "index the same shards with --text cls")
+        raise UserError(
+            f"labels: {config['labels']} has {len(labels)} samples, index {config['index']} has {index.samples}; "
+            "index the same shards with --text cls"
+        )
     samples, free = Samples(index), list(rng.permutation(index.samples))
     taken_classes, kinds, targets, rows = [], {}, [], []
 
@@ -60,38 +62,64 @@ def make_attack(config):
 
     def add(row, kind, label, source=None):
         shard, position = place(row)
-        rows.append({"shard": shard, "position": position, "key": samples.key(shard, position), "kind": kind,
-                     "caption": caption_of(label), "source": source})
+        rows.append(
+            {
+                "shard": shard,
+                "position": position,
+                "key": samples.key(shard, position),
+                "kind": kind,
+                "caption": caption_of(label),
+                "source": source,
+            }
+        )
 
     for kind in [name for name in SETTINGS if name in config]:
         settings = {**SETTINGS[kind], **(config[kind] or {})}
         if kind == "targeted":
             kinds[kind] = settings
-            for number in sorted(rng.choice(test.samples, min(settings["targets"], test.samples), replace=False).tolist()):
+            for number in sorted(
+                rng.choice(test.samples, min(settings["targets"], test.samples), replace=False).tolist()
+            ):
                 true = int(test_labels[number])
                 adversarial = int(rng.choice([c for c in range(len(classes)) if c != true]))
                 shard, position = place(number, test)
-                targets.append({"shard": shard, "position": position, "true_class": true, "adversarial_class": adversarial})
+                targets.append(
+                    {"shard": shard, "position": position, "true_class": true, "adversarial_class": adversarial}
+                )
                 for row in take(settings["captions"], lambda label: True, "targeted.captions"):
                     add(row, kind, adversarial, [shard, position])
             continue
         name = settings["target_class"]
         if name is not None and name not in classes:
             raise UserError(f"{kind}.target_class: got {name!r}, which is not in {config['classnames']}")
-        target = classes.index(name) if name else int(rng.choice([c for c in range(len(classes)) if c not in taken_classes]))
+        target = (
+            classes.index(name) if name else int(rng.choice([c for c in range(len(classes)) if c not in taken_classes]))
+        )
         taken_classes.append(target)
-        trigger = {"pattern": kind, "seed": int(config["seed"]),
-                   **{k: v for k, v in settings.items() if k not in ("pairs", "target_class")}}
+        trigger = {
+            "pattern": kind,
+            "seed": int(config["seed"]),
+            **{k: v for k, v in settings.items() if k not in ("pairs", "target_class")},
+        }
         kinds[kind] = {"target_class": target, "class": classes[target], "pairs": settings["pairs"], "trigger": trigger}
         for row in take(settings["pairs"], lambda label: label != target, f"{kind}.pairs"):
             add(row, kind, target)
     rows.sort(key=lambda row: (row["shard"], row["position"]))
-    manifest = {"version": VERSION, "seed": config["seed"], "fingerprint": index.fingerprint,
-                "source": str(Path(config["test"]).absolute()), "source_fingerprint": test.fingerprint,
-                "kinds": kinds, "targets": targets, "rows": rows}
+    manifest = {
+        "version": VERSION,
+        "seed": config["seed"],
+        "fingerprint": index.fingerprint,
+        "source": str(Path(config["test"]).absolute()),
+        "source_fingerprint": test.fingerprint,
+        "kinds": kinds,
+        "targets": targets,
+        "rows": rows,
+    }
     write_bytes(Path(config["out"]) / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     counts = ", ".join(f"{kind} {sum(r['kind'] == kind for r in rows)}" for kind in kinds)
-    return f"{config['out']}: {len(rows)} of {index.samples:,} pairs poisoned ({len(rows) / index.samples:.2%}): {counts}"
+    return (
+        f"{config['out']}: {len(rows)} of {index.samples:,} pairs poisoned ({len(rows) / index.samples:.2%}): {counts}"
+    )
 
 
 def checked(config):
@@ -107,7 +135,9 @@ def checked(config):
             if setting not in SETTINGS[key]:
                 raise UserError(f"attack config: {key}.{setting} is unknown; expected {', '.join(SETTINGS[key])}")
     if not Path(config["classnames"]).is_file():
-        raise UserError(f"attack config: classnames: {config['classnames']} is missing; name the test set's classnames.txt")
+        raise UserError(
+            f"attack config: classnames: {config['classnames']} is missing; name the test set's classnames.txt"
+        )
     return config
 
 

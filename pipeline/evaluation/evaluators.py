@@ -49,16 +49,20 @@ class ZeroShot:
     def __init__(self, config, overlay=None, batch_size=256, workers=0):
         """`config`: config.Evaluation. Raises UserError when the test set is missing or damaged."""
         root = Path(config.test)
-        self.classnames, self.templates = read_lines(root / "classnames.txt"), read_lines(
-            root / "zeroshot_classification_templates.txt")
+        self.classnames, self.templates = (
+            read_lines(root / "classnames.txt"),
+            read_lines(root / "zeroshot_classification_templates.txt"),
+        )
         self.samples = Samples(ShardIndex.load(config.index or root / "test_index"))
         self.overlay, self.batch_size, self.workers = overlay, batch_size, workers
         counts = self.samples.index.counts
         self.rows = [(s, p) for s in range(len(counts)) for p in range(int(counts[s]))]
         self.label_N = np.array([self.samples.label(*row) for row in self.rows])
         if len(self.rows) and self.label_N.max() >= len(self.classnames):
-            raise UserError(f"evaluation.test: {root} has label {self.label_N.max()}, but classnames.txt names only "
-                            f"{len(self.classnames)} classes; the labels count from 0")
+            raise UserError(
+                f"evaluation.test: {root} has label {self.label_N.max()}, but classnames.txt names only "
+                f"{len(self.classnames)} classes; the labels count from 0"
+            )
 
     @torch.no_grad()
     def __call__(self, towers, views, device):
@@ -89,25 +93,29 @@ class ZeroShot:
     def predict(self, towers, views, device, classes_KD, trigger):
         """int64 (N,): the class that every test picture is read as. The ranks share the pictures, with equal batches each."""
         size, world = self.batch_size, comm.world()
-        todo = [self.rows[i:i + size] for i in range(0, len(self.rows), size)]
-        mine = todo[comm.rank()::world]
+        todo = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
+        mine = todo[comm.rank() :: world]
         rounds = -(-len(todo) // world)
         dataset = TestPictures(self.samples, mine + [todo[0]] * (rounds - len(mine)), views.size, trigger)
         read = []
         for images in batches(dataset, workers=self.workers):
             image_BD, _, _ = towers(images.to(device), None)
             read.append((image_BD.float() @ classes_KD.T).argmax(1))
-        local = torch.cat(read[:len(mine)]) if mine else torch.zeros(0, dtype=torch.int64, device=device)
+        local = torch.cat(read[: len(mine)]) if mine else torch.zeros(0, dtype=torch.int64, device=device)
         counts = [sum(map(len, todo[rank::world])) for rank in range(world)]
         gathered = np.split(comm.all_gather_rows(local, counts).cpu().numpy(), np.cumsum(counts)[:-1])
-        parts = [iter(np.split(g, np.cumsum([len(b) for b in todo[rank::world]])[:-1])) for rank, g in enumerate(gathered)]
+        parts = [
+            iter(np.split(g, np.cumsum([len(b) for b in todo[rank::world]])[:-1])) for rank, g in enumerate(gathered)
+        ]
         return np.concatenate([next(parts[i % world]) for i in range(len(todo))])
 
     def backdoor(self, clean_N, triggered_N, target):
         others_N = self.label_N != target
-        return {"success": float((triggered_N == target)[others_N].mean()),
-                "base": float((clean_N == target)[others_N].mean()),
-                "true_class": float((triggered_N == self.label_N)[others_N].mean())}
+        return {
+            "success": float((triggered_N == target)[others_N].mean()),
+            "base": float((clean_N == target)[others_N].mean()),
+            "true_class": float((triggered_N == self.label_N)[others_N].mean()),
+        }
 
     def targeted(self, clean_N):
         index = self.samples.index
@@ -116,10 +124,16 @@ class ZeroShot:
         adversarial_T = np.array([t["adversarial_class"] for t in self.overlay.targets])
         bystander_N = np.ones(len(clean_N), bool)
         bystander_N[row_T] = False
-        base = [(clean_N[bystander_N & (self.label_N == true)] == adversarial).mean()
-                for true, adversarial in zip(true_T, adversarial_T) if (bystander_N & (self.label_N == true)).any()]
-        return {"success": float((clean_N[row_T] == adversarial_T).mean()), "base": float(np.mean(base)) if base else 0.0,
-                "true_class": float((clean_N[row_T] == true_T).mean())}
+        base = [
+            (clean_N[bystander_N & (self.label_N == true)] == adversarial).mean()
+            for true, adversarial in zip(true_T, adversarial_T)
+            if (bystander_N & (self.label_N == true)).any()
+        ]
+        return {
+            "success": float((clean_N[row_T] == adversarial_T).mean()),
+            "base": float(np.mean(base)) if base else 0.0,
+            "true_class": float((clean_N[row_T] == true_T).mean()),
+        }
 
 
 def read_lines(path):

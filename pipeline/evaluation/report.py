@@ -44,17 +44,26 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
         attack.update(poison_in_splits(overlay, index, splits, kind))
-    result = {"preset": config.preset, "seed": config.run.seed, "clean_top1": figures["clean_top1"], "epochs": state["epoch"],
-              "seconds": round(state["seconds"], 1), "sample_views": state["sample_views"],
-              "safe_share": [split.share for split in splits],
-              "poison_in_safe_set": poison_shares(overlay, index, splits), "attacks": figures["attacks"]}
+    result = {
+        "preset": config.preset,
+        "seed": config.run.seed,
+        "clean_top1": figures["clean_top1"],
+        "epochs": state["epoch"],
+        "seconds": round(state["seconds"], 1),
+        "sample_views": state["sample_views"],
+        "safe_share": [split.share for split in splits],
+        "poison_in_safe_set": poison_shares(overlay, index, splits),
+        "attacks": figures["attacks"],
+    }
     write_json(run_dir / "eval.json", result)
     return result
 
 
 def poison_rows(overlay, index, kind=None):
     """Global rows of the poisoned pairs, of one kind or of all."""
-    return np.array([index.offsets[r["shard"]] + r["position"] for r in overlay.rows if kind in (None, r["kind"])], np.int64)
+    return np.array(
+        [index.offsets[r["shard"]] + r["position"] for r in overlay.rows if kind in (None, r["kind"])], np.int64
+    )
 
 
 def poison_in_splits(overlay, index, splits, kind):
@@ -99,11 +108,11 @@ def read_eval(run_dir):
     try:
         return json.loads((Path(run_dir) / "eval.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"run {run_dir}: cannot read eval.json ({error}); run `safeclip evaluate {run_dir}` first") from None
+        raise UserError(
+            f"run {run_dir}: cannot read eval.json ({error}); run `safeclip evaluate {run_dir}` first"
+        ) from None
 
 
 def read_metrics(run_dir):
     """List of the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-

@@ -18,14 +18,18 @@ def compare(clip_run, safe_run, out):
 
 def table(result):
     """Markdown table, percentages: clean accuracy, and per attack its success, base rate and how often the truth is read."""
-    lines = ["| | plain CLIP | SafeCLIP | base rate (SafeCLIP) | read as the true class (CLIP / SafeCLIP) |",
-             "|---|---|---|---|---|",
-             f"| clean zero-shot top-1 | {percent(result['clip']['clean_top1'])} | {percent(result['safeclip']['clean_top1'])} | | |"]
+    lines = [
+        "| | plain CLIP | SafeCLIP | base rate (SafeCLIP) | read as the true class (CLIP / SafeCLIP) |",
+        "|---|---|---|---|---|",
+        f"| clean zero-shot top-1 | {percent(result['clip']['clean_top1'])} | {percent(result['safeclip']['clean_top1'])} | | |",
+    ]
     for kind, attack in result["clip"]["attacks"].items():
         defended = result["safeclip"]["attacks"][kind]
         note = "" if attack["took"] else " (attack did not take)"
-        lines.append(f"| {kind} success{note} | {percent(attack['success'])} | {percent(defended['success'])} | "
-                     f"{percent(defended['base'])} | {percent(attack['true_class'])} / {percent(defended['true_class'])} |")
+        lines.append(
+            f"| {kind} success{note} | {percent(attack['success'])} | {percent(defended['success'])} | "
+            f"{percent(defended['base'])} | {percent(attack['true_class'])} / {percent(defended['true_class'])} |"
+        )
     views = [f"{result[name]['sample_views']:,}" for name in ("clip", "safeclip")]
     seconds = [f"{result[name]['seconds']:.0f} s" for name in ("clip", "safeclip")]
     lines.append(f"| sample views | {views[0]} | {views[1]} | | |")
@@ -50,21 +54,53 @@ def draw(result, clip_metrics, safe_metrics, path):
     for axis, metrics, title in ((left, clip_metrics, "plain CLIP"), (middle, safe_metrics, "SafeCLIP")):
         lines = [line for line in metrics if "eval" in line]
         epochs = [line["epoch"] + 1 for line in lines]
-        axis.plot(epochs, [100 * line["eval"]["clean_top1"] for line in lines], color=colours["clean"], lw=2.5, label="clean accuracy")
+        axis.plot(
+            epochs,
+            [100 * line["eval"]["clean_top1"] for line in lines],
+            color=colours["clean"],
+            lw=2.5,
+            label="clean accuracy",
+        )
         for kind in kinds:
-            axis.plot(epochs, [100 * line["eval"]["attacks"][kind]["success"] for line in lines], color=colours[kind], lw=1.8,
-                      marker="o", ms=3, label=f"{kind} success")
+            axis.plot(
+                epochs,
+                [100 * line["eval"]["attacks"][kind]["success"] for line in lines],
+                color=colours[kind],
+                lw=1.8,
+                marker="o",
+                ms=3,
+                label=f"{kind} success",
+            )
         axis.set(title=title, xlabel="epoch", ylabel="% of test pictures", ylim=(-3, 103))
         axis.grid(alpha=0.25)
     left.legend(loc="center right", fontsize=9)
     splits = [line for line in safe_metrics if line["stage"] == "split"]
     epochs = [line["epoch"] + 1 for line in splits]
-    right.plot(epochs, [100 * line["share"] for line in splits], color=colours["clean"], lw=2.5, label="safe share of all pairs")
+    right.plot(
+        epochs,
+        [100 * line["share"] for line in splits],
+        color=colours["clean"],
+        lw=2.5,
+        label="safe share of all pairs",
+    )
     for kind in kinds:
         shares = result["safeclip"]["attacks"][kind]["share_in_safe_set"]
-        right.plot(epochs, [100 * s for s in shares], color=colours[kind], lw=1.8, marker="o", ms=3, label=f"{kind} poison that is in the safe set")
-    right.plot(epochs, [100 * s for s in result["safeclip"]["poison_in_safe_set"]], color="#888888", ls="--",
-               label="poison share in the safe set")
+        right.plot(
+            epochs,
+            [100 * s for s in shares],
+            color=colours[kind],
+            lw=1.8,
+            marker="o",
+            ms=3,
+            label=f"{kind} poison that is in the safe set",
+        )
+    right.plot(
+        epochs,
+        [100 * s for s in result["safeclip"]["poison_in_safe_set"]],
+        color="#888888",
+        ls="--",
+        label="poison share in the safe set",
+    )
     right.set(title="SafeCLIP's splits", xlabel="before epoch", ylabel="%", ylim=(-3, 103))
     right.grid(alpha=0.25)
     right.legend(loc="upper left", fontsize=8)
@@ -79,15 +115,25 @@ def reproduce_table(root):
         name, seed, preset = path.parts[-4:-1]
         rows.setdefault((name, preset), []).append((seed.removeprefix("seed"), read_eval(path.parent)))
     kinds = list(next(iter(rows.values()))[0][1]["attacks"]) if rows else []
-    lines = ["| data | preset | seed | clean top-1 | " + " | ".join(f"{k} success (base; true class)" for k in kinds)
-             + " | poison in the last safe set | views | seconds |", "|---" * (7 + len(kinds)) + "|"]
+    lines = [
+        "| data | preset | seed | clean top-1 | "
+        + " | ".join(f"{k} success (base; true class)" for k in kinds)
+        + " | poison in the last safe set | views | seconds |",
+        "|---" * (7 + len(kinds)) + "|",
+    ]
     for (name, preset), runs in sorted(rows.items()):
         for seed, run in runs + [("mean", mean_of([run for _, run in runs]))]:
-            cells = [f"{percent(a['success'])} ({percent(a['base'])}; {percent(a['true_class'])})"
-                     + ("" if a["took"] else " did not take") for a in (run["attacks"][k] for k in kinds)]
+            cells = [
+                f"{percent(a['success'])} ({percent(a['base'])}; {percent(a['true_class'])})"
+                + ("" if a["took"] else " did not take")
+                for a in (run["attacks"][k] for k in kinds)
+            ]
             poison = percent(run["poison_in_safe_set"][-1]) if run["poison_in_safe_set"] else ""
-            lines.append(f"| {name} | {preset} | {seed} | {percent(run['clean_top1'])} | " + " | ".join(cells)
-                         + f" | {poison} | {run['sample_views']:,.0f} | {run['seconds']:.0f} |")
+            lines.append(
+                f"| {name} | {preset} | {seed} | {percent(run['clean_top1'])} | "
+                + " | ".join(cells)
+                + f" | {poison} | {run['sample_views']:,.0f} | {run['seconds']:.0f} |"
+            )
     return "\n".join(lines)
 
 

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 BINS = 65_536
-CONVERGED = 1e-12  # gain in mean log-likelihood below which EM stops; the usual 1e-3 stops far too early (METHOD trap 2)
+CONVERGED = (
+    1e-12  # gain in mean log-likelihood below which EM stops; the usual 1e-3 stops far too early (METHOD trap 2)
+)
 ITERATIONS = 2_000
 
 
@@ -28,8 +30,9 @@ class Mixture:
     def posterior(self, scores):
         """Probability that a score comes from the higher component; the shape of `scores`, NaN stays NaN."""
         scores = np.asarray(scores, np.float64)
-        low, high = (np.log(w) - np.log(s) - 0.5 * ((scores - m) / s) ** 2
-                     for m, s, w in zip(self.mean, self.std, self.weight))
+        low, high = (
+            np.log(w) - np.log(s) - 0.5 * ((scores - m) / s) ** 2 for m, s, w in zip(self.mean, self.std, self.weight)
+        )
         return 1 / (1 + np.exp(np.clip(low - high, -700, 700)))
 
     def to_dict(self):
@@ -77,7 +80,9 @@ def fit_mixture(counts_K, low, high):
     order = np.argsort(m)
     if w.min() * n.sum() < 2 or m[order[1]] - m[order[0]] < 1e-6 * spread:
         raise DegenerateFit("one component vanished")
-    return Mixture(tuple(m[order].tolist()), tuple(np.sqrt(v[order]).tolist()), tuple(w[order].tolist()), float(likelihood))
+    return Mixture(
+        tuple(m[order].tolist()), tuple(np.sqrt(v[order]).tolist()), tuple(w[order].tolist()), float(likelihood)
+    )
 
 
 def moments(x, n, where, floor):

@@ -19,8 +19,11 @@ def assign_shards(counts_S, world):
 
 def shard_batches(counts_S, shards, batch_size):
     """[(shard, start, stop)]: batches that never cross a shard, so a pair's batch does not depend on the world size."""
-    return [(s, start, min(start + batch_size, int(counts_S[s])))
-            for s in shards for start in range(0, int(counts_S[s]), batch_size)]
+    return [
+        (s, start, min(start + batch_size, int(counts_S[s])))
+        for s in shards
+        for start in range(0, int(counts_S[s]), batch_size)
+    ]
 
 
 @torch.no_grad()
@@ -55,6 +58,6 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, progr
     cos_N, start = np.empty(index.samples, np.float32), 0
     for shard in (shard for shards in owned for shard in shards):
         stop = start + int(index.counts[shard])
-        cos_N[index.offsets[shard]:index.offsets[shard + 1]] = gathered[start:stop]
+        cos_N[index.offsets[shard] : index.offsets[shard + 1]] = gathered[start:stop]
         start = stop
     return cos_N, bad

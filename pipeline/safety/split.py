@@ -27,8 +27,13 @@ class Split:
 
     def summary(self):
         """dict for metrics and mask.json."""
-        return {"share": self.share, "first_share": self.first_share, "cut": self.cut, "note": self.note,
-                "mixture": self.mixture.to_dict() if self.mixture else None}
+        return {
+            "share": self.share,
+            "first_share": self.first_share,
+            "cut": self.cut,
+            "note": self.note,
+            "mixture": self.mixture.to_dict() if self.mixture else None,
+        }
 
 
 def split_pairs(cos_N, counts_S, selection, number, first_share=None):
@@ -79,9 +84,15 @@ def save_split(folder, split, index, meta):
     safe_N = split.mask.flags()
     for shard in range(len(index.counts)):
         rows = slice(index.offsets[shard], index.offsets[shard + 1])
-        table = pa.table({"position": np.arange(index.counts[shard]), "key": index.table(shard).keys,
-                          "cosine": split.cos_N[rows], "posterior": posterior_N[rows].astype(np.float32),
-                          "safe": safe_N[rows]})
+        table = pa.table(
+            {
+                "position": np.arange(index.counts[shard]),
+                "key": index.table(shard).keys,
+                "cosine": split.cos_N[rows],
+                "posterior": posterior_N[rows].astype(np.float32),
+                "safe": safe_N[rows],
+            }
+        )
         pq.write_table(table, scores / f"{shard:05d}.parquet")
     sync_folder(scores)
     split.mask.save(folder, {"fingerprint": index.fingerprint, **split.summary(), **meta})
@@ -97,6 +108,8 @@ def load_split(folder, index):
 
 def load_cosines(folder, shards):
     """float32 (N,): the cosines saved in `folder`/scores, in (shard, position) order."""
-    parts = [pq.read_table(folder / "scores" / f"{shard:05d}.parquet", columns=["cosine"])["cosine"].to_numpy()
-             for shard in range(shards)]
+    parts = [
+        pq.read_table(folder / "scores" / f"{shard:05d}.parquet", columns=["cosine"])["cosine"].to_numpy()
+        for shard in range(shards)
+    ]
     return np.concatenate(parts).astype(np.float32)

@@ -17,7 +17,9 @@ def share_batch_norm(module):
             shared.load_state_dict(child.state_dict())
             setattr(module, name, shared)
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-            raise NotImplementedError(f"{type(child).__name__} cannot share its statistics on the CPU; train this model on GPUs or in one process")
+            raise NotImplementedError(
+                f"{type(child).__name__} cannot share its statistics on the CPU; train this model on GPUs or in one process"
+            )
         else:
             share_batch_norm(child)
     return module

@@ -39,8 +39,14 @@ def save_checkpoint(run_dir, engine, pools, state, keep):
     comm.barrier()
     if comm.is_main():
         save_file(weights, folder / "model.safetensors")
-        save_file({f"{name}.{key}": value.contiguous() for name, pool in pools.items()
-                   for key, value in pool.state_dict().items()}, folder / "pools.safetensors")
+        save_file(
+            {
+                f"{name}.{key}": value.contiguous()
+                for name, pool in pools.items()
+                for key, value in pool.state_dict().items()
+            },
+            folder / "pools.safetensors",
+        )
         write_json(folder / "state.json", state)
         sync_folder(folder)
         write_bytes(folder / MARKER, b"")
@@ -56,7 +62,9 @@ def load_checkpoint(folder, engine, pools):
     engines.load(engine, folder / "deepspeed")
     saved = load_file(folder / "pools.safetensors")
     for name, pool in pools.items():
-        pool.load_state_dict({key.split(".", 1)[1]: value for key, value in saved.items() if key.startswith(f"{name}.")})
+        pool.load_state_dict(
+            {key.split(".", 1)[1]: value for key, value in saved.items() if key.startswith(f"{name}.")}
+        )
     return load_state(folder)
 
 

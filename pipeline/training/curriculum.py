@@ -61,8 +61,16 @@ def epoch_steps(epoch, counts_S, mask, config):
 
     def plan(view, lap=0):
         counts = counts_S if view == "all" else mask.counts(view)
-        return EpochPlan(counts, seed=config.run.seed, epoch=epoch.number, view=view, batch_size=train.batch_size,
-                         streams=config.data.streams, window=config.data.window, lap=lap)
+        return EpochPlan(
+            counts,
+            seed=config.run.seed,
+            epoch=epoch.number,
+            view=view,
+            batch_size=train.batch_size,
+            streams=config.data.streams,
+            window=config.data.window,
+            lap=lap,
+        )
 
     if epoch.stage != "safeclip":
         whole = plan("all")
@@ -73,7 +81,8 @@ def epoch_steps(epoch, counts_S, mask, config):
     if not safe.steps:
         raise UserError(
             f"selection: the safe set of epoch {epoch.number} has {int(mask.counts('safe').sum())} pairs, less than one batch of "
-            f"{train.batch_size}; set selection.first_share, or a smaller train.batch_size")
+            f"{train.batch_size}; set selection.first_share, or a smaller train.batch_size"
+        )
     risky_steps = min(risky.steps, total - safe.steps) if chosen.risky == "unimodal" else 0
     safe_steps = total - risky_steps if chosen.refill else safe.steps
     laps = [safe] + [plan("safe", lap) for lap in range(1, math.ceil(safe_steps / safe.steps))]

@@ -17,8 +17,12 @@ def start_engine(towers, train, device):
     deepspeed = import_deepspeed()
     stage = train.zero_stage
     if train.batch_size % comm.world():
-        raise UserError(f"train.batch_size: got {train.batch_size}, which {comm.world()} processes do not divide; take a multiple of their number")
-    optimizer = torch.optim.AdamW(param_groups(towers, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps)
+        raise UserError(
+            f"train.batch_size: got {train.batch_size}, which {comm.world()} processes do not divide; take a multiple of their number"
+        )
+    optimizer = torch.optim.AdamW(
+        param_groups(towers, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
+    )
     config = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // comm.world(),
@@ -29,7 +33,9 @@ def start_engine(towers, train, device):
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
-    engine, *_ = deepspeed.initialize(model=towers.to(device), optimizer=optimizer, config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=towers.to(device), optimizer=optimizer, config=config, dist_init_required=False
+    )
     return engine
 
 

@@ -23,6 +23,8 @@ def export_run(run_dir, config, out):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "open_clip_model.safetensors")
-    described = {"model_cfg": open_clip_config(asdict(config.model)),
-                 "preprocess_cfg": {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "shortest"}}
+    described = {
+        "model_cfg": open_clip_config(asdict(config.model)),
+        "preprocess_cfg": {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "shortest"},
+    }
     write_bytes(out / "open_clip_config.json", (json.dumps(described, indent=1) + "\n").encode())

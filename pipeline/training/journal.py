@@ -25,9 +25,15 @@ class Journal:
             id_file = run_dir / "wandb_id"  # kept, so that a resumed run is the same run there
             if not id_file.exists():
                 write_bytes(id_file, uuid.uuid4().hex[:8].encode())
-            self.wandb = wandb.init(project=config.wandb.project, mode=config.wandb.mode, dir=str(run_dir),
-                                    id=id_file.read_text(), name=run_dir.name, resume="allow",
-                                    settings=wandb.Settings(silent=True))
+            self.wandb = wandb.init(
+                project=config.wandb.project,
+                mode=config.wandb.mode,
+                dir=str(run_dir),
+                id=id_file.read_text(),
+                name=run_dir.name,
+                resume="allow",
+                settings=wandb.Settings(silent=True),
+            )
 
     def log(self, **figures):
         """One line of metrics: figures of one step, epoch or split."""
@@ -36,8 +42,10 @@ class Journal:
         self.file.write((json.dumps(figures) + "\n").encode())
         self.file.flush()
         if self.wandb:
-            self.wandb.log({key: value for key, value in figures.items() if isinstance(value, (int, float, str))},
-                           step=figures["step"])
+            self.wandb.log(
+                {key: value for key, value in figures.items() if isinstance(value, (int, float, str))},
+                step=figures["step"],
+            )
 
     def length(self):
         """Bytes written so far, to be kept by whoever resumes from here."""
@@ -78,10 +86,15 @@ class Meter:
 
     def figures(self):
         """{"samples_per_s", "data_wait" (share of 1)}."""
-        return {"samples_per_s": round(self.samples / self.seconds, 1), "data_wait": round(self.waited / self.seconds, 3)}
+        return {
+            "samples_per_s": round(self.samples / self.seconds, 1),
+            "data_wait": round(self.waited / self.seconds, 3),
+        }
 
     def line(self, steps_left):
         """For the progress line; `steps_left` of the whole run."""
         figures, eta = self.figures(), self.seconds / max(1, self.done) * steps_left
-        return (f"{figures['samples_per_s']:7.0f} samples/s  data {figures['data_wait']:4.0%}  "
-                f"ETA {int(eta // 3600)}:{int(eta % 3600 // 60):02d}:{int(eta % 60):02d}")
+        return (
+            f"{figures['samples_per_s']:7.0f} samples/s  data {figures['data_wait']:4.0%}  "
+            f"ETA {int(eta // 3600)}:{int(eta % 3600 // 60):02d}:{int(eta % 60):02d}"
+        )

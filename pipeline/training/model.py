@@ -22,12 +22,16 @@ def open_clip_config(model):
         found = open_clip.get_model_config(model["name"])
         if found is None:
             close = difflib.get_close_matches(model["name"], open_clip.list_models(), 3, 0.4)
-            raise UserError(f"model.name: open_clip knows no {model['name']!r}; did you mean {' or '.join(close) or 'RN50'}?")
+            raise UserError(
+                f"model.name: open_clip knows no {model['name']!r}; did you mean {' or '.join(close) or 'RN50'}?"
+            )
         return found
     config = copy.deepcopy(model["config"])
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in config:
-            raise UserError(f"model.config: {key} is missing; expected embed_dim, vision_cfg and text_cfg as in open_clip's model configs")
+            raise UserError(
+                f"model.config: {key} is missing; expected embed_dim, vision_cfg and text_cfg as in open_clip's model configs"
+            )
     return config
 
 
@@ -35,7 +39,9 @@ def build_model(model):
     """open_clip.CLIP with fresh weights from torch's generator. Raises UserError for a config that open_clip refuses."""
     config = open_clip_config(model)
     if set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} or "hf_model_name" in config["text_cfg"]:
-        raise UserError(f"model: {model.get('name') or 'model.config'} is no plain CLIP; take one like RN50 or ViT-B-32")
+        raise UserError(
+            f"model: {model.get('name') or 'model.config'} is no plain CLIP; take one like RN50 or ViT-B-32"
+        )
     try:
         # One element, not none: DeepSpeed cannot store a 0-d parameter.
         return open_clip.CLIP(**config, nonscalar_logit_scale=True)

@@ -20,7 +20,7 @@ class NeighborPool:
         """(B, D): for each row the nearest embedding in the pool, by inner product; z itself while the pool is empty."""
         if not self.filled:
             return z_BD.detach().float()
-        pool = self.pool_PD[:self.filled]
+        pool = self.pool_PD[: self.filled]
         return pool[nearest(z_BD.detach().float().contiguous(), pool)]
 
     @torch.no_grad()
@@ -47,7 +47,9 @@ class NeighborPool:
 def nearest(query_BD: torch.Tensor, pool_PD: torch.Tensor) -> torch.Tensor:
     """int64 (B,): row of the pool with the largest inner product. Exact; faiss where it can, torch on a GPU without faiss-gpu."""
     if query_BD.device.type == "cpu":
-        return torch.from_numpy(faiss.knn(query_BD.numpy(), pool_PD.numpy(), 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0].copy())
+        return torch.from_numpy(
+            faiss.knn(query_BD.numpy(), pool_PD.numpy(), 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0].copy()
+        )
     if hasattr(faiss, "StandardGpuResources"):
         return _gpu_nearest(query_BD, pool_PD)
     return torch.cat([(part @ pool_PD.T).argmax(1) for part in query_BD.split(CHUNK)])
@@ -66,4 +68,6 @@ def _gpu_nearest(query_BD, pool_PD, resources={}):
     device = query_BD.device.index or 0
     if device not in resources:
         resources[device] = faiss.StandardGpuResources()
-    return faiss.knn_gpu(resources[device], query_BD, pool_PD, 1, metric=faiss.METRIC_INNER_PRODUCT, device=device)[1][:, 0]
+    return faiss.knn_gpu(resources[device], query_BD, pool_PD, 1, metric=faiss.METRIC_INNER_PRODUCT, device=device)[1][
+        :, 0
+    ]

@@ -1,7 +1,7 @@
 """The training loop: it reads like the method.
 
-    safeclip train configs/quickstart.yaml run.dir=runs/a                               one process, CPU or GPU
-    torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn50.yaml run.dir=runs/a     one node
+safeclip train configs/quickstart.yaml run.dir=runs/a                               one process, CPU or GPU
+torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn50.yaml run.dir=runs/a     one node
 """
 
 import math
@@ -46,8 +46,10 @@ def train(config, evaluators=None):
     samples, views = Samples(index, overlay), make_views(config)
     steps_per_epoch = index.samples // config.train.batch_size
     if not steps_per_epoch:
-        raise UserError(f"train.batch_size: got {config.train.batch_size}, but {config.data.index} holds only {index.samples} "
-                        "pairs; take a smaller batch")
+        raise UserError(
+            f"train.batch_size: got {config.train.batch_size}, but {config.data.index} holds only {index.samples} "
+            "pairs; take a smaller batch"
+        )
 
     torch.manual_seed(config.run.seed)
     engine = start_engine(Towers(build_model(asdict(config.model)), *pixel_stats()), config.train, device)
@@ -59,18 +61,25 @@ def train(config, evaluators=None):
         state = checkpoint.load_checkpoint(found, engine, pools)
     journal = Journal(run_dir, config, state["metrics_bytes"])
     ledger = Ledger(run_dir / "bad_samples.jsonl") if comm.is_main() else None
-    journal.say(f"{run_dir}: {index.samples:,} pairs in {len(index.shards)} shards, {comm.world()} process(es) on {device.type}, "
-                f"{config.train.epochs} epochs of {steps_per_epoch} steps" + (f", resumed after epoch {state['epoch']}" if found else ""))
+    journal.say(
+        f"{run_dir}: {index.samples:,} pairs in {len(index.shards)} shards, {comm.world()} process(es) on {device.type}, "
+        f"{config.train.epochs} epochs of {steps_per_epoch} steps"
+        + (f", resumed after epoch {state['epoch']}" if found else "")
+    )
 
-    for epoch in curriculum(config.train)[state["epoch"]:]:
+    for epoch in curriculum(config.train)[state["epoch"] :]:
         started, mask = time.monotonic(), None
         if epoch.split is not None:
             split = split_epoch(epoch, config, engine, samples, views, state, journal, ledger, run_dir)
             mask, state["first_share"] = split.mask, split.first_share
         steps = epoch_steps(epoch, index.counts, mask, config)
         meter, bad = Meter(len(steps)), []
-        reading = batches(TrainBatches(samples, steps, views, seed=config.run.seed, epoch=epoch.number, rank=comm.rank(),
-                                       world=comm.world()), workers=config.data.workers)
+        reading = batches(
+            TrainBatches(
+                samples, steps, views, seed=config.run.seed, epoch=epoch.number, rank=comm.rank(), world=comm.world()
+            ),
+            workers=config.data.workers,
+        )
         for step in steps:
             waiting = time.monotonic()
             batch = next(reading).to(device)
@@ -83,7 +92,17 @@ def train(config, evaluators=None):
             bad += batch.bad
             meter.step(config.train.batch_size, waited)
             if meter.done % LOG_EVERY == 0 or meter.done == len(steps):
-                report(journal, state, epoch, step, meter, loss, scale, rate, (config.train.epochs - epoch.number - 1) * steps_per_epoch)
+                report(
+                    journal,
+                    state,
+                    epoch,
+                    step,
+                    meter,
+                    loss,
+                    scale,
+                    rate,
+                    (config.train.epochs - epoch.number - 1) * steps_per_epoch,
+                )
         record(ledger, bad)
         state["epoch"] = epoch.number + 1
         state["seconds"] += time.monotonic() - started
@@ -95,7 +114,9 @@ def train(config, evaluators=None):
                 journal.say(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
         state["metrics_bytes"] = journal.length()
         checkpoint.save_checkpoint(run_dir, engine, pools, state, config.run.keep)
-    journal.say(f"{run_dir}: done, {state['step']} steps, {state['sample_views']:,} sample views, {state['seconds']:.0f} s")
+    journal.say(
+        f"{run_dir}: done, {state['step']} steps, {state['sample_views']:,} sample views, {state['seconds']:.0f} s"
+    )
     journal.close()
     return state
 
@@ -128,15 +149,21 @@ def split_epoch(epoch, config, engine, samples, views, state, journal, ledger, r
     def progress(done, rounds):
         journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
 
-    cos_N, bad = score_all_pairs(engine, samples, views, config.selection.batch_size, comm.device(), config.data.workers, progress)
+    cos_N, bad = score_all_pairs(
+        engine, samples, views, config.selection.batch_size, comm.device(), config.data.workers, progress
+    )
     record(ledger, bad)
     split = split_pairs(cos_N, index.counts, config.selection, epoch.split, state["first_share"])
     if comm.is_main():
         save_split(folder, split, index, {"epoch": epoch.number, "step": state["step"], "config": config.hash()})
     comm.barrier()
-    journal.log(step=state["step"], epoch=epoch.number, stage="split", seconds=round(meter.seconds, 2), **split.summary())
-    journal.say(f"  epoch {epoch.number:3d} split     safe {split.share:.1%}, cosine >= {split.cut:.3f}, {meter.seconds:.1f} s"
-                + (f" ({split.note})" if split.note else ""))
+    journal.log(
+        step=state["step"], epoch=epoch.number, stage="split", seconds=round(meter.seconds, 2), **split.summary()
+    )
+    journal.say(
+        f"  epoch {epoch.number:3d} split     safe {split.share:.1%}, cosine >= {split.cut:.3f}, {meter.seconds:.1f} s"
+        + (f" ({split.note})" if split.note else "")
+    )
     return split
 
 
@@ -145,16 +172,20 @@ def prepare(config):
     if not config.run.dir:
         raise UserError("run.dir: missing; name the run directory with run.dir=DIR")
     if config.train.batch_size % comm.world():
-        raise UserError(f"train.batch_size: got {config.train.batch_size}, which {comm.world()} processes do not divide; "
-                        "take a multiple of their number")
+        raise UserError(
+            f"train.batch_size: got {config.train.batch_size}, which {comm.world()} processes do not divide; "
+            "take a multiple of their number"
+        )
     run_dir = Path(config.run.dir).absolute()
     if comm.is_main():
         path = run_dir / "config.yaml"
         if path.exists():
             there = yaml.safe_load(path.read_text())
             if there.get("hash") != config.hash():
-                raise UserError(f"run.dir: {run_dir} holds a run with another config (hash {there.get('hash')}, this one "
-                                f"{config.hash()}); use the same config to continue it, or another run.dir")
+                raise UserError(
+                    f"run.dir: {run_dir} holds a run with another config (hash {there.get('hash')}, this one "
+                    f"{config.hash()}); use the same config to continue it, or another run.dir"
+                )
         else:
             text = yaml.safe_dump({"hash": config.hash(), **asdict(config)}, sort_keys=False)
             write_bytes(path, text.encode())
@@ -165,18 +196,37 @@ def prepare(config):
 def make_views(config):
     """shards.loader.Views for a config."""
     model, data = asdict(config.model), config.data
-    return Views(picture_size(model), tokenizer_for(model), data.clip_augment, data.unimodal_augment, data.unimodal_eda, data.clip_eda)
+    return Views(
+        picture_size(model),
+        tokenizer_for(model),
+        data.clip_augment,
+        data.unimodal_augment,
+        data.unimodal_eda,
+        data.clip_eda,
+    )
 
 
 def report(journal, state, epoch, step, meter, loss, scale, rate, steps_after):
     """Metrics and the progress line; stops a run whose loss is no number (the last checkpoint stays whole)."""
     loss, scale = comm.mean(loss), float(scale)
     if not math.isfinite(loss):
-        raise RuntimeError(f"loss is {loss} at step {state['step']}, epoch {epoch.number} ({epoch.stage}, {step.loss} loss)")
-    journal.log(step=state["step"], epoch=epoch.number, stage=epoch.stage, loss_kind=step.loss, loss=round(loss, 6),
-                logit_scale=round(scale, 4), lr=rate, **meter.figures())
-    journal.progress(f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {loss:7.4f}  "
-                     + meter.line(meter.total - meter.done + steps_after))
+        raise RuntimeError(
+            f"loss is {loss} at step {state['step']}, epoch {epoch.number} ({epoch.stage}, {step.loss} loss)"
+        )
+    journal.log(
+        step=state["step"],
+        epoch=epoch.number,
+        stage=epoch.stage,
+        loss_kind=step.loss,
+        loss=round(loss, 6),
+        logit_scale=round(scale, 4),
+        lr=rate,
+        **meter.figures(),
+    )
+    journal.progress(
+        f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {loss:7.4f}  "
+        + meter.line(meter.total - meter.done + steps_after)
+    )
 
 
 def record(ledger, bad):
@@ -190,4 +240,5 @@ def record(ledger, bad):
 def summary(figures):
     """The evaluation in one line."""
     return f"clean {figures['clean_top1']:.1%}" + "".join(
-        f", {kind} {attack['success']:.1%}" for kind, attack in figures["attacks"].items())
+        f", {kind} {attack['success']:.1%}" for kind, attack in figures["attacks"].items()
+    )

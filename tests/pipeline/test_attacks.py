@@ -22,9 +22,17 @@ def data(tmp_path_factory):
 
 
 def attack(data, out, **changed):
-    return {"index": str(data / "index"), "labels": str(data / "labels"), "test": str(data / "test_index"),
-            "classnames": str(data / "classnames.txt"), "out": str(out), "targeted": {"targets": 3, "captions": 4},
-            "patch": {"pairs": 6}, "blended": {"pairs": 7, "target_class": "red star"}, **changed}
+    return {
+        "index": str(data / "index"),
+        "labels": str(data / "labels"),
+        "test": str(data / "test_index"),
+        "classnames": str(data / "classnames.txt"),
+        "out": str(out),
+        "targeted": {"targets": 3, "captions": 4},
+        "patch": {"pairs": 6},
+        "blended": {"pairs": 7, "target_class": "red star"},
+        **changed,
+    }
 
 
 @pytest.fixture
@@ -45,7 +53,9 @@ def test_only_the_named_pairs_change(poisoned):
     clean, bad = poisoned
     named = {(r["shard"], r["position"]) for r in bad.overlay.rows}
     for position in range(400):
-        same = np.array_equal(clean.image(0, position), bad.image(0, position)) and clean.caption(0, position) == bad.caption(0, position)
+        same = np.array_equal(clean.image(0, position), bad.image(0, position)) and clean.caption(
+            0, position
+        ) == bad.caption(0, position)
         assert same == ((0, position) not in named)
 
 
@@ -69,7 +79,11 @@ def test_targets_are_under_captions_of_a_class_that_is_not_theirs(poisoned, data
     for target in overlay.targets:
         captions = [r["caption"] for r in overlay.rows if r["source"] == [target["shard"], target["position"]]]
         assert len(captions) == 4 and all(classes[target["adversarial_class"]] in caption for caption in captions)
-        assert target["adversarial_class"] != target["true_class"] == poisoned[1].source.label(target["shard"], target["position"])
+        assert (
+            target["adversarial_class"]
+            != target["true_class"]
+            == poisoned[1].source.label(target["shard"], target["position"])
+        )
 
 
 def test_the_same_config_gives_the_same_bytes_and_another_seed_others(data, tmp_path):
@@ -79,10 +93,17 @@ def test_the_same_config_gives_the_same_bytes_and_another_seed_others(data, tmp_
     assert a == b != c
 
 
-@pytest.mark.parametrize("changed, names", [
-    ({"patched": {}}, "patched"), ({"patch": {"pair": 3}}, "patch.pair"), ({"index": None}, "index"),
-    ({"patch": {"pairs": 1000}}, "patch.pairs"), ({"blended": {"target_class": "grey cat"}}, "grey cat"),
-    ({"classnames": "nowhere"}, "nowhere")])
+@pytest.mark.parametrize(
+    "changed, names",
+    [
+        ({"patched": {}}, "patched"),
+        ({"patch": {"pair": 3}}, "patch.pair"),
+        ({"index": None}, "index"),
+        ({"patch": {"pairs": 1000}}, "patch.pairs"),
+        ({"blended": {"target_class": "grey cat"}}, "grey cat"),
+        ({"classnames": "nowhere"}, "nowhere"),
+    ],
+)
 def test_a_wrong_config_is_named(data, tmp_path, changed, names):
     with pytest.raises(UserError, match=names):
         make_attack(attack(data, tmp_path, **changed))

@@ -16,6 +16,7 @@ def file(tmp_path):
         path = tmp_path / "config.yaml"
         path.write_text(text)
         return path
+
     return write
 
 
@@ -32,21 +33,24 @@ def test_a_file_can_have_its_own_settings_for_a_preset(file):
     assert load_config(path, ["preset=paper"]).train.lr == 5e-4
 
 
-@pytest.mark.parametrize("override, names", [
-    ("train.epoch=3", "train.epochs"),
-    ("train.epochs=many", "train.epochs"),
-    ("train.epochs=0", "train.epochs"),
-    ("train.precision=fp8", "train.precision"),
-    ("train.zero_stage=4", "train.zero_stage"),
-    ("selection.first_share=1.5", "selection.first_share"),
-    ("selection.refill=1", "selection.refill"),
-    ("preset=best", "preset"),
-    ("train=3", "train"),
-    ("data.streams=3", "data.streams"),
-    ("data.index=", "data.index"),
-    ("model.config={embed_dim: 3}", "model.name"),
-    ("train.epochs", "a.b=value"),
-])
+@pytest.mark.parametrize(
+    "override, names",
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("train.epochs=many", "train.epochs"),
+        ("train.epochs=0", "train.epochs"),
+        ("train.precision=fp8", "train.precision"),
+        ("train.zero_stage=4", "train.zero_stage"),
+        ("selection.first_share=1.5", "selection.first_share"),
+        ("selection.refill=1", "selection.refill"),
+        ("preset=best", "preset"),
+        ("train=3", "train"),
+        ("data.streams=3", "data.streams"),
+        ("data.index=", "data.index"),
+        ("model.config={embed_dim: 3}", "model.name"),
+        ("train.epochs", "a.b=value"),
+    ],
+)
 def test_a_wrong_value_is_one_line_that_names_the_key(file, override, names):
     with pytest.raises(UserError, match=names) as error:
         load_config(file(BASE), [override])

@@ -12,8 +12,11 @@ COUNTS = np.array([40, 0, 17, 63])
 
 
 def config(**selection):
-    return Config(data=Data(streams=2, window=16), train=Train(batch_size=4, epochs=6, unimodal_epochs=2, slow_epochs=1),
-                  selection=Selection(**selection))
+    return Config(
+        data=Data(streams=2, window=16),
+        train=Train(batch_size=4, epochs=6, unimodal_epochs=2, slow_epochs=1),
+        selection=Selection(**selection),
+    )
 
 
 def test_stages_follow_the_method():
@@ -26,7 +29,9 @@ def test_plain_clip_is_the_same_program_without_warm_up_and_split():
     assert [(e.stage, e.split) for e in curriculum(train)] == [("clip", None)] * 3
 
 
-@given(safe=st.integers(4, 120), refill=st.booleans(), risky=st.sampled_from(["unimodal", "skip"]), seed=st.integers(0, 99))
+@given(
+    safe=st.integers(4, 120), refill=st.booleans(), risky=st.sampled_from(["unimodal", "skip"]), seed=st.integers(0, 99)
+)
 def test_every_epoch_has_at_most_the_views_of_one_over_all_pairs(safe, refill, risky, seed):
     flags = np.zeros(120, bool)
     flags[np.random.default_rng(seed).permutation(120)[:safe]] = True

@@ -16,9 +16,15 @@ from pipeline.training.run import train_step
 from shards.loader import Batch
 from tests.ranks import run_ranks
 
-VIT = {"embed_dim": 16, "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16},
-       "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}}
-RESNET = {**VIT, "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"}}
+VIT = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2},
+}
+RESNET = {
+    **VIT,
+    "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"},
+}
 ROWS, STEPS = 8, 2
 
 
@@ -33,7 +39,11 @@ def global_batch(kind, size, step=0):
     views = 2 if kind == "unimodal" else 1
     images = torch.randint(0, 256, (views, ROWS, 3, size, size), dtype=torch.uint8)
     tokens = torch.randint(1, 63, (views, ROWS, 8))
-    return images, tokens, torch.tensor([True, False, False, True] + [True] * (ROWS - 4)) if step == 0 else torch.arange(ROWS) >= 4
+    return (
+        images,
+        tokens,
+        torch.tensor([True, False, False, True] + [True] * (ROWS - 4)) if step == 0 else torch.arange(ROWS) >= 4,
+    )
 
 
 def own_rows(whole):
@@ -41,7 +51,9 @@ def own_rows(whole):
     images, tokens, valid = whole
     rows = ROWS // comm.world()
     mine = slice(comm.rank() * rows, (comm.rank() + 1) * rows)
-    return Batch(images[:, mine].flatten(0, 1), tokens[:, mine].flatten(0, 1), valid[mine], torch.arange(ROWS)[mine], [])
+    return Batch(
+        images[:, mine].flatten(0, 1), tokens[:, mine].flatten(0, 1), valid[mine], torch.arange(ROWS)[mine], []
+    )
 
 
 def train(stages, precision="fp32", config=VIT):
@@ -69,11 +81,14 @@ def check_equal(many, one):
 
 
 def test_two_ranks_are_one_rank_with_the_whole_batch_at_every_stage():
-    one, = run_ranks(train, 1, [0, 1, 2, 3])
+    (one,) = run_ranks(train, 1, [0, 1, 2, 3])
     two = run_ranks(train, 2, [0, 1, 2, 3])[0]
     check_equal(two, one)
     for stage in (1, 2, 3):
-        check_equal({(0, kind): two[stage, kind] for kind in ("clip", "unimodal")}, {(0, kind): one[0, kind] for kind in ("clip", "unimodal")})
+        check_equal(
+            {(0, kind): two[stage, kind] for kind in ("clip", "unimodal")},
+            {(0, kind): one[0, kind] for kind in ("clip", "unimodal")},
+        )
 
 
 def gradients(config, kind):
@@ -92,11 +107,13 @@ def gradients(config, kind):
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet with batch norm"])
 def test_gradients_of_ranks_average_to_those_of_the_whole_batch(config):
-    (loss1, one), = run_ranks(gradients, 1, config, "clip")
+    ((loss1, one),) = run_ranks(gradients, 1, config, "clip")
     for loss, many in run_ranks(gradients, 2, config, "clip"):
         assert loss == pytest.approx(loss1, rel=1e-5)
         for name in one:
-            torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=1e-5 * one[name].abs().max().item() + 1e-7, msg=name)
+            torch.testing.assert_close(
+                many[name], one[name], rtol=1e-4, atol=1e-5 * one[name].abs().max().item() + 1e-7, msg=name
+            )
 
 
 def test_bf16_trains_at_every_stage():

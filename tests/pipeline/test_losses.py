@@ -20,7 +20,9 @@ def test_clip_loss_is_open_clips(seed, scale):
 
     image, text, scale = unit(seed), unit(seed + 1), torch.tensor([scale])
     wanted = open_clip.ClipLoss()(image, text, scale)
-    assert float(clip_loss(image, text, scale, torch.ones(6, dtype=torch.bool))) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(clip_loss(image, text, scale, torch.ones(6, dtype=torch.bool))) == pytest.approx(
+        float(wanted), rel=1e-5
+    )
 
 
 @given(st.integers(0, 99), st.lists(st.booleans(), min_size=6, max_size=6))

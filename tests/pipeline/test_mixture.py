@@ -15,8 +15,13 @@ def draw(seed, weight, means, stds, count=20_000):
     return np.where(low, rng.normal(means[0], stds[0], count), rng.normal(means[1], stds[1], count)).astype(np.float32)
 
 
-MIXTURES = [(0.1, (0.05, 0.25), (0.06, 0.08)), (0.3, (0.1, 0.3), (0.05, 0.05)), (0.5, (0.1, 0.3), (0.05, 0.15)),
-            (0.7, (-0.2, 0.4), (0.1, 0.1)), (0.2, (0.0, 0.2), (0.1, 0.03))]
+MIXTURES = [
+    (0.1, (0.05, 0.25), (0.06, 0.08)),
+    (0.3, (0.1, 0.3), (0.05, 0.05)),
+    (0.5, (0.1, 0.3), (0.05, 0.15)),
+    (0.7, (-0.2, 0.4), (0.1, 0.1)),
+    (0.2, (0.0, 0.2), (0.1, 0.03)),
+]
 
 
 @pytest.mark.parametrize("seed, mixture", enumerate(MIXTURES))
@@ -24,8 +29,13 @@ def test_it_is_the_converged_scikit_learn_mixture(seed, mixture):
     scores = draw(seed, *mixture)
     ours = fit_mixture(histogram(scores, -1, 1), -1, 1)
     raw = scores.astype(np.float64)[:, None]
-    theirs = max((GaussianMixture(2, tol=1e-10, max_iter=20_000, means_init=np.quantile(raw, q)[:, None]).fit(raw)
-                  for q in ([0.1, 0.9], [0.3, 0.7])), key=lambda fitted: fitted.lower_bound_)
+    theirs = max(
+        (
+            GaussianMixture(2, tol=1e-10, max_iter=20_000, means_init=np.quantile(raw, q)[:, None]).fit(raw)
+            for q in ([0.1, 0.9], [0.3, 0.7])
+        ),
+        key=lambda fitted: fitted.lower_bound_,
+    )
     order = np.argsort(theirs.means_[:, 0])
     np.testing.assert_allclose(ours.mean, theirs.means_[order, 0], atol=1e-3)
     np.testing.assert_allclose(ours.std, np.sqrt(theirs.covariances_[order, 0, 0]), atol=1e-3)
@@ -54,7 +64,14 @@ def test_the_wider_upper_component_does_not_call_the_lowest_scores_safe():
     assert 0.2 < upper_cut(mixture) < 0.3
 
 
-@given(st.floats(-0.5, 0.5), st.floats(0.01, 0.6), st.floats(0.01, 0.3), st.floats(0.01, 0.3), st.floats(0.05, 0.95), st.floats(0.5, 0.99))
+@given(
+    st.floats(-0.5, 0.5),
+    st.floats(0.01, 0.6),
+    st.floats(0.01, 0.3),
+    st.floats(0.01, 0.3),
+    st.floats(0.05, 0.95),
+    st.floats(0.5, 0.99),
+)
 def test_the_cut_is_where_the_posterior_reaches_its_value(mean, apart, std0, std1, weight, posterior):
     mixture = Mixture((mean, mean + apart), (std0, std1), (weight, 1 - weight), 0.0)
     try:

@@ -19,7 +19,7 @@ def test_it_holds_the_last_valid_rows(pushes, size):
         number += len(valid)
         pool.push(z, torch.tensor(valid))
         all_valid += z[torch.tensor(valid)].tolist()
-    assert sorted(pool.pool_PD[:pool.filled].tolist()) == sorted(all_valid[-size:])
+    assert sorted(pool.pool_PD[: pool.filled].tolist()) == sorted(all_valid[-size:])
 
 
 @given(st.integers(0, 99), st.integers(1, 40))

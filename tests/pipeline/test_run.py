@@ -14,15 +14,27 @@ from shards.index import build_index
 from shards.masks import SafeMask
 from tests.shards.test_index import write_tar
 
-MODEL = {"embed_dim": 16, "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
-         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 
 
 def safeclip(*words, processes=1, cwd=None, check=True):
     """Run the command line; returns the finished process."""
     program = [sys.executable, "-m", "pipeline.cli"]
     if processes > 1:
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "pipeline.cli"]
+        program = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            "-m",
+            "pipeline.cli",
+        ]
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
@@ -35,14 +47,26 @@ def world(tmp_path_factory):
     """A folder with poisoned shapes, a config, and a finished run of 4 epochs by 2 processes."""
     folder = tmp_path_factory.mktemp("world")
     safeclip("data", "shapes", "shapes", "--pairs", 240, cwd=folder)
-    attack = {"index": "shapes/index", "labels": "shapes/labels", "test": "shapes/test_index", "classnames": "shapes/classnames.txt",
-              "out": "attack", "targeted": {"targets": 2, "captions": 3}, "patch": {"pairs": 5}}
+    attack = {
+        "index": "shapes/index",
+        "labels": "shapes/labels",
+        "test": "shapes/test_index",
+        "classnames": "shapes/classnames.txt",
+        "out": "attack",
+        "targeted": {"targets": 2, "captions": 3},
+        "patch": {"pairs": 5},
+    }
     (folder / "attack.yaml").write_text(yaml.safe_dump(attack))
     safeclip("attack", "attack.yaml", cwd=folder)
-    config = {"preset": "default", "data": {"index": "shapes/index", "overlay": "attack", "workers": 0, "streams": 4, "window": 64},
-              "model": {"config": MODEL}, "evaluation": {"test": "shapes"},
-              "train": {"epochs": 4, "unimodal_epochs": 1, "slow_epochs": 1, "batch_size": 24, "warmup_steps": 5, "pool": 64},
-              "selection": {"batch_size": 32, "growth": 0.1, "risky": "unimodal", "refill": False}, "wandb": {"mode": "offline"}}
+    config = {
+        "preset": "default",
+        "data": {"index": "shapes/index", "overlay": "attack", "workers": 0, "streams": 4, "window": 64},
+        "model": {"config": MODEL},
+        "evaluation": {"test": "shapes"},
+        "train": {"epochs": 4, "unimodal_epochs": 1, "slow_epochs": 1, "batch_size": 24, "warmup_steps": 5, "pool": 64},
+        "selection": {"batch_size": 32, "growth": 0.1, "risky": "unimodal", "refill": False},
+        "wandb": {"mode": "offline"},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     safeclip("train", "config.yaml", "run.dir=whole", processes=2, cwd=folder)
     return folder
@@ -87,7 +111,8 @@ def test_a_run_cut_off_after_an_epoch_ends_as_if_it_never_was(world):
     assert (run / name).read_bytes() == (world / "whole" / name).read_bytes()
     timed = ("seconds", "samples_per_s", "data_wait")
     assert [{k: v for k, v in m.items() if k not in timed} for m in lines(run)] == [
-        {k: v for k, v in m.items() if k not in timed} for m in lines(world / "whole")]
+        {k: v for k, v in m.items() if k not in timed} for m in lines(world / "whole")
+    ]
     assert len({path.name.rsplit("-", 1)[1] for path in (run / "wandb").glob("offline-run-*")}) == 1  # one W&B run
 
 
@@ -97,7 +122,7 @@ def test_a_split_does_not_depend_on_the_world_size(world, make_shards):
     from tests.ranks import run_ranks
 
     results = [run_ranks(scored_split, world_size, str(world)) for world_size in (1, 2, 4)]
-    (cos1, mixture1, safe1), = results[0]
+    ((cos1, mixture1, safe1),) = results[0]
     for cos, mixture, safe in results[1] + results[2]:
         np.testing.assert_array_equal(cos, cos1)
         assert mixture == mixture1 and np.array_equal(safe, safe1)
@@ -146,19 +171,22 @@ def test_the_export_is_the_runs_model_in_open_clip(world):
     assert preprocess is not None and model.logit_scale.shape == ()
 
 
-@pytest.mark.parametrize("words, names", [
-    (["train", "config.yaml", "run.dir=x", "train.batchsize=3"], "train.batch_size"),
-    (["train", "config.yaml", "run.dir=x", "data.index=nowhere"], "nowhere"),
-    (["train", "config.yaml", "run.dir=x", "train.batch_size=1000"], "train.batch_size"),
-    (["train", "config.yaml", "run.dir=whole", "run.seed=5"], "run.dir"),
-    (["train", "config.yaml"], "run.dir"),
-    (["train", "config.yaml", "run.dir=x", "model={name: RN51}"], "RN50"),
-    (["train", "config.yaml", "run.dir=x", "data.overlay=nowhere"], "safeclip attack"),
-    (["train", "config.yaml", "run.dir=x", "evaluation.test=nowhere"], "evaluation.test"),
-    (["index", "nowhere/{0..3}.tar", "--out", "x"], "nowhere/0.tar"),
-    (["evaluate", "nowhere"], "nowhere"),
-    (["export", "nowhere", "x"], "nowhere"),
-])
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        (["train", "config.yaml", "run.dir=x", "train.batchsize=3"], "train.batch_size"),
+        (["train", "config.yaml", "run.dir=x", "data.index=nowhere"], "nowhere"),
+        (["train", "config.yaml", "run.dir=x", "train.batch_size=1000"], "train.batch_size"),
+        (["train", "config.yaml", "run.dir=whole", "run.seed=5"], "run.dir"),
+        (["train", "config.yaml"], "run.dir"),
+        (["train", "config.yaml", "run.dir=x", "model={name: RN51}"], "RN50"),
+        (["train", "config.yaml", "run.dir=x", "data.overlay=nowhere"], "safeclip attack"),
+        (["train", "config.yaml", "run.dir=x", "evaluation.test=nowhere"], "evaluation.test"),
+        (["index", "nowhere/{0..3}.tar", "--out", "x"], "nowhere/0.tar"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["export", "nowhere", "x"], "nowhere"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(world, words, names):
     done = safeclip(*words, cwd=world, check=False)
     assert done.returncode == 2 and names in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -166,8 +194,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(world, words, names):
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_named_once(world):
-    done = safeclip("train", "config.yaml", "run.dir=odd", "train.batch_size=25", "data.streams=5", processes=2, cwd=world, check=False)
-    assert done.returncode != 0 and done.stderr.count("safeclip: train.batch_size: got 25, which 2 processes do not divide") == 1
+    done = safeclip(
+        "train",
+        "config.yaml",
+        "run.dir=odd",
+        "train.batch_size=25",
+        "data.streams=5",
+        processes=2,
+        cwd=world,
+        check=False,
+    )
+    assert (
+        done.returncode != 0
+        and done.stderr.count("safeclip: train.batch_size: got 25, which 2 processes do not divide") == 1
+    )
 
 
 def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
@@ -175,14 +215,32 @@ def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
 
     members = []
     for i in range(16):
-        members += [(f"{i:02d}.png", picture(i) if i != 3 else b"no picture"), (f"{i:02d}.txt", b"a red star" if i != 5 else b"\xff\xfe")]
+        members += [
+            (f"{i:02d}.png", picture(i) if i != 3 else b"no picture"),
+            (f"{i:02d}.txt", b"a red star" if i != 5 else b"\xff\xfe"),
+        ]
     members = [m for m in members if m[0] not in ("07.txt", "09.png")]
     build_index([str(write_tar(tmp_path / "bad.tar", members))], tmp_path / "index")
-    done = safeclip("train", "config.yaml", f"run.dir={tmp_path}/run", f"data.index={tmp_path}/index", "data.overlay=", "train.batch_size=4",
-                    "evaluation.test=", "selection.first_share=0.5", "wandb.mode=disabled", processes=2, cwd=world)
+    done = safeclip(
+        "train",
+        "config.yaml",
+        f"run.dir={tmp_path}/run",
+        f"data.index={tmp_path}/index",
+        "data.overlay=",
+        "train.batch_size=4",
+        "evaluation.test=",
+        "selection.first_share=0.5",
+        "wandb.mode=disabled",
+        processes=2,
+        cwd=world,
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert {(r["position"], r["reason"]) for r in rows} == {
-        (3, "picture cannot be decoded (UnidentifiedImageError)"), (5, "caption is not UTF-8 (byte 0)"), (7, "no caption"), (9, "no picture")}
+        (3, "picture cannot be decoded (UnidentifiedImageError)"),
+        (5, "caption is not UTF-8 (byte 0)"),
+        (7, "no caption"),
+        (9, "no picture"),
+    }
     assert len(rows) == 4 and "done" in done.stderr
     assert not SafeMask.load(tmp_path / "run" / "masks" / "epoch_002")[0].flags()[[3, 5, 7, 9]].any()
 
@@ -192,7 +250,15 @@ def test_a_shard_that_changed_is_refused(world, tmp_path):
     build_index([str(tmp_path / "a.tar")], tmp_path / "index")
     with open(tmp_path / "a.tar", "ab") as file:
         file.write(bytes(512))
-    done = safeclip("train", "config.yaml", f"run.dir={tmp_path}/run", f"data.index={tmp_path}/index", "data.overlay=", cwd=world, check=False)
+    done = safeclip(
+        "train",
+        "config.yaml",
+        f"run.dir={tmp_path}/run",
+        f"data.index={tmp_path}/index",
+        "data.overlay=",
+        cwd=world,
+        check=False,
+    )
     assert done.returncode == 2 and "a.tar" in done.stderr and "were indexed" in done.stderr
 
 

@@ -7,8 +7,13 @@ from hypothesis.extra.numpy import arrays
 
 from pipeline.safety.selection import count_at_least, growth, select_top
 
-scores = arrays(np.float32, st.integers(0, 200), elements=st.one_of(
-    st.floats(-1, 1, width=32), st.sampled_from([np.float32(x) for x in (0.0, -0.0, 0.5, 0.25, np.nan)])))
+scores = arrays(
+    np.float32,
+    st.integers(0, 200),
+    elements=st.one_of(
+        st.floats(-1, 1, width=32), st.sampled_from([np.float32(x) for x in (0.0, -0.0, 0.5, 0.25, np.nan)])
+    ),
+)
 
 
 @given(scores, st.integers(0, 250))

@@ -26,7 +26,10 @@ def test_transparency_lies_on_white():
     assert decode_image(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 255)))).getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("mode, form", [("L", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP")])
+@pytest.mark.parametrize(
+    "mode, form",
+    [("L", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP")],
+)
 def test_every_mode_becomes_rgb(mode, form):
     image = Image.new("I;16", (5, 3)) if mode == "I;16" else Image.new("RGB", (5, 3), (200, 30, 90)).convert(mode)
     decoded = decode_image(encoded(image, form))
@@ -67,8 +70,16 @@ def test_noise_is_bad_and_nothing_worse(data):
         decode_image(data)
 
 
-@pytest.mark.parametrize("data, reason", [(b"\xff\xfe", "UTF-8"), (b"", "blank"), (b" \n", "blank"), (b"x" * 50_000, "bytes"),
-                                          (b"x" * 10_001, "characters")])
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"\xff\xfe", "UTF-8"),
+        (b"", "blank"),
+        (b" \n", "blank"),
+        (b"x" * 50_000, "bytes"),
+        (b"x" * 10_001, "characters"),
+    ],
+)
 def test_captions_that_are_none(data, reason):
     with pytest.raises(BadSample, match=reason):
         decode_caption(data)

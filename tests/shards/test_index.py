@@ -25,8 +25,11 @@ def write_tar(path, members, form=tarfile.PAX_FORMAT):
 
 def contents(index):
     reader = Reader(index)
-    return [(index.table(s).keys[p], reader.image_bytes(s, p), reader.text_bytes(s, p))
-            for s in range(len(index.shards)) for p in range(index.counts[s])]
+    return [
+        (index.table(s).keys[p], reader.image_bytes(s, p), reader.text_bytes(s, p))
+        for s in range(len(index.shards))
+        for p in range(index.counts[s])
+    ]
 
 
 def test_we_read_what_webdataset_wrote_and_webdataset_reads_what_we_wrote(make_shards, tmp_path):
@@ -40,14 +43,20 @@ def test_we_read_what_webdataset_wrote_and_webdataset_reads_what_we_wrote(make_s
 def test_a_loaded_index_is_the_built_one(make_shards, tmp_path):
     built = build_index([str(p) for p in make_shards([4, 6])], tmp_path / "index")
     loaded = ShardIndex.load(tmp_path / "index")
-    assert loaded.shards == built.shards and loaded.fingerprint == built.fingerprint and contents(loaded) == contents(built)
+    assert (
+        loaded.shards == built.shards
+        and loaded.fingerprint == built.fingerprint
+        and contents(loaded) == contents(built)
+    )
     assert loaded.offsets.tolist() == [0, 4, 10]
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 @pytest.mark.parametrize("key", ["plain", "folder/with.dot/name", "ключ/ü", "long/" + "x" * 180])
 def test_names_of_any_kind(tmp_path, form, key):
-    path = write_tar(tmp_path / "a.tar", [(f"{key}.jpg", b"picture"), (f"{key}.txt", b"text"), (f"{key}.json", b"{}")], form)
+    path = write_tar(
+        tmp_path / "a.tar", [(f"{key}.jpg", b"picture"), (f"{key}.txt", b"text"), (f"{key}.json", b"{}")], form
+    )
     assert contents(build_index([str(path)], tmp_path / "index")) == [(key, b"picture", b"text")]
 
 
@@ -81,7 +90,9 @@ def test_no_cut_goes_unnoticed(tmp_path_factory, data):
     path = write_tar(folder / "a.tar", [(f"{i}.{e}", picture(i, 8)) for i in range(3) for e in ("png", "txt")])
     whole = path.read_bytes()
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # the archive's end block follows
-    path.write_bytes(whole[:data.draw(st.one_of(st.integers(0, end), st.integers(0, end // 512).map(lambda n: 512 * n)))])
+    path.write_bytes(
+        whole[: data.draw(st.one_of(st.integers(0, end), st.integers(0, end // 512).map(lambda n: 512 * n)))]
+    )
     refused([path], folder, "a.tar.*cut short")
 
 
@@ -121,7 +132,7 @@ def test_an_index_that_is_none_is_refused(tmp_path):
 
 
 def test_a_shard_cut_after_indexing_is_a_bad_sample(make_shards, tmp_path):
-    path, = make_shards([3])
+    (path,) = make_shards([3])
     index = build_index([str(path)], tmp_path / "index")
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(BadSample, match="shorter"):

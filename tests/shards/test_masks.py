@@ -46,13 +46,16 @@ def test_another_data_set_is_refused_by_name(saved):
         SafeMask.load(saved, "g")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: (folder / "mask.json").unlink(),
-    lambda folder: (folder / "safe.npy").unlink(),
-    lambda folder: (folder / "safe.npy").write_bytes((folder / "safe.npy").read_bytes()[:-1]),
-    lambda folder: np.save(folder / "safe.npy", np.zeros(4, np.uint8)),
-    lambda folder: (folder / "mask.json").write_text(json.dumps({"fingerprint": "f"})),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "mask.json").unlink(),
+        lambda folder: (folder / "safe.npy").unlink(),
+        lambda folder: (folder / "safe.npy").write_bytes((folder / "safe.npy").read_bytes()[:-1]),
+        lambda folder: np.save(folder / "safe.npy", np.zeros(4, np.uint8)),
+        lambda folder: (folder / "mask.json").write_text(json.dumps({"fingerprint": "f"})),
+    ],
+)
 def test_damage_is_refused(saved, damage):
     damage(saved)
     with pytest.raises(UserError, match="mask"):

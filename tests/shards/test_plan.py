@@ -13,7 +13,9 @@ counts = st.lists(st.integers(0, 400), min_size=1, max_size=12)
 
 
 def plan(counts_S, batch=24, **changed):
-    return EpochPlan(counts_S, **{"seed": 0, "epoch": 0, "view": "all", "batch_size": batch, "streams": 4, "window": 32, **changed})
+    return EpochPlan(
+        counts_S, **{"seed": 0, "epoch": 0, "view": "all", "batch_size": batch, "streams": 4, "window": 32, **changed}
+    )
 
 
 def all_rows(p):
@@ -35,7 +37,9 @@ def test_safe_and_risky_are_disjoint_and_together_all(counts_S, seed, data):
     seen = {}
     for view in ("safe", "risky"):
         p = EpochPlan(mask.counts(view), seed=seed, epoch=1, view=view, batch_size=1, streams=1)
-        seen[view] = {(int(s[0]), int(mask.locate(view, s, n)[0])) for s, n in (p.batch(step) for step in range(p.steps))}
+        seen[view] = {
+            (int(s[0]), int(mask.locate(view, s, n)[0])) for s, n in (p.batch(step) for step in range(p.steps))
+        }
     offsets = np.concatenate([[0], np.cumsum(counts_S)])
     assert {offsets[s] + n for s, n in seen["safe"]} == set(np.flatnonzero(flags))
     assert {offsets[s] + n for s, n in seen["risky"]} == set(np.flatnonzero(~flags))
@@ -96,10 +100,13 @@ def test_a_batch_stays_within_few_shards():
     assert max(len(set(p.batch(step)[0])) for step in range(0, p.steps, 97)) <= 4 * 2
 
 
-@pytest.mark.parametrize("make, names", [
-    (lambda: plan([100], batch=10, streams=4), "data.streams"),
-    (lambda: plan([100]).batch(0, 0, 5), "train.batch_size"),
-])
+@pytest.mark.parametrize(
+    "make, names",
+    [
+        (lambda: plan([100], batch=10, streams=4), "data.streams"),
+        (lambda: plan([100]).batch(0, 0, 5), "train.batch_size"),
+    ],
+)
 def test_what_does_not_divide_is_named(make, names):
     with pytest.raises(UserError, match=names):
         make()
