@@ -39,7 +39,7 @@ def train(config, evaluators=None):
     `evaluators`: name -> function(engine, views, device) -> dict of figures, called by all ranks after an epoch.
     """
     comm.init(config.run.timeout)
-    run_dir, device = prepare(config), comm.device()
+    device = comm.device()
     index = ShardIndex.load(config.data.index)
     index.verify()
     overlay = Overlay.load(config.data.overlay, index) if config.data.overlay else None
@@ -52,7 +52,9 @@ def train(config, evaluators=None):
         )
 
     torch.manual_seed(config.run.seed)
-    engine = start_engine(Towers(build_model(asdict(config.model)), *pixel_stats()), config.train, device)
+    towers = Towers(build_model(asdict(config.model)), *pixel_stats())
+    run_dir = prepare(config)  # only now: a start that fails on its input must not claim the directory
+    engine = start_engine(towers, config.train, device)
     width = open_clip_config(asdict(config.model))["embed_dim"]
     pools = {name: NeighborPool(config.train.pool, width, device) for name in ("image", "text")}
     state = {"step": 0, "epoch": 0, "seconds": 0.0, "sample_views": 0, "first_share": None, "metrics_bytes": 0}
