@@ -79,10 +79,10 @@ def lines(run):
 def test_a_run_leaves_what_it_promises(world):
     run, metrics = world / "whole", lines(world / "whole")
     assert [m["stage"] for m in metrics if "eval" in m] == ["unimodal", "slow", "safeclip", "safeclip"]
-    assert [round(m["share"], 2) for m in metrics if m["stage"] == "split"] == [0.6, 0.7]
+    assert [round(m["share"], 2) for m in metrics if m["stage"] == "split"] == [0.4, 0.5]
     assert all({"step", "epoch", "stage"} <= m.keys() for m in metrics)
     mask, meta = SafeMask.load(run / "masks" / "epoch_002")
-    assert meta["mixture"] and meta["share"] == mask.share == 144 / 240 and meta["step"] == 20
+    assert meta["mixture"] and meta["share"] == mask.share == 96 / 240 and meta["step"] == 20
     assert list((run / "wandb").glob("offline-run-*"))
     assert not (run / "bad_samples.jsonl").exists()
 

@@ -1,0 +1,95 @@
+"""The demo data: a pure function of its seed, in the layouts it promises, classes and captions that agree."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.demo import CLASSES, SHAPES, draw_shape, render, shapes
+from shards.emoji import list_pictures
+from shards.errors import UserError
+from shards.index import ShardIndex
+from shards.samples import Samples
+
+
+def test_a_scene_is_a_function_of_its_number_and_seed():
+    assert render(7, 0, True) == render(7, 0, True)
+    assert len({render(n, s, True)["png"] for n in (7, 8) for s in (0, 1)}) == 4
+
+
+def test_the_caption_names_the_class_and_the_picture_is_decodable():
+    for number in range(200):
+        sample = render(number, 0, True)
+        assert CLASSES[sample["cls"]] in sample["txt"]
+        assert Image.open(io.BytesIO(sample["png"])).size == (32, 32)
+
+
+def test_the_shapes_look_different():
+    areas = {}
+    for shape in SHAPES:
+        stencil = Image.new("L", (64, 64))
+        from PIL import ImageDraw
+
+        draw_shape(ImageDraw.Draw(stencil), shape, 32, 32, 20, 0.0)
+        areas[shape] = np.asarray(stencil) > 0
+    for one in SHAPES:
+        for other in SHAPES:
+            assert one == other or (areas[one] ^ areas[other]).sum() > 60
+
+
+def test_the_layout_and_a_second_call(tmp_path):
+    out = tmp_path / "shapes"
+    shapes(out, pairs=30, test=8)
+    labels, captions = Samples(ShardIndex.load(out / "labels")), Samples(ShardIndex.load(out / "index"))
+    assert captions.index.samples == 30 and ShardIndex.load(out / "test_index").samples == 8
+    assert all(CLASSES[labels.label(0, p)] in captions.caption(0, p) for p in range(30))
+    assert (out / "test" / "nshards.txt").read_text() == "1\n"
+    assert (out / "classnames.txt").read_text().splitlines() == CLASSES
+    assert "{c}" in (out / "zeroshot_classification_templates.txt").read_text()
+    with tarfile.open(out / "test" / "0.tar") as tar:
+        assert {name.partition(".")[2] for name in tar.getnames()} == {"png", "cls"}
+    before = (out / "train" / "00000.tar").stat().st_mtime_ns
+    shapes(out, pairs=30, test=8)
+    assert (out / "train" / "00000.tar").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="delete it or name another folder"):
+        shapes(out, pairs=31, test=8)
+
+
+def test_a_build_that_was_cut_off_is_made_anew(tmp_path):
+    out = tmp_path / "shapes"
+    shapes(out, pairs=20, test=4)
+    (out / "made_by.json").unlink()
+    (out / "unfinished").touch()
+    shapes(out, pairs=20, test=4)
+    assert json.loads((out / "made_by.json").read_text())["pairs"] == 20 and not (out / "unfinished").exists()
+
+
+def test_every_picture_of_an_emoji_is_on_one_side_of_the_split():
+    described, pictures = [], {}
+    for number in range(40):
+        tones = {"1F3FB": {"image": f"{number}-light.png"}} if number % 2 else {}
+        described.append(
+            {
+                "unified": f"{number:X}",
+                "name": f"THING {number}",
+                "short_name": "thing",
+                "image": f"{number}.png",
+                "category": "Things",
+                "subcategory": "large-thing" if number < 36 else "rare",
+                "skin_variations": tones,
+            }
+        )
+        for vendor in ("google", "twitter"):
+            for image in (f"{number}.png", f"{number}-light.png"):
+                pictures[vendor, image] = b""
+    rows, classes = list_pictures(described, {}, pictures, 0)
+    assert classes == ["large thing"] and len(rows) == 36 * 2 + 18 * 2
+    sides = {}
+    for row in rows:
+        sides.setdefault(row["image"].split(".")[0].split("-")[0], set()).add(row["test"])
+    assert all(len(side) == 1 for side in sides.values())
+    assert sum(side == {True} for side in sides.values()) == round(0.15 * 36)
+    assert any("with light skin" in row["caption"] for row in rows)
