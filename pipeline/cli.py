@@ -135,7 +135,7 @@ def main(argv=None):
     try:
         args.run_command(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"safeclip: {error}", file=sys.stderr)
         sys.exit(2)
 

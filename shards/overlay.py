@@ -57,7 +57,7 @@ class Overlay:
 
     def __init__(self, manifest):
         self.kinds, self.targets, self.rows = manifest["kinds"], manifest["targets"], manifest["rows"]
-        self.source_index = manifest["source"]
+        self.source_index, self.source_fingerprint = manifest["source"], manifest["source_fingerprint"]
         self.poison = {
             (r["shard"], r["position"]): Poison(r["kind"], r["caption"], tuple(r["source"]) if r["source"] else None)
             for r in self.rows

@@ -1,6 +1,7 @@
 """Samples: (shard, position) -> a picture and a caption, with the attack overlay applied while reading."""
 
 from shards.decode import decode_caption, decode_image
+from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.reader import Reader
 
@@ -15,6 +16,11 @@ class Samples:
         self.index, self.overlay = index, overlay
         self.reader = Reader(index)
         self.source = Samples(ShardIndex.load(overlay.source_index)) if overlay else None
+        if overlay and self.source.index.fingerprint != overlay.source_fingerprint:
+            raise UserError(
+                f"overlay: takes pictures from {overlay.source_index}, which holds other shards than when it was made; "
+                "make it again with `safeclip attack`"
+            )
 
     def image(self, shard, position):
         """PIL RGB picture. Raises BadSample."""

@@ -124,3 +124,11 @@ def test_a_trigger_scales_with_the_picture():
         assert changed.sum() == (size // 4) ** 2 and changed[size // 2, size // 2] and not changed[0, 0]
     blended = np.asarray(Trigger("blended", 0, alpha=0.2).apply(Image.new("RGB", (32, 32), (128, 128, 128))))
     assert 0 < np.abs(blended.astype(int) - 128).mean() < 0.2 * 128
+
+
+def test_an_overlay_whose_pictures_changed_is_refused(data, tmp_path, poisoned):
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "source_fingerprint": "0"}))
+    index = ShardIndex.load(data / "index")
+    with pytest.raises(UserError, match="safeclip attack"):
+        Samples(index, Overlay.load(tmp_path, index))
