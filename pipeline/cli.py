@@ -20,7 +20,7 @@ def data(args):
     if args.name == "shapes":
         from shards.demo import shapes
 
-        shapes(args.out, pairs=args.pairs or 15_000, seed=args.seed)
+        shapes(args.out, pairs=args.pairs or 18_000, seed=args.seed)
     else:
         from shards.emoji import emoji
 
@@ -103,7 +103,7 @@ def parser():
     sub = command(data, "build demo data as shards")
     sub.add_argument("name", choices=["shapes", "emoji"])
     sub.add_argument("out")
-    sub.add_argument("--pairs", type=int, help="shapes: number of training pairs (default 15000)")
+    sub.add_argument("--pairs", type=int, help="shapes: number of training pairs (default 18000)")
     sub.add_argument("--seed", type=int, default=0)
     sub = command(index, "index shards: what each holds, and where")
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")

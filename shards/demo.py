@@ -66,7 +66,7 @@ FORMS = (
 )
 
 
-def shapes(out, pairs=15_000, test=1_080, seed=0):
+def shapes(out, pairs=18_000, test=1_080, seed=0):
     """Build the data set in OUT: train/, test/ (CLIP_benchmark layout), index/, labels/ (of train), test_index/.
 
     A finished one with the same arguments is used again. Raises UserError when OUT holds something else.
