@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline import comm
+from shards.errors import UserError
 
 
 def share_batch_norm(module):
@@ -17,8 +18,8 @@ def share_batch_norm(module):
             shared.load_state_dict(child.state_dict())
             setattr(module, name, shared)
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-            raise NotImplementedError(
-                f"{type(child).__name__} cannot share its statistics on the CPU; train this model on GPUs or in one process"
+            raise UserError(
+                f"model: its {type(child).__name__} cannot share statistics over processes on the CPU; train it on GPUs or in one process"
             )
         else:
             share_batch_norm(child)
