@@ -72,7 +72,7 @@ class ShardIndex:
 
     def table(self, shard):
         """ShardTable of shard number `shard`; the last few are kept in memory."""
-        return read_table(str(self.folder / "tables" / f"{shard:05d}.parquet"))
+        return read_table(self.folder, shard)
 
     def verify(self):
         """Raise UserError if a shard is missing or is not the size that was indexed."""
@@ -89,8 +89,8 @@ class ShardIndex:
 
 
 @lru_cache(maxsize=64)
-def read_table(path):
-    columns = pq.read_table(path)
+def read_table(folder, shard):
+    columns = pq.read_table(folder / "tables" / f"{shard:05d}.parquet")
     return ShardTable(
         columns["key"].to_pylist(),
         *(columns[name].to_numpy() for name in ("image_offset", "image_size", "text_offset", "text_size")),

@@ -21,7 +21,7 @@ def start_engine(towers, train, device):
             f"train.batch_size: got {train.batch_size}, which {comm.world()} processes do not divide; take a multiple of their number"
         )
     optimizer = torch.optim.AdamW(
-        param_groups(towers, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
+        param_groups(towers, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps, fused=True
     )
     config = {
         "train_batch_size": train.batch_size,

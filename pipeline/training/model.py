@@ -91,7 +91,7 @@ class Towers(nn.Module):
         image_BD = text_BD = None
         if images_BCHW is not None:
             kind = self.clip.text_projection.dtype
-            pixels = ((images_BCHW.float() / 255 - self.mean) / self.std).to(kind)
+            pixels = ((images_BCHW.float() / 255 - self.mean) / self.std).to(kind, memory_format=torch.channels_last)
             image_BD = F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
         if tokens_BL is not None:
             text_BD = F.normalize(self.clip.encode_text(tokens_BL).float(), dim=-1)
