@@ -5,10 +5,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
+. launch/train_run.sh
 install ""
-
 seed=${SEED:-0}
 out=runs/quickstart
 [ "$seed" = 0 ] || out=runs/quickstart_seed$seed
-. launch/train_pair.sh
-train_pair configs/quickstart.yaml configs/attack_shapes.yaml shapes default "$seed" "$out"
+processes=2
+if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ]; then processes=1; fi
+prepare shapes "$seed"
+for preset in clip default; do
+    train_run configs/quickstart.yaml shapes "$preset" "$seed" "$out" "$processes"
+    evaluate_run "$preset" "$out"
+done
+safeclip compare "$out/clip" "$out/default" --out "$out"

@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # The tables of the README: shapes and emoji, seeds 0 1 2, plain CLIP against SafeCLIP by the presets paper and default.
-#   launch/reproduce.sh                 everything (hours on 2 cores); what is finished is used again
-#   SETS=shapes SEEDS=0 launch/reproduce.sh
-# Writes runs/reproduce/SET/seedN/RUN/eval.json and runs/reproduce/table.md.
+#   launch/reproduce.sh                 everything (over an hour on 2 cores); what is finished is used again
+#   SETS=shapes SEEDS=0 PRESETS="clip default" launch/reproduce.sh
+# One process a run, JOBS runs at a time (one a core, or one on GPUs).
+# Writes runs/reproduce/SET/seedN/PRESET/eval.json and runs/reproduce/table.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
+. launch/train_run.sh
 install ""
-. launch/train_pair.sh
+if nvidia-smi -L >/dev/null 2>&1; then JOBS=${JOBS:-1}; fi
+export JOBS=${JOBS:-$(nproc)}
+export -f train_run
 for set in ${SETS:-shapes emoji}; do
     config=configs/quickstart.yaml
     [ "$set" = shapes ] || config=configs/$set.yaml
+    for seed in ${SEEDS:-0 1 2}; do prepare "$set" "$seed"; done
+    for preset in ${PRESETS:-clip default paper}; do
+        for seed in ${SEEDS:-0 1 2}; do echo "$config $set $preset $seed runs/reproduce/$set/seed$seed 1"; done
+    done | xargs -P "$JOBS" -L 1 bash -euc 'train_run "$@" 2> >(sed -u "s|^|$2 $3 seed $4: |" >&2)' train_run
     for seed in ${SEEDS:-0 1 2}; do
-        for preset in ${PRESETS:-default paper}; do
-            train_pair "$config" "configs/attack_$set.yaml" "$set" "$preset" "$seed" "runs/reproduce/$set/seed$seed"
-        done
+        for preset in ${PRESETS:-clip default paper}; do evaluate_run "$preset" "runs/reproduce/$set/seed$seed"; done
     done
 done
 python -m pipeline.evaluation.table runs/reproduce | tee runs/reproduce/table.md

@@ -153,7 +153,7 @@ PRESETS = {
     "clip": {"train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0}},
     "default": {
         "train": {"unimodal_epochs": 1},
-        "selection": {"first_share": 0.4, "growth": 0.05, "risky": "skip", "refill": True},
+        "selection": {"first_share": 0.6, "growth": 0.05, "cap": 0.9, "risky": "skip", "refill": True},
     },
 }
 CHOICES = {

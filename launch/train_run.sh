@@ -1,0 +1,24 @@
+# Sourced by quickstart.sh and reproduce.sh. What is finished is used again.
+
+# prepare DATA SEED: build the demo data (shapes or emoji) and the attack manifest of SEED.
+prepare() {
+    safeclip data "$1" "data/$1"
+    safeclip attack "configs/attack_$1.yaml" seed="$2" out="data/$1_attack_seed$2"
+}
+
+# train_run CONFIG DATA PRESET SEED OUT PROCESSES: train one preset on the poisoned data into OUT/PRESET.
+train_run() {
+    local config=$1 data=$2 preset=$3 seed=$4 out=$5 processes=$6
+    [ ! -e "$out/$preset/eval.json" ] || return 0
+    echo "== $data, seed $seed: training $preset" >&2
+    # One thread a process, and reading processes of their own only where there are cores left for them.
+    local cores=$(( $(nproc) / ${JOBS:-1} / processes ))
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc-per-node "$processes" -m pipeline.cli \
+        train "$config" preset="$preset" run.dir="$out/$preset" run.seed="$seed" \
+        data.overlay="data/${data}_attack_seed$seed" data.workers=$(( cores > 1 ? 1 : 0 ))
+}
+
+# evaluate_run PRESET OUT: write OUT/PRESET/eval.json; the run of plain CLIP beside it tells whether the attacks took.
+evaluate_run() {
+    [ -e "$2/$1/eval.json" ] || safeclip evaluate "$2/$1" --baseline "$2/clip"
+}
