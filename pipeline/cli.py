@@ -9,11 +9,12 @@ safeclip export RUN OUT                                   an open_clip local dir
 """
 
 import argparse
+import errno
 import os
 import sys
 
 # Heavy packages are imported in the commands that use them: `safeclip --help` answers at once.
-from shards.errors import UserError
+from shards.errors import RunFailed, UserError
 
 
 def data(args):
@@ -52,6 +53,7 @@ def train(args):
     config = load_config(args.config, args.overrides)
     from pipeline.evaluation.evaluators import ZeroShot
     from pipeline.training.run import train as train_run
+    from pipeline.training.signals import EXIT_CODE, Preempted
     from shards.index import ShardIndex
     from shards.overlay import Overlay
 
@@ -59,7 +61,10 @@ def train(args):
     if config.evaluation.test:
         overlay = Overlay.load(config.data.overlay, ShardIndex.load(config.data.index)) if config.data.overlay else None
         evaluators["eval"] = ZeroShot(config.evaluation, overlay)
-    train_run(config, evaluators)
+    try:
+        train_run(config, evaluators)
+    except Preempted:
+        sys.exit(EXIT_CODE)
 
 
 def evaluate(args):
@@ -130,13 +135,21 @@ def parser():
 
 
 def main(argv=None):
-    """Run one command. Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 anything else."""
+    """Run one command. Exit codes: 0 done, 2 the user's mistake (one line on stderr), 75 asked to stop, 1 anything else."""
     args = parser().parse_args(argv)
     try:
         args.run_command(args)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"safeclip: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"safeclip: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"safeclip: {error.filename or 'disk'}: no space left; free some and start again", file=sys.stderr)
         sys.exit(2)
 
 

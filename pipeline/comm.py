@@ -1,5 +1,6 @@
 """The process group: who we are, and the few collectives that are used outside the losses. One process needs no group."""
 
+import contextlib
 import datetime
 import os
 import socket
@@ -7,7 +8,9 @@ import socket
 import torch
 import torch.distributed as dist
 
-from shards.errors import UserError
+from shards.errors import RunFailed, UserError
+
+_control = None  # on GPUs a gloo group of all ranks for messages between hosts; else the default group is gloo itself
 
 
 def init(timeout=600.0):
@@ -15,6 +18,7 @@ def init(timeout=600.0):
 
     gloo on the CPU, NCCL on GPUs. `timeout`: seconds a collective waits for a rank that does not come. Raises UserError.
     """
+    global _control
     if dist.is_initialized():
         return
     env = os.environ
@@ -39,7 +43,10 @@ def init(timeout=600.0):
     if torch.cuda.is_available():
         torch.cuda.set_device(int(env["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    patience = datetime.timedelta(seconds=timeout)
+    dist.init_process_group(backend, timeout=patience)
+    if backend != "gloo":
+        _control = dist.new_group(backend="gloo", timeout=patience)
 
 
 def rank():
@@ -61,7 +68,44 @@ def device():
 
 def barrier():
     if world() > 1:
-        dist.barrier()
+        dist.barrier(group=_control)
+
+
+def on_main(function, *args):
+    """function(*args), called on rank 0 only; its result, or its UserError, on every rank."""
+    result, error = None, None
+    if is_main():
+        try:
+            result = function(*args)
+        except UserError as found:
+            error = found
+    result, error = broadcast_object((result, error))
+    if error:
+        raise error
+    return result
+
+
+@contextlib.contextmanager
+def naming_the_lost(timeout):
+    """Turns what a collective raises when another rank is gone, or silent for `timeout` seconds, into a RunFailed."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error)
+        if not (isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
+            raise
+        raise RunFailed(
+            f"rank {rank()}: another process of the run died, or did not answer for run.timeout = {timeout:g} s "
+            f"({words.strip().splitlines()[0]}); its own log says why. Start the run again: it goes on from its last checkpoint"
+        ) from error
+
+
+def most(*values):
+    """tuple: for every int (or bool) its largest value over the ranks. The GPUs are not waited for."""
+    found = torch.tensor(values, dtype=torch.int64)
+    if world() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=_control)
+    return tuple(found.tolist())
 
 
 def broadcast_object(value):
@@ -69,7 +113,7 @@ def broadcast_object(value):
     if world() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_control)
     return box[0]
 
 
@@ -78,7 +122,7 @@ def gather_objects(value):
     if world() == 1:
         return [value]
     box = [None] * world()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=_control)
     return box
 
 

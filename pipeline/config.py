@@ -20,8 +20,18 @@ class Run:
     """Of the weights, the order and the augmentation."""
     timeout: float = 600.0
     """Seconds after which a collective that waits for a dead rank gives up."""
+    save_steps: int = 0
+    """Save after every so many steps, and at every epoch's end; 0 = only there."""
+    save_minutes: float = 0.0
+    """Save also when the last save is so many minutes ago; 0 = never."""
     keep: int = 2
-    """Complete checkpoints to keep."""
+    """Newest complete checkpoints to keep."""
+    keep_every: int = 0
+    """Keep also the checkpoint at the end of every n-th epoch; 0 = none."""
+    restart: bool = False
+    """Delete the state of the run directory and start anew."""
+    accept_changes: bool = False
+    """Go on with a run although the config has changed."""
 
 
 @dataclass
@@ -79,6 +89,8 @@ class Train:
     """fp32 or bf16."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, 0 to 3."""
+    on_nan: str = "stop"
+    """When a gradient is infinite or no number: stop, or skip the step and count it."""
     pool: int = 4096
     """Past embeddings of each modality in which the nearest neighbour is searched."""
 
@@ -138,13 +150,25 @@ class Config:
 
     def hash(self):
         """12 hex digits that change with anything that changes what is learnt."""
-        values = asdict(self)
-        for part in ("wandb", "evaluation"):
-            del values[part]
-        for key in ("dir", "timeout", "keep"):
-            del values["run"][key]
-        del values["data"]["workers"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(learnt(asdict(self)), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def learnt(values):
+    """{"a.b": value}: of a Config's dict, what changes what is learnt."""
+    flat = {
+        f"{section}.{key}": value
+        for section, part in values.items()
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
+    others = ("wandb.", "evaluation.", "run.", "data.workers")
+    return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
+
+
+def differences(old, new):
+    """[(field, old value, new value)] of two Config dicts, among what changes what is learnt."""
+    old, new = learnt(old), learnt(new)
+    return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
 
 
 # What a preset sets beyond the defaults above, which are the published ones.
@@ -160,6 +184,7 @@ CHOICES = {
     "train.method": ("safeclip", "clip"),
     "train.precision": ("fp32", "bf16"),
     "train.zero_stage": (0, 1, 2, 3),
+    "train.on_nan": ("stop", "skip"),
     "selection.risky": ("unimodal", "skip"),
     "wandb.mode": ("disabled", "offline", "online"),
 }

@@ -1,4 +1,4 @@
-"""The two ways in which input can be wrong."""
+"""The ways in which things go wrong."""
 
 
 class UserError(Exception):
@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class BadSample(Exception):
     """One sample that cannot be used. It stays in its batch as an invalid row and goes into the ledger with this reason."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on though its input is right; what it saved is sound. One line, exit code 1."""

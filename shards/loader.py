@@ -116,8 +116,11 @@ def collate(samples, views, shard_B, position_B, read, count):
     return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad)
 
 
-def batches(dataset, start=0, workers=0):
-    """Iterate over `dataset` from item `start` on, in order, read ahead by `workers` processes (0: in this one)."""
+def batches(dataset, start=0, workers=0, in_worker=None):
+    """Iterate over `dataset` from item `start` on, in order, read ahead by `workers` processes (0: in this one).
+
+    `in_worker(number)` is called in each of those processes when it starts.
+    """
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -125,5 +128,6 @@ def batches(dataset, start=0, workers=0):
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
+        worker_init_fn=in_worker,
     )
     return iter(loader)

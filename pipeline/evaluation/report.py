@@ -14,7 +14,7 @@ from pipeline.evaluation.evaluators import TOOK, ZeroShot
 from pipeline.safety.split import load_split
 from pipeline.training import checkpoint
 from pipeline.training.model import Towers, build_model, pixel_stats
-from pipeline.training.run import make_views
+from pipeline.training.start import make_views
 from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.overlay import Overlay
@@ -95,9 +95,9 @@ def load_run(run_dir, overrides=()):
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"run {run_dir}: no config.yaml in it; give a directory that `safeclip train` wrote")
     config = load_config(run_dir / "config.yaml", overrides)
-    folder = checkpoint.newest_complete(run_dir)
+    folder, warnings = checkpoint.newest_complete(run_dir)
     if folder is None:
-        raise UserError(f"run {run_dir}: no complete checkpoint in it; let `safeclip train` finish an epoch first")
+        raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")
     towers = Towers(build_model(asdict(config.model)), *pixel_stats())
     towers.clip.load_state_dict(load_file(folder / "model.safetensors"))
     return config, folder, towers.to(comm.device()).eval().requires_grad_(False)

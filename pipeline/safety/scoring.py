@@ -7,13 +7,16 @@ from pipeline import comm
 from shards.loader import PlainBatches, batches
 
 
-def assign_shards(counts_S, world):
-    """List of `world` lists of shard numbers: whole shards, the largest first, each to the rank with the least so far."""
+def assign_shards(counts_S, world, done=()):
+    """List of `world` lists of shard numbers: whole shards, the largest first, each to the rank with the least work so far.
+
+    Shards that are `done` are only read, which is no work.
+    """
     load, mine = [0] * world, [[] for _ in range(world)]
     for shard in sorted(range(len(counts_S)), key=lambda s: (-counts_S[s], s)):
-        rank = load.index(min(load))
+        rank = shard % world if shard in done else load.index(min(load))
         mine[rank].append(shard)
-        load[rank] += int(counts_S[shard])
+        load[rank] += 0 if shard in done else int(counts_S[shard])
     return [sorted(shards) for shards in mine]
 
 
@@ -27,18 +30,22 @@ def shard_batches(counts_S, shards, batch_size):
 
 
 @torch.no_grad()
-def score_all_pairs(engine, samples, views, batch_size, device, workers=0, progress=None):
+def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None):
     """(cos_N, bad): float32 cosines in [-1, 1] of all pairs in (shard, position) order, the same vector on every rank.
 
     Pairs that cannot be read are NaN; `bad` lists those of this rank as (shard, position, key, reason). Every rank makes the
-    same number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer.
+    same number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer. With `files`
+    (scores.ScoreFiles) a shard is written as soon as it is scored, and what is there is not scored again.
+    `each_round(done, rounds)` is called by all ranks after every pass.
     """
     index, world = samples.index, comm.world()
-    owned = assign_shards(index.counts, world)
-    todo = [shard_batches(index.counts, shards, batch_size) for shards in owned]
+    done = set(comm.broadcast_object(files.done() if files and comm.is_main() else []))
+    owned = assign_shards(index.counts, world, done)
+    todo = [shard_batches(index.counts, [s for s in shards if s not in done], batch_size) for shards in owned]
     mine, rounds = todo[comm.rank()], max(len(batches) for batches in todo)
-    filler = next(batch for batches in todo for batch in batches)
-    cos, bad = [], []
+    filler = next((batch for batches in todo for batch in batches), None)
+    scored = {s: files.read(s) if s in done else (np.empty(0, np.float32), []) for s in owned[comm.rank()]}
+    parts, bad = [], []  # of the shard that is being scored
     was_training = engine.training
     engine.eval()
     reading = batches(PlainBatches(samples, mine + [filler] * (rounds - len(mine)), views), workers=workers)
@@ -47,17 +54,23 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, progr
         image_BD, text_BD, _ = engine(here.images, here.tokens)
         cos_B = (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan"))
         if number < len(mine):
-            cos.append(cos_B)
+            shard, _, stop = mine[number]
+            parts.append(cos_B)
             bad += batch.bad
-        if progress:
-            progress(number + 1, rounds)
+            if stop == index.counts[shard]:
+                scored[shard] = torch.cat(parts).cpu().numpy(), bad
+                parts, bad = [], []
+                if files:
+                    files.write(shard, *scored[shard])
+        if each_round:
+            each_round(number + 1, rounds)
     engine.train(was_training)
-    local = torch.cat(cos) if cos else torch.zeros(0, device=device)
+    local = np.concatenate([np.empty(0, np.float32)] + [cos for cos, _ in scored.values()])
     counts = [int(index.counts[shards].sum()) for shards in owned]
-    gathered = comm.all_gather_rows(local, counts).cpu().numpy()
+    gathered = comm.all_gather_rows(torch.from_numpy(local).to(device), counts).cpu().numpy()
     cos_N, start = np.empty(index.samples, np.float32), 0
     for shard in (shard for shards in owned for shard in shards):
         stop = start + int(index.counts[shard])
         cos_N[index.offsets[shard] : index.offsets[shard + 1]] = gathered[start:stop]
         start = stop
-    return cos_N, bad
+    return cos_N, [sample for _, found in scored.values() for sample in found]

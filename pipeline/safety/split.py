@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import comm
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
+from pipeline.safety.scores import load_cosines
 from pipeline.safety.selection import count_at_least, growth, select_top
 from shards.masks import SafeMask
-from shards.storage import sync_folder
 
 
 @dataclass
@@ -77,39 +75,13 @@ def broadcast_mask(safe_N, counts_S):
 
 
 def save_split(folder, split, index, meta):
-    """Write scores/*.parquet (shard by shard), then the mask, whose mask.json comes last. On rank 0 only."""
-    scores = folder / "scores"
-    scores.mkdir(parents=True, exist_ok=True)
-    posterior_N = split.mixture.posterior(split.cos_N) if split.mixture else np.full(len(split.cos_N), np.nan)
-    safe_N = split.mask.flags()
-    for shard in range(len(index.counts)):
-        rows = slice(index.offsets[shard], index.offsets[shard + 1])
-        table = pa.table(
-            {
-                "position": np.arange(index.counts[shard]),
-                "key": index.table(shard).keys,
-                "cosine": split.cos_N[rows],
-                "posterior": posterior_N[rows].astype(np.float32),
-                "safe": safe_N[rows],
-            }
-        )
-        pq.write_table(table, scores / f"{shard:05d}.parquet")
-    sync_folder(scores)
+    """Write the mask, whose mask.json comes last; the cosines lie in `folder`/scores already. On rank 0 only."""
     split.mask.save(folder, {"fingerprint": index.fingerprint, **split.summary(), **meta})
 
 
 def load_split(folder, index):
     """Split saved in `folder`. Raises UserError when it is damaged or belongs to other shards."""
     mask, meta = SafeMask.load(folder, index.fingerprint)
-    cos_N = load_cosines(folder, len(index.counts))
+    cos_N = load_cosines(folder, index.counts)
     mixture = Mixture.from_dict(meta["mixture"]) if meta["mixture"] else None
     return Split(cos_N, mixture, meta["cut"], meta["share"], meta["first_share"], mask, meta["note"])
-
-
-def load_cosines(folder, shards):
-    """float32 (N,): the cosines saved in `folder`/scores, in (shard, position) order."""
-    parts = [
-        pq.read_table(folder / "scores" / f"{shard:05d}.parquet", columns=["cosine"])["cosine"].to_numpy()
-        for shard in range(shards)
-    ]
-    return np.concatenate(parts).astype(np.float32)

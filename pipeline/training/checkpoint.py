@@ -1,65 +1,191 @@
-"""Checkpoints that are complete or absent: a fresh folder, written by all ranks, then a marker (DEEPSPEED trap 5)."""
+"""Checkpoints that are complete or absent, written in the background (DEEPSPEED trap 5).
 
+RUN/checkpoints/step_00001200/
+    deepspeed/*.pt        weights and optimizer, each rank its part
+    model.safetensors     the CLIP in fp32
+    pools.safetensors     the neighbour pools
+    state.json            step, epoch, step in the epoch, world size, ...
+    COMPLETE              {"files": {name: bytes}}, written last: a folder without it, or that it does not fit, is no checkpoint
+    universal/            made when a run goes on with another number of ranks
+"""
+
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 
 from pipeline import comm
 from pipeline.training import engine as engines
+from shards.errors import UserError
 from shards.storage import sync_folder, write_bytes, write_json
 
 MARKER = "COMPLETE"
 
 
-def complete_checkpoints(run_dir):
-    """Folders of the run's complete checkpoints, oldest first."""
-    return sorted(p.parent for p in Path(run_dir).glob(f"checkpoints/step_*/{MARKER}"))
+def fault(folder):
+    """What is wrong with a checkpoint folder in one phrase, or None when it is complete."""
+    try:
+        files = json.loads((folder / MARKER).read_text())["files"]
+    except FileNotFoundError:
+        return "it has no COMPLETE marker"
+    except (ValueError, KeyError, TypeError):
+        return "its COMPLETE marker is damaged"
+    for name, size in files.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def checkpoints(run_dir):
+    """All checkpoint folders of a run, complete or not, oldest first."""
+    return sorted(Path(run_dir).glob("checkpoints/step_*"))
 
 
 def newest_complete(run_dir):
-    """The newest complete checkpoint, or None. Rank 0 looks, all receive."""
-    found = complete_checkpoints(run_dir) if comm.is_main() else None
-    return comm.broadcast_object(found[-1] if found else None)
+    """(folder or None, [warning]): the newest complete checkpoint, and a line about those that were passed over."""
+    passed = []
+    for folder in reversed(checkpoints(run_dir)):
+        wrong = fault(folder)
+        if wrong is None:
+            break
+        passed.append(f"{folder.name}: {wrong}")
+    else:
+        folder = None
+    if not passed:
+        return folder, []
+    return folder, [f"passed over {len(passed)} checkpoint(s) that are not complete ({'; '.join(passed)})"]
 
 
-def save_checkpoint(run_dir, engine, pools, state, keep):
-    """Save everything that a resumed run needs; all ranks call. `state`: JSON object with "step". Returns the folder.
+class Saver:
+    """Saves a run's state. `save` copies it to memory and returns; a thread of each rank writes the files.
 
-    In it: deepspeed/ (weights, optimizer), model.safetensors (the CLIP in fp32), pools.safetensors, state.json, COMPLETE.
+    Rank 0's thread writes the marker when the files of all ranks are there, and then removes old checkpoints: all but the newest
+    `keep` and, if `keep_every` > 0, those at the end of every `keep_every`-th epoch.
     """
-    folder = Path(run_dir) / "checkpoints" / f"step_{state['step']:08d}"
-    if comm.is_main():
-        shutil.rmtree(folder, ignore_errors=True)  # only ever an incomplete one: a complete one was resumed from
-        folder.mkdir(parents=True)
-    comm.barrier()
-    engines.save(engine, folder / "deepspeed")
-    weights = engines.consolidated_state(engine)
-    comm.barrier()
-    if comm.is_main():
-        save_file(weights, folder / "model.safetensors")
-        save_file(
-            {
-                f"{name}.{key}": value.contiguous()
-                for name, pool in pools.items()
-                for key, value in pool.state_dict().items()
-            },
-            folder / "pools.safetensors",
-        )
-        write_json(folder / "state.json", state)
-        sync_folder(folder)
-        write_bytes(folder / MARKER, b"")
-        for old in complete_checkpoints(run_dir)[:-keep]:
-            (old / MARKER).unlink()
-            shutil.rmtree(old)
-    comm.barrier()
-    return folder
+
+    def __init__(self, run_dir, engine, pools, keep, keep_every=0):
+        self.run_dir, self.engine, self.pools = Path(run_dir), engine, pools
+        self.keep, self.keep_every = keep, keep_every
+        self.thread, self.folder, self.error, self.stall = None, None, None, 0.0
+        self.written, self.abandoned = threading.Event(), threading.Event()
+
+    def save(self, state):
+        """Start saving everything that a resumed run needs; all ranks call. `state`: JSON object with "step".
+
+        Waits for the save before it, and raises UserError on every rank if that one failed on any.
+        """
+        self.wait()
+        started = time.monotonic()
+        self.folder = folder = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
+        if comm.is_main():
+            shutil.rmtree(folder, ignore_errors=True)  # only ever an incomplete one: a complete one was resumed from
+            folder.mkdir(parents=True)
+        comm.barrier()
+        files = engines.serialise(self.engine, folder / "deepspeed")
+        weights = engines.consolidated_state(self.engine)
+        if comm.is_main():
+            files[folder / "model.safetensors"] = safetensors_bytes(weights)
+            files[folder / "pools.safetensors"] = safetensors_bytes(
+                {
+                    f"{name}.{key}": value.contiguous()
+                    for name, pool in self.pools.items()
+                    for key, value in pool.state_dict().items()
+                }
+            )
+            files[folder / "state.json"] = (json.dumps(state | {"world": comm.world()}, indent=1) + "\n").encode()
+        self.error, self.stall = None, time.monotonic() - started
+        self.written.clear()
+        self.thread = threading.Thread(target=self.write, args=(folder, files, comm.rank(), comm.world()), daemon=True)
+        self.thread.start()
+
+    def write(self, folder, files, rank, world):
+        """In the thread: this rank's files, then its receipt; on rank 0 also the marker. No collectives here."""
+        try:
+            sizes = {}
+            for path, data in files.items():
+                write_bytes(path, data)
+                sizes[str(Path(path).relative_to(folder))] = len(data)
+            write_json(folder / f"receipt_{rank:05d}.json", sizes)
+        except OSError as error:
+            self.error = f"rank {rank}: {error.strerror or error}"
+        self.written.set()
+        if rank == 0 and not self.error:
+            self.complete(folder, world)
+
+    def complete(self, folder, world):
+        """Wait for the receipts of all ranks, then turn them into the marker and remove old checkpoints."""
+        receipts = [folder / f"receipt_{rank:05d}.json" for rank in range(world)]
+        while not all(path.exists() for path in receipts):
+            if self.abandoned.wait(0.05):
+                return
+        files = {}
+        for path in receipts:
+            files |= json.loads(path.read_text())
+        try:
+            sync_folder(folder)
+            write_json(folder / MARKER, {"files": files})
+            for path in receipts:
+                path.unlink()
+            self.prune()
+        except OSError as error:
+            self.error = f"rank 0: {error.strerror or error}"
+
+    def prune(self):
+        """Remove what need not be kept. The marker goes first: half a removal leaves no checkpoint."""
+        complete = [folder for folder in checkpoints(self.run_dir) if fault(folder) is None]
+        for folder in checkpoints(self.run_dir):
+            if folder >= complete[-self.keep :][0] or folder in complete and self.is_kept(load_state(folder)):
+                continue
+            (folder / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+
+    def is_kept(self, state):
+        """Whether `keep_every` keeps a checkpoint for good."""
+        at_an_end = state["epoch"] > 0 and state["epoch_step"] == 0
+        return bool(self.keep_every) and at_an_end and state["epoch"] % self.keep_every == 0
+
+    def wait(self):
+        """Until the save that was started is complete. All ranks call; all raise UserError when it failed on one."""
+        if not self.thread:
+            return
+        self.written.wait()
+        errors = [error for error in comm.gather_objects(self.error) if error]
+        if errors:
+            self.abandoned.set()
+        self.thread.join()
+        self.thread = None
+        comm.barrier()
+        errors = errors or [error for error in comm.gather_objects(self.error) if error]
+        if errors:
+            if comm.is_main():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {self.folder}: cannot be written ({errors[0]}); mend that and start the run again, it goes on "
+                "from the last complete checkpoint"
+            )
 
 
 def load_checkpoint(folder, engine, pools):
-    """Restore engine and pools from a complete checkpoint; returns its state."""
-    engines.load(engine, folder / "deepspeed")
+    """Restore engine and pools from a complete checkpoint (or from its universal form, by an engine made for that); returns its state."""
+    if engine.load_universal_checkpoint():
+        engines.load(engine, folder / "universal")
+        saved = load_file(folder / "model.safetensors")
+        for name, buffer in engine.module.clip.named_buffers():  # DeepSpeed's universal form holds parameters only
+            if name in saved:
+                buffer.copy_(saved[name])
+    else:
+        engines.load(engine, folder / "deepspeed")
     saved = load_file(folder / "pools.safetensors")
     for name, pool in pools.items():
         pool.load_state_dict(
@@ -71,3 +197,28 @@ def load_checkpoint(folder, engine, pools):
 def load_state(folder):
     """The JSON state of a checkpoint."""
     return json.loads((folder / "state.json").read_text())
+
+
+def to_universal(folder):
+    """Convert a checkpoint, once, to the form that any number of ranks can load. One rank calls; a lock keeps other jobs out."""
+    done = folder / "universal"
+    with open(folder / "universal.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system when its holder dies
+        if done.exists():
+            return
+        part = folder / "universal.part"
+        shutil.rmtree(part, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", folder / "deepspeed", "--output_folder", part]
+        finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=alone())
+        if finished.returncode:
+            raise UserError(
+                f"checkpoint {folder}: DeepSpeed cannot convert it to another world size "
+                f"({(finished.stderr.strip() or 'no message').splitlines()[-1]}); start with the number of ranks that wrote it"
+            )
+        os.replace(part, done)
+
+
+def alone():
+    """The environment without what makes a process a rank of this run."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

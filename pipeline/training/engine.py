@@ -1,5 +1,6 @@
 """The DeepSpeed engine: ZeRO 0 to 3 in fp32 or bf16, on GPUs or on the CPU. Every setting here answers a measured trap."""
 
+import io
 import logging
 import os
 import warnings
@@ -12,8 +13,11 @@ from pipeline.training.model import MAX_LOG_SCALE, param_groups
 from shards.errors import UserError
 
 
-def start_engine(towers, train, device):
-    """DeepSpeed engine over `towers` (model.Towers) with AdamW. `train`: config.Train. The process group must be up."""
+def start_engine(towers, train, device, universal=False):
+    """DeepSpeed engine over `towers` (model.Towers) with AdamW. `train`: config.Train. The process group must be up.
+
+    `universal`: it will load a checkpoint of another world size, converted by checkpoint.to_universal.
+    """
     deepspeed = import_deepspeed()
     stage = train.zero_stage
     if train.batch_size % comm.world():
@@ -30,12 +34,14 @@ def start_engine(towers, train, device):
         "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": train.precision == "bf16"},
+        "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
     engine, *_ = deepspeed.initialize(
         model=towers.to(device), optimizer=optimizer, config=config, dist_init_required=False
     )
+    engine.checkpoint_engine = memory_writer()
     return engine
 
 
@@ -75,14 +81,61 @@ def clamp_logit_scale(engine):
         scale._hp_mapping.get_hp_fragment().clamp_(0, MAX_LOG_SCALE)
 
 
-def save(engine, folder):
-    """Write weights and optimizer, sharded, into a folder that no complete checkpoint has yet; all ranks call."""
+def step(engine):
+    """One optimizer step. False where a gradient was infinite or no number: then nothing has moved, on any rank.
+
+    DeepSpeed leaves such a step out by itself at stages 1 to 3 and in bf16, silently; a plain optimizer would take it.
+    """
+    if not hasattr(engine.optimizer, "overflow"):
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        if not torch.stack(torch._foreach_norm(gradients)).sum().isfinite():  # averaged: the same on every rank
+            engine.optimizer.zero_grad()
+            engine.step()  # without gradients it only counts
+            return False
+    engine.step()
+    return not getattr(engine.optimizer, "overflow", False)
+
+
+def memory_writer():
+    """A DeepSpeed checkpoint engine that keeps what it should write in `.files` (path -> bytes), for whoever writes it later."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class MemoryWriter(CheckpointEngine):
+        def __init__(self):
+            self.files = {}
+
+        def create(self, info):
+            pass
+
+        def save(self, state_dict, path):
+            buffer = io.BytesIO()
+            torch.save(state_dict, buffer)
+            self.files[path] = buffer.getbuffer()
+
+        def load(self, path, map_location=None):
+            # Weights and plain values, and the three classes that DeepSpeed puts beside them.
+            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+        def commit(self, info):
+            return True
+
+    return MemoryWriter()
+
+
+def serialise(engine, folder):
+    """{path in `folder`: bytes} of this rank's weights and optimizer state, for `load`; nothing is written. All ranks call."""
     # No `latest` file: it is written before the others have finished (the run's own marker comes last).
     engine.save_checkpoint(str(Path(folder).parent), tag=Path(folder).name, save_latest=False)
+    files, engine.checkpoint_engine.files = engine.checkpoint_engine.files, {}
+    return files
 
 
 def load(engine, folder):
-    """Restore what `save` wrote at the same world size; all ranks call."""
+    """Restore what `serialise` gave, from files in `folder`; all ranks call."""
     path, _ = engine.load_checkpoint(str(Path(folder).parent), tag=Path(folder).name)
     if path is None:
         raise UserError(f"checkpoint {folder}: DeepSpeed cannot load it; delete it to go on from the one before")

@@ -14,9 +14,9 @@ from shards.storage import write_bytes
 
 def export_run(run_dir, config, out):
     """Write OUT/open_clip_config.json and OUT/open_clip_model.safetensors from the newest complete checkpoint. Raises UserError."""
-    folder = checkpoint.newest_complete(run_dir)
+    folder, warnings = checkpoint.newest_complete(run_dir)
     if folder is None:
-        raise UserError(f"run {run_dir}: no complete checkpoint in it; let `safeclip train` finish an epoch first")
+        raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")
     weights = load_file(folder / "model.safetensors")
     weights["logit_scale"] = weights["logit_scale"].reshape(())  # 1-d for DeepSpeed, 0-d in open_clip's files
     mean, std = pixel_stats()

@@ -71,14 +71,14 @@ class Journal:
 
 
 class Meter:
-    """Samples per second, share of the time spent waiting for data, and time left, of the steps since it was made."""
+    """Samples per second, share of the time spent waiting for data, and time left. Steps before `first` were done earlier."""
 
-    def __init__(self, total):
-        self.total, self.done, self.samples, self.waited = total, 0, 0, 0.0
+    def __init__(self, total, first=0):
+        self.total, self.first, self.done, self.samples, self.waited = total, first, first, 0, 0.0
         self.started = time.monotonic()
 
-    def step(self, samples, waited):
-        self.done, self.samples, self.waited = self.done + 1, self.samples + samples, self.waited + waited
+    def step(self, samples):
+        self.done, self.samples = self.done + 1, self.samples + samples
 
     @property
     def seconds(self):
@@ -93,7 +93,7 @@ class Meter:
 
     def line(self, steps_left):
         """For the progress line; `steps_left` of the whole run."""
-        figures, eta = self.figures(), self.seconds / max(1, self.done) * steps_left
+        figures, eta = self.figures(), self.seconds / max(1, self.done - self.first) * steps_left
         return (
             f"{figures['samples_per_s']:7.0f} samples/s  data {figures['data_wait']:4.0%}  "
             f"ETA {int(eta // 3600)}:{int(eta % 3600 // 60):02d}:{int(eta % 60):02d}"

@@ -4,127 +4,91 @@ safeclip train configs/quickstart.yaml run.dir=runs/a                           
 torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn50.yaml run.dir=runs/a     one node
 """
 
-import math
+import json
 import time
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
-import yaml
 
 from pipeline import comm
+from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.safety.split import load_split, save_split, split_pairs
-from pipeline.training import checkpoint
+from pipeline.training import engine as engines
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
-from pipeline.training.engine import clamp_logit_scale, set_lr, start_engine
-from pipeline.training.journal import Journal, Meter
+from pipeline.training.journal import Meter
 from pipeline.training.losses import clip_loss, unimodal_loss
-from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
-from pipeline.training.neighbors import NeighborPool
-from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.ledger import Ledger
-from shards.loader import TrainBatches, Views, batches
-from shards.overlay import Overlay
-from shards.samples import Samples
-from shards.storage import write_bytes
+from pipeline.training.signals import Preempted, StopSignal, ignore_in_worker
+from pipeline.training.start import Run
+from shards.errors import RunFailed, UserError
+from shards.loader import TrainBatches, batches
 
-LOG_EVERY = 20  # steps between lines of metrics.jsonl: reading the loss waits for the GPU
+LOG_EVERY = 20  # steps between lines of metrics.jsonl
+AGREE_EVERY = 10  # steps after which the ranks ask each other whether to save or stop
 
 
 def train(config, evaluators=None):
-    """Train to the end, from the newest complete checkpoint if there is one. Raises UserError for what the user can mend.
+    """Train to the end, from the newest complete checkpoint if there is one; returns the run's state.
 
     `evaluators`: name -> function(engine, views, device) -> dict of figures, called by all ranks after an epoch.
+    Raises UserError for what the user can mend, Preempted when a signal asked for a stop (the state is saved).
     """
-    comm.init(config.run.timeout)
-    device = comm.device()
-    index = ShardIndex.load(config.data.index)
-    index.verify()
-    overlay = Overlay.load(config.data.overlay, index) if config.data.overlay else None
-    samples, views = Samples(index, overlay), make_views(config)
-    steps_per_epoch = index.samples // config.train.batch_size
-    if not steps_per_epoch:
-        raise UserError(
-            f"train.batch_size: got {config.train.batch_size}, but {config.data.index} holds only {index.samples} "
-            "pairs; take a smaller batch"
-        )
-
-    torch.manual_seed(config.run.seed)
-    towers = Towers(build_model(asdict(config.model)), *pixel_stats())
-    run_dir = prepare(config)  # only now: a start that fails on its input must not claim the directory
-    engine = start_engine(towers, config.train, device)
-    width = open_clip_config(asdict(config.model))["embed_dim"]
-    pools = {name: NeighborPool(config.train.pool, width, device) for name in ("image", "text")}
-    state = {"step": 0, "epoch": 0, "seconds": 0.0, "sample_views": 0, "first_share": None, "metrics_bytes": 0}
-    found = checkpoint.newest_complete(run_dir)
-    if found:
-        state = checkpoint.load_checkpoint(found, engine, pools)
-    journal = Journal(run_dir, config, state["metrics_bytes"])
-    ledger = Ledger(run_dir / "bad_samples.jsonl") if comm.is_main() else None
-    journal.say(
-        f"{run_dir}: {index.samples:,} pairs in {len(index.shards)} shards, {comm.world()} process(es) on {device.type}, "
-        f"{config.train.epochs} epochs of {steps_per_epoch} steps"
-        + (f", resumed after epoch {state['epoch']}" if found else "")
+    with StopSignal() as stop, comm.naming_the_lost(config.run.timeout):
+        run = Run(config)
+        state, marks = run.state, Marks()
+        for epoch in curriculum(config.train)[state["epoch"] :]:
+            mask = split_epoch(run, epoch, stop) if epoch.split is not None else None
+            steps = epoch_steps(epoch, run.index.counts, mask, config)
+            first = state["epoch_step"]
+            meter, bad = Meter(len(steps), first), []
+            reading = batches(
+                TrainBatches(
+                    run.samples,
+                    steps,
+                    run.views,
+                    seed=config.run.seed,
+                    epoch=epoch.number,
+                    rank=comm.rank(),
+                    world=comm.world(),
+                ),
+                first,
+                config.data.workers,
+                ignore_in_worker,
+            )
+            for step in steps[first:]:
+                waiting = time.monotonic()
+                batch = next(reading).to(run.device)
+                meter.waited += time.monotonic() - waiting
+                rate = learning_rate(state["step"], epoch, run.steps_per_epoch, config.train)
+                torch.manual_seed((config.run.seed << 40) + (state["step"] << 14) + comm.rank())  # dropout, if any
+                engines.set_lr(run.engine, rate)
+                loss, scale, finite = train_step(run.engine, run.pools, batch, step.loss)
+                if not finite:
+                    not_finite(run, epoch, step, loss)
+                state["step"] += 1
+                state["epoch_step"] += 1
+                state["sample_views"] += config.train.batch_size
+                bad += batch.bad
+                meter.step(config.train.batch_size)
+                if meter.done % LOG_EVERY == 0 or meter.done == len(steps):
+                    report(run, epoch, step, meter, loss, scale, rate)
+                if meter.done < len(steps) and save_now(run, marks, stop):
+                    bad = save(run, marks, bad, stop)
+            state.update(epoch=epoch.number + 1, epoch_step=0)
+            evaluate(run, epoch, evaluators or {})
+            save(run, marks, bad, stop)
+        run.saver.wait()
+    run.journal.say(
+        f"{run.run_dir}: done, {state['step']} steps, {state['sample_views']:,} sample views, {state['seconds']:.0f} s"
     )
-
-    for epoch in curriculum(config.train)[state["epoch"] :]:
-        started, mask = time.monotonic(), None
-        if epoch.split is not None:
-            split = split_epoch(epoch, config, engine, samples, views, state, journal, ledger, run_dir)
-            mask, state["first_share"] = split.mask, split.first_share
-        steps = epoch_steps(epoch, index.counts, mask, config)
-        meter, bad = Meter(len(steps)), []
-        reading = batches(
-            TrainBatches(
-                samples, steps, views, seed=config.run.seed, epoch=epoch.number, rank=comm.rank(), world=comm.world()
-            ),
-            workers=config.data.workers,
-        )
-        for step in steps:
-            waiting = time.monotonic()
-            batch = next(reading).to(device)
-            waited = time.monotonic() - waiting
-            rate = learning_rate(state["step"], epoch, steps_per_epoch, config.train)
-            set_lr(engine, rate)
-            loss, scale = train_step(engine, pools, batch, step.loss)
-            state["step"] += 1
-            state["sample_views"] += config.train.batch_size
-            bad += batch.bad
-            meter.step(config.train.batch_size, waited)
-            if meter.done % LOG_EVERY == 0 or meter.done == len(steps):
-                report(
-                    journal,
-                    state,
-                    epoch,
-                    step,
-                    meter,
-                    loss,
-                    scale,
-                    rate,
-                    (config.train.epochs - epoch.number - 1) * steps_per_epoch,
-                )
-        record(ledger, bad)
-        state["epoch"] = epoch.number + 1
-        state["seconds"] += time.monotonic() - started
-        last = state["epoch"] == config.train.epochs
-        if evaluators and (last or config.evaluation.every and state["epoch"] % config.evaluation.every == 0):
-            for name, evaluate in evaluators.items():
-                figures = evaluate(engine, views, device)
-                journal.log(step=state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
-                journal.say(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
-        state["metrics_bytes"] = journal.length()
-        checkpoint.save_checkpoint(run_dir, engine, pools, state, config.run.keep)
-    journal.say(
-        f"{run_dir}: done, {state['step']} steps, {state['sample_views']:,} sample views, {state['seconds']:.0f} s"
-    )
-    journal.close()
+    run.journal.close()
     return state
 
 
 def train_step(engine, pools, batch, kind):
-    """One step on this rank's rows; the gradient is that of the global batch. Returns (loss, logit scale), on the device."""
+    """One step on this rank's rows; the gradient is that of the global batch.
+
+    Returns (loss, logit scale, finite): two tensors on the device, and False if the gradient was no number and nothing moved.
+    """
     image_BD, text_BD, scale = engine(batch.images, batch.tokens)
     if kind == "clip":
         loss = clip_loss(image_BD, text_BD, scale, batch.valid)
@@ -133,101 +97,154 @@ def train_step(engine, pools, batch, kind):
         (image1_BD, image2_BD), (text1_BD, text2_BD) = image_BD.chunk(2), text_BD.chunk(2)
         near_image_BD, near_text_BD = pools["image"].search(image1_BD), pools["text"].search(text1_BD)
         loss = unimodal_loss(image2_BD, text2_BD, near_image_BD, near_text_BD, scale, batch.valid)
+    engine.backward(loss)
+    finite = engines.step(engine)
+    if finite and kind == "unimodal":
         pools["image"].push(image1_BD, batch.valid)
         pools["text"].push(text1_BD, batch.valid)
-    engine.backward(loss)
-    engine.step()
-    clamp_logit_scale(engine)
-    return loss.detach(), scale.detach()
+    engines.clamp_logit_scale(engine)
+    return loss.detach(), scale.detach(), finite
 
 
-def split_epoch(epoch, config, engine, samples, views, state, journal, ledger, run_dir):
-    """The Split before `epoch`: scored, decided, saved. One that is already complete on disk is used as it is."""
-    folder, index = run_dir / "masks" / f"epoch_{epoch.number:03d}", samples.index
-    if comm.broadcast_object((folder / "mask.json").exists()):
-        return load_split(folder, index)
-    meter = Meter(0)
+def split_epoch(run, epoch, stop):
+    """The mask before `epoch`: all pairs scored, the cut decided, both saved. What is already on disk is used as it is."""
+    folder, index, state, config = run.run_dir / "masks" / f"epoch_{epoch.number:03d}", run.index, run.state, run.config
+    meter, started = Meter(0), state["epoch_step"] == 0
+    if not comm.on_main(is_split, folder, state, config):
 
-    def progress(done, rounds):
-        journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
+        def each_round(done, rounds):
+            run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
+            if done % AGREE_EVERY == 0 and any(comm.most(stop.received)):
+                leave(run)  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
 
-    cos_N, bad = score_all_pairs(
-        engine, samples, views, config.selection.batch_size, comm.device(), config.data.workers, progress
-    )
-    record(ledger, bad)
-    split = split_pairs(cos_N, index.counts, config.selection, epoch.split, state["first_share"])
-    if comm.is_main():
-        save_split(folder, split, index, {"epoch": epoch.number, "step": state["step"], "config": config.hash()})
-    comm.barrier()
-    journal.log(
-        step=state["step"], epoch=epoch.number, stage="split", seconds=round(meter.seconds, 2), **split.summary()
-    )
-    journal.say(
-        f"  epoch {epoch.number:3d} split     safe {split.share:.1%}, cosine >= {split.cut:.3f}, {meter.seconds:.1f} s"
-        + (f" ({split.note})" if split.note else "")
-    )
-    return split
-
-
-def prepare(config):
-    """The run directory, checked and created: a directory belongs to one config. Returns its Path."""
-    if not config.run.dir:
-        raise UserError("run.dir: missing; name the run directory with run.dir=DIR")
-    if config.train.batch_size % comm.world():
-        raise UserError(
-            f"train.batch_size: got {config.train.batch_size}, which {comm.world()} processes do not divide; "
-            "take a multiple of their number"
+        cos_N, bad = score_all_pairs(
+            run.engine,
+            run.samples,
+            run.views,
+            config.selection.batch_size,
+            run.device,
+            config.data.workers,
+            ScoreFiles(folder / "scores", index, state["step"]),
+            each_round,
         )
-    run_dir = Path(config.run.dir).absolute()
-    if comm.is_main():
-        path = run_dir / "config.yaml"
-        if path.exists():
-            there = yaml.safe_load(path.read_text())
-            if there.get("hash") != config.hash():
-                raise UserError(
-                    f"run.dir: {run_dir} holds a run with another config (hash {there.get('hash')}, this one "
-                    f"{config.hash()}); use the same config to continue it, or another run.dir"
-                )
-        else:
-            text = yaml.safe_dump({"hash": config.hash(), **asdict(config)}, sort_keys=False)
-            write_bytes(path, text.encode())
-    comm.barrier()
-    return run_dir
-
-
-def make_views(config):
-    """shards.loader.Views for a config."""
-    model, data = asdict(config.model), config.data
-    return Views(
-        picture_size(model),
-        tokenizer_for(model),
-        data.clip_augment,
-        data.unimodal_augment,
-        data.unimodal_eda,
-        data.clip_eda,
-    )
-
-
-def report(journal, state, epoch, step, meter, loss, scale, rate, steps_after):
-    """Metrics and the progress line; stops a run whose loss is no number (the last checkpoint stays whole)."""
-    loss, scale = comm.mean(loss), float(scale)
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"loss is {loss} at step {state['step']}, epoch {epoch.number} ({epoch.stage}, {step.loss} loss)"
+        record(run.ledger, bad)
+        split = split_pairs(cos_N, index.counts, config.selection, epoch.split, state["first_share"])
+        meta = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
+        comm.on_main(save_split, folder, split, index, meta)
+    else:
+        split = load_split(folder, index)
+    state["first_share"] = split.first_share
+    if started:
+        seconds = round(meter.seconds, 2)
+        run.journal.log(step=state["step"], epoch=epoch.number, stage="split", seconds=seconds, **split.summary())
+        run.journal.say(
+            f"  epoch {epoch.number:3d} split     safe {split.share:.1%}, cosine >= {split.cut:.3f}, {seconds:.1f} s"
+            + (f" ({split.note})" if split.note else "")
         )
-    journal.log(
-        step=state["step"],
+    return split.mask
+
+
+def is_split(folder, state, config):
+    """Whether the mask in `folder` is the one to train this epoch with. Raises UserError if it is gone in mid-epoch."""
+    there = (folder / "mask.json").exists()
+    if state["epoch_step"]:
+        if not there:
+            raise UserError(
+                f"masks: {folder} is gone, and the run is {state['epoch_step']} steps into its epoch; bring it back, or delete the "
+                "newest checkpoint to go on from an earlier one"
+            )
+        return True
+    # At the epoch's start a mask of another config, or of a run that was started anew, is made again.
+    meta = json.loads((folder / "mask.json").read_text()) if there else {}
+    return (meta.get("step"), meta.get("config")) == (state["step"], config.hash())
+
+
+class Marks:
+    """When the run was last saved, and up to when its seconds are counted."""
+
+    def __init__(self):
+        self.saved = self.counted = time.monotonic()
+
+
+def save_now(run, marks, stop):
+    """Whether to save after this step: by steps, by minutes on rank 0's clock, or because some rank was asked to stop."""
+    settings, step = run.config.run, run.state["step"]
+    due = bool(settings.save_steps) and step % settings.save_steps == 0
+    if step % AGREE_EVERY == 0:
+        minutes = (time.monotonic() - marks.saved) / 60
+        late = comm.is_main() and 0 < settings.save_minutes <= minutes
+        asked, late, failed = comm.most(stop.received, late, run.saver.error is not None)
+        if failed:
+            run.saver.wait()  # raises on every rank
+        due = due or asked or late
+    return due
+
+
+def save(run, marks, bad, stop):
+    """Record what was read, save the state, and leave if a rank was asked to; returns an empty list of bad samples."""
+    record(run.ledger, bad)
+    now = time.monotonic()
+    run.state.update(seconds=run.state["seconds"] + now - marks.counted, metrics_bytes=run.journal.length())
+    marks.saved = marks.counted = now
+    run.saver.save(run.state)
+    if any(comm.most(stop.received)):
+        leave(run)
+    return []
+
+
+def leave(run):
+    """Wait until the state is on disk, say so, and raise Preempted on every rank."""
+    run.saver.wait()
+    run.journal.say(f"{run.run_dir}: asked to stop; saved, start it again to go on after step {run.state['step']}")
+    run.journal.close()
+    raise Preempted
+
+
+def not_finite(run, epoch, step, loss):
+    """A gradient was infinite or no number, and the step was not taken: stop, or count it."""
+    shards = sorted(set(step.plan.batch(step.number, 0, 1)[0].tolist()))
+    paths = ", ".join(run.index.shards[shard].path for shard in shards[:4]) + (" ..." if len(shards) > 4 else "")
+    text = (
+        f"step {run.state['step']}, epoch {epoch.number} ({epoch.stage}, {step.loss} loss): the loss is {comm.mean(loss):.4g} and its "
+        f"gradient is infinite or no number; the batch's shards: {paths}"
+    )
+    if run.config.train.on_nan == "stop":
+        run.saver.wait()
+        raise RunFailed(
+            f"{text}; the step was not taken, the last checkpoint is sound; train.on_nan=skip goes on without"
+        )
+    run.state["skipped"] += 1
+    run.journal.say(f"  skipped {text} ({run.state['skipped']} so far)")
+
+
+def evaluate(run, epoch, evaluators):
+    """Let the evaluators judge the model after an epoch, where the config wants it."""
+    done, every = epoch.number + 1, run.config.evaluation.every
+    if done == run.config.train.epochs or every and done % every == 0:
+        for name, evaluator in evaluators.items():
+            figures = evaluator(run.engine, run.views, run.device)
+            run.journal.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
+            run.journal.say(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
+
+
+def report(run, epoch, step, meter, loss, scale, rate):
+    """A line of metrics.jsonl and the progress line."""
+    loss = comm.mean(loss)
+    run.journal.log(
+        step=run.state["step"],
         epoch=epoch.number,
         stage=epoch.stage,
         loss_kind=step.loss,
         loss=round(loss, 6),
-        logit_scale=round(scale, 4),
+        logit_scale=round(float(scale), 4),
         lr=rate,
+        skipped=run.state["skipped"],
         **meter.figures(),
     )
-    journal.progress(
+    later = (run.config.train.epochs - epoch.number - 1) * run.steps_per_epoch
+    run.journal.progress(
         f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {loss:7.4f}  "
-        + meter.line(meter.total - meter.done + steps_after)
+        + meter.line(meter.total - meter.done + later)
     )
 
 

@@ -64,7 +64,7 @@ def world(tmp_path_factory):
         "model": {"config": MODEL},
         "evaluation": {"test": "shapes"},
         "train": {"epochs": 4, "unimodal_epochs": 1, "slow_epochs": 1, "batch_size": 24, "warmup_steps": 5, "pool": 64},
-        "selection": {"batch_size": 32, "growth": 0.1, "risky": "unimodal", "refill": False},
+        "selection": {"batch_size": 32, "first_share": 0.4, "growth": 0.1, "risky": "unimodal", "refill": False},
         "wandb": {"mode": "offline"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -88,11 +88,11 @@ def test_a_run_leaves_what_it_promises(world):
 
 
 def test_the_mask_is_the_top_of_the_saved_cosines(world):
-    from pipeline.safety.split import load_cosines
+    from pipeline.safety.scores import load_cosines
 
     folder = world / "whole" / "masks" / "epoch_003"
     mask, meta = SafeMask.load(folder)
-    cos, safe = load_cosines(folder, 1), mask.flags()
+    cos, safe = load_cosines(folder, [240]), mask.flags()
     assert cos[safe].min() == pytest.approx(meta["cut"]) and cos[~safe].max() <= cos[safe].min()
 
 
@@ -134,7 +134,7 @@ def scored_split(folder):
     from pipeline.evaluation.report import load_run
     from pipeline.safety.scoring import score_all_pairs
     from pipeline.safety.split import split_pairs
-    from pipeline.training.run import make_views
+    from pipeline.training.start import make_views
     from shards.index import ShardIndex
     from shards.samples import Samples
 

@@ -1,0 +1,163 @@
+"""Start a run, or go on with it: rank 0 looks at the run directory and decides, all ranks receive."""
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+
+from pipeline import comm
+from pipeline.config import differences
+from pipeline.training import checkpoint
+from pipeline.training.engine import start_engine
+from pipeline.training.journal import Journal
+from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
+from pipeline.training.neighbors import NeighborPool
+from shards.errors import UserError
+from shards.index import ShardIndex
+from shards.ledger import Ledger
+from shards.loader import Views
+from shards.overlay import Overlay
+from shards.samples import Samples
+from shards.storage import write_bytes
+
+FRESH = {
+    "step": 0,
+    "epoch": 0,  # epochs done
+    "epoch_step": 0,  # steps done in the epoch after them
+    "seconds": 0.0,
+    "sample_views": 0,
+    "skipped": 0,  # steps whose gradient was no number
+    "first_share": None,
+    "metrics_bytes": 0,
+}
+
+
+class Run:
+    """What a run consists of: config, run_dir, device, samples, index, views, engine, pools, state, journal, ledger, saver."""
+
+    def __init__(self, config):
+        """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank."""
+        comm.init(config.run.timeout)
+        self.config, self.device = config, comm.device()
+        self.index = ShardIndex.load(config.data.index)
+        comm.on_main(self.index.verify)
+        overlay = Overlay.load(config.data.overlay, self.index) if config.data.overlay else None
+        self.samples, self.views = Samples(self.index, overlay), make_views(config)
+        self.steps_per_epoch = steps_per_epoch(config, self.index)
+        torch.manual_seed(config.run.seed)
+        towers = Towers(build_model(asdict(config.model)), *pixel_stats())
+        # Only now: a start that fails on its input must not claim the directory.
+        self.run_dir = Path(config.run.dir).absolute()
+        found, warnings = comm.on_main(claim, config, self.run_dir, self.index.fingerprint)
+        self.state = FRESH | {"data": self.index.fingerprint}
+        universal = False
+        if found:
+            self.state = checkpoint.load_state(found)
+            universal = self.state["world"] != comm.world() and config.train.zero_stage > 0
+            if universal:
+                comm.on_main(checkpoint.to_universal, found)
+        self.engine = start_engine(towers, config.train, self.device, universal)
+        width = open_clip_config(asdict(config.model))["embed_dim"]
+        self.pools = {name: NeighborPool(config.train.pool, width, self.device) for name in ("image", "text")}
+        if found:
+            checkpoint.load_checkpoint(found, self.engine, self.pools)
+        self.journal = Journal(self.run_dir, config, self.state["metrics_bytes"])
+        self.ledger = Ledger(self.run_dir / "bad_samples.jsonl") if comm.is_main() else None
+        self.saver = checkpoint.Saver(self.run_dir, self.engine, self.pools, config.run.keep, config.run.keep_every)
+        for warning in warnings:
+            self.journal.say(f"{self.run_dir}: warning: {warning}")
+        self.journal.say(self.headline(found))
+        if not found:
+            self.saver.save(self.state)
+
+    def headline(self, found):
+        config, state = self.config, self.state
+        text = (
+            f"{self.run_dir}: {self.index.samples:,} pairs in {len(self.index.shards)} shards, {comm.world()} process(es) on "
+            f"{self.device.type}, {config.train.epochs} epochs of {self.steps_per_epoch} steps"
+        )
+        if found:
+            text += (
+                f"; goes on after step {state['step']} (epoch {state['epoch']}, {state['epoch_step']} steps of it done)"
+            )
+            if state["world"] != comm.world():
+                text += f", saved by {state['world']} process(es), the same global batches"
+        return text
+
+
+def steps_per_epoch(config, index):
+    """int: steps of an epoch over all pairs. Raises UserError when the batch does not fit the data or the ranks."""
+    batch = config.train.batch_size
+    if batch % comm.world():
+        raise UserError(
+            f"train.batch_size: got {batch}, which {comm.world()} processes do not divide; take a multiple of their number"
+        )
+    if index.samples < batch:
+        raise UserError(
+            f"train.batch_size: got {batch}, but {config.data.index} holds only {index.samples} pairs; take a smaller batch"
+        )
+    return index.samples // batch
+
+
+def claim(config, run_dir, fingerprint):
+    """(newest complete checkpoint or None, warnings), the directory being this config's from now on. On rank 0.
+
+    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint.
+    """
+    path = run_dir / "config.yaml"
+    # The launcher starts a job that died with the same words; they asked for a fresh run once, not each time.
+    again = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    restart = config.run.restart and not again
+    if path.exists() and not restart:
+        check_config(config, run_dir)
+    found, warnings = checkpoint.newest_complete(run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    if restart:
+        shutil.rmtree(run_dir / "masks", ignore_errors=True)
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        for name in ("bad_samples.jsonl", "eval.json", "wandb_id"):
+            (run_dir / name).unlink(missing_ok=True)
+        found, warnings = None, []
+    elif not found and metrics.exists() and metrics.stat().st_size:
+        raise UserError(
+            f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); bring one "
+            "back, or start it anew with run.restart=true"
+        )
+    if found and checkpoint.load_state(found)["data"] != fingerprint:
+        raise UserError(
+            f"data.index: {config.data.index} holds other shards than those that {run_dir} was trained on; bring them back, or "
+            "take another run.dir"
+        )
+    if not path.exists() or restart or config.run.accept_changes:
+        values = {"hash": config.hash(), **asdict(config)}
+        values["run"].update(restart=False, accept_changes=False)
+        write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
+    return found, warnings
+
+
+def check_config(config, run_dir):
+    """Raise UserError, naming the fields, if the run directory was written by a config that learns something else."""
+    there = yaml.safe_load((run_dir / "config.yaml").read_text())
+    if there.pop("hash", None) == config.hash() or config.run.accept_changes:
+        return
+    changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(there, asdict(config)))
+    raise UserError(
+        f"run.dir: {run_dir} holds a run with another config ({changed}); use the same config to continue it, another run.dir, or "
+        "run.accept_changes=true to go on with the new values"
+    )
+
+
+def make_views(config):
+    """shards.loader.Views for a config."""
+    model, data = asdict(config.model), config.data
+    return Views(
+        picture_size(model),
+        tokenizer_for(model),
+        data.clip_augment,
+        data.unimodal_augment,
+        data.unimodal_eda,
+        data.clip_eda,
+    )
