@@ -161,7 +161,7 @@ def learnt(values):
         if isinstance(part, dict)
         for key, value in part.items()
     }
-    others = ("wandb.", "evaluation.", "run.", "data.workers")
+    others = ("wandb.", "evaluation.", "run.", "data.workers", "data.index")  # the data have a fingerprint of their own
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 
 

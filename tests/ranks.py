@@ -8,23 +8,26 @@ import torch
 import torch.multiprocessing as mp
 
 
-def run_ranks(function, world, *args):
-    """[function(*args) of rank 0, of rank 1, ...]; an error in any rank is raised here. `function` must be importable."""
+def run_ranks(function, world, *args, timeout=60):
+    """[function(*args) of rank 0, of rank 1, ...]; an error in any rank is raised here. `function` must be importable.
+
+    `timeout`: seconds that a collective waits.
+    """
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(_rank, (world, port, folder, function, args), nprocs=world)
+        mp.spawn(_rank, (world, port, folder, function, args, timeout), nprocs=world)
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank, world, port, folder, function, args):
+def _rank(rank, world, port, folder, function, args, timeout):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     from pipeline import comm
 
-    comm.init(60)
+    comm.init(timeout)
     torch.save(function(*args), f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
