@@ -136,7 +136,15 @@ def serialise(engine, folder):
 
 def load(engine, folder):
     """Restore what `serialise` gave, from files in `folder`; all ranks call."""
+    groups = engine.optimizer.param_groups
+    decays = [group["weight_decay"] for group in groups]
     path, _ = engine.load_checkpoint(str(Path(folder).parent), tag=Path(folder).name)
+    # ZeRO-3 loads the universal form with the settings of the first group in all groups, and one step counter shared by all.
+    for group, decay in zip(groups, decays):
+        group["weight_decay"] = decay
+    for parameter, state in engine.optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].to(parameter.device, copy=True)
     if path is None:
         raise UserError(f"checkpoint {folder}: DeepSpeed cannot load it; delete it to go on from the one before")
 
