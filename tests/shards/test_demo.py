@@ -67,7 +67,7 @@ def test_a_build_that_was_cut_off_is_made_anew(tmp_path):
     assert json.loads((out / "made_by.json").read_text())["pairs"] == 20 and not (out / "unfinished").exists()
 
 
-def test_every_picture_of_an_emoji_is_on_one_side_of_the_split():
+def test_of_some_emoji_one_vendors_drawings_are_held_out():
     described, pictures = [], {}
     for number in range(40):
         tones = {"1F3FB": {"image": f"{number}-light.png"}} if number % 2 else {}
@@ -87,9 +87,11 @@ def test_every_picture_of_an_emoji_is_on_one_side_of_the_split():
                 pictures[vendor, image] = b""
     rows, classes = list_pictures(described, {}, pictures, 0)
     assert classes == ["large thing"] and len(rows) == 36 * 2 + 18 * 2
-    sides = {}
+    held_out, trained = {}, {}
     for row in rows:
-        sides.setdefault(row["image"].split(".")[0].split("-")[0], set()).add(row["test"])
-    assert all(len(side) == 1 for side in sides.values())
-    assert sum(side == {True} for side in sides.values()) == round(0.15 * 36)
+        number = row["image"].split(".")[0].split("-")[0]
+        (held_out if row["test"] else trained).setdefault(number, set()).add(row["vendor"])
+    assert len(trained) == 36 and len(held_out) == round(0.25 * 36)
+    for number, vendors in held_out.items():
+        assert len(vendors) == 1 and trained[number] == {"google", "twitter"} - vendors
     assert any("with light skin" in row["caption"] for row in rows)
