@@ -3,6 +3,7 @@
 safeclip data shapes OUT                                  demo shards
 safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
 safeclip attack configs/attack.yaml                       an attack manifest
+safeclip doctor CONFIG run.dir=RUN                        what would go wrong with a run
 safeclip train CONFIG run.dir=RUN                         train, or go on with a run
 safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
 safeclip export RUN OUT                                   an open_clip local directory
@@ -45,6 +46,21 @@ def attack(args):
     config = read_yaml(args.config)
     override(config, args.overrides)
     print(make_attack(config))
+
+
+def doctor(args):
+    from pipeline.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from pipeline import comm
+    from pipeline.doctor import examine
+
+    found = examine(config, args.ranks, args.content)
+    if comm.is_main():
+        for level, about, text in found:
+            print(f"{level:8s}{about}: {text}")
+    if any(level == "fatal" for level, *_ in found):
+        sys.exit(2)
 
 
 def train(args):
@@ -117,6 +133,13 @@ def parser():
     sub = command(attack, "write an attack manifest (overlay) for indexed shards")
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
+    sub = command(doctor, "check data, config, run directory, disk, memory and network before a run; trains nothing")
+    sub.add_argument("config")
+    sub.add_argument("overrides", nargs="*", metavar="a.b=value")
+    sub.add_argument(
+        "--ranks", type=int, help="processes that the run will have (default: those that are started here)"
+    )
+    sub.add_argument("--content", action="store_true", help="read all shards and compare their fingerprints")
     sub = command(train, "train from a config; goes on from the newest complete checkpoint of run.dir")
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")

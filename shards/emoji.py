@@ -30,6 +30,10 @@ FORMS = (
     "{label}, an emoji from the {c} group",
     "a small picture of {label}; {c}",
     "{tags}: {label}, {c}",
+    # Some name the kind only, as captions of the web do; without them no prompt that names a class is like a caption.
+    "{c}",
+    "a {c} emoji",
+    "an icon of the kind {c}",
 )
 
 

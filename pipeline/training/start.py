@@ -40,13 +40,15 @@ class Run:
 
     def __init__(self, config):
         """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank."""
+        if not config.run.dir:
+            raise UserError("run.dir: missing; name the run's directory with run.dir=DIR")
         comm.init(config.run.timeout)
         self.config, self.device = config, comm.device()
         self.index = ShardIndex.load(config.data.index)
         comm.on_main(self.index.verify)
         overlay = Overlay.load(config.data.overlay, self.index) if config.data.overlay else None
         self.samples, self.views = Samples(self.index, overlay), make_views(config)
-        self.steps_per_epoch = steps_per_epoch(config, self.index)
+        self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         torch.manual_seed(config.run.seed)
         towers = Towers(build_model(asdict(config.model)), *pixel_stats())
         # Only now: a start that fails on its input must not claim the directory.
@@ -88,12 +90,12 @@ class Run:
         return text
 
 
-def steps_per_epoch(config, index):
-    """int: steps of an epoch over all pairs. Raises UserError when the batch does not fit the data or the ranks."""
+def steps_per_epoch(config, index, world):
+    """int: steps of an epoch over all pairs. Raises UserError when the batch does not fit the data or the `world` ranks."""
     batch = config.train.batch_size
-    if batch % comm.world():
+    if batch % world:
         raise UserError(
-            f"train.batch_size: got {batch}, which {comm.world()} processes do not divide; take a multiple of their number"
+            f"train.batch_size: got {batch}, which {world} processes do not divide; take a multiple of their number"
         )
     if index.samples < batch:
         raise UserError(
@@ -105,23 +107,37 @@ def steps_per_epoch(config, index):
 def claim(config, run_dir, fingerprint):
     """(newest complete checkpoint or None, warnings), the directory being this config's from now on. On rank 0.
 
-    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint.
+    Raises UserError as `inspect` does, unless a fresh start is asked for.
     """
-    path = run_dir / "config.yaml"
     # The launcher starts a job that died with the same words; they asked for a fresh run once, not each time.
     again = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     restart = config.run.restart and not again
-    if path.exists() and not restart:
-        check_config(config, run_dir)
-    found, warnings = checkpoint.newest_complete(run_dir)
-    metrics = run_dir / "metrics.jsonl"
     if restart:
         shutil.rmtree(run_dir / "masks", ignore_errors=True)
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         for name in ("bad_samples.jsonl", "eval.json", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
         found, warnings = None, []
-    elif not found and metrics.exists() and metrics.stat().st_size:
+    else:
+        found, warnings = inspect(config, run_dir, fingerprint)
+    path = run_dir / "config.yaml"
+    if not path.exists() or restart or config.run.accept_changes:
+        values = {"hash": config.hash(), **asdict(config)}
+        values["run"].update(restart=False, accept_changes=False)
+        write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
+    return found, warnings
+
+
+def inspect(config, run_dir, fingerprint):
+    """(newest complete checkpoint or None, warnings) of a run directory, which is only read.
+
+    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint.
+    """
+    if (run_dir / "config.yaml").exists():
+        check_config(config, run_dir)
+    found, warnings = checkpoint.newest_complete(run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    if not found and metrics.exists() and metrics.stat().st_size:
         raise UserError(
             f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); bring one "
             "back, or start it anew with run.restart=true"
@@ -131,10 +147,6 @@ def claim(config, run_dir, fingerprint):
             f"data.index: {config.data.index} holds other shards than those that {run_dir} was trained on; bring them back, or "
             "take another run.dir"
         )
-    if not path.exists() or restart or config.run.accept_changes:
-        values = {"hash": config.hash(), **asdict(config)}
-        values["run"].update(restart=False, accept_changes=False)
-        write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
     return found, warnings
 
 
