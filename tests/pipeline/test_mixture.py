@@ -9,7 +9,7 @@ from sklearn.mixture import GaussianMixture
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
 
 
-def draw(seed, weight, means, stds, count=20_000):
+def draw(seed, weight, means, stds, count=5_000):
     rng = np.random.default_rng(seed)
     low = rng.random(count) < weight
     return np.where(low, rng.normal(means[0], stds[0], count), rng.normal(means[1], stds[1], count)).astype(np.float32)
@@ -29,13 +29,15 @@ def test_it_is_the_converged_scikit_learn_mixture(seed, mixture):
     scores = draw(seed, *mixture)
     ours = fit_mixture(histogram(scores, -1, 1), -1, 1)
     raw = scores.astype(np.float64)[:, None]
-    theirs = max(
-        (
-            GaussianMixture(2, tol=1e-10, max_iter=20_000, means_init=np.quantile(raw, q)[:, None]).fit(raw)
-            for q in ([0.1, 0.9], [0.3, 0.7])
-        ),
-        key=lambda fitted: fitted.lower_bound_,
-    )
+    weight, means, stds = mixture
+    theirs = GaussianMixture(
+        2,
+        tol=1e-9,
+        max_iter=20_000,
+        weights_init=[weight, 1 - weight],
+        means_init=np.array(means)[:, None],
+        precisions_init=1 / np.square(stds)[:, None, None],
+    ).fit(raw)
     order = np.argsort(theirs.means_[:, 0])
     np.testing.assert_allclose(ours.mean, theirs.means_[order, 0], atol=1e-3)
     np.testing.assert_allclose(ours.std, np.sqrt(theirs.covariances_[order, 0, 0]), atol=1e-3)
@@ -98,3 +100,33 @@ def test_the_histogram_counts_all_but_nan():
 def test_it_survives_being_saved():
     mixture = fit_mixture(histogram(draw(1, *MIXTURES[2]), -1, 1), -1, 1)
     assert Mixture.from_dict(mixture.to_dict()) == mixture
+
+
+def converged_em(x, theta):
+    """(log-likelihood, theta) of plain EM on the raw scores until nothing moves any more; theta: rows (weight, mean, variance)."""
+    moved = np.inf
+    while moved > 1e-7:
+        weight, mean, variance = theta.T[:, :, None]
+        p = weight * np.exp(-0.5 * (x - mean) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
+        share = p / p.sum(0)
+        total = share.sum(1)
+        mean = (share @ x) / total
+        variance = (share @ x**2) / total - mean**2
+        before, theta = theta, np.stack([total / len(x), mean, variance], 1)
+        moved = np.abs(theta - before).max()
+    return np.log(p.sum(0)).mean(), theta
+
+
+def test_two_hundred_mixtures_come_back_as_converged_em_on_the_raw_scores_has_them():
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        low, std = rng.uniform(-0.3, 0.1), rng.uniform(0.03, 0.09, 2)
+        weight, high = rng.uniform(0.05, 0.95), low + rng.uniform(2.5, 5) * np.sqrt((std**2).mean())
+        x = draw(seed, weight, (low, high), std, 2_000).astype(np.float64)
+        ours = fit_mixture(histogram(x, -1, 1), -1, 1)
+        truth = np.array([[weight, low, std[0] ** 2], [1 - weight, high, std[1] ** 2]])
+        ends = [converged_em(x, start) for start in (truth, np.array([ours.weight, ours.mean, np.square(ours.std)]).T)]
+        likelihood, theta = max(ends, key=lambda end: end[0])
+        theirs = theta[np.argsort(theta[:, 1])].T
+        assert ours.log_likelihood > likelihood - 1e-4, seed
+        np.testing.assert_allclose([ours.weight, ours.mean, ours.std], [*theirs[:2], np.sqrt(theirs[2])], atol=1e-3)
