@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -77,7 +76,7 @@ class Saver:
     def __init__(self, run_dir, engine, pools, keep, keep_every=0):
         self.run_dir, self.engine, self.pools = Path(run_dir), engine, pools
         self.keep, self.keep_every = keep, keep_every
-        self.thread, self.folder, self.error, self.stall = None, None, None, 0.0
+        self.thread, self.folder, self.error = None, None, None
         self.written, self.abandoned = threading.Event(), threading.Event()
 
     def save(self, state):
@@ -86,7 +85,6 @@ class Saver:
         Waits for the save before it, and raises UserError on every rank if that one failed on any.
         """
         self.wait()
-        started = time.monotonic()
         self.folder = folder = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
         if comm.is_main():
             shutil.rmtree(folder, ignore_errors=True)  # only ever an incomplete one: a complete one was resumed from
@@ -104,7 +102,7 @@ class Saver:
                 }
             )
             files[folder / "state.json"] = (json.dumps(state | {"world": comm.world()}, indent=1) + "\n").encode()
-        self.error, self.stall = None, time.monotonic() - started
+        self.error = None
         self.written.clear()
         self.thread = threading.Thread(target=self.write, args=(folder, files, comm.rank(), comm.world()), daemon=True)
         self.thread.start()
