@@ -1,11 +1,28 @@
 #!/usr/bin/env bash
 # Train on this node with every GPU, or with PROCESSES processes.
 #   launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=runs/cc3m
-# On several nodes run it on each, with NODES, NODE_RANK and MASTER_ADDR set.
+#   NODES=4 MASTER_ADDR=node1 launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=/shared/cc3m      on each of 4 nodes, node1 being one
+# When a process dies, all are started again, RESTARTS times at most (3), and go on from the last checkpoint. NODES=2:4 starts with
+# 2 to 4 nodes, and goes on with those that are left; their processes must divide the batch.
+# SIGTERM or SIGUSR1 to this script: the run saves and stops, and the script ends with 75. The same command goes on.
+# COMMAND=doctor checks instead of training.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}
-exec torchrun --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$processes" \
-    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" -m pipeline.cli train "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}    # seconds in which a large model can be saved
+meeting=(--rdzv-backend c10d --rdzv-id "${MASTER_PORT:-29500}" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}")
+[ "${NODES:-1}" != 1 ] || meeting=(--standalone)
+
+torchrun --nnodes "${NODES:-1}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" "${meeting[@]}" \
+    -m pipeline.cli "${COMMAND:-train}" "$@" &
+agent=$! stopped=
+trap 'stopped=1; kill -TERM $agent 2>/dev/null || true' TERM USR1    # the agent hands SIGTERM on to its processes and waits for them
+code=0
+wait $agent || code=$?
+# A signal ends `wait` at once: wait for the agent itself.
+while kill -0 $agent 2>/dev/null; do code=0; wait $agent || code=$?; done
+[ -z "$stopped" ] || [ $code = 0 ] || exit 75
+exit $code

@@ -20,10 +20,6 @@ def start_engine(towers, train, device, universal=False):
     """
     deepspeed = import_deepspeed()
     stage = train.zero_stage
-    if train.batch_size % comm.world():
-        raise UserError(
-            f"train.batch_size: got {train.batch_size}, which {comm.world()} processes do not divide; take a multiple of their number"
-        )
     optimizer = torch.optim.AdamW(
         param_groups(towers, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps, fused=True
     )

@@ -1,0 +1,97 @@
+"""launch/torchrun.sh as people use it: two nodes, a process that is killed, a signal that asks it to stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.training import checkpoint
+from shards.demo import shapes
+from tests.pipeline.test_resume import config
+
+ROOT = Path(__file__).parents[2]
+EPOCHS = 10
+LAST = "step_00000100"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data, a config, and a run of two processes that was left alone."""
+    made = tmp_path_factory.mktemp("launch")
+    shapes(made / "shapes", pairs=240, test=36)
+    values = asdict(config(made, "", train__epochs=EPOCHS, run__save_steps=5, run__timeout=60.0))
+    (made / "config.yaml").write_text(yaml.safe_dump(values))
+    assert end(launch(made, "whole", PROCESSES=2)) == 0
+    return made
+
+
+def launch(folder, name, **env):
+    words = ["bash", str(ROOT / "launch" / "torchrun.sh"), f"{folder}/config.yaml", f"run.dir={folder}/{name}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in env.items()}}
+    log = open(folder / f"{name}.log", "ab")
+    return subprocess.Popen(words, env=env, stdout=log, stderr=log)
+
+
+def end(process):
+    return process.wait(timeout=180)
+
+
+def wait_for_step(folder, name, step):
+    """Until a checkpoint of that step or a later one is complete."""
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit:
+        newest, _ = checkpoint.newest_complete(folder / name)
+        if newest and int(newest.name[-8:]) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError((folder / f"{name}.log").read_text())
+
+
+def weights(folder, name):
+    return (folder / name / "checkpoints" / LAST / "model.safetensors").read_bytes()
+
+
+def trainers(folder, name):
+    """Process ids of the ranks of a run."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"run.dir={folder}/{name}".encode() in words and not any(b"torchrun" in word for word in words):
+            found.append(int(place.name))
+    return found
+
+
+def test_two_nodes_start_again_by_themselves_when_a_process_is_killed(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [launch(folder, "killed", NODES=2, PROCESSES=1, MASTER_PORT=port, RESTARTS=1) for _ in range(2)]
+    wait_for_step(folder, "killed", 10)
+    ranks = trainers(folder, "killed")
+    assert len(ranks) == 2
+    os.kill(ranks[0], signal.SIGKILL)
+    assert [end(node) for node in nodes] == [0, 0]
+    assert "goes on after step" in (folder / "killed.log").read_text()
+    assert weights(folder, "killed") == weights(folder, "whole")
+
+
+def test_a_signal_to_the_script_saves_and_the_same_command_goes_on(folder):
+    for number, at in ((signal.SIGUSR1, 10), (signal.SIGTERM, 40)):
+        script = launch(folder, "stopped", PROCESSES=2)
+        wait_for_step(folder, "stopped", at)
+        script.send_signal(number)
+        assert end(script) == 75
+        assert not trainers(folder, "stopped")
+    said = (folder / "stopped.log").read_text()
+    assert said.count("asked to stop; saved") == 2
+    assert end(launch(folder, "stopped", PROCESSES=2)) == 0
+    assert weights(folder, "stopped") == weights(folder, "whole")

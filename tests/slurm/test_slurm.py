@@ -1,0 +1,188 @@
+"""launch/slurm.sbatch on a real SLURM of two nodes: whatever takes its nodes away, the job ends with the weights of one left alone."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.training import checkpoint
+from shards.demo import shapes
+from tests.pipeline.test_resume import config
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+MISSING = [name for name in PROGRAMS if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"no SLURM here ({', '.join(MISSING)} not found); apt-get install slurm-wlm munge"
+)
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
+
+
+class Job:
+    """A job in the cluster of `folder`: `words` for sbatch."""
+
+    def __init__(self, folder, *words):
+        self.folder = folder
+        self.number = self.slurm("sbatch", "--parsable", *words).strip()
+
+    def slurm(self, *words):
+        """What a command of SLURM prints."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        env |= {"SLURM_CONF": f"{self.folder}/cluster/slurm.conf", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    def facts(self):
+        """What scontrol knows: JobState, Restarts, ExitCode ..."""
+        words = self.slurm("scontrol", "show", "job", self.number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def end(self):
+        """(state, exit code, restarts) when it is over."""
+        wait(lambda: self.facts()["JobState"] not in UNFINISHED, self)
+        facts = self.facts()
+        return facts["JobState"], int(facts["ExitCode"].split(":")[0]), int(facts["Restarts"])
+
+
+class Training(Job):
+    """The real batch file with a small run in folder/name."""
+
+    def __init__(self, folder, name, *options, override=()):
+        self.run, self.log = folder / name, folder / f"{name}.log"
+        # The file asks for GPUs, which the test's nodes do not have.
+        shape = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", f"--output={self.log}")
+        batch = (str(ROOT / "launch" / "slurm.sbatch"), f"{folder}/config.yaml", f"run.dir={self.run}")
+        super().__init__(folder, *shape, *options, *batch, *override)
+
+    def said(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait_for_step(self, step):
+        """Until a checkpoint of that step or a later one is complete."""
+
+        def there():
+            newest, _ = checkpoint.newest_complete(self.run)
+            return newest and int(newest.name[-8:]) >= step
+
+        wait(there, self)
+
+    def ranks(self):
+        """Process ids of the two ranks: srun and the batch file have the same words, but are not python."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (place / "cmdline").read_bytes().split(b"\0")
+                if f"run.dir={self.run}".encode() in words and words[0].endswith(b"python"):
+                    found.append(int(place.name))
+        return found
+
+    def weights(self):
+        """(step, bytes of model.safetensors) of the finished run."""
+        newest, warnings = checkpoint.newest_complete(self.run)
+        assert "done, " in self.said() and not warnings
+        return newest.name, (newest / "model.safetensors").read_bytes()
+
+
+def wait(happened, job):
+    limit = time.monotonic() + 300
+    while not happened():
+        if time.monotonic() > limit:
+            raise AssertionError(f"job {job.number}: {job.facts()}\n{job.said() if isinstance(job, Training) else ''}")
+        time.sleep(0.1)
+
+
+def warned(rank):
+    """Whether SIGUSR1 waits for a stopped process (one that is gone was warned too)."""
+    try:
+        lines = Path(f"/proc/{rank}/status").read_text().splitlines()
+    except OSError:
+        return True
+    (pending,) = [line.split()[1] for line in lines if line.startswith("ShdPnd:")]
+    return bool(int(pending, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def send(ranks, number):
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, number)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A job that is left alone, in a cluster with data and a config."""
+    folder = tmp_path_factory.mktemp("slurm")
+    shapes(folder / "shapes", pairs=240, test=36)
+    values = asdict(config(folder, "", train__epochs=6, run__save_steps=5))
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    subprocess.run(["bash", CLUSTER, "start", folder / "cluster"], check=True)
+    try:
+        yield Training(folder, "whole")
+    finally:
+        subprocess.run(["bash", CLUSTER, "stop", folder / "cluster"], check=True)
+
+
+def test_a_job_that_nears_its_time_limit_saves_and_goes_back_into_the_queue(whole):
+    """The real limit: one minute, which SLURM looks at every 30 s. The ranks are held, so that the run lasts until the warning."""
+    job = Training(whole.folder, "limited", "--time=1", "--signal=USR1@1")
+    job.wait_for_step(5)
+    ranks = job.ranks()
+    send(ranks, signal.SIGSTOP)
+    wait(lambda: all(map(warned, ranks)) or "asked to stop" in job.said(), job)
+    job.slurm(
+        "scontrol", "update", f"JobId={job.number}", "TimeLimit=30"
+    )  # what is left may take longer on a slow host
+    send(ranks, signal.SIGCONT)
+    state, code, restarts = job.end()
+    assert (state, code) == ("COMPLETED", 0) and restarts >= 1
+    said = job.said()
+    assert "asked to stop; saved" in said and "goes on after step" in said
+    assert f"slurm.sbatch: job {job.number} was asked to stop (code 75) and goes back into the queue" in said
+    assert whole.end() == ("COMPLETED", 0, 0)
+    assert job.weights() == whole.weights()
+
+
+def test_a_job_that_is_preempted_saves_makes_way_and_goes_on(whole):
+    whole.end()  # it would be pre-empted too
+    job = Training(whole.folder, "preempted")
+    job.wait_for_step(10)
+    urgent = Job(whole.folder, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert urgent.end() == ("COMPLETED", 0, 0)
+    assert job.end() == ("COMPLETED", 0, 1)
+    said = job.said()
+    assert "asked to stop; saved" in said and "goes back into the queue" in said and "goes on after step" in said
+    assert job.weights() == whole.weights()
+
+
+def test_a_requeued_job_goes_on_and_so_does_one_that_lost_a_process(whole):
+    job = Training(whole.folder, "requeued")
+    job.wait_for_step(10)
+    job.slurm("scontrol", "requeue", job.number)
+    job.wait_for_step(30)
+    send(job.ranks()[:1], signal.SIGKILL)
+    assert job.end() == ("FAILED", 128 + signal.SIGKILL, 1)  # by itself it is put back only when it was asked to stop
+    job.slurm("scontrol", "requeue", job.number)
+    assert job.end() == ("COMPLETED", 0, 2)
+    assert job.said().count("goes on after step") == 2
+    assert whole.end() == ("COMPLETED", 0, 0)
+    assert job.weights() == whole.weights()
+
+
+def test_a_mistake_ends_the_job_with_2_and_one_line_and_does_not_put_it_back(whole):
+    job = Training(whole.folder, "mistake", override=["train.batch_size=25"])
+    assert job.end() == ("FAILED", 2, 0)
+    assert job.said().count("safeclip: data.streams: got 4") == 1
+
+
+def test_a_cancelled_job_is_not_put_back(whole):
+    job = Training(whole.folder, "cancelled")
+    job.wait_for_step(5)
+    job.slurm("scancel", job.number)
+    state, _, restarts = job.end()
+    assert (state, restarts) == ("CANCELLED", 0)
