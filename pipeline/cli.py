@@ -7,6 +7,7 @@ safeclip doctor CONFIG run.dir=RUN                        what would go wrong wi
 safeclip train CONFIG run.dir=RUN                         train, or go on with a run
 safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
 safeclip export RUN OUT                                   an open_clip local directory
+safeclip mask show|export|diff|replay|apply MASK          a saved mask, RUN/masks/epoch_NNN, without its run
 """
 
 import argparse
@@ -110,14 +111,54 @@ def export(args):
     print(f'{args.out}: open_clip.create_model_and_transforms("local-dir:{args.out}")')
 
 
+def mask_show(args):
+    from pipeline.audit.masks import show
+
+    print(show(args.mask, args.json))
+
+
+def mask_export(args):
+    from pipeline.audit.export import export_mask
+
+    print(f"{args.out}: {export_mask(args.mask, args.format, args.out, args.shards):,} rows, {args.format}")
+
+
+def mask_diff(args):
+    from pipeline.audit.masks import diff
+
+    print(diff(args.a, args.b, args.out))
+
+
+def mask_replay(args):
+    from pipeline.audit.masks import replay, what_if
+
+    other = args.posterior is not None or args.share is not None
+    if other != bool(args.out):
+        raise UserError(
+            "mask replay: --posterior or --share make another mask in --out; give both, or neither to check"
+        )
+    if other:
+        print(what_if(args.mask, args.out, args.posterior, args.share))
+        return
+    same, text = replay(args.mask)
+    print(text)
+    sys.exit(0 if same else 1)
+
+
+def mask_apply(args):
+    from pipeline.audit.apply import apply_mask
+
+    print(apply_mask(args.mask, args.shards, args.out, args.keep))
+
+
 def parser():
     top = argparse.ArgumentParser(
         prog="safeclip", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(run, text):
-        sub = commands.add_parser(run.__name__, help=text, description=text)
+    def command(run, text, under=commands):
+        sub = under.add_parser(run.__name__.rpartition("_")[2], help=text, description=text)
         sub.set_defaults(run_command=run)
         return sub
 
@@ -154,6 +195,40 @@ def parser():
     sub = command(export, "write a run's model as an open_clip local directory")
     sub.add_argument("run")
     sub.add_argument("out")
+    text = "a saved mask as an artefact of its own: MASK is RUN/masks/epoch_NNN, and no other file of the run is needed"
+    masks = commands.add_parser("mask", help=text, description=text)
+    masks = masks.add_subparsers(dest="mask_command", required=True, metavar="COMMAND")
+    sub = command(mask_show, "what a mask is, in a few lines", masks)
+    sub.add_argument("mask", metavar="MASK")
+    sub.add_argument("--json", action="store_true", help="the same as JSON")
+    sub = command(mask_export, "write a mask in another format", masks)
+    sub.add_argument("mask", metavar="MASK")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=["parquet", "csv", "datacomp", "cleanlab", "keys"],
+        help="all pairs with cosine and posterior: parquet, csv; is_poison_issue and poison_score: cleanlab (Parquet); "
+        "the safe ones: datacomp (sorted uids, .npy), keys (shard TAB key)",
+    )
+    sub.add_argument("--out", required=True, metavar="FILE")
+    sub.add_argument("--shards", nargs="+", default=(), help="datacomp: the shards, whose .json members hold the uids")
+    sub = command(mask_diff, "how the safe set of mask B differs from that of A", masks)
+    sub.add_argument("a", metavar="A")
+    sub.add_argument("b", metavar="B")
+    sub.add_argument("--out", metavar="FILE", help="CSV of the pairs that moved in or out")
+    sub = command(
+        mask_replay, "rebuild a mask from its scores; exit code 1 if it is not the saved one, bit for bit", masks
+    )
+    sub.add_argument("mask", metavar="MASK")
+    rule = sub.add_mutually_exclusive_group()
+    rule.add_argument("--posterior", type=float, help="instead, make the mask of the pairs above this posterior")
+    rule.add_argument("--share", type=float, help="instead, make the mask of this share of the pairs")
+    sub.add_argument("--out", metavar="DIR", help="new folder for that other mask")
+    sub = command(mask_apply, "write filtered copies of shards; goes on where it was cut off", masks)
+    sub.add_argument("mask", metavar="MASK")
+    sub.add_argument("shards", nargs="+", help="paths, brace-expanded")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--keep", choices=["safe", "risky"], default="safe")
     return top
 
 

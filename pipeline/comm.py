@@ -4,11 +4,17 @@ import contextlib
 import datetime
 import os
 import socket
+import tempfile
+import uuid
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from shards.errors import RunFailed, UserError
+
+PIECE = 1 << 24  # elements that are sent at a time
 
 _control = None  # on GPUs a gloo group of all ranks for messages between hosts; else the default group is gloo itself
 
@@ -108,6 +114,15 @@ def most(*values):
     return tuple(found.tolist())
 
 
+def sum_counts(counts_K):
+    """int64 (K,): the sum over the ranks of integer counts."""
+    if world() == 1:
+        return counts_K
+    found = torch.from_numpy(counts_K.copy())
+    dist.all_reduce(found, group=_control)
+    return found.numpy()
+
+
 def broadcast_object(value):
     """Rank 0's `value` on every rank."""
     if world() == 1:
@@ -126,13 +141,61 @@ def gather_objects(value):
     return box
 
 
-def broadcast_bytes(data):
-    """Rank 0's `data` (uint8 array, of the same length everywhere) on every rank."""
-    if world() == 1 or not len(data):
-        return data
-    tensor = torch.from_numpy(data.copy()).to(device())
-    dist.broadcast(tensor, src=0)
-    return tensor.cpu().numpy()
+def first_ranks():
+    """List: for every rank the lowest rank on its host. All ranks call."""
+    hosts = gather_objects(host())
+    return [hosts.index(one) for one in hosts]
+
+
+def host():
+    """What names this host."""
+    return socket.gethostname()
+
+
+def host_array(count, dtype):
+    """(count,) zeros that the ranks of a host share: a file without a name in the temporary folder (TMPDIR), mapped by all.
+
+    One copy a host, whatever the number of its ranks. All ranks call. Raises UserError on all when it does not fit on one.
+    """
+    dtype = np.dtype(dtype)
+    if not count:
+        return np.zeros(0, dtype)
+    first, name = first_ranks()[rank()], broadcast_object(uuid.uuid4().hex)
+    path, wrong = Path(tempfile.gettempdir()) / f"safeclip_{name}_{first}", None
+    if rank() == first:
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(
+                    file.fileno(), 0, count * dtype.itemsize
+                )  # a full disk must not show later, as SIGBUS
+        except OSError as error:
+            wrong = f"{socket.gethostname()}: {path.parent}: {error.strerror}"
+    wrong = [text for text in gather_objects(wrong) if text]
+    if not wrong:
+        array = np.memmap(path, dtype, "r+", shape=(count,))
+        barrier()
+    if rank() == first:
+        path.unlink(missing_ok=True)
+    if wrong:
+        raise UserError(
+            f"{wrong[0]}; {count * dtype.itemsize:,} bytes are needed there; free some, or set TMPDIR to a larger disk"
+        )
+    return array
+
+
+def share_between_hosts(array, ranges_R):
+    """Make a `host_array` the same on every host. ranges_R[r]: (start, stop), what rank r has written of it. All ranks call."""
+    barrier()
+    firsts = first_ranks()
+    leaders = sorted(set(firsts))
+    if len(leaders) > 1:
+        group = dist.new_group(leaders, backend="gloo")
+        if rank() in leaders:
+            for first, (start, stop) in zip(firsts, ranges_R):
+                for at in range(start, stop, PIECE):
+                    dist.broadcast(torch.from_numpy(array[at : min(at + PIECE, stop)]), src=first, group=group)
+            dist.destroy_process_group(group)
+    barrier()
 
 
 def all_gather_rows(local_ND, counts):

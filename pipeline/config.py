@@ -108,9 +108,11 @@ class Selection:
     least_share: float = 0.05
     """The posterior rule may give almost nothing; the first share is at least this."""
     growth: float = 0.01
-    """Share of the pairs by which the safe set grows at each later split."""
+    """Share of the pairs by which the safe set grows with each later epoch."""
     cap: float = 0.85
     """The safe set grows no larger than this share."""
+    every: int = 1
+    """Split before every n-th SafeCLIP epoch; in between the last mask holds. The share grows by the epoch all the same."""
     risky: str = "unimodal"
     """What risky pairs are trained with: unimodal, or skip."""
     refill: bool = False
@@ -195,6 +197,7 @@ AT_LEAST_ONE = (
     "data.streams",
     "data.window",
     "run.keep",
+    "selection.every",
     "selection.batch_size",
 )
 SHARES = (

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from pipeline import comm
 from pipeline.evaluation.evaluators import ZeroShot
+from pipeline.safety.split import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.model import build_model, open_clip_config
@@ -132,7 +133,7 @@ def check_config(config, index, ranks):
     """Batch, processes and pairs fit each other; the test set is there."""
     try:
         steps = steps_per_epoch(config, index, ranks)
-        epochs = curriculum(config.train)
+        epochs = curriculum(config.train, config.selection.every)
         if config.evaluation.test:
             ZeroShot(config.evaluation)
     except UserError as error:
@@ -176,9 +177,8 @@ def check_run_dir(config, index, ranks):
     state = checkpoint.load_state(newest)
     text = f"{run_dir} goes on after step {state['step']:,} (epoch {state['epoch']}, {state['epoch_step']:,} steps of it done)"
     if state["epoch_step"] and state["epoch"] < config.train.epochs:
-        epoch = curriculum(config.train)[state["epoch"]]
-        mask = run_dir / "masks" / f"epoch_{epoch.number:03d}" / "mask.json"
-        if epoch.split is not None and not mask.exists():
+        epoch = curriculum(config.train, config.selection.every)[state["epoch"]]
+        if epoch.mask_of is not None and not (mask := mask_folder(run_dir, epoch.mask_of) / "mask.json").exists():
             found.append(
                 ("fatal", "run.dir", f"{mask} is gone; bring it back, or delete {newest} to go on from an earlier one")
             )
@@ -276,7 +276,8 @@ def check_disk(config, index, size, ranks):
     place = existing(config.run.dir)
     free = shutil.disk_usage(place).free
     one = checkpoint_bytes(config, size)
-    splits = sum(epoch.split is not None for epoch in curriculum(config.train))
+    epochs = curriculum(config.train, config.selection.every)
+    splits = sum(epoch.split is not None for epoch in epochs)
     masks = splits * index.samples * (SCORE_BYTES + 1)
     kept = config.run.keep + (config.train.epochs // config.run.keep_every if config.run.keep_every else 0)
     run = (kept + 1) * one + masks

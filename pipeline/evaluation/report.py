@@ -11,12 +11,13 @@ from sklearn.metrics import roc_auc_score
 from pipeline import comm
 from pipeline.config import load_config
 from pipeline.evaluation.evaluators import TOOK, ZeroShot
-from pipeline.safety.split import load_split
+from pipeline.safety.scores import load_cosines
 from pipeline.training import checkpoint
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.errors import UserError
 from shards.index import ShardIndex
+from shards.masks import SafeMask
 from shards.overlay import Overlay
 from shards.storage import write_json
 
@@ -40,7 +41,8 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
         undefended = figures["attacks"]
     elif baseline:
         undefended = read_eval(baseline)["attacks"]
-    splits = [load_split(path.parent, index) for path in sorted(run_dir.glob("masks/epoch_*/mask.json"))]
+    folders = [path.parent for path in sorted(run_dir.glob("masks/epoch_*/mask.json"))]
+    splits = [(load_cosines(folder, index.counts), SafeMask.load(folder, index.fingerprint)[0]) for folder in folders]
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
         attack.update(poison_in_splits(overlay, index, splits, kind))
@@ -51,7 +53,7 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
         "epochs": state["epoch"],
         "seconds": round(state["seconds"], 1),
         "sample_views": state["sample_views"],
-        "safe_share": [split.share for split in splits],
+        "safe_share": [mask.share for _, mask in splits],
         "poison_in_safe_set": poison_shares(overlay, index, splits),
         "attacks": figures["attacks"],
     }
@@ -72,10 +74,10 @@ def poison_in_splits(overlay, index, splits, kind):
     clean_N = np.ones(index.samples, bool)
     clean_N[poison_rows(overlay, index)] = False
     shares, aurocs = [], []
-    for split in splits:
-        shares.append(float(split.mask.flags()[poison].mean()))
-        usable_N = ~np.isnan(split.cos_N)
-        clean, bad = split.cos_N[clean_N & usable_N], split.cos_N[poison][usable_N[poison]]
+    for cos_N, mask in splits:
+        shares.append(float(mask.flags()[poison].mean()))
+        usable_N = ~np.isnan(cos_N)
+        clean, bad = cos_N[clean_N & usable_N], cos_N[poison][usable_N[poison]]
         truth = np.r_[np.ones(len(clean)), np.zeros(len(bad))]
         aurocs.append(float(roc_auc_score(truth, np.r_[clean, bad])))
     return {"share_in_safe_set": shares, "auroc": aurocs}
@@ -86,7 +88,7 @@ def poison_shares(overlay, index, splits):
     if not overlay:
         return []
     poison = poison_rows(overlay, index)
-    return [float(s.mask.flags()[poison].sum() / max(1, s.mask.flags().sum())) for s in splits]
+    return [float(mask.flags()[poison].sum() / max(1, mask.flags().sum())) for _, mask in splits]
 
 
 def load_run(run_dir, overrides=()):

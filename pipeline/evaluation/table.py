@@ -103,7 +103,7 @@ def draw(result, clip_metrics, safe_metrics, path):
     )
     right.set(title="SafeCLIP's splits", xlabel="before epoch", ylabel="%", ylim=(-3, 103))
     right.grid(alpha=0.25)
-    right.legend(loc="upper left", fontsize=8)
+    right.legend(loc="center right", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -8,16 +8,13 @@ from shards.loader import PlainBatches, batches
 
 
 def assign_shards(counts_S, world, done=()):
-    """List of `world` lists of shard numbers: whole shards, the largest first, each to the rank with the least work so far.
-
-    Shards that are `done` are only read, which is no work.
-    """
-    load, mine = [0] * world, [[] for _ in range(world)]
-    for shard in sorted(range(len(counts_S)), key=lambda s: (-counts_S[s], s)):
-        rank = shard % world if shard in done else load.index(min(load))
-        mine[rank].append(shard)
-        load[rank] += 0 if shard in done else int(counts_S[shard])
-    return [sorted(shards) for shards in mine]
+    """List of `world` ranges of shard numbers, one after the other, of about equal work. Shards that are `done` are only read."""
+    work_S = np.array(counts_S, np.int64)
+    work_S[list(done)] = 0
+    # A shard goes to the rank in whose part of the work its middle lies.
+    rank_S = (2 * np.cumsum(work_S) - work_S) * world // (2 * max(1, work_S.sum()))
+    bounds = np.searchsorted(np.minimum(rank_S, world - 1), np.arange(world + 1)).tolist()
+    return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
 def shard_batches(counts_S, shards, batch_size):
@@ -33,19 +30,22 @@ def shard_batches(counts_S, shards, batch_size):
 def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None):
     """(cos_N, bad): float32 cosines in [-1, 1] of all pairs in (shard, position) order, the same vector on every rank.
 
-    Pairs that cannot be read are NaN; `bad` lists those of this rank as (shard, position, key, reason). Every rank makes the
-    same number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer. With `files`
-    (scores.ScoreFiles) a shard is written as soon as it is scored, and what is there is not scored again.
-    `each_round(done, rounds)` is called by all ranks after every pass.
+    It is one copy a host, shared by its ranks (4 bytes a pair). Pairs that cannot be read are NaN; `bad` lists those of this rank
+    as (shard, position, key, reason). Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each),
+    repeating a batch where it has fewer. With `files` (scores.ScoreFiles) a shard is written as soon as it is scored, and what is
+    there is not scored again. `each_round(done, rounds)` is called by all ranks after every pass.
     """
     index, world = samples.index, comm.world()
+    cos_N, bad = comm.host_array(index.samples, np.float32), []
     done = set(comm.broadcast_object(files.done() if files and comm.is_main() else []))
     owned = assign_shards(index.counts, world, done)
+    for shard in done.intersection(owned[comm.rank()]):
+        cos_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard)
+        bad += found
     todo = [shard_batches(index.counts, [s for s in shards if s not in done], batch_size) for shards in owned]
     mine, rounds = todo[comm.rank()], max(len(batches) for batches in todo)
     filler = next((batch for batches in todo for batch in batches), None)
-    scored = {s: files.read(s) if s in done else (np.empty(0, np.float32), []) for s in owned[comm.rank()]}
-    parts, bad = [], []  # of the shard that is being scored
+    parts, found = [], []  # of the shard that is being scored
     was_training = engine.training
     engine.eval()
     reading = batches(PlainBatches(samples, mine + [filler] * (rounds - len(mine)), views), workers=workers)
@@ -56,21 +56,16 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files
         if number < len(mine):
             shard, _, stop = mine[number]
             parts.append(cos_B)
-            bad += batch.bad
-            if stop == index.counts[shard]:
-                scored[shard] = torch.cat(parts).cpu().numpy(), bad
-                parts, bad = [], []
+            found += batch.bad
+            if stop == index.counts[shard]:  # only now are they copied: the GPU is not waited for in between
+                cos_S = cos_N[index.offsets[shard] : index.offsets[shard + 1]]
+                cos_S[:] = torch.cat(parts).cpu().numpy()
                 if files:
-                    files.write(shard, *scored[shard])
+                    files.write(shard, cos_S, found)
+                bad += found
+                parts, found = [], []
         if each_round:
             each_round(number + 1, rounds)
     engine.train(was_training)
-    local = np.concatenate([np.empty(0, np.float32)] + [cos for cos, _ in scored.values()])
-    counts = [int(index.counts[shards].sum()) for shards in owned]
-    gathered = comm.all_gather_rows(torch.from_numpy(local).to(device), counts).cpu().numpy()
-    cos_N, start = np.empty(index.samples, np.float32), 0
-    for shard in (shard for shards in owned for shard in shards):
-        stop = start + int(index.counts[shard])
-        cos_N[index.offsets[shard] : index.offsets[shard + 1]] = gathered[start:stop]
-        start = stop
-    return cos_N, [sample for _, found in scored.values() for sample in found]
+    comm.share_between_hosts(cos_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
+    return cos_N, bad

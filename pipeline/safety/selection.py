@@ -2,6 +2,10 @@
 
 import numpy as np
 
+from pipeline.safety.mixture import PIECE
+
+NOTHING = 0xFFFFFFFF  # a key above those of all scores
+
 
 def ordered_keys(scores_N):
     """uint32 (N,): keys in the order of the float32 scores; NaN gets 0, below every number; -0.0 and 0.0 the same key."""
@@ -11,36 +15,56 @@ def ordered_keys(scores_N):
     return np.where(np.isnan(scores), np.uint32(0), keys)
 
 
-def kth_largest(keys_N, k):
-    """(key, rest): the k-th largest key, and how many of its equals belong to the k largest. Two counting passes.
+def score_of(key):
+    """float: the score that has this key."""
+    return float(np.uint32(key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF).view(np.float32))
 
-    Each pass is a histogram of 65,536 integers, which could be summed over ranks that hold parts of the keys.
+
+def kth_largest(scores_N, k, total=lambda counts_K: counts_K):
+    """(key, rest): key of the k-th largest score, and how many of its equals belong to the k largest; NaN is no score.
+
+    Two counting passes of 65,536 integers. Where the scores are one rank's part, `total` sums the counts over the ranks. With fewer
+    than k scores it is the smallest one; (NOTHING, 0) where there is none to take.
     """
     prefix, rest = 0, k
     for shift in (16, 0):
-        here = keys_N if shift else keys_N[keys_N >> 16 == prefix]
-        above_K = np.cumsum(np.bincount((here >> shift) & 0xFFFF, minlength=65_536)[::-1])
+        counts_K = np.zeros(65_536, np.int64)
+        for start in range(0, len(scores_N), PIECE):
+            keys = ordered_keys(scores_N[start : start + PIECE])
+            keys = keys[(keys > 0) if shift else (keys >> 16 == prefix)]
+            counts_K += np.bincount((keys >> shift) & 0xFFFF, minlength=65_536)
+        above_K = np.cumsum(total(counts_K)[::-1])
+        if shift:
+            rest = min(rest, int(above_K[-1]))
+            if rest <= 0:
+                return NOTHING, 0
         steps_down = int(np.searchsorted(above_K, rest))
         rest -= int(above_K[steps_down - 1]) if steps_down else 0
         prefix = (prefix << 16) | (65_535 - steps_down)
     return prefix, rest
 
 
+def top_by_shard(scores_N, counts_S, key, rest):
+    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to it."""
+    start = 0
+    for count in counts_S:
+        keys = ordered_keys(scores_N[start : start + count])
+        chosen, equals = keys > key, np.flatnonzero(keys == key)[:rest]
+        chosen[equals] = True
+        rest -= len(equals)
+        start += count
+        yield chosen
+
+
 def select_top(scores_N, k):
     """bool (N,): the k highest scores; among equals the first rows. NaN is never selected, so fewer where numbers run out."""
-    keys = ordered_keys(scores_N)
-    k = min(k, int((keys > 0).sum()))
-    if k <= 0:
-        return np.zeros(len(keys), bool)
-    key, rest = kth_largest(keys, k)
-    chosen = keys > key
-    chosen[np.flatnonzero(keys == key)[:rest]] = True
-    return chosen
+    return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k)))
 
 
 def count_at_least(scores_N, cut):
     """int: scores at or above `cut`."""
-    return int((np.asarray(scores_N) >= cut).sum())
+    pieces = range(0, len(scores_N), PIECE)
+    return sum(int(np.count_nonzero(np.asarray(scores_N[start : start + PIECE]) >= cut)) for start in pieces)
 
 
 def growth(first_share, split, step, cap):

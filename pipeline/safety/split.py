@@ -1,27 +1,34 @@
 """The heart: scores -> one mixture -> one cut -> one mask, decided once and received by every rank (METHOD step 4)."""
 
+import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from pipeline import comm
+from pipeline.safety.diagnosis import change, separation
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
-from pipeline.safety.scores import load_cosines
-from pipeline.safety.selection import count_at_least, growth, select_top
-from shards.masks import SafeMask
+from pipeline.safety.selection import count_at_least, growth, kth_largest, score_of, top_by_shard
+from shards.errors import UserError
+from shards.masks import SafeMask, byte_starts, shard_list
+from shards.storage import write_bytes
+
+LOW, HIGH = -1.0, 1.0  # of the score, a cosine
 
 
 @dataclass
 class Split:
-    """Before one epoch: the cosines of all pairs, the mixture fitted to them, the cut, and which pairs are safe."""
+    """Before one epoch: the mixture fitted to the cosines of all pairs, the cut, and which pairs are safe."""
 
-    cos_N: np.ndarray  # float32 in [-1, 1], NaN = unreadable
     mixture: Mixture | None
     cut: float  # the lowest cosine of the safe set
     share: float  # safe pairs / all pairs
     first_share: float  # of the run's first split: the schedule grows from it
     mask: SafeMask
-    note: str = ""
+    note: str
+    diagnosis: dict  # diagnosis.separation, diagnosis.change, and the share by posterior and by schedule
+    counts_K: np.ndarray  # mixture.histogram of the cosines
 
     def summary(self):
         """dict for metrics and mask.json."""
@@ -31,57 +38,110 @@ class Split:
             "cut": self.cut,
             "note": self.note,
             "mixture": self.mixture.to_dict() if self.mixture else None,
+            "diagnosis": self.diagnosis,
         }
 
-
-def split_pairs(cos_N, counts_S, selection, number, first_share=None):
-    """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank."""
-    decided = decide(cos_N, selection, number, first_share) if comm.is_main() else None
-    mixture, share, first_share, note = comm.broadcast_object(decided)
-    safe_N = select_top(cos_N, round(share * len(cos_N))) if comm.is_main() else None
-    mask = broadcast_mask(safe_N, counts_S)
-    safe_N = mask.flags()
-    cut = float(cos_N[safe_N].min()) if safe_N.any() else float("inf")
-    return Split(cos_N, mixture, cut, float(safe_N.mean()), first_share, mask, note)
+    def line(self):
+        """The split in one line, for the person who watches."""
+        text, found = f"safe {self.share:.1%}, cosine >= {self.cut:.3f}", self.diagnosis
+        if "ashman_d" in found:
+            text += f", D {found['ashman_d']:.2f}, overlap {found['overlap']:.1%}"
+        if "flips_in" in found:
+            text += f", {found['flips_in']:,} in, {found['flips_out']:,} out"
+        return text + (f" ({self.note})" if self.note else "")
 
 
-def decide(cos_N, selection, number, first_share):
-    """(mixture, share, first share, note). A fit that is no mixture of two never decides: the configured share holds."""
-    note = ""
+def split_pairs(cos_N, counts_S, selection, number, first_share=None, before=None):
+    """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
+
+    Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
+    """
+    mine_N = np.array_split(cos_N, comm.world())[comm.rank()]
+    counts_K = comm.sum_counts(histogram(mine_N, LOW, HIGH))
+    decided = comm.on_main(decide, counts_K, cos_N, selection, number, first_share)
+    mixture, share, first_share, note, diagnosis = decided
+    key, rest = kth_largest(mine_N, round(share * len(cos_N)), comm.sum_counts)
+    mask = broadcast_mask(top_by_shard(cos_N, counts_S, key, rest), counts_S)
+    if before:
+        diagnosis |= comm.on_main(change_since, before, counts_K, mask)
+    cut = score_of(key) if rest else float("inf")
+    return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K)
+
+
+def decide(counts_K, cos_N, selection, number, first_share):
+    """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds."""
+    mixture, note, diagnosis, by_posterior = None, "", {}, None
     try:
-        mixture = fit_mixture(histogram(cos_N, -1.0, 1.0), -1.0, 1.0)
+        mixture = fit_mixture(counts_K, LOW, HIGH)
+        diagnosis = separation(counts_K, LOW, HIGH, mixture)
+        if diagnosis["bic_two"] >= diagnosis["bic_one"]:
+            raise DegenerateFit("one Gaussian describes the scores as well as two (BIC)")
+        by_posterior = count_at_least(cos_N, upper_cut(mixture, selection.posterior)) / len(cos_N)
     except DegenerateFit as error:
-        mixture, note = None, f"no mixture: {error}"
+        note = f"no cut by the mixture: {error}"
     if number == 0 or first_share is None:
         first_share = selection.first_share
         if first_share is None:
-            try:
-                found = count_at_least(cos_N, upper_cut(mixture, selection.posterior)) / len(cos_N) if mixture else 0.0
-            except DegenerateFit as error:
-                found, note = 0.0, f"no cut: {error}"
+            found = by_posterior or 0.0
             first_share = min(max(found, selection.least_share), selection.cap)
             if first_share != found:
-                note = note or f"posterior > {selection.posterior} holds for {found:.1%}; the share is kept in bounds"
+                note = note or f"posterior > {selection.posterior} holds for {found:.1%}"
+                note += f"; the first share is {first_share:.1%}"
     share = growth(first_share, number, selection.growth, selection.cap)
-    return mixture, share, first_share, note
+    return (
+        mixture,
+        share,
+        first_share,
+        note,
+        {**diagnosis, "share_by_posterior": by_posterior, "share_by_schedule": share},
+    )
 
 
-def broadcast_mask(safe_N, counts_S):
-    """SafeMask of rank 0's flags on every rank, sent shard by shard as packed bits."""
-    mask = SafeMask.from_flags(counts_S, safe_N if comm.is_main() else np.zeros(int(counts_S.sum()), bool))
-    for shard in range(len(counts_S)):
-        mask.shard_bits(shard)[:] = comm.broadcast_bytes(mask.shard_bits(shard))
+def broadcast_mask(safe_S, counts_S):
+    """SafeMask of rank 0's flags (bool per shard, in order) on every rank: packed bits, one copy a host, sent between hosts."""
+    starts = byte_starts(counts_S)
+    mask = SafeMask(counts_S, comm.host_array(int(starts[-1]), np.uint8))
+    if comm.is_main():
+        for shard, flags in enumerate(safe_S):
+            mask.shard_bits(shard)[:] = np.packbits(flags)
+    comm.share_between_hosts(mask.bits, [(0, len(mask.bits) if rank == 0 else 0) for rank in range(comm.world())])
     return mask
 
 
+def change_since(before, counts_K, mask):
+    """diagnosis.change since the split in the folder `before`; {} where that is gone."""
+    try:
+        before_K = np.load(before / "histogram.npy", allow_pickle=False)
+        return change(counts_K, LOW, HIGH, mask, before_K, SafeMask.load(before)[0])
+    except (OSError, UserError):
+        return {}
+
+
+def mask_folder(run_dir, epoch):
+    """Path of the mask that was made before the epoch of this number."""
+    return Path(run_dir) / "masks" / f"epoch_{epoch:03d}"
+
+
 def save_split(folder, split, index, meta):
-    """Write the mask, whose mask.json comes last; the cosines lie in `folder`/scores already. On rank 0 only."""
-    split.mask.save(folder, {"fingerprint": index.fingerprint, **split.summary(), **meta})
+    """Write the mask, whose mask.json comes last; the cosines lie in `folder`/scores already. On rank 0 only.
+
+    mask.json names each shard and its fingerprint, so that the folder can be used with the shards alone (shards.masks.SavedMask).
+    """
+    file = io.BytesIO()
+    np.save(file, split.counts_K, allow_pickle=False)
+    write_bytes(folder / "histogram.npy", file.getvalue())
+    shards = shard_list(index.shards)
+    split.mask.save(folder, {"fingerprint": index.fingerprint, "shards": shards, **split.summary(), **meta})
 
 
 def load_split(folder, index):
     """Split saved in `folder`. Raises UserError when it is damaged or belongs to other shards."""
     mask, meta = SafeMask.load(folder, index.fingerprint)
-    cos_N = load_cosines(folder, index.counts)
+    try:
+        counts_K = np.load(folder / "histogram.npy", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"mask {folder}: histogram.npy cannot be read ({error}); bring it back") from None
     mixture = Mixture.from_dict(meta["mixture"]) if meta["mixture"] else None
-    return Split(cos_N, mixture, meta["cut"], meta["share"], meta["first_share"], mask, meta["note"])
+    return Split(
+        mixture, meta["cut"], meta["share"], meta["first_share"], mask, meta["note"], meta["diagnosis"], counts_K
+    )

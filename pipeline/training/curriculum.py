@@ -13,11 +13,12 @@ from shards.plan import EpochPlan
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch. `number` counts from 0; `split` is the number of the split before it (from 0), or None."""
+    """One epoch. `number` counts from 0."""
 
     number: int
     stage: str  # "unimodal" | "slow" | "clip" | "safeclip"
-    split: int | None
+    split: int | None  # where the data are split before it: how many SafeCLIP epochs were before
+    mask_of: int | None  # number of the epoch with the last split: its mask holds
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,23 @@ class Step:
     mask: object = None
 
 
-def curriculum(train):
-    """List of Epoch for a `config.Train`."""
-    epochs = []
+def curriculum(train, every=1):
+    """List of Epoch for a `config.Train`; the data are split before every `every`-th SafeCLIP epoch."""
+    epochs, first = [], train.unimodal_epochs + train.slow_epochs
     for number in range(train.epochs):
         if train.method == "clip":
             stage = "clip"
         elif number < train.unimodal_epochs:
             stage = "unimodal"
-        elif number < train.unimodal_epochs + train.slow_epochs:
+        elif number < first:
             stage = "slow"
         else:
             stage = "safeclip"
-        split = number - train.unimodal_epochs - train.slow_epochs if stage == "safeclip" else None
-        epochs.append(Epoch(number, stage, split))
+        split = mask_of = None
+        if stage == "safeclip":
+            since = (number - first) % every
+            split, mask_of = None if since else number - first, number - since
+        epochs.append(Epoch(number, stage, split, mask_of))
     return epochs
 
 

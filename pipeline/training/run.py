@@ -12,7 +12,7 @@ import torch
 from pipeline import comm
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
-from pipeline.safety.split import load_split, save_split, split_pairs
+from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
 from pipeline.training import engine as engines
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
 from pipeline.training.journal import Meter
@@ -35,8 +35,8 @@ def train(config, evaluators=None):
     with StopSignal() as stop, comm.naming_the_lost(config.run.timeout):
         run = Run(config)
         state, marks = run.state, Marks()
-        for epoch in curriculum(config.train)[state["epoch"] :]:
-            mask = split_epoch(run, epoch, stop) if epoch.split is not None else None
+        for epoch in curriculum(config.train, config.selection.every)[state["epoch"] :]:
+            mask = mask_for(run, epoch, stop) if epoch.mask_of is not None else None
             steps = epoch_steps(epoch, run.index.counts, mask, config)
             first = state["epoch_step"]
             meter, bad = Meter(len(steps), first), []
@@ -106,11 +106,11 @@ def train_step(engine, pools, batch, kind):
     return loss.detach(), scale.detach(), finite
 
 
-def split_epoch(run, epoch, stop):
-    """The mask before `epoch`: all pairs scored, the cut decided, both saved. What is already on disk is used as it is."""
-    folder, index, state, config = run.run_dir / "masks" / f"epoch_{epoch.number:03d}", run.index, run.state, run.config
-    meter, started = Meter(0), state["epoch_step"] == 0
-    if not comm.on_main(is_split, folder, state, config):
+def mask_for(run, epoch, stop):
+    """The mask that `epoch` trains with: where it is due, all pairs are scored and split; what is already on disk is used as it is."""
+    folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
+    meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
+    if not comm.on_main(is_split, folder, due, state, config):
 
         def each_round(done, rounds):
             run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
@@ -128,33 +128,31 @@ def split_epoch(run, epoch, stop):
             each_round,
         )
         record(run.ledger, bad)
-        split = split_pairs(cos_N, index.counts, config.selection, epoch.split, state["first_share"])
+        before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
+        split = split_pairs(cos_N, index.counts, config.selection, epoch.split, state["first_share"], before)
         meta = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         comm.on_main(save_split, folder, split, index, meta)
     else:
         split = load_split(folder, index)
     state["first_share"] = split.first_share
-    if started:
+    if due:
         seconds = round(meter.seconds, 2)
         run.journal.log(step=state["step"], epoch=epoch.number, stage="split", seconds=seconds, **split.summary())
-        run.journal.say(
-            f"  epoch {epoch.number:3d} split     safe {split.share:.1%}, cosine >= {split.cut:.3f}, {seconds:.1f} s"
-            + (f" ({split.note})" if split.note else "")
-        )
+        run.journal.say(f"  epoch {epoch.number:3d} split     {split.line()}, {seconds:.1f} s")
     return split.mask
 
 
-def is_split(folder, state, config):
-    """Whether the mask in `folder` is the one to train this epoch with. Raises UserError if it is gone in mid-epoch."""
+def is_split(folder, due, state, config):
+    """Whether the mask in `folder` is the one to train with. Where none is `due` it must be: raises UserError if it is gone."""
     there = (folder / "mask.json").exists()
-    if state["epoch_step"]:
+    if not due:
         if not there:
             raise UserError(
-                f"masks: {folder} is gone, and the run is {state['epoch_step']} steps into its epoch; bring it back, or delete the "
-                "newest checkpoint to go on from an earlier one"
+                f"masks: {folder} is gone, and the run trains with it; bring it back, or delete the newest checkpoints to go on "
+                "from an earlier one"
             )
         return True
-    # At the epoch's start a mask of another config, or of a run that was started anew, is made again.
+    # A mask of another config, or of a run that was started anew, is made again.
     meta = json.loads((folder / "mask.json").read_text()) if there else {}
     return (meta.get("step"), meta.get("config")) == (state["step"], config.hash())
 

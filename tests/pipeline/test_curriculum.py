@@ -24,6 +24,12 @@ def test_stages_follow_the_method():
     assert stages == [("unimodal", None)] * 2 + [("slow", None)] + [("safeclip", 0), ("safeclip", 1), ("safeclip", 2)]
 
 
+def test_a_mask_holds_until_the_next_split_and_the_share_grows_by_the_epoch():
+    train = Train(epochs=7, unimodal_epochs=1, slow_epochs=1)
+    found = [(e.split, e.mask_of) for e in curriculum(train, every=2)]
+    assert found == [(None, None), (None, None), (0, 2), (None, 2), (2, 4), (None, 4), (4, 6)]
+
+
 def test_plain_clip_is_the_same_program_without_warm_up_and_split():
     train = Train(method="clip", epochs=3, unimodal_epochs=0, slow_epochs=0)
     assert [(e.stage, e.split) for e in curriculum(train)] == [("clip", None)] * 3

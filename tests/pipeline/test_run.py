@@ -96,6 +96,13 @@ def test_the_mask_is_the_top_of_the_saved_cosines(world):
     assert cos[safe].min() == pytest.approx(meta["cut"]) and cos[~safe].max() <= cos[safe].min()
 
 
+def test_a_mask_is_rebuilt_without_its_run(world, tmp_path):
+    shutil.copytree(world / "whole" / "masks" / "epoch_003", tmp_path / "mask")
+    assert "bit for bit the saved mask" in safeclip("mask", "replay", "mask", cwd=tmp_path).stdout
+    shards = [world / "shapes" / "train" / "00000.tar"]
+    assert "120 safe of 240 samples" in safeclip("mask", "apply", "mask", *shards, "--out", "safe", cwd=tmp_path).stdout
+
+
 def test_a_run_cut_off_after_an_epoch_ends_as_if_it_never_was(world):
     """The last checkpoint is lost, with half a line of metrics and half a mask left behind."""
     run = world / "resumed"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.safety.selection import count_at_least, growth, select_top
+from pipeline.safety.selection import count_at_least, growth, kth_largest, score_of, select_top, top_by_shard
 
 scores = arrays(
     np.float32,
@@ -39,3 +39,22 @@ def test_the_count_above_a_cut_selects_just_those(scores_N, cut):
 
 def test_growth_stops_at_the_cap():
     assert [round(growth(0.4, split, 0.2, 0.7), 3) for split in range(4)] == [0.4, 0.6, 0.7, 0.7]
+
+
+@given(scores, st.integers(0, 250), st.lists(st.integers(0, 60), max_size=6))
+def test_shard_by_shard_it_is_the_same_selection(scores_N, k, counts):
+    counts_S = [*np.minimum(np.diff(np.minimum(np.cumsum([0, *counts]), len(scores_N))), 200)]
+    counts_S.append(len(scores_N) - sum(counts_S))
+    key, rest = kth_largest(scores_N, k)
+    parts = list(top_by_shard(scores_N, counts_S, key, rest))
+    assert [len(part) for part in parts] == counts_S
+    assert np.array_equal(np.concatenate(parts), select_top(scores_N, k))
+
+
+@given(scores, st.integers(0, 250))
+def test_the_cut_is_the_lowest_score_that_is_selected(scores_N, k):
+    key, rest = kth_largest(scores_N, k)
+    chosen = select_top(scores_N, k)
+    assert bool(rest) == chosen.any()
+    if rest:
+        assert score_of(key) == scores_N[chosen].min()

@@ -1,0 +1,95 @@
+"""Files of the mask commands: shards found and read as the mask knows them, and big files that are whole or absent."""
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections import namedtuple
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from shards import tar
+from shards.errors import UserError
+from shards.masks import require_same
+from shards.storage import sync_folder
+
+# A member of a sample. Bytes start to stop of the tar: its headers, content and padding; offset and length: its content.
+Member = namedtuple("Member", "position extension start stop offset length")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write to in the block. It stands at `path` when the block ends, whole; after an error nothing does.
+
+    Raises UserError when there can be no such file.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        file = open(beside, "wb")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UserError(f"file {path}: {error.strerror}; name one that can be written") from None
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def find_shards(saved, patterns):
+    """{number of the shard in the mask: its path}, of brace-expanded `patterns`. Sizes are compared, contents not yet.
+
+    Raises UserError naming the shard: missing, not of the mask `saved`, named twice, of another size.
+    """
+    found = {}
+    for path in (Path(path) for pattern in patterns for path in braceexpand(str(pattern))):
+        if not path.is_file():
+            raise UserError(f"shard {path}: missing; check the path (braces are expanded, wildcards are your shell's)")
+        number = saved.find(str(path))
+        if number in found:
+            raise UserError(
+                f"shard {path}: is {saved.shards[number]['name']} of the mask, as {found[number]} is; name one"
+            )
+        size, expected = path.stat().st_size, saved.shards[number]["bytes"]
+        if size != expected:
+            raise UserError(
+                f"shard {path}: has {size} bytes, the mask was made for {expected} (fingerprint "
+                f"{saved.shards[number]['fingerprint']}); use the shard that it was made with"
+            )
+        found[number] = path
+    return found
+
+
+def members(path, fingerprint):
+    """List of Member of a shard in order, positions as in its index. Raises UserError if its content is not `fingerprint`."""
+    digest, found = hashlib.blake2b(digest_size=16), []
+    position, key_now, stop = -1, None, 0
+    with open(path, "rb") as file:
+
+        def read(count):
+            data = file.read(count)
+            digest.update(data)
+            return data
+
+        for name, offset, length in tar.members(path, os.path.getsize(path), read):
+            # What stands before a member and is no file (long names, folders) goes with it.
+            start, stop = stop, offset + -(-length // tar.BLOCK) * tar.BLOCK
+            folder, slash, base = name.rpartition("/")
+            stem, dot, extension = base.partition(".")  # the index's rule
+            if not stem or not dot:
+                continue
+            if folder + slash + stem != key_now:
+                position, key_now = position + 1, folder + slash + stem
+            found.append(Member(position, extension.lower(), start, stop, offset, length))
+    require_same(path, digest.hexdigest(), fingerprint)
+    return found

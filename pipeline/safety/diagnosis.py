@@ -1,0 +1,43 @@
+"""What a split looks like in numbers: whether the scores are two groups at all, and what has changed since the split before."""
+
+import numpy as np
+
+
+def separation(counts_K, low, high, mixture):
+    """dict of the fit to a `mixture.histogram`: is it one group or two, and how far apart?
+
+    bic_one, bic_two: Schwarz's criterion of one and of two Gaussians, the lower the better (Schwarz 1978); ashman_d: distance of the
+    means in units of the mean deviation, above 2 = clearly apart (Ashman, Bird and Zepf 1994); overlap: share of the scores that
+    fall to the other component than the one they are assigned to, from 0 to min(weights).
+    """
+    counts_K = np.asarray(counts_K)
+    total, width = int(counts_K.sum()), (high - low) / len(counts_K)
+    x = low + (np.arange(len(counts_K)) + 0.5) * width
+    mean = (counts_K * x).sum() / total
+    variance = (counts_K * (x - mean) ** 2).sum() / total
+    (m0, m1), (s0, s1) = mixture.mean, mixture.std
+    parts = [
+        w * np.exp(-0.5 * ((x - m) / s) ** 2) / (s * np.sqrt(2 * np.pi))
+        for m, s, w in zip(mixture.mean, mixture.std, mixture.weight)
+    ]
+    return {
+        "bic_one": float(total * (np.log(2 * np.pi * variance) + 1) + 2 * np.log(total)),
+        "bic_two": float(-2 * total * mixture.log_likelihood + 5 * np.log(total)),
+        "ashman_d": float((m1 - m0) / np.sqrt((s0**2 + s1**2) / 2)),
+        "overlap": float(np.minimum(*parts).sum() * width),
+    }
+
+
+def change(counts_K, low, high, mask, before_K, before):
+    """dict of what moved since the split before (its histogram and SafeMask).
+
+    shift: how far the scores moved (Wasserstein-1 distance of the two histograms, in units of the score); flips_in, flips_out:
+    pairs that are safe now and were not, and the other way round.
+    """
+    ahead = np.cumsum(counts_K) / max(1, counts_K.sum()) - np.cumsum(before_K) / max(1, before_K.sum())
+    flips_in, flips_out = mask.moved(before)
+    return {
+        "shift": float(np.abs(ahead).sum() * (high - low) / len(counts_K)),
+        "flips_in": flips_in,
+        "flips_out": flips_out,
+    }

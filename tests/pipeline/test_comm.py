@@ -1,0 +1,56 @@
+"""Arrays that the ranks of a host share: one copy a host, the same on all hosts after they were shared, one line on a full disk."""
+
+import os
+
+import numpy as np
+import pytest
+
+from pipeline import comm
+from shards.errors import UserError
+from tests.ranks import run_ranks
+
+COUNT, BOUNDS = 11, [0, 4, 4, 11]
+
+
+def two_hosts():
+    """Ranks 0 and 2 as if on one host, rank 1 on another: hosts need not hold neighbouring ranks."""
+    comm.host, comm.PIECE = (lambda: "b" if comm.rank() == 1 else "a"), 3
+    array = comm.host_array(COUNT, np.float32)
+    mine = slice(*BOUNDS[comm.rank() : comm.rank() + 2])
+    array[mine] = np.arange(COUNT)[mine] + 1
+    comm.barrier()
+    before = array.copy()
+    comm.share_between_hosts(array, list(zip(BOUNDS, BOUNDS[1:])))
+    return before, np.array(array)
+
+
+def test_a_host_has_one_copy_and_all_hosts_end_with_the_same():
+    whole = np.arange(COUNT, dtype=np.float32) + 1
+    (first, *after0), (second, *after1), (third, *after2) = run_ranks(two_hosts, 3)
+    assert np.array_equal(first, whole) and np.array_equal(third, whole) and not second.any()
+    for (after,) in (after0, after1, after2):
+        assert np.array_equal(after, whole)
+
+
+def full_on_the_second():
+    comm.host = lambda: str(comm.rank())
+
+    def posix_fallocate(file, start, size):
+        if comm.rank() == 1:
+            raise OSError(28, "No space left on device")
+
+    os.posix_fallocate = posix_fallocate
+    with pytest.raises(UserError) as error:
+        comm.host_array(1000, np.int64)
+    return str(error.value)
+
+
+def test_a_full_temporary_folder_on_one_host_is_said_on_all():
+    first, second = run_ranks(full_on_the_second, 2)
+    assert first == second and "No space left" in first and "8,000 bytes" in first and "TMPDIR" in first
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(comm.tempfile, "tempdir", str(tmp_path))
+    assert not comm.host_array(5, np.uint8).any() and len(comm.host_array(0, np.uint8)) == 0
+    assert not list(tmp_path.iterdir())
