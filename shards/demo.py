@@ -74,15 +74,17 @@ def shapes(out, pairs=18_000, test=1_080, seed=0):
     build(
         out,
         {"data": "shapes", "pairs": pairs, "test": test, "seed": seed},
-        lambda: (render(number, seed, captioned=True) for number in range(pairs)),
-        lambda: (render(number, seed, captioned=False) for number in range(pairs, pairs + test)),
-        CLASSES,
+        lambda: (
+            (render(number, seed, captioned=True) for number in range(pairs)),
+            (render(number, seed, captioned=False) for number in range(pairs, pairs + test)),
+            CLASSES,
+        ),
         TEMPLATES,
     )
 
 
-def build(out, made_by, train, test, classes, templates):
-    """Write and index train() and test() samples in OUT, with `made_by` as the marker of a finished data set."""
+def build(out, made_by, make, templates):
+    """Write and index what make() gives, (train samples, test samples, class names), in OUT; `made_by` marks it as finished."""
     out = Path(out)
     marker, unfinished = out / "made_by.json", out / "unfinished"
     if unfinished.exists():
@@ -97,10 +99,11 @@ def build(out, made_by, train, test, classes, templates):
         )
         raise UserError(f"{out}: holds {' '.join(held.split())}; delete it or name another folder")
     write_bytes(unfinished, b"")
-    paths = write_shards(train(), out / "train")
+    train, test, classes = make()
+    paths = write_shards(train, out / "train")
     build_index([str(p) for p in paths], out / "index")
     build_index([str(p) for p in paths], out / "labels", text="cls")
-    paths = write_test_set(test(), classes, templates, out)
+    paths = write_test_set(test, classes, templates, out)
     build_index([str(p) for p in paths], out / "test_index", text="cls")
     write_json(marker, made_by)
     unfinished.unlink()

@@ -41,36 +41,26 @@ def emoji(out, cache=None, seed=0):
     """Build the data set in OUT, in the layout of shards.demo.shapes. Packages are fetched with `npm pack` into `cache`
     (default: the folder npm beside OUT). Raises UserError when npm cannot."""
     cache = Path(cache) if cache else Path(out).parent / "npm"
-    pictures, rows, classes = {}, None, None
 
-    def load():
-        nonlocal rows, classes
-        if rows is None:
-            for vendor, package in VENDORS.items():
-                with tarfile.open(fetch(package, cache)) as tar:
-                    for member in tar:
-                        if member.name.startswith(f"package/img/{vendor}/64/") and member.isfile():
-                            pictures[vendor, member.name.rsplit("/", 1)[1]] = tar.extractfile(member).read()
-            described = read_member(fetch(VENDORS["google"], cache), "package/emoji.json")
-            names = {row["hexcode"]: row for row in read_member(fetch(NAMES, cache), "package/en/data.json")}
-            rows, classes = list_pictures(described, names, pictures, seed)
-        return rows
+    def make():
+        pictures = {}
+        for vendor, package in VENDORS.items():
+            with tarfile.open(fetch(package, cache)) as tar:
+                for member in tar:
+                    if member.name.startswith(f"package/img/{vendor}/64/") and member.isfile():
+                        pictures[vendor, member.name.rsplit("/", 1)[1]] = tar.extractfile(member).read()
+        described = read_member(fetch(VENDORS["google"], cache), "package/emoji.json")
+        names = {row["hexcode"]: row for row in read_member(fetch(NAMES, cache), "package/en/data.json")}
+        rows, classes = list_pictures(described, names, pictures, seed)
 
-    load()
+        def samples(test):
+            for number, row in enumerate(row for row in rows if row["test"] == test):
+                sample = {"__key__": f"{number:06d}", "png": pictures[row["vendor"], row["image"]], "cls": row["cls"]}
+                yield sample if test else {**sample, "txt": row["caption"]}
 
-    def samples(test):
-        for number, row in enumerate(row for row in rows if row["test"] == test):
-            sample = {"__key__": f"{number:06d}", "png": pictures[row["vendor"], row["image"]], "cls": row["cls"]}
-            yield sample if test else {**sample, "txt": row["caption"]}
+        return samples(False), samples(True), classes
 
-    build(
-        out,
-        {"data": "emoji", "packages": [*VENDORS.values(), NAMES], "seed": seed},
-        lambda: samples(False),
-        lambda: samples(True),
-        classes,
-        TEMPLATES,
-    )
+    build(out, {"data": "emoji", "packages": [*VENDORS.values(), NAMES], "seed": seed}, make, TEMPLATES)
 
 
 def list_pictures(described, names, pictures, seed):
