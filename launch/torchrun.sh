@@ -13,6 +13,8 @@ gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}    # seconds in which a large model can be saved
+# The agents' store outlives a restart with the addresses of the processes that are gone, and a new process may read those: a new store each time.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 meeting=(--rdzv-backend c10d --rdzv-id "${MASTER_PORT:-29500}" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}")
 [ "${NODES:-1}" != 1 ] || meeting=(--standalone)
 

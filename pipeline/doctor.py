@@ -32,6 +32,7 @@ from shards.samples import Samples
 SPREAD = 32  # shards of which one sample is decoded
 NETWORK_MB = 64  # of the all-reduce that is timed
 SCORE_BYTES = 40  # of a pair in a split's score files: position, key, cosine
+HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
 SPARE = 0.9  # share of a device's memory that may be spoken for before activations
 
 
@@ -232,7 +233,7 @@ def measure(config):
     return {"parameters": sum(p.numel() for p in model.parameters()), "embed_dim": width}
 
 
-def memory_parts(config, size, ranks, pairs):
+def memory_parts(config, size, ranks):
     """{what: bytes} that one rank holds on its device all the time; activations come on top.
 
     ZeRO shares out the optimizer's state from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et al. 2020, section 5).
@@ -250,23 +251,28 @@ def memory_parts(config, size, ranks, pairs):
 
 
 def check_memory(config, index, size, ranks):
-    """Whether what a rank holds fits its device, and what the masks and scores take in the host's memory. On one rank of each host."""
-    parts = memory_parts(config, size, ranks, index.samples)
+    """Whether what a rank holds fits its device, and what its ranks share fits the host. On one rank of each host."""
+    parts = memory_parts(config, size, ranks)
     total = sum(parts.values())
     if torch.cuda.is_available():
         place, there = "GPU", torch.cuda.get_device_properties(comm.device()).total_memory
     else:
         place = "host"
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    host = index.samples * (4 + 4 + 8 + 1 + 8)  # cosines here and gathered, their order, the mask, the plan
     text = (
         f"about {human(total)} a rank of {human(there)} of {place} memory ("
         + ", ".join(f"{name} {human(amount)}" for name, amount in parts.items())
-        + f"; activations come on top), and {human(host)} of host memory for scores, mask and plan"
+        + "; activations come on top)"
     )
+    found = [("ok", "memory", text)]
     if total > SPARE * there:
-        return [("fatal", "memory", f"{text}; take a higher train.zero_stage, more processes, or a smaller model")]
-    return [("ok", "memory", text)]
+        found = [("fatal", "memory", f"{text}; take a higher train.zero_stage, more processes, or a smaller model")]
+    host, temporary = int(index.samples * HOST_BYTES), tempfile.gettempdir()
+    free = shutil.disk_usage(temporary).free
+    text = f"scores and mask take {human(host)} in {temporary}, one copy a host, of {human(free)} free there"
+    if host > free:
+        return found + [("fatal", "memory", f"{text}; set TMPDIR to a larger disk of the host's own")]
+    return found + [("ok", "memory", text)]
 
 
 def check_disk(config, index, size, ranks):

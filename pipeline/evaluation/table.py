@@ -118,8 +118,8 @@ def reproduce_table(root):
     lines = [
         "| data | preset | seed | clean top-1 | "
         + " | ".join(f"{k} success (base; true class)" for k in kinds)
-        + " | poison in the last safe set | views | seconds |",
-        "|---" * (7 + len(kinds)) + "|",
+        + " | poison in the last safe set | views |",
+        "|---" * (6 + len(kinds)) + "|",
     ]
     for (name, preset), runs in sorted(rows.items()):
         for seed, run in runs + [("mean", mean_of([run for _, run in runs]))]:
@@ -132,7 +132,7 @@ def reproduce_table(root):
             lines.append(
                 f"| {name} | {preset} | {seed} | {percent(run['clean_top1'])} | "
                 + " | ".join(cells)
-                + f" | {poison} | {run['sample_views']:,.0f} | {run['seconds']:.0f} |"
+                + f" | {poison} | {run['sample_views']:,.0f} |"
             )
     return "\n".join(lines)
 

@@ -17,7 +17,6 @@ from tests.pipeline.test_resume import config
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 10
-LAST = "step_00000100"
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +38,12 @@ def launch(folder, name, **env):
 
 
 def end(process):
-    return process.wait(timeout=180)
+    return process.wait(timeout=300)
 
 
 def wait_for_step(folder, name, step):
     """Until a checkpoint of that step or a later one is complete."""
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while time.monotonic() < limit:
         newest, _ = checkpoint.newest_complete(folder / name)
         if newest and int(newest.name[-8:]) >= step:
@@ -54,7 +53,10 @@ def wait_for_step(folder, name, step):
 
 
 def weights(folder, name):
-    return (folder / name / "checkpoints" / LAST / "model.safetensors").read_bytes()
+    """(step, bytes of model.safetensors) of the finished run."""
+    newest, warnings = checkpoint.newest_complete(folder / name)
+    assert not warnings and checkpoint.load_state(newest)["epoch"] == EPOCHS
+    return newest.name, (newest / "model.safetensors").read_bytes()
 
 
 def trainers(folder, name):

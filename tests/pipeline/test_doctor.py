@@ -129,10 +129,19 @@ def test_the_disk_must_hold_a_checkpoint_beside_the_last(world, monkeypatch):
 def test_a_model_that_no_rank_can_hold_is_fatal(world):
     made = config(world, "run")
     index, size = ShardIndex.load(made.data.index), {"parameters": 10**12, "embed_dim": 512}
-    ((level, _, text),) = doctor.check_memory(made, index, size, 1)
+    (level, _, text), _ = doctor.check_memory(made, index, size, 1)
     assert level == "fatal" and "train.zero_stage" in text
     made.train.zero_stage = 3
     assert doctor.check_memory(made, index, size, 100_000)[0][0] == "ok"
+
+
+def test_a_temporary_folder_that_cannot_hold_the_scores_is_fatal(world, monkeypatch):
+    made, usage = config(world, "run"), namedtuple("usage", "total used free")
+    index, size = ShardIndex.load(made.data.index), doctor.measure(made)
+    for free, expected in ((989, "fatal"), (991, "ok")):  # 240 pairs
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
+        level, _, text = doctor.check_memory(made, index, size, 1)[1]
+        assert level == expected and "one copy a host" in text
 
 
 @pytest.mark.parametrize("name", KINDS)
