@@ -5,6 +5,7 @@ import datetime
 import os
 import socket
 import tempfile
+import time
 import uuid
 from pathlib import Path
 
@@ -50,9 +51,26 @@ def init(timeout=600.0):
         torch.cuda.set_device(int(env["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     patience = datetime.timedelta(seconds=timeout)
+    if env["RANK"] != "0" and "TORCHELASTIC_RUN_ID" not in env:
+        await_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout)
     dist.init_process_group(backend, timeout=patience)
     if backend != "gloo":
         _control = dist.new_group(backend="gloo", timeout=patience)
+
+
+def await_rank_0(address, port, timeout):
+    """Until rank 0 listens. torch's own wait takes more than twice its timeout where rank 0 died before it could. Raises RunFailed."""
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=1).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RunFailed(
+                    f"rank {os.environ['RANK']}: rank 0 does not listen at {address}:{port} after run.timeout = {timeout:g} s ({error}); "
+                    "its own log says why, if it is no firewall. Start the run again"
+                ) from None
+            time.sleep(0.2)
 
 
 def rank():

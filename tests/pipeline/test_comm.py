@@ -1,12 +1,13 @@
 """Arrays that the ranks of a host share: one copy a host, the same on all hosts after they were shared, one line on a full disk."""
 
 import os
+import socket
 
 import numpy as np
 import pytest
 
 from pipeline import comm
-from shards.errors import UserError
+from shards.errors import RunFailed, UserError
 from tests.ranks import run_ranks
 
 COUNT, BOUNDS = 11, [0, 4, 4, 11]
@@ -48,6 +49,19 @@ def full_on_the_second():
 def test_a_full_temporary_folder_on_one_host_is_said_on_all():
     first, second = run_ranks(full_on_the_second, 2)
     assert first == second and "No space left" in first and "8,000 bytes" in first and "TMPDIR" in first
+
+
+def test_a_rank_0_that_never_comes_is_named_within_the_timeout(monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = str(closed.getsockname()[1])  # bound, and nobody listens
+        where = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in where.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        with pytest.raises(RunFailed) as error:
+            comm.init(timeout=0.5)
+    assert f"rank 0 does not listen at 127.0.0.1:{port} after run.timeout = 0.5 s" in str(error.value)
 
 
 def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
