@@ -14,7 +14,7 @@ mkdir -p "$2"
 folder=$(cd "$2" && pwd)
 export SLURM_CONF=$folder/slurm.conf
 
-# Process ids of the cluster's daemons and jobs. Their environment names its configuration, also when they outlived their parents.
+# Process ids of the cluster's daemons and jobs. Their environment names its configuration, also when their parents are gone.
 members() {
     local place
     for place in $(grep -lszxF "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ); do
@@ -52,10 +52,12 @@ print(*[each.getsockname()[1] for each in found])'))
     host=${HOSTNAME%%.*} user=$(id -un)
     # The nodes' names are addresses of this host: jobs take a node's name for MASTER_ADDR, and it has to be found.
     # A job that was requeued waits until its credentials have expired: 5 s is the least.
+    # A job's port follows from its number: two clusters at a time on this host must not both begin with 1.
     cat > "$SLURM_CONF" <<END
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=${ports[0]}
+FirstJobId=$((RANDOM % 9000 + 1))
 SlurmUser=$user
 SlurmdUser=$user
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
@@ -89,7 +91,7 @@ END
     slurmd -N 127.0.0.1
     slurmd -N 127.0.0.2
     for _ in $(seq 300); do
-        idle=$(timeout 10 sinfo --noheader --responding --states=idle --format=%D --partition=normal 2>/dev/null || true)
+        idle=$(timeout 10 sinfo --noheader --responding --states=idle --partition=normal --format=%D 2>/dev/null) || idle=0
         [ "$idle" != 2 ] || return 0
         sleep 0.1
     done
