@@ -65,12 +65,21 @@ def doctor(args):
 
 
 def train(args):
+    from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal
+
+    try:
+        with StopSignal() as stop:  # from the first moment: what follows takes seconds, minutes on a cluster's file system
+            train_until(stop, args)
+    except Preempted:
+        sys.exit(EXIT_CODE)
+
+
+def train_until(stop, args):
     from pipeline.config import load_config
 
     config = load_config(args.config, args.overrides)
     from pipeline.evaluation.evaluators import ZeroShot
     from pipeline.training.run import train as train_run
-    from pipeline.training.signals import EXIT_CODE, Preempted
     from shards.index import ShardIndex
     from shards.overlay import Overlay
 
@@ -78,10 +87,7 @@ def train(args):
     if config.evaluation.test:
         overlay = Overlay.load(config.data.overlay, ShardIndex.load(config.data.index)) if config.data.overlay else None
         evaluators["eval"] = ZeroShot(config.evaluation, overlay)
-    try:
-        train_run(config, evaluators)
-    except Preempted:
-        sys.exit(EXIT_CODE)
+    train_run(config, evaluators, stop)
 
 
 def evaluate(args):

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn50.yaml run.dir
 
 import json
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -26,15 +27,18 @@ LOG_EVERY = 20  # steps between lines of metrics.jsonl
 AGREE_EVERY = 10  # steps after which the ranks ask each other whether to save or stop
 
 
-def train(config, evaluators=None):
+def train(config, evaluators=None, stop=None):
     """Train to the end, from the newest complete checkpoint if there is one; returns the run's state.
 
     `evaluators`: name -> function(engine, views, device) -> dict of figures, called by all ranks after an epoch.
+    `stop`: a StopSignal that listens already, for a caller who began before; otherwise train listens from here on.
     Raises UserError for what the user can mend, Preempted when a signal asked for a stop (the state is saved).
     """
-    with StopSignal() as stop, comm.naming_the_lost(config.run.timeout):
+    with nullcontext(stop) if stop else StopSignal() as stop, comm.naming_the_lost(config.run.timeout):
         run = Run(config)
         state, marks = run.state, Marks()
+        if any(comm.most(stop.received)):
+            leave(run)  # asked while it started
         for epoch in curriculum(config.train, config.selection.every)[state["epoch"] :]:
             mask = mask_for(run, epoch, stop) if epoch.mask_of is not None else None
             steps = epoch_steps(epoch, run.index.counts, mask, config)
