@@ -46,7 +46,7 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files
     mine, rounds = todo[comm.rank()], max(len(batches) for batches in todo)
     filler = next((batch for batches in todo for batch in batches), None)
     parts, found = [], []  # of the shard that is being scored
-    was_training = engine.module.training
+    was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
     engine.eval()
     reading = batches(PlainBatches(samples, mine + [filler] * (rounds - len(mine)), views), workers=workers)
     for number, batch in enumerate(reading):
