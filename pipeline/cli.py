@@ -68,7 +68,9 @@ def train(args):
     from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal
 
     try:
-        with StopSignal() as stop:  # from the first moment: what follows takes seconds, minutes on a cluster's file system
+        with (
+            StopSignal() as stop
+        ):  # from the first moment: what follows takes seconds, minutes on a cluster's file system
             train_until(stop, args)
     except Preempted:
         sys.exit(EXIT_CODE)

@@ -111,6 +111,8 @@ class Selection:
     """Share of the pairs by which the safe set grows with each later epoch."""
     cap: float = 0.85
     """The safe set grows no larger than this share."""
+    score: str = "cosine"
+    """What pairs are ranked by: cosine, or mean, the mean of the pair's cosines at all splits so far."""
     every: int = 1
     """Split before every n-th SafeCLIP epoch; in between the last mask holds. The share grows by the epoch all the same."""
     risky: str = "unimodal"
@@ -188,6 +190,7 @@ CHOICES = {
     "train.zero_stage": (0, 1, 2, 3),
     "train.on_nan": ("stop", "skip"),
     "selection.risky": ("unimodal", "skip"),
+    "selection.score": ("cosine", "mean"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
 AT_LEAST_ONE = (

@@ -1,6 +1,6 @@
 """Views of a sample. Their randomness is keyed by (seed, epoch, sample, view), never by worker or call order.
 
-Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: EDA (Wei and Zou 2019).
+Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A), and posterising. Captions: EDA (Wei and Zou 2019).
 """
 
 import hashlib
@@ -30,6 +30,8 @@ class ImageAugment:
     """Probability of a grey picture."""
     blur: float = 0.5
     """Probability of a Gaussian blur, of a deviation from 0.1 to 2 pixels at 224 pixels."""
+    posterise: float = 0.0
+    """Probability of a picture with only two or three levels a channel: what a person reads stays, faint patterns go."""
 
 
 def sample_rng(seed, epoch, shard, position, view):
@@ -50,6 +52,8 @@ def image_view(image, size, rng, augment):
         image = image.convert("L").convert("RGB")
     if blur < augment.blur:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * size / 224))
+    if augment.posterise and rng.random() < augment.posterise:
+        image = posterised(image, levels=int(rng.integers(2, 4)), shift=rng.uniform(-0.25, 0.25))
     return np.asarray(image)
 
 
@@ -94,6 +98,16 @@ def colour_jitter(image, augment, rng):
             enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
             image = enhance(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
     return image
+
+
+def posterised(image, levels, shift):
+    """A PIL picture with `levels` evenly spread values a channel, the thresholds moved by `shift` of their distance.
+
+    AutoAugment's operation (Cubuk et al. 2019); as a defence feature squeezing (Xu, Evans and Qi 2018, there at test time).
+    """
+    step = 256 / levels
+    table = [int(min(levels - 1, max(0, (value / step + shift) // 1)) * 255 / (levels - 1)) for value in range(256)]
+    return image.point(table * 3)
 
 
 def caption_view(text, rng, rate=0.1):

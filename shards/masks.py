@@ -182,14 +182,14 @@ class SavedMask:
             f"{self.shards[0]['name']}; give the shards that it was made with, under their names"
         )
 
-    def table(self, shard, columns=("key", "cosine", "reason")):
-        """pyarrow Table of one shard's pairs by position: key (str), cosine (float, NaN = unreadable), reason (str or null)."""
+    def table(self, shard, columns=("key", "cosine", "score", "reason")):
+        """pyarrow Table of one shard's pairs by position: key (str), cosine and score (float, NaN = unreadable), reason (str or null)."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         path, count = self.folder / "scores" / f"{shard:05d}.parquet", int(self.mask.counts_S[shard])
         if not count:  # an empty shard has no scores
-            kinds = {"key": pa.string(), "cosine": pa.float32(), "reason": pa.string()}
+            kinds = {"key": pa.string(), "cosine": pa.float32(), "score": pa.float32(), "reason": pa.string()}
             return pa.table({name: pa.array([], kinds[name]) for name in columns})
         try:
             table = pq.read_table(path, columns=list(columns))

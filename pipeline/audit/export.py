@@ -25,6 +25,7 @@ COLUMNS = pa.schema(
         ("cosine", pa.float32()),
         ("posterior", pa.float64()),
         ("safe", pa.bool_()),
+        ("score", pa.float32()),
     ]
 )
 
@@ -43,15 +44,16 @@ def export_mask(folder, form, out, patterns=()):
 
 
 def rows(saved):
-    """Yield a Table of COLUMNS for each shard. cosine and posterior are null where a pair could not be read.
+    """Yield a Table of COLUMNS for each shard. cosine, score and posterior are null where a pair could not be read.
 
-    The posterior is that of the higher component, which is not monotone in the cosine; `safe` is the one cut on the cosine.
+    The score is what the run ranked by: the cosine, or its mean over the splits (selection.score). The posterior is that of the
+    higher component, which is not monotone in the score; `safe` is the one cut on the score.
     """
     mixture = Mixture.from_dict(saved.meta["mixture"]) if saved.meta["mixture"] else None
     for number, shard in enumerate(saved.shards):
-        table = saved.table(number, ("key", "cosine"))
-        cos_N = table["cosine"].to_numpy()
-        posterior_N = mixture.posterior(cos_N) if mixture else np.full(len(cos_N), np.nan)
+        table = saved.table(number, ("key", "cosine", "score"))
+        cos_N, score_N = table["cosine"].to_numpy(), table["score"].to_numpy()
+        posterior_N = mixture.posterior(score_N) if mixture else np.full(len(cos_N), np.nan)
         columns = [
             pa.array([shard["name"]] * len(cos_N), pa.string()),
             np.arange(len(cos_N)),
@@ -59,6 +61,7 @@ def rows(saved):
             pa.array(cos_N, from_pandas=True),  # NaN becomes null
             pa.array(posterior_N, from_pandas=True),
             saved.mask.shard_flags(number),
+            pa.array(score_N, from_pandas=True),
         ]
         yield pa.table(columns, COLUMNS)
 
@@ -78,7 +81,7 @@ def parquet(saved, out, tables=None, schema=COLUMNS):
 def cleanlab(saved, out):
     """Parquet with the columns of a cleanlab issue type: is_poison_issue, and poison_score in [0, 1], lower = worse.
 
-    The score is (1 + cosine) / 2: it orders the pairs as the cut does, which the posterior would not. A pair that could not
+    poison_score is (1 + score) / 2: it orders the pairs as the cut does, which the posterior would not. A pair that could not
     be read is no safe one: an issue, with score 0. Convention: cleanlab's Datalab, docs.cleanlab.ai (issue types).
     """
     fields = [("is_poison_issue", pa.bool_()), ("poison_score", pa.float64())]
@@ -86,7 +89,7 @@ def cleanlab(saved, out):
 
     def tables():
         for table in rows(saved):
-            score_N = np.clip((1 + table["cosine"].to_numpy().astype(np.float64)) / 2, 0, 1)
+            score_N = np.clip((1 + table["score"].to_numpy().astype(np.float64)) / 2, 0, 1)
             columns = [pc.invert(table["safe"]), np.nan_to_num(score_N, nan=0.0)]
             yield pa.table(columns + [table[name] for name in ("shard", "position", "key")], schema)
 

@@ -25,8 +25,8 @@ def describe(folder):
     least, most = used[share_S[used].argmin()], used[share_S[used].argmax()]
     bad = Counter()
     for number in range(len(counts_S)):
-        table = saved.table(number, ("cosine", "reason"))
-        unread = table.filter(np.isnan(table["cosine"].to_numpy()))
+        table = saved.table(number, ("score", "reason"))
+        unread = table.filter(np.isnan(table["score"].to_numpy()))
         bad.update(reason or "the model gave no number" for reason in unread["reason"].to_pylist())
     return {
         "epoch": meta["epoch"],
@@ -57,7 +57,7 @@ def show(folder, as_json=False):
         ("made", f"before epoch {d['epoch']}, by the model of step {d['step']}, config {d['config'] or '-'}"),
         ("pairs", f"{d['pairs']:,} in {d['shards']} shards, fingerprint {d['fingerprint']}"),
         ("safe", f"{d['safe']:,} = {d['share']:.2%} (first split {d['first_share']:.2%})"),
-        ("cut", "none" if d["cut"] is None else f"cosine >= {d['cut']:.6f}"),
+        ("cut", "none" if d["cut"] is None else f"score >= {d['cut']:.6f}"),
         ("mixture", "none"),
         ("by shard", f"{least['share']:.1%} ({least['name']}) to {most['share']:.1%} ({most['name']}) safe"),
         ("unreadable", ", ".join(f"{count:,} x {reason}" for reason, count in d["bad_pairs"].items()) or "none"),
@@ -110,7 +110,7 @@ def diff(folder_a, folder_b, out=None):
 def about(saved):
     cut = saved.meta["cut"]
     return f"epoch {saved.meta['epoch']}, step {saved.meta['step']}, " + (
-        f"cosine >= {cut:.6f}" if math.isfinite(cut) else "no cut"
+        f"score >= {cut:.6f}" if math.isfinite(cut) else "no cut"
     )
 
 
@@ -148,21 +148,21 @@ def moved(a, b):
         yield pa.table(columns, MOVED)
 
 
-def cosines(saved):
-    """float32 (N,): the saved cosines in (shard, position) order."""
-    parts = [saved.table(number, ("cosine",))["cosine"].to_numpy() for number in range(len(saved.shards))]
+def scores(saved):
+    """float32 (N,): the saved scores in (shard, position) order."""
+    parts = [saved.table(number, ("score",))["score"].to_numpy() for number in range(len(saved.shards))]
     return np.concatenate(parts).astype(np.float32)
 
 
 def replay(folder):
     """(same, text): whether the saved scores and the share in mask.json give the saved mask, bit for bit, and its cut."""
     saved = SavedMask(folder)
-    cos_N = cosines(saved)
-    safe_N = select_top(cos_N, round(saved.meta["share"] * len(cos_N)))
+    score_N = scores(saved)
+    safe_N = select_top(score_N, round(saved.meta["share"] * len(score_N)))
     rebuilt = SafeMask.from_flags(saved.mask.counts_S, safe_N)
     differ = np.flatnonzero(safe_N != saved.mask.flags())
-    cut = lowest(cos_N, safe_N)
-    text = f"{folder}: {safe_N.sum():,} of {len(cos_N):,} pairs safe, rebuilt from the scores: "
+    cut = lowest(score_N, safe_N)
+    text = f"{folder}: {safe_N.sum():,} of {len(score_N):,} pairs safe, rebuilt from the scores: "
     if len(differ):
         shard = int(np.searchsorted(np.cumsum(saved.mask.counts_S), differ[0], "right"))
         position = int(differ[0] - saved.mask.counts_S[:shard].sum())
@@ -180,11 +180,11 @@ def what_if(folder, out, posterior=None, share=None):
     saved, out = SavedMask(folder), Path(out)
     if (out / "mask.json").exists():
         raise UserError(f"--out {out}: holds a mask already; name a new folder")
-    cos_N = cosines(saved)
+    score_N = scores(saved)
     if share is not None:
         if not 0 <= share <= 1:
             raise UserError(f"--share: got {share}, expected 0 to 1")
-        count, rule = round(share * len(cos_N)), f"share {share:g}"
+        count, rule = round(share * len(score_N)), f"share {share:g}"
     else:
         if not 0 < posterior < 1:
             raise UserError(f"--posterior: got {posterior}, expected a number between 0 and 1")
@@ -194,8 +194,8 @@ def what_if(folder, out, posterior=None, share=None):
             cut = upper_cut(Mixture.from_dict(saved.meta["mixture"]), posterior)
         except DegenerateFit as error:
             raise UserError(f"--posterior {posterior}: gives no cut, {error}; use --share") from None
-        count, rule = count_at_least(cos_N, cut), f"posterior > {posterior:g}"
-    safe_N = select_top(cos_N, count)
+        count, rule = count_at_least(score_N, cut), f"posterior > {posterior:g}"
+    safe_N = select_top(score_N, count)
     mask = SafeMask.from_flags(saved.mask.counts_S, safe_N)
     # All that says how the pairs scored is the same; what says which are safe is made anew, mask.json last.
     anew = shutil.ignore_patterns("mask.json", "safe.npy")
@@ -203,15 +203,15 @@ def what_if(folder, out, posterior=None, share=None):
     # No config: it is not a mask that a run made, and none takes it for its own.
     changed = {
         "share": mask.share,
-        "cut": lowest(cos_N, safe_N),
+        "cut": lowest(score_N, safe_N),
         "config": None,
         "diagnosis": {},
         "note": f"{rule}, not the run's own split",
     }
     mask.save(out, {**saved.meta, **changed})
-    return f"{out}: {safe_N.sum():,} of {len(cos_N):,} pairs safe ({mask.share:.2%}) by {rule}; the saved mask has {saved.mask.share:.2%}"
+    return f"{out}: {safe_N.sum():,} of {len(score_N):,} pairs safe ({mask.share:.2%}) by {rule}; the saved mask has {saved.mask.share:.2%}"
 
 
-def lowest(cos_N, safe_N):
-    """The lowest cosine of the safe set; infinity where it is empty."""
-    return float(cos_N[safe_N].min()) if safe_N.any() else float("inf")
+def lowest(score_N, safe_N):
+    """The lowest score of the safe set; infinity where it is empty."""
+    return float(score_N[safe_N].min()) if safe_N.any() else float("inf")

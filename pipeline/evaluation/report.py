@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from pipeline import comm
 from pipeline.config import load_config
 from pipeline.evaluation.evaluators import TOOK, ZeroShot
-from pipeline.safety.scores import load_cosines
+from pipeline.safety.scores import load_scores
 from pipeline.training import checkpoint
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
@@ -42,7 +42,7 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
     elif baseline:
         undefended = read_eval(baseline)["attacks"]
     folders = [path.parent for path in sorted(run_dir.glob("masks/epoch_*/mask.json"))]
-    splits = [(load_cosines(folder, index.counts), SafeMask.load(folder, index.fingerprint)[0]) for folder in folders]
+    splits = [(load_scores(folder, index.counts), SafeMask.load(folder, index.fingerprint)[0]) for folder in folders]
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
         attack.update(poison_in_splits(overlay, index, splits, kind))
@@ -69,7 +69,7 @@ def poison_rows(overlay, index, kind=None):
 
 
 def poison_in_splits(overlay, index, splits, kind):
-    """Per split: share of the kind's poison that is in the safe set, and AUROC of the cosine (clean pairs above poison)."""
+    """Per split: share of the kind's poison that is in the safe set, and AUROC of the score (clean pairs above poison)."""
     poison = poison_rows(overlay, index, kind)
     clean_N = np.ones(index.samples, bool)
     clean_N[poison_rows(overlay, index)] = False

@@ -7,17 +7,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.errors import UserError
 from shards.storage import write_bytes
 
 
 class ScoreFiles:
-    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, and the reason where a pair could not be read.
+    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair could not be read.
 
+    The score is what pairs are ranked by: the cosine, or with `before` the mean of the cosines of all splits up to this one.
     `step`: the training step of the model that scores; files of another step are not used.
     """
 
-    def __init__(self, folder, index, step):
-        self.folder, self.index, self.step = folder, index, step
+    def __init__(self, folder, index, step, before=None, splits=0):
+        """`before`: the folder of the split before, the last of `splits` ones, whose scores are means too; None: no mean."""
+        self.folder, self.index, self.step, self.before, self.splits = folder, index, step, before, splits
 
     def path(self, shard):
         return self.folder / f"{shard:05d}.parquet"
@@ -34,33 +37,52 @@ class ScoreFiles:
             return None
 
     def read(self, shard):
-        """(float32 cosines, [(shard, position, key, reason)]) of a shard that is done."""
+        """(float32 scores, [(shard, position, key, reason)]) of a shard that is done."""
         table = pq.read_table(self.path(shard))
         bad = [
             (shard, position, table["key"][position].as_py(), reason.as_py())
             for position, reason in enumerate(table["reason"])
             if reason.is_valid
         ]
-        return table["cosine"].to_numpy().astype(np.float32), bad
+        return table["score"].to_numpy().astype(np.float32), bad
 
     def write(self, shard, cos_B, bad):
-        """Put the cosines of a whole shard, and its bad samples, on disk."""
+        """Put a whole shard's cosines, the scores that follow from them, and its bad samples on disk; returns the scores.
+
+        Raises UserError when the scores of the split before are gone.
+        """
+        cos_B = cos_B.astype(np.float32)
+        score_B = self.mean(shard, cos_B) if self.before else cos_B
         reasons = [None] * len(cos_B)
         for _, position, _, reason in bad:
             reasons[position] = reason
         columns = {
             "position": np.arange(len(cos_B)),
             "key": self.index.table(shard).keys,
-            "cosine": cos_B.astype(np.float32),
+            "cosine": cos_B,
+            "score": score_B,
             "reason": pa.array(reasons, pa.string()),
         }
         file = io.BytesIO()
         pq.write_table(pa.table(columns).replace_schema_metadata({"step": json.dumps(self.step)}), file)
         write_bytes(self.path(shard), file.getbuffer())
+        return score_B
+
+    def mean(self, shard, cos_B):
+        """The mean of these cosines and of those of the splits before; a pair that none of them could read has this cosine."""
+        path = self.before / f"{shard:05d}.parquet"
+        try:
+            before_B = pq.read_table(path, columns=["score"])["score"].to_numpy()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"scores {path}: cannot be read ({error}), and selection.score=mean goes on from them; bring them back"
+            ) from None
+        mean_B = before_B + (cos_B - before_B) / np.float32(self.splits + 1)
+        return np.where(np.isnan(before_B), cos_B, mean_B)
 
 
-def load_cosines(folder, counts_S):
-    """float32 (N,): the cosines saved in `folder`/scores, in (shard, position) order."""
+def load_scores(folder, counts_S):
+    """float32 (N,): the scores saved in `folder`/scores, in (shard, position) order."""
     paths = [folder / "scores" / f"{shard:05d}.parquet" for shard, count in enumerate(counts_S) if count]
-    parts = [pq.read_table(path, columns=["cosine"])["cosine"].to_numpy() for path in paths]
+    parts = [pq.read_table(path, columns=["score"])["score"].to_numpy() for path in paths]
     return np.concatenate(parts).astype(np.float32)

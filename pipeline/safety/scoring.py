@@ -28,19 +28,19 @@ def shard_batches(counts_S, shards, batch_size):
 
 @torch.no_grad()
 def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None):
-    """(cos_N, bad): float32 cosines in [-1, 1] of all pairs in (shard, position) order, the same vector on every rank.
+    """(score_N, bad): float32 cosines in [-1, 1] of all pairs in (shard, position) order, the same vector on every rank.
 
     It is one copy a host, shared by its ranks (4 bytes a pair). Pairs that cannot be read are NaN; `bad` lists those of this rank
     as (shard, position, key, reason). Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each),
-    repeating a batch where it has fewer. With `files` (scores.ScoreFiles) a shard is written as soon as it is scored, and what is
-    there is not scored again. `each_round(done, rounds)` is called by all ranks after every pass.
+    repeating a batch where it has fewer. With `files` (scores.ScoreFiles) a shard is written as soon as it is scored, what is
+    there is not scored again, and the scores are those that the files hold. `each_round(done, rounds)` is called by all ranks after every pass.
     """
     index, world = samples.index, comm.world()
-    cos_N, bad = comm.host_array(index.samples, np.float32), []
+    score_N, bad = comm.host_array(index.samples, np.float32), []
     done = set(comm.broadcast_object(files.done() if files and comm.is_main() else []))
     owned = assign_shards(index.counts, world, done)
     for shard in done.intersection(owned[comm.rank()]):
-        cos_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard)
+        score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard)
         bad += found
     todo = [shard_batches(index.counts, [s for s in shards if s not in done], batch_size) for shards in owned]
     mine, rounds = todo[comm.rank()], max(len(batches) for batches in todo)
@@ -58,14 +58,13 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files
             parts.append(cos_B)
             found += batch.bad
             if stop == index.counts[shard]:  # only now are they copied: the GPU is not waited for in between
-                cos_S = cos_N[index.offsets[shard] : index.offsets[shard + 1]]
-                cos_S[:] = torch.cat(parts).cpu().numpy()
-                if files:
-                    files.write(shard, cos_S, found)
+                cos_S = torch.cat(parts).cpu().numpy()
+                in_shard = slice(index.offsets[shard], index.offsets[shard + 1])
+                score_N[in_shard] = files.write(shard, cos_S, found) if files else cos_S
                 bad += found
                 parts, found = [], []
         if each_round:
             each_round(number + 1, rounds)
     engine.train(was_training)
-    comm.share_between_hosts(cos_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
-    return cos_N, bad
+    comm.share_between_hosts(score_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
+    return score_N, bad

@@ -14,21 +14,21 @@ from shards.errors import UserError
 from shards.masks import SafeMask, byte_starts, shard_list
 from shards.storage import write_bytes
 
-LOW, HIGH = -1.0, 1.0  # of the score, a cosine
+LOW, HIGH = -1.0, 1.0  # of the score, a cosine or a mean of cosines
 
 
 @dataclass
 class Split:
-    """Before one epoch: the mixture fitted to the cosines of all pairs, the cut, and which pairs are safe."""
+    """Before one epoch: the mixture fitted to the scores of all pairs, the cut, and which pairs are safe."""
 
     mixture: Mixture | None
-    cut: float  # the lowest cosine of the safe set
+    cut: float  # the lowest score of the safe set
     share: float  # safe pairs / all pairs
     first_share: float  # of the run's first split: the schedule grows from it
     mask: SafeMask
     note: str
     diagnosis: dict  # diagnosis.separation, diagnosis.change, and the share by posterior and by schedule
-    counts_K: np.ndarray  # mixture.histogram of the cosines
+    counts_K: np.ndarray  # mixture.histogram of the scores
 
     def summary(self):
         """dict for metrics and mask.json."""
@@ -43,7 +43,7 @@ class Split:
 
     def line(self):
         """The split in one line, for the person who watches."""
-        text, found = f"safe {self.share:.1%}, cosine >= {self.cut:.3f}", self.diagnosis
+        text, found = f"safe {self.share:.1%}, score >= {self.cut:.3f}", self.diagnosis
         if "ashman_d" in found:
             text += f", D {found['ashman_d']:.2f}, overlap {found['overlap']:.1%}"
         if "flips_in" in found:
@@ -51,24 +51,24 @@ class Split:
         return text + (f" ({self.note})" if self.note else "")
 
 
-def split_pairs(cos_N, counts_S, selection, number, first_share=None, before=None):
+def split_pairs(score_N, counts_S, selection, number, first_share=None, before=None):
     """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
 
     Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
     """
-    mine_N = np.array_split(cos_N, comm.world())[comm.rank()]
+    mine_N = np.array_split(score_N, comm.world())[comm.rank()]
     counts_K = comm.sum_counts(histogram(mine_N, LOW, HIGH))
-    decided = comm.on_main(decide, counts_K, cos_N, selection, number, first_share)
+    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share)
     mixture, share, first_share, note, diagnosis = decided
-    key, rest = kth_largest(mine_N, round(share * len(cos_N)), comm.sum_counts)
-    mask = broadcast_mask(top_by_shard(cos_N, counts_S, key, rest), counts_S)
+    key, rest = kth_largest(mine_N, round(share * len(score_N)), comm.sum_counts)
+    mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest), counts_S)
     if before:
         diagnosis |= comm.on_main(change_since, before, counts_K, mask)
     cut = score_of(key) if rest else float("inf")
     return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K)
 
 
-def decide(counts_K, cos_N, selection, number, first_share):
+def decide(counts_K, score_N, selection, number, first_share):
     """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds."""
     mixture, note, diagnosis, by_posterior = None, "", {}, None
     try:
@@ -76,7 +76,7 @@ def decide(counts_K, cos_N, selection, number, first_share):
         diagnosis = separation(counts_K, LOW, HIGH, mixture)
         if diagnosis["bic_two"] >= diagnosis["bic_one"]:
             raise DegenerateFit("one Gaussian describes the scores as well as two (BIC)")
-        by_posterior = count_at_least(cos_N, upper_cut(mixture, selection.posterior)) / len(cos_N)
+        by_posterior = count_at_least(score_N, upper_cut(mixture, selection.posterior)) / len(score_N)
     except DegenerateFit as error:
         note = f"no cut by the mixture: {error}"
     if number == 0 or first_share is None:
@@ -123,7 +123,7 @@ def mask_folder(run_dir, epoch):
 
 
 def save_split(folder, split, index, meta):
-    """Write the mask, whose mask.json comes last; the cosines lie in `folder`/scores already. On rank 0 only.
+    """Write the mask, whose mask.json comes last; the scores lie in `folder`/scores already. On rank 0 only.
 
     mask.json names each shard and its fingerprint, so that the folder can be used with the shards alone (shards.masks.SavedMask).
     """

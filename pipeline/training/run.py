@@ -121,19 +121,24 @@ def mask_for(run, epoch, stop):
             if done % AGREE_EVERY == 0 and any(comm.most(stop.received)):
                 leave(run)  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
 
-        cos_N, bad = score_all_pairs(
+        before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
+        means = before is not None and config.selection.score == "mean"
+        if means:
+            comm.on_main(is_split, before, False, state, config)  # raises if it is gone
+        splits = (epoch.split or 0) // config.selection.every
+        files = ScoreFiles(folder / "scores", index, state["step"], before / "scores" if means else None, splits)
+        score_N, bad = score_all_pairs(
             run.engine,
             run.samples,
             run.views,
             config.selection.batch_size,
             run.device,
             config.data.workers,
-            ScoreFiles(folder / "scores", index, state["step"]),
+            files,
             each_round,
         )
         record(run.ledger, bad)
-        before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
-        split = split_pairs(cos_N, index.counts, config.selection, epoch.split, state["first_share"], before)
+        split = split_pairs(score_N, index.counts, config.selection, epoch.split, state["first_share"], before)
         meta = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         comm.on_main(save_split, folder, split, index, meta)
     else:
@@ -152,7 +157,7 @@ def is_split(folder, due, state, config):
     if not due:
         if not there:
             raise UserError(
-                f"masks: {folder} is gone, and the run trains with it; bring it back, or delete the newest checkpoints to go on "
+                f"masks: {folder} is gone, and the run goes on from it; bring it back, or delete the newest checkpoints to go on "
                 "from an earlier one"
             )
         return True

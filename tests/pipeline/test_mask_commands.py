@@ -181,7 +181,7 @@ def test_parquet_and_csv_hold_every_pair(here, capsys):
     for form in ("parquet", "csv"):
         assert run(capsys, "mask", "export", "masks/one", "--format", form, "--out", f"out/m.{form}")[0] == 0
     table = pq.read_table("out/m.parquet")
-    assert table.column_names == ["shard", "position", "key", "cosine", "posterior", "safe"]
+    assert table.column_names == ["shard", "position", "key", "cosine", "posterior", "safe", "score"]
     assert table["safe"].to_pylist() == saved.mask.flags().tolist()
     assert [f"{s}" for s in table["shard"].unique().to_pylist()] == [NAMES[0], NAMES[2], NAMES[3]]
     assert table["position"].to_pylist() == [*range(20), *range(7), *range(13)]

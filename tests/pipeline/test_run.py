@@ -87,13 +87,13 @@ def test_a_run_leaves_what_it_promises(world):
     assert not (run / "bad_samples.jsonl").exists()
 
 
-def test_the_mask_is_the_top_of_the_saved_cosines(world):
-    from pipeline.safety.scores import load_cosines
+def test_the_mask_is_the_top_of_the_saved_scores(world):
+    from pipeline.safety.scores import load_scores
 
     folder = world / "whole" / "masks" / "epoch_003"
     mask, meta = SafeMask.load(folder)
-    cos, safe = load_cosines(folder, [240]), mask.flags()
-    assert cos[safe].min() == pytest.approx(meta["cut"]) and cos[~safe].max() <= cos[safe].min()
+    score, safe = load_scores(folder, [240]), mask.flags()
+    assert score[safe].min() == pytest.approx(meta["cut"]) and score[~safe].max() <= score[safe].min()
 
 
 def test_a_mask_is_rebuilt_without_its_run(world, tmp_path):
