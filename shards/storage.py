@@ -1,27 +1,35 @@
 """Files that are complete or absent: write beside, fsync, rename."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
 
-def write_bytes(path, data):
-    """Put `data` (bytes) at `path` so that a reader sees the old file or the whole new one, never a part.
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write to in the block; it stands at `path` when the block ends, whole. After an error `path` is as it was.
 
-    Raises OSError (disk full, no permission); then `path` is as it was.
+    A reader sees the old file or the whole new one, never a part. Raises OSError (disk full, no permission).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(beside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_bytes(path, data):
+    """Put `data` (bytes) at `path`, as `whole_file`."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def write_json(path, value):

@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from pipeline.audit.files import find_shards, members, whole_file
+from pipeline.audit.files import find_shards, members, output
 from shards.errors import UserError
 from shards.masks import SavedMask
 from shards.storage import write_json
@@ -60,7 +60,7 @@ def claim(out, saved, keep):
 def filter_shard(path, fingerprint, kept_N, target):
     """Write the samples of one shard where `kept_N` (bool by position) to `target`. Raises UserError."""
     found = members(path, fingerprint)
-    with open(path, "rb") as source, whole_file(target) as file:
+    with open(path, "rb") as source, output(target) as file:
         for member in found:
             if kept_N[member.position]:
                 source.seek(member.start)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.audit.files import find_shards, members, whole_file
+from pipeline.audit.files import find_shards, members, output
 from pipeline.safety.mixture import Mixture
 from shards.errors import UserError
 from shards.masks import SavedMask
@@ -70,7 +70,7 @@ def parquet(saved, out, tables=None, schema=COLUMNS):
     """All pairs, typed; the file's metadata says of which mask they are."""
     about = {key: saved.meta[key] for key in ("fingerprint", "epoch", "step", "cut", "share", "config")}
     written = 0
-    with whole_file(out) as file:
+    with output(out) as file:
         with pq.ParquetWriter(file, schema.with_metadata({"safeclip_mask": json.dumps(about)})) as writer:
             for table in rows(saved) if tables is None else tables:
                 writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
@@ -108,7 +108,7 @@ def write_csv(out, tables, schema):
     and so does a name that begins with an apostrophe: taking one leading apostrophe off gives every name back.
     """
     written = 0
-    with whole_file(out) as file, pa.csv.CSVWriter(file, schema) as writer:
+    with output(out) as file, pa.csv.CSVWriter(file, schema) as writer:
         for table in tables:
             for place, field in enumerate(schema):
                 if field.type == pa.string():
@@ -129,7 +129,7 @@ def keys(saved, out):
     name are written \\\\, \\t, \\n and \\r."""
     escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     written = 0
-    with whole_file(out) as file:
+    with output(out) as file:
         for table in rows(saved):
             safe = table.filter(table["safe"])
             for shard, key in zip(safe["shard"].to_pylist(), safe["key"].to_pylist()):
@@ -178,7 +178,7 @@ def datacomp(saved, out, patterns):
     halves = np.frombuffer(uids.tobytes(), ">u8").reshape(-1, 2)
     subset = np.empty(len(halves), np.dtype("u8,u8"))
     subset["f0"], subset["f1"] = halves.T
-    with whole_file(out) as file:
+    with output(out) as file:
         np.save(file, subset, allow_pickle=False)
     return len(subset)
 

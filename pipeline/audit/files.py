@@ -1,4 +1,4 @@
-"""Files of the mask commands: shards found and read as the mask knows them, and big files that are whole or absent."""
+"""Files of the mask commands: shards found and read as the mask knows them, and files that people name."""
 
 import contextlib
 import errno
@@ -12,38 +12,25 @@ from braceexpand import braceexpand
 from shards import tar
 from shards.errors import UserError
 from shards.masks import require_same
-from shards.storage import sync_folder
+from shards.storage import whole_file
 
 # A member of a sample. Bytes start to stop of the tar: its headers, content and padding; offset and length: its content.
 Member = namedtuple("Member", "position extension start stop offset length")
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """A binary file to write to in the block. It stands at `path` when the block ends, whole; after an error nothing does.
-
-    Raises UserError when there can be no such file.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        file = open(beside, "wb")
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise UserError(f"file {path}: {error.strerror}; name one that can be written") from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+def output(path):
+    """shards.storage.whole_file for a file that a person has named. Raises UserError where there can be none; a full disk stays what it is."""
+    if Path(path).is_dir():
+        raise UserError(f"file {path}: Is a directory; name one that can be written")
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(whole_file(path))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise UserError(f"file {path}: {error.strerror}; name one that can be written") from None
+        yield file
 
 
 def find_shards(saved, patterns):

@@ -25,7 +25,7 @@ from hypothesis.extra.numpy import arrays
 from pipeline import cli
 from pipeline.audit.apply import filter_shard
 from pipeline.audit.export import as_array, guarded, uid_of_key
-from pipeline.audit.files import members, whole_file
+from pipeline.audit.files import members, output
 from pipeline.config import Selection
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.split import save_split, split_pairs
@@ -471,11 +471,11 @@ def rewrite(mask, change):
 
 
 def test_a_file_that_was_cut_off_is_absent(tmp_path):
-    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a") as file:
+    with pytest.raises(KeyboardInterrupt), output(tmp_path / "a") as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="Is a directory"), whole_file(tmp_path):
+    with pytest.raises(UserError, match="Is a directory"), output(tmp_path):
         pass
 
 
