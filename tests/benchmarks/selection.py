@@ -1,0 +1,100 @@
+"""Rules of selection against each other: every variant trained and judged as a user would, on each set and seed.
+
+python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants no-posterise no-mean ...] [--jobs 2]
+
+The data and attacks are those of launch/reproduce.sh, which also trains plain CLIP: run it first (PRESETS=clip). A run whose config has
+been run is used again. Writes tests/benchmarks/selection/SET/seedN/VARIANT.json (the fields of eval.json, and the overrides)
+and, from all that is there, tests/benchmarks/selection.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.config import load_config
+from shards.storage import write_bytes, write_json
+
+CONFIGS = {"shapes": "configs/quickstart.yaml", "emoji": "configs/emoji.yaml"}
+RESULTS = Path(__file__).parent / "selection"
+AUGMENT = "data.clip_augment"
+# What each changes in the preset `default` of the set's config.
+VARIANTS = {
+    "default": [],
+    "no-posterise": [f"{AUGMENT}.posterise=0"],
+    "posterise-0.2": [f"{AUGMENT}.posterise=0.2"],
+    "posterise-0.5": [f"{AUGMENT}.posterise=0.5"],
+    "no-mean": ["selection.score=cosine"],
+    "fast-growth": ["selection.first_share=0.6", "selection.growth=0.05", "selection.cap=0.9"],
+    "cap-0.85": ["selection.first_share=0.6", "selection.growth=0.02", "selection.cap=0.85"],
+    "every-2": ["selection.every=2"],
+    "every-4": ["selection.every=4"],
+}
+
+
+def judged(name, seed, variant):
+    """Train and evaluate one run unless that is done, and keep its result."""
+    words = [*VARIANTS[variant], f"run.seed={seed}", f"data.overlay=data/{name}_attack_seed{seed}"]
+    words += ["preset=default", "evaluation.every=0", "data.workers=0"]
+    config = load_config(CONFIGS[name], words)
+    run = Path("runs/selection") / name / f"seed{seed}" / f"{variant}-{config.hash()}"
+    if not (run / "eval.json").exists():
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+        def command(*parts):
+            run.parent.mkdir(parents=True, exist_ok=True)
+            with open(f"{run}.log", "a") as log:
+                subprocess.run(
+                    [sys.executable, "-m", "pipeline.cli", *parts], env=environment, stdout=log, stderr=log, check=True
+                )
+
+        command("train", CONFIGS[name], f"run.dir={run}", *words)
+        command("evaluate", str(run), "--baseline", f"runs/reproduce/{name}/seed{seed}/clip")
+    found = json.loads((run / "eval.json").read_text())
+    about = {"set": name, "seed": seed, "variant": variant, "overrides": VARIANTS[variant], "config": config.hash()}
+    write_json(RESULTS / name / f"seed{seed}" / f"{variant}.json", about | found)
+    print(f"{name} seed {seed} {variant}: clean {found['clean_top1']:.1%}", flush=True)
+
+
+def table():
+    """Markdown: a row for each result; AUROC and passed are those of the first, the third and the last split."""
+    lines = [
+        "| data | variant | seed | clean top-1 | kind | success (base) | AUROC at splits 1, 3, last | passed | seconds |",
+        "|---" * 9 + "|",
+    ]
+    for path in sorted(RESULTS.glob("*/seed*/*.json"), key=lambda path: (path.parts[-3], path.stem, path.parts[-2])):
+        run = json.loads(path.read_text())
+        head = f"| {run['set']} | {run['variant']} | {run['seed']} | {run['clean_top1']:.1%} "
+        for kind, attack in run["attacks"].items():
+            auroc, passed = attack["auroc"], attack["share_in_safe_set"]
+            lines.append(
+                f"{head}| {kind} | {attack['success']:.1%} ({attack['base']:.1%}) "
+                f"| {auroc[0]:.3f} {auroc[2]:.3f} {auroc[-1]:.3f} | {passed[0]:.1%} {passed[2]:.1%} {passed[-1]:.1%} | {run['seconds']:.0f} |"
+            )
+            head = "| | | | "
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=CONFIGS, default=["emoji"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    todo = [(name, seed, variant) for name in args.sets for variant in args.variants for seed in args.seeds]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda one: judged(*one), todo))
+    changes = "\n".join(f"- {name}: {' '.join(words) or 'as it is'}" for name, words in VARIANTS.items())
+    text = (
+        "# Rules of selection\n\nMade by `python -m tests.benchmarks.selection` (its text says how). Each variant is the preset `default` of the set's config with:\n\n"
+        f"{changes}\n\n{table()}"
+    )
+    write_bytes(RESULTS.with_suffix(".md"), text.encode())
+
+
+if __name__ == "__main__":
+    main()
