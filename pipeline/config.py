@@ -113,6 +113,8 @@ class Selection:
     """The safe set grows no larger than this share."""
     score: str = "cosine"
     """What pairs are ranked by: cosine, or mean, the mean of the pair's cosines at all splits so far."""
+    canaries: int = 500
+    """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
     every: int = 1
     """Split before every n-th SafeCLIP epoch; in between the last mask holds. The share grows by the epoch all the same."""
     risky: str = "unimodal"
@@ -309,6 +311,8 @@ def check(config):
     for key in AT_LEAST_ONE:
         if value(key) < 1:
             raise UserError(f"{key}: got {value(key)}, expected 1 or more")
+    if config.selection.canaries < 0:
+        raise UserError(f"selection.canaries: got {config.selection.canaries}, expected 0 (none) or more")
     for key in SHARES:
         if value(key) is not None and not 0 <= value(key) <= 1:
             raise UserError(f"{key}: got {value(key)}, expected a share from 0 to 1")

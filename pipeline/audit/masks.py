@@ -42,6 +42,7 @@ def describe(folder):
         "mixture": meta["mixture"],
         "least_safe_shard": {"name": saved.shards[least]["name"], "share": float(share_S[least])},
         "most_safe_shard": {"name": saved.shards[most]["name"], "share": float(share_S[most])},
+        "canaries": meta["diagnosis"].get("canaries"),
         "bad_pairs": dict(bad.most_common()),
         "note": meta["note"],
     }
@@ -65,6 +66,11 @@ def show(folder, as_json=False):
     if d["mixture"]:
         parts = zip(*(d["mixture"][name] for name in ("weight", "mean", "std")))
         lines[4] = ("mixture", " + ".join(f"{weight:.3f} x N({mean:.4f}, {std:.4f})" for weight, mean, std in parts))
+    if d["canaries"]:
+        text = "{passed} of {count} mismatched pairs would pass ({low:.1%} to {high:.1%} at 95 %)".format(
+            **d["canaries"]
+        )
+        lines.append(("canaries", text))
     if d["note"]:
         lines.append(("note", d["note"]))
     return "\n".join([str(folder)] + [f"  {name:11s} {text}" for name, text in lines])

@@ -55,6 +55,7 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
         "sample_views": state["sample_views"],
         "safe_share": [mask.share for _, mask in splits],
         "poison_in_safe_set": poison_shares(overlay, index, splits),
+        "canaries": [json.loads((folder / "mask.json").read_text())["diagnosis"].get("canaries") for folder in folders],
         "attacks": figures["attacks"],
     }
     write_json(run_dir / "eval.json", result)

@@ -77,8 +77,12 @@ class ScoreFiles:
             raise UserError(
                 f"scores {path}: cannot be read ({error}), and selection.score=mean goes on from them; bring them back"
             ) from None
-        mean_B = before_B + (cos_B - before_B) / np.float32(self.splits + 1)
-        return np.where(np.isnan(before_B), cos_B, mean_B)
+        return running_mean(before_B, cos_B, self.splits)
+
+
+def running_mean(before_B, cos_B, splits):
+    """float32: the mean of `splits` cosines so far and of one more; where there was no mean, this one. NaN where this one is NaN."""
+    return np.where(np.isnan(before_B), cos_B, before_B + (cos_B - before_B) / np.float32(splits + 1))
 
 
 def load_scores(folder, counts_S):

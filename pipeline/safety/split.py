@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import comm
+from pipeline.safety.canaries import passing
 from pipeline.safety.diagnosis import change, separation
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
 from pipeline.safety.selection import count_at_least, growth, kth_largest, score_of, top_by_shard
@@ -29,6 +30,7 @@ class Split:
     note: str
     diagnosis: dict  # diagnosis.separation, diagnosis.change, and the share by posterior and by schedule
     counts_K: np.ndarray  # mixture.histogram of the scores
+    canary_C: np.ndarray  # scores of the canaries
 
     def summary(self):
         """dict for metrics and mask.json."""
@@ -48,14 +50,18 @@ class Split:
             text += f", D {found['ashman_d']:.2f}, overlap {found['overlap']:.1%}"
         if "flips_in" in found:
             text += f", {found['flips_in']:,} in, {found['flips_out']:,} out"
+        if "canaries" in found:
+            text += ", canaries {passed} of {count}".format(**found["canaries"])
         return text + (f" ({self.note})" if self.note else "")
 
 
-def split_pairs(score_N, counts_S, selection, number, first_share=None, before=None):
+def split_pairs(score_N, counts_S, selection, number, first_share=None, before=None, canary_C=()):
     """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
 
     Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
+    `canary_C`: scores of the canaries, of which the split only tells how many would pass.
     """
+    canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
     mine_N = np.array_split(score_N, comm.world())[comm.rank()]
     counts_K = comm.sum_counts(histogram(mine_N, LOW, HIGH))
     decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share)
@@ -65,7 +71,9 @@ def split_pairs(score_N, counts_S, selection, number, first_share=None, before=N
     if before:
         diagnosis |= comm.on_main(change_since, before, counts_K, mask)
     cut = score_of(key) if rest else float("inf")
-    return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K)
+    if not np.isnan(canary_C).all():
+        diagnosis |= {"canaries": passing(canary_C, cut)}
+    return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C)
 
 
 def decide(counts_K, score_N, selection, number, first_share):
@@ -127,9 +135,10 @@ def save_split(folder, split, index, meta):
 
     mask.json names each shard and its fingerprint, so that the folder can be used with the shards alone (shards.masks.SavedMask).
     """
-    file = io.BytesIO()
-    np.save(file, split.counts_K, allow_pickle=False)
-    write_bytes(folder / "histogram.npy", file.getvalue())
+    for name, values in (("histogram", split.counts_K), ("canaries", split.canary_C)):
+        file = io.BytesIO()
+        np.save(file, values, allow_pickle=False)
+        write_bytes(folder / f"{name}.npy", file.getvalue())
     shards = shard_list(index.shards)
     split.mask.save(folder, {"fingerprint": index.fingerprint, "shards": shards, **split.summary(), **meta})
 
@@ -139,9 +148,18 @@ def load_split(folder, index):
     mask, meta = SafeMask.load(folder, index.fingerprint)
     try:
         counts_K = np.load(folder / "histogram.npy", allow_pickle=False)
+        canary_C = np.load(folder / "canaries.npy", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"mask {folder}: histogram.npy cannot be read ({error}); bring it back") from None
+        raise UserError(f"mask {folder}: a file of it cannot be read ({error}); bring it back") from None
     mixture = Mixture.from_dict(meta["mixture"]) if meta["mixture"] else None
     return Split(
-        mixture, meta["cut"], meta["share"], meta["first_share"], mask, meta["note"], meta["diagnosis"], counts_K
+        mixture,
+        meta["cut"],
+        meta["share"],
+        meta["first_share"],
+        mask,
+        meta["note"],
+        meta["diagnosis"],
+        counts_K,
+        canary_C,
     )

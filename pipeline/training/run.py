@@ -8,10 +8,12 @@ import json
 import time
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 
 from pipeline import comm
-from pipeline.safety.scores import ScoreFiles
+from pipeline.safety.canaries import score_canaries
+from pipeline.safety.scores import ScoreFiles, running_mean
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
 from pipeline.training import engine as engines
@@ -138,7 +140,20 @@ def mask_for(run, epoch, stop):
             each_round,
         )
         record(run.ledger, bad)
-        split = split_pairs(score_N, index.counts, config.selection, epoch.split, state["first_share"], before)
+        canary_C = score_canaries(
+            run.engine,
+            run.samples,
+            run.views,
+            config.selection.canaries,
+            config.run.seed,
+            config.selection.batch_size,
+            run.device,
+        )
+        if means:
+            canary_C = running_mean(np.load(before / "canaries.npy"), canary_C, splits)
+        split = split_pairs(
+            score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C
+        )
         meta = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         comm.on_main(save_split, folder, split, index, meta)
     else:

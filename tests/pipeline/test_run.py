@@ -82,6 +82,7 @@ def test_a_run_leaves_what_it_promises(world):
     assert [round(m["share"], 2) for m in metrics if m["stage"] == "split"] == [0.4, 0.5]
     assert all({"step", "epoch", "stage"} <= m.keys() for m in metrics)
     mask, meta = SafeMask.load(run / "masks" / "epoch_002")
+    assert meta["diagnosis"]["canaries"]["count"] == len(np.load(run / "masks/epoch_002/canaries.npy")) == 120
     assert meta["mixture"] and meta["share"] == mask.share == 96 / 240 and meta["step"] == 20
     assert list((run / "wandb").glob("offline-run-*"))
     assert not (run / "bad_samples.jsonl").exists()
