@@ -53,7 +53,7 @@ class CanaryBatches(Dataset):
 
 
 @torch.no_grad()
-def score_canaries(engine, samples, views, count, seed, batch_size, device):
+def score_canaries(engine, samples, views, batch_size, device, count, seed):
     """float32 (C,): the cosines, NaN where a sample cannot be read. Every rank scores all of them; there are few."""
     picture_C, caption_C = choose(samples.index.samples, count, seed)
     was_training = getattr(engine, "module", engine).training

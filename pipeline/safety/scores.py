@@ -15,24 +15,26 @@ class ScoreFiles:
     """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair could not be read.
 
     The score is what pairs are ranked by: the cosine, or with `before` the mean of the cosines of all splits up to this one.
-    `step`: the training step of the model that scores; files of another step are not used.
+    `step`: the training step of the model that scores; files of another step, or with means of another number, are not used.
     """
 
     def __init__(self, folder, index, step, before=None, splits=0):
         """`before`: the folder of the split before, the last of `splits` ones, whose scores are means too; None: no mean."""
-        self.folder, self.index, self.step, self.before, self.splits = folder, index, step, before, splits
+        self.folder, self.index, self.before, self.splits = folder, index, before, splits
+        self.made = {"step": step, "mean_of": splits + 1 if before else 1}
 
     def path(self, shard):
         return self.folder / f"{shard:05d}.parquet"
 
     def done(self):
         """Numbers of the shards that are scored by the model of this step."""
-        return [shard for shard, count in enumerate(self.index.counts) if count and self.step_of(shard) == self.step]
+        return [shard for shard, count in enumerate(self.index.counts) if count and self.made_of(shard) == self.made]
 
-    def step_of(self, shard):
-        """Step of the model that scored the shard; None where it is not scored."""
+    def made_of(self, shard):
+        """{"step": of the model that scored the shard, "mean_of": number of splits}; None where it is not scored."""
         try:
-            return json.loads(pq.read_schema(self.path(shard)).metadata[b"step"])
+            metadata = pq.read_schema(self.path(shard)).metadata
+            return {key: json.loads(metadata[key.encode()]) for key in self.made}
         except (OSError, pa.ArrowInvalid, KeyError, TypeError):
             return None
 
@@ -64,7 +66,9 @@ class ScoreFiles:
             "reason": pa.array(reasons, pa.string()),
         }
         file = io.BytesIO()
-        pq.write_table(pa.table(columns).replace_schema_metadata({"step": json.dumps(self.step)}), file)
+        pq.write_table(
+            pa.table(columns).replace_schema_metadata({k: json.dumps(v) for k, v in self.made.items()}), file
+        )
         write_bytes(self.path(shard), file.getbuffer())
         return score_B
 

@@ -117,40 +117,8 @@ def mask_for(run, epoch, stop):
     folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
-
-        def each_round(done, rounds):
-            run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
-            if done % AGREE_EVERY == 0 and any(comm.most(stop.received)):
-                leave(run)  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
-
         before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
-        means = before is not None and config.selection.score == "mean"
-        if means:
-            comm.on_main(is_split, before, False, state, config)  # raises if it is gone
-        splits = (epoch.split or 0) // config.selection.every
-        files = ScoreFiles(folder / "scores", index, state["step"], before / "scores" if means else None, splits)
-        score_N, bad = score_all_pairs(
-            run.engine,
-            run.samples,
-            run.views,
-            config.selection.batch_size,
-            run.device,
-            config.data.workers,
-            files,
-            each_round,
-        )
-        record(run.ledger, bad)
-        canary_C = score_canaries(
-            run.engine,
-            run.samples,
-            run.views,
-            config.selection.canaries,
-            config.run.seed,
-            config.selection.batch_size,
-            run.device,
-        )
-        if means:
-            canary_C = running_mean(np.load(before / "canaries.npy"), canary_C, splits)
+        score_N, canary_C = scores_for(run, epoch, folder, before, stop, meter)
         split = split_pairs(
             score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C
         )
@@ -164,6 +132,30 @@ def mask_for(run, epoch, stop):
         run.journal.log(step=state["step"], epoch=epoch.number, stage="split", seconds=seconds, **split.summary())
         run.journal.say(f"  epoch {epoch.number:3d} split     {split.line()}, {seconds:.1f} s")
     return split.mask
+
+
+def scores_for(run, epoch, folder, before, stop, meter):
+    """(score_N, canary_C) of the split in `folder`; with selection.score=mean they go on from those in the folder `before`."""
+    config, index, state = run.config, run.index, run.state
+    means = before is not None and config.selection.score == "mean"
+    if means:
+        comm.on_main(is_split, before, False, state, config)  # raises on every rank if it is gone
+    splits = epoch.split // config.selection.every  # before this one
+    files = ScoreFiles(folder / "scores", index, state["step"], before / "scores" if means else None, splits)
+
+    def each_round(done, rounds):
+        run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
+        if done % AGREE_EVERY == 0 and any(comm.most(stop.received)):
+            leave(run)  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
+
+    rest = (config.selection.batch_size, run.device)
+    score_N, bad = score_all_pairs(run.engine, run.samples, run.views, *rest, config.data.workers, files, each_round)
+    record(run.ledger, bad)
+    count, seed = config.selection.canaries, config.run.seed
+    canary_C = score_canaries(run.engine, run.samples, run.views, *rest, count, seed)
+    if means:
+        canary_C = running_mean(np.load(before / "canaries.npy"), canary_C, splits)
+    return score_N, canary_C
 
 
 def is_split(folder, due, state, config):

@@ -4,7 +4,7 @@ python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants 
 
 The data and attacks are those of launch/reproduce.sh, which also trains plain CLIP: run it first (PRESETS=clip). A run whose config has
 been run is used again. Writes tests/benchmarks/selection/SET/seedN/VARIANT.json (the fields of eval.json, and the overrides)
-and, from all that is there, tests/benchmarks/selection.md.
+and, from all that is there, tests/benchmarks/selection.md and canaries.png (canaries that pass beside poison that passes).
 """
 
 import argparse
@@ -78,6 +78,37 @@ def table():
     return "\n".join(lines) + "\n"
 
 
+def plot():
+    """One point a split of every result: the share of the canaries that pass, and that of the poison."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(CONFIGS), figsize=(11, 5), sharey=True, layout="constrained")
+    for axis, name in zip(axes, CONFIGS):
+        found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}/seed*/*.json"))]
+        for kind, marker, colour in (
+            ("targeted", "s", "#2a9d8f"),
+            ("patch", "o", "#e76f51"),
+            ("blended", "^", "#6a4c93"),
+        ):
+            canaries = [100 * split["share"] for run in found for split in run["canaries"]]
+            passed = [100 * share for run in found for share in run["attacks"][kind]["share_in_safe_set"]]
+            axis.scatter(canaries, passed, s=18, alpha=0.5, marker=marker, color=colour, label=kind)
+        axis.axline((0, 0), slope=1, color="#888888", lw=1, ls="--", label="as many as canaries")
+        axis.set(
+            title=f"{name}, {len(found)} runs, all splits",
+            xlabel="canaries that would pass, %",
+            xlim=(-1, 60),
+            ylim=(-3, 103),
+        )
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("poison in the safe set, % of its kind")
+    axes[0].legend(loc="upper right")
+    figure.savefig(RESULTS.with_name("canaries.png"), dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=CONFIGS, default=["emoji"])
@@ -94,6 +125,7 @@ def main():
         f"{changes}\n\n{table()}"
     )
     write_bytes(RESULTS.with_suffix(".md"), text.encode())
+    plot()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_each_is_the_cosine_of_one_pairs_picture_and_anothers_caption(tmp_path):
     samples, views = Samples(ShardIndex.load(tmp_path / "shapes" / "index")), make_views(config)
     torch.manual_seed(0)
     towers = Towers(build_model({"config": MODEL}), *pixel_stats()).train()
-    found_C = score_canaries(towers, samples, views, 20, 7, 8, torch.device("cpu"))
+    found_C = score_canaries(towers, samples, views, 8, torch.device("cpu"), 20, 7)
     assert towers.training and len(found_C) == 20
     towers.eval()
     for canary, (picture, caption) in enumerate(zip(*choose(60, 20, 7))):
