@@ -21,6 +21,7 @@ from shards.storage import write_bytes, write_json
 CONFIGS = {"shapes": "configs/quickstart.yaml", "emoji": "configs/emoji.yaml"}
 RESULTS = Path(__file__).parent / "selection"
 AUGMENT = "data.clip_augment"
+FAST = ["selection.first_share=0.6", "selection.growth=0.05", "selection.cap=0.9"]
 # What each changes in the preset `default` of the set's config.
 VARIANTS = {
     "default": [],
@@ -28,7 +29,8 @@ VARIANTS = {
     "posterise-0.2": [f"{AUGMENT}.posterise=0.2"],
     "posterise-0.5": [f"{AUGMENT}.posterise=0.5"],
     "no-mean": ["selection.score=cosine"],
-    "fast-growth": ["selection.first_share=0.6", "selection.growth=0.05", "selection.cap=0.9"],
+    "fast-growth": FAST,
+    "built-in": [f"{AUGMENT}.posterise=0", "selection.score=cosine", *FAST],
     "cap-0.85": ["selection.first_share=0.6", "selection.growth=0.02", "selection.cap=0.85"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
