@@ -4,7 +4,8 @@ python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants 
 
 The data and attacks are those of launch/reproduce.sh, which also trains plain CLIP: run it first (PRESETS=clip). A run whose config has
 been run is used again. Writes tests/benchmarks/selection/SET/seedN/VARIANT.json (the fields of eval.json, and the overrides)
-and, from all that is there, tests/benchmarks/selection.md and canaries.png (canaries that pass beside poison that passes).
+and, from all that is there, tests/benchmarks/selection.md and canaries.png (canaries that pass beside poison that passes);
+selection.json holds the presets' results of tests/benchmarks/reproduce, an object each.
 """
 
 import argparse
@@ -127,6 +128,11 @@ def main():
         f"{changes}\n\n{table()}"
     )
     write_bytes(RESULTS.with_suffix(".md"), text.encode())
+    presets = []
+    for path in sorted(RESULTS.with_name("reproduce").glob("*/seed*/*/eval.json")):
+        name, seed, preset = path.parts[-4:-1]
+        presets.append({**json.loads(path.read_text()), "set": name, "seed": int(seed[4:]), "preset": preset})
+    write_json(RESULTS.with_suffix(".json"), presets)
     plot()
 
 
