@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,97 +25,13 @@ from pipeline import cli
 from pipeline.audit.apply import filter_shard
 from pipeline.audit.export import as_array, guarded, uid_of_key
 from pipeline.audit.files import members, output
-from pipeline.config import Selection
-from pipeline.safety.scores import ScoreFiles
-from pipeline.safety.split import save_split, split_pairs
 from shards.errors import UserError
 from shards.index import build_index
 from shards.masks import IsSafe, SafeMask, SavedMask, fingerprint, shard_list
-from tests.conftest import picture
+from tests.saved_masks import NAMES, changed, cosines, make_tar, safe_samples, samples, save_mask
 from tests.shards.test_index import write_tar
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["a/00000.tar", "a/00001.tar", "a/00002.tar", "b/00000.tar"]  # base names repeat, and one shard is empty
-
-WEBDATASET = """
-import webdataset as wds
-from shards.masks import IsSafe
-
-pairs = (
-    wds.WebDataset("/data/cc3m/{00000..00331}.tar", shardshuffle=100)
-    .select(IsSafe("runs/cc3m/masks/epoch_031"))
-    .shuffle(5000)
-    .decode("pil")
-    .to_tuple("jpg;png;jpeg;webp", "txt")
-)
-""".strip()
-
-OPEN_CLIP = """
-import sys
-
-import webdataset as wds
-from open_clip_train import data, main
-from shards.masks import IsSafe
-
-is_safe, read = IsSafe(sys.argv[1]), wds.tarfile_to_samples()
-data.tarfile_to_samples_nothrow = lambda shards: filter(is_safe, read(shards))  # what reads training shards, and no others
-main.main(sys.argv[2:])
-""".strip()
-
-
-def save_mask(folder, index, cos_N, share=0.5, step=30, bad=()):
-    """A mask's folder as a run leaves it, from given cosines; `bad`: [(shard, position, key, reason)]."""
-    files = ScoreFiles(folder / "scores", index, step)
-    for shard, count in enumerate(index.counts):
-        if count:
-            here = cos_N[index.offsets[shard] : index.offsets[shard + 1]]
-            files.write(shard, here, [sample for sample in bad if sample[0] == shard])
-    split = split_pairs(cos_N, index.counts, Selection(first_share=share, cap=1.0), 0)
-    save_split(folder, split, index, {"epoch": 3, "step": step, "config": "0123456789ab"})
-    return split
-
-
-def cosines(count, seed=0):
-    rng = np.random.default_rng(seed)
-    low = rng.random(count) < 0.4
-    return np.where(low, rng.normal(0.05, 0.05, count), rng.normal(0.3, 0.05, count)).astype(np.float32)
-
-
-def make_tar(path, shard, count):
-    entries = []
-    for i in range(count):
-        key = f"d/{shard}_{i:03d}"
-        entries += [(f"{key}.png", picture([shard, i])), (f"{key}.txt", f"caption {i} of {shard}".encode())]
-        entries += [(f"{key}.json", json.dumps({"uid": f"{shard * 1000 + i:032x}", "n": i}).encode())]
-        entries += [(f"{key}.Seg.BIN", bytes([i] * (i * 37 % 1500)))] if i % 3 == 0 else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_tar(path, entries + [("README", b"of no sample")])
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Two masks of the same shards, apart from any run: data/ with NAMES, masks/one and masks/two."""
-    folder = tmp_path_factory.mktemp("saved")
-    for shard, (name, count) in enumerate(zip(NAMES, (20, 0, 7, 13))):
-        make_tar(folder / "first" / name, shard, count)
-    index = build_index([str(folder / "first" / name) for name in NAMES], folder / "index")
-    cos = cosines(40)
-    cos[[3, 25]] = np.nan
-    bad = [(0, 3, "d/0_003", "no caption"), (2, 5, "d/2_005", "no picture")]
-    save_mask(folder / "masks" / "one", index, cos, bad=bad)
-    save_mask(folder / "masks" / "two", index, cosines(40, seed=1), 0.6, step=40)
-    shutil.rmtree(folder / "index")
-    (folder / "first").rename(folder / "data")  # the shards have moved since
-    return folder
-
-
-@pytest.fixture
-def here(saved, tmp_path, monkeypatch):
-    """A copy of `saved` to damage, as the working directory."""
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 ALL = ["data/a/{00000..00002}.tar", "data/b/00000.tar"]
 
@@ -136,20 +51,6 @@ def refused(capsys, *words):
     code, _, error = run(capsys, *words)
     assert code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
     return error
-
-
-def samples(urls):
-    """[(shard, key, {extension: bytes})] as webdataset reads them."""
-    read = wds.WebDataset([str(url) for url in urls], shardshuffle=False, empty_check=False)
-    return [
-        ("/".join(Path(s["__url__"]).parts[-2:]), s["__key__"], {k: v for k, v in s.items() if k[:2] != "__"})
-        for s in read
-    ]
-
-
-def safe_samples(folder, keep=True):
-    flags = SavedMask(folder / "masks" / "one").mask.flags()
-    return [s for s, flag in zip(samples(folder / "data" / name for name in NAMES), flags) if flag == keep]
 
 
 # show
@@ -409,13 +310,6 @@ def test_any_shard_is_filtered_byte_for_byte(tmp_path_factory, content, form, ke
 # other shards, and damage
 
 
-def changed(path):
-    """One bit of the shard's last picture changes; its size stays."""
-    data = bytearray(Path(path).read_bytes())
-    data[data.rindex(b"IEND")] ^= 1
-    Path(path).write_bytes(data)
-
-
 @pytest.mark.parametrize("harm", [changed, lambda path: make_tar(Path(path), 9, 2), os.unlink])
 def test_a_shard_that_is_not_the_masks_is_refused_by_name(here, capsys, harm):
     harm("data/b/00000.tar")
@@ -477,101 +371,6 @@ def test_a_file_that_was_cut_off_is_absent(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="Is a directory"), output(tmp_path):
         pass
-
-
-# the readers of others
-
-
-def test_webdataset_reads_the_safe_pairs_of_the_readme_in_place(here):
-    names = {"/data/cc3m/{00000..00331}.tar": "data/a/{00000..00002}.tar", "runs/cc3m/masks/epoch_031": "masks/one"}
-    text = WEBDATASET
-    for there, name in names.items():
-        assert there in text
-        text = text.replace(there, name)
-    scope = {}
-    exec(text, scope)
-    pairs = list(scope["pairs"])
-    wanted = [members["txt"].decode() for shard, _, members in safe_samples(here) if shard.startswith("a/")]
-    assert sorted(caption for _, caption in pairs) == sorted(wanted)
-    assert {picture.size for picture, _ in pairs} == {(16, 16)}
-
-
-def test_shards_are_told_apart_by_their_folders(here):
-    """a/00000.tar and b/00000.tar; each under the paths and URLs that webdataset takes."""
-    saved = SavedMask("masks/one")
-    for url, number in {
-        "/x/y/a/00000.tar": 0,
-        "b/00000.tar": 3,
-        "/moved/00002.tar": 2,  # no other shard has this base name
-        "file:/x/b/00000.tar": 3,
-        "https://h/x/b/00000.tar?key=a/00002.tar": 3,
-        "pipe:aws s3 cp 's3://bucket/a/00000.tar' - || true": 0,
-    }.items():
-        assert saved.find(url) == number
-    for url in ("/x/00000.tar", "/x/a/00009.tar", "00000"):
-        with pytest.raises(UserError, match=url):
-            saved.find(url)
-
-
-def test_a_shard_is_trusted_without_its_content_only_when_told_so(here):
-    safe = IsSafe("masks/one")
-    sample = {"__url__": "https://h/b/00000.tar", "__key__": "d/3_000"}
-    with pytest.raises(UserError, match="verify=False"):
-        safe(sample)
-    flags = [IsSafe("masks/one", verify=False)({**sample, "__key__": f"d/3_{i:03d}"}) for i in range(13)]
-    assert flags == SavedMask("masks/one").mask.shard_flags(3).tolist()
-    with pytest.raises(UserError, match="'nobody'"):
-        IsSafe("masks/one", verify=False)({**sample, "__key__": "nobody"})
-    shutil.copytree("data", "other")
-    changed("other/b/00000.tar")
-    assert safe({**sample, "__url__": "data/b/00000.tar"}) in (True, False)
-    with pytest.raises(UserError, match="other/b/00000.tar: has fingerprint"):  # the same name at another place
-        safe({**sample, "__url__": "other/b/00000.tar"})
-
-
-def test_open_clip_trains_on_the_safe_pairs_in_place(here):
-    """The README's script with the real open_clip_train: two epochs on the CPU; what it read is noted behind the mask."""
-    model = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    (here / "tiny").mkdir()
-    (here / "tiny" / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
-    (here / "train_safe.py").write_text(OPEN_CLIP)
-    (here / "noting.py").write_text(
-        "import runpy, sys\n"
-        "from open_clip_train import data\n"
-        "usable = data.filter_no_caption_or_no_image\n"
-        "def noting(sample):\n"
-        "    print('READ', sample['__key__'])\n"
-        "    return usable(sample)\n"
-        "data.filter_no_caption_or_no_image = noting\n"
-        "runpy.run_path('train_safe.py', run_name='__main__')\n"
-    )
-
-    def train(mask):
-        words = f"noting.py {mask} --train-data data/a/00000.tar --train-num-samples 8 --dataset-type webdataset --workers 0"
-        words += " --batch-size 4 --epochs 2 --warmup 1 --model local-dir:tiny --logs logs --device cpu"
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            [sys.executable, *words.split()], capture_output=True, text=True, cwd=here, env=env, timeout=300
-        )
-
-    done = train("masks/one")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Train Epoch: 1 [8/8 (100%)]" in done.stderr
-    wanted = {key for shard, key, _ in safe_samples(here) if shard == "a/00000.tar"}
-    assert {line.split()[1] for line in done.stdout.splitlines() if line.startswith("READ")} == wanted
-    changed("data/a/00000.tar")
-    done = train("masks/one")
-    assert done.returncode != 0 and "data/a/00000.tar: has fingerprint" in done.stderr
-
-
-def test_the_readme_shows_these_readers():
-    readme = (ROOT / "README.md").read_text()
-    for code in (WEBDATASET, OPEN_CLIP):
-        assert textwrap.indent(code, "    ") in readme
 
 
 def test_mask_commands_need_no_torch(here):
