@@ -11,7 +11,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from pipeline.training.model import build_model, open_clip_config
 from pipeline.training.start import inspect, steps_per_epoch
 from shards.errors import BadSample, UserError
 from shards.index import ShardIndex
+from shards.masks import fingerprint
 from shards.overlay import Overlay
 from shards.samples import Samples
 
@@ -117,16 +117,8 @@ def check_shards(config, content=False):
 
 def changed_shards(index):
     """Paths of the shards whose bytes are not those that were indexed."""
-
-    def digest(shard):
-        hashed = blake2b(digest_size=16)
-        with open(shard.path, "rb") as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
-        return hashed.hexdigest()
-
     with ThreadPoolExecutor(8) as pool:
-        digests = pool.map(digest, index.shards)
+        digests = pool.map(lambda shard: fingerprint(shard.path), index.shards)
         return [shard.path for shard, found in zip(index.shards, digests) if found != shard.fingerprint]
 
 

@@ -141,13 +141,9 @@ def index_shard(path, text, table_path):
             return data
 
         for name, offset, length in tar.members(path, size, read):
-            folder, slash, base = name.rpartition("/")
-            stem, dot, extension = base.partition(
-                "."
-            )  # webdataset's rule: the key ends at the first dot of the base name
-            if not stem or not dot:
+            key, extension = tar.sample_of(name)
+            if key is None:
                 continue
-            key = folder + slash + stem
             if key != key_now:
                 if key in done:
                     raise UserError(
@@ -158,7 +154,6 @@ def index_shard(path, text, table_path):
                     {"key": key, "image_offset": 0, "image_size": MISSING, "text_offset": 0, "text_size": MISSING}
                 )
                 key_now = key
-            extension = extension.lower()
             kind = "image" if extension in PICTURES else "text" if extension == text else None
             if kind:
                 if rows[-1][f"{kind}_size"] != MISSING:

@@ -61,6 +61,16 @@ def members(path, size, read):
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 
 
+def sample_of(name):
+    """(key, extension in lower case) of a member's name, or (None, None) where it is of no sample.
+
+    webdataset's rule: the key ends at the first dot of the base name.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and dot else (None, None)
+
+
 def pax_records(payload):
     """dict of the "length key=value" records of a PAX header; what is malformed is left out."""
     records = {}

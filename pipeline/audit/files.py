@@ -71,12 +71,11 @@ def members(path, fingerprint):
         for name, offset, length in tar.members(path, os.path.getsize(path), read):
             # What stands before a member and is no file (long names, folders) goes with it.
             start, stop = stop, offset + -(-length // tar.BLOCK) * tar.BLOCK
-            folder, slash, base = name.rpartition("/")
-            stem, dot, extension = base.partition(".")  # the index's rule
-            if not stem or not dot:
+            key, extension = tar.sample_of(name)
+            if key is None:
                 continue
-            if folder + slash + stem != key_now:
-                position, key_now = position + 1, folder + slash + stem
-            found.append(Member(position, extension.lower(), start, stop, offset, length))
+            if key != key_now:
+                position, key_now = position + 1, key
+            found.append(Member(position, extension, start, stop, offset, length))
     require_same(path, digest.hexdigest(), fingerprint)
     return found
