@@ -22,17 +22,19 @@ from shards.storage import write_bytes, write_json
 CONFIGS = {"shapes": "configs/quickstart.yaml", "emoji": "configs/emoji.yaml"}
 RESULTS = Path(__file__).parent / "selection"
 AUGMENT = "data.clip_augment"
-FAST = ["selection.first_share=0.6", "selection.growth=0.05", "selection.cap=0.9"]
 # What each changes in the preset `default` of the set's config.
 VARIANTS = {
     "default": [],
     "no-posterise": [f"{AUGMENT}.posterise=0"],
     "posterise-0.2": [f"{AUGMENT}.posterise=0.2"],
-    "posterise-0.5": [f"{AUGMENT}.posterise=0.5"],
     "no-mean": ["selection.score=cosine"],
-    "fast-growth": FAST,
-    "built-in": [f"{AUGMENT}.posterise=0", "selection.score=cosine", *FAST],
-    "cap-0.85": ["selection.first_share=0.6", "selection.growth=0.02", "selection.cap=0.85"],
+    "built-in": [
+        f"{AUGMENT}.posterise=0",
+        "selection.score=cosine",
+        "selection.first_share=0.6",
+        "selection.growth=0.05",
+        "selection.cap=0.9",
+    ],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
 }
@@ -103,12 +105,12 @@ def plot():
         axis.set(
             title=f"{name}, {len(found)} runs, all splits",
             xlabel="canaries that would pass, %",
-            xlim=(-1, 60),
+            xlim=(-0.3, 15),
             ylim=(-3, 103),
         )
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("poison in the safe set, % of its kind")
-    axes[0].legend(loc="upper right")
+    axes[0].legend(loc="center right")
     figure.savefig(RESULTS.with_name("canaries.png"), dpi=110)
 
 
