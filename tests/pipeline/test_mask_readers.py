@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,9 +111,12 @@ def test_open_clip_trains_on_the_safe_pairs_in_place(here):
         "runpy.run_path('train_safe.py', run_name='__main__')\n"
     )
 
+    wanted = {key for shard, key, _ in safe_samples(here) if shard == "a/00000.tar"}
+    count = len(wanted) // 2 * 2
+
     def train(mask):
-        words = f"noting.py {mask} --train-data data/a/00000.tar --train-num-samples 8 --dataset-type webdataset --workers 0"
-        words += " --batch-size 4 --epochs 2 --warmup 1 --model local-dir:tiny --logs logs --device cpu"
+        words = f"noting.py {mask} --train-data data/a/00000.tar --train-num-samples {count} --dataset-type webdataset --workers 0"
+        words += " --batch-size 2 --epochs 2 --warmup 1 --model local-dir:tiny --logs logs --device cpu"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             [sys.executable, *words.split()], capture_output=True, text=True, cwd=here, env=env, timeout=300
@@ -120,9 +124,9 @@ def test_open_clip_trains_on_the_safe_pairs_in_place(here):
 
     done = train("masks/one")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Train Epoch: 1 [8/8 (100%)]" in done.stderr
-    wanted = {key for shard, key, _ in safe_samples(here) if shard == "a/00000.tar"}
-    assert {line.split()[1] for line in done.stdout.splitlines() if line.startswith("READ")} == wanted
+    assert f"Train Epoch: 1 [{count}/{count} (100%)]" in done.stderr
+    read = re.findall(r"READ (\S+)", done.stdout)  # open_clip draws them from a shuffle without a seed
+    assert set(read) <= wanted and len(set(read)) >= count and len(read) >= 2 * count
     changed("data/a/00000.tar")
     done = train("masks/one")
     assert done.returncode != 0 and "data/a/00000.tar: has fingerprint" in done.stderr
