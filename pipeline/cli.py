@@ -68,9 +68,8 @@ def train(args):
     from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal
 
     try:
-        with (
-            StopSignal() as stop
-        ):  # from the first moment: what follows takes seconds, minutes on a cluster's file system
+        # From the first moment: the imports that follow take seconds, minutes on a cluster's file system.
+        with StopSignal() as stop:
             train_until(stop, args)
     except Preempted:
         sys.exit(EXIT_CODE)

@@ -153,8 +153,9 @@ def scores_for(run, epoch, folder, before, stop, meter):
     record(run.ledger, bad)
     count, seed = config.selection.canaries, config.run.seed
     canary_C = score_canaries(run.engine, run.samples, run.views, *rest, count, seed)
-    if means:
-        canary_C = running_mean(np.load(before / "canaries.npy"), canary_C, splits)
+    before_C = np.load(before / "canaries.npy") if means else ()
+    if len(before_C) == len(canary_C):  # their number may have been changed
+        canary_C = running_mean(before_C, canary_C, splits)
     return score_N, canary_C
 
 

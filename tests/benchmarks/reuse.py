@@ -50,8 +50,8 @@ def main():
 
         return step(Noting(), pools, batch, kind)
 
-    def comparing_split(cos_N, counts_S, selection, number, first_share, before):
-        split = split_pairs(cos_N, counts_S, selection, number, first_share, before)
+    def comparing_split(cos_N, counts_S, selection, number, first_share, before, canary_C):
+        split = split_pairs(cos_N, counts_S, selection, number, first_share, before, canary_C)
         seen_N = ~np.isnan(trained_N)
         safe = {"pass": select_top(cos_N, round(split.share * len(cos_N)))}
         safe["trained"] = select_top(np.where(seen_N, trained_N, cos_N), round(split.share * len(cos_N)))
