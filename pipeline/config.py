@@ -112,7 +112,11 @@ class Selection:
     cap: float = 0.85
     """The safe set grows no larger than this share."""
     score: str = "cosine"
-    """What pairs are ranked by: cosine, or mean, the mean of the pair's cosines at all splits so far."""
+    """What pairs are ranked by: cosine, or agreement, for which other pairs are asked too (pipeline/safety/agreement.py)."""
+    copies: int | None = None
+    """A pair whose picture stands in more pairs than this is never safe; null: it may be."""
+    voters: int = 4096
+    """Pairs that are asked: random ones, the same all the run."""
     canaries: int = 500
     """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
     every: int = 1
@@ -192,7 +196,7 @@ CHOICES = {
     "train.zero_stage": (0, 1, 2, 3),
     "train.on_nan": ("stop", "skip"),
     "selection.risky": ("unimodal", "skip"),
-    "selection.score": ("cosine", "mean"),
+    "selection.score": ("cosine", "agreement"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
 AT_LEAST_ONE = (
@@ -203,6 +207,7 @@ AT_LEAST_ONE = (
     "data.window",
     "run.keep",
     "selection.every",
+    "selection.voters",
     "selection.batch_size",
 )
 SHARES = (
@@ -313,6 +318,8 @@ def check(config):
             raise UserError(f"{key}: got {value(key)}, expected 1 or more")
     if config.selection.canaries < 0:
         raise UserError(f"selection.canaries: got {config.selection.canaries}, expected 0 (none) or more")
+    if config.selection.copies is not None and config.selection.copies < 1:
+        raise UserError(f"selection.copies: got {config.selection.copies}, expected 1 or more, or null")
     for key in SHARES:
         if value(key) is not None and not 0 <= value(key) <= 1:
             raise UserError(f"{key}: got {value(key)}, expected a share from 0 to 1")

@@ -70,6 +70,11 @@ class ShardIndex:
                 f"index {path}: cannot be read ({error}); make it with `safeclip index SHARDS... --out {folder}`"
             ) from None
 
+    def place(self, row):
+        """(shard, position) of rows over all shards: int64, of the shape of `row`."""
+        shard = np.searchsorted(self.offsets, row, "right") - 1
+        return shard, row - self.offsets[shard]
+
     def table(self, shard):
         """ShardTable of shard number `shard`; the last few are kept in memory."""
         return read_table(self.folder, shard)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards.augment import caption_view, image_view, plain_view, sample_rng
+from shards.augment import caption_view, image_view, plain_view, probe_view, sample_rng
 from shards.errors import BadSample
 
 
@@ -77,23 +77,30 @@ class TrainBatches(Dataset):
 
 
 class PlainBatches(Dataset):
-    """Item i: the un-augmented rows of `batches[i]` = (shard, first position, last position + 1)."""
+    """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the captions of the second.
 
-    def __init__(self, samples, batches, views):
-        self.samples, self.batches, self.views = samples, batches, views
+    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row. Un-augmented, or
+    with `probe` as augment.probe_view of the CLIP loss's augmentation.
+    """
+
+    def __init__(self, samples, batches, views, probe=False):
+        self.samples, self.batches, self.views, self.probe = samples, batches, views, probe
 
     def __len__(self):
         return len(self.batches)
 
     def __getitem__(self, i):
-        shard, start, stop = self.batches[i]
-        position_B = np.arange(start, stop)
+        row_B, caption_row_B = (np.asarray(rows, np.int64) for rows in self.batches[i])
+        shard_B, position_B = self.samples.index.place(row_B)
+        caption_of = dict(zip(zip(shard_B.tolist(), position_B.tolist()), caption_row_B.tolist()))
 
         def read(shard, position):
-            image, caption = self.samples.image(shard, position), self.samples.caption(shard, position)
-            return [(plain_view(image, self.views.size), caption)]
+            image = self.samples.image(shard, position)
+            caption = self.samples.caption(*map(int, self.samples.index.place(caption_of[shard, position])))
+            size = self.views.size
+            return [(probe_view(image, size, self.views.clip) if self.probe else plain_view(image, size), caption)]
 
-        return collate(self.samples, self.views, np.full(len(position_B), shard), position_B, read, 1)
+        return collate(self.samples, self.views, shard_B, position_B, read, 1)
 
 
 def collate(samples, views, shard_B, position_B, read, count):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.audit.files import find_shards, members, output
 from pipeline.safety.mixture import Mixture
+from pipeline.safety.selection import RANGES
 from shards.errors import UserError
 from shards.masks import SavedMask
 
@@ -46,7 +47,7 @@ def export_mask(folder, form, out, patterns=()):
 def rows(saved):
     """Yield a Table of COLUMNS for each shard. cosine, score and posterior are null where a pair could not be read.
 
-    The score is what the run ranked by: the cosine, or its mean over the splits (selection.score). The posterior is that of the
+    The score is what the run ranked by: the cosine, or the agreement with other pairs (selection.score). The posterior is that of the
     higher component, which is not monotone in the score; `safe` is the one cut on the score.
     """
     mixture = Mixture.from_dict(saved.meta["mixture"]) if saved.meta["mixture"] else None
@@ -81,15 +82,16 @@ def parquet(saved, out, tables=None, schema=COLUMNS):
 def cleanlab(saved, out):
     """Parquet with the columns of a cleanlab issue type: is_poison_issue, and poison_score in [0, 1], lower = worse.
 
-    poison_score is (1 + score) / 2: it orders the pairs as the cut does, which the posterior would not. A pair that could not
+    poison_score is the score's place in its range (of a cosine (1 + cosine) / 2): it orders the pairs as the cut does, which the posterior would not. A pair that could not
     be read is no safe one: an issue, with score 0. Convention: cleanlab's Datalab, docs.cleanlab.ai (issue types).
     """
+    low, high = RANGES[saved.meta.get("score", "cosine")]
     fields = [("is_poison_issue", pa.bool_()), ("poison_score", pa.float64())]
     schema = pa.schema(fields + [(name, COLUMNS.field(name).type) for name in ("shard", "position", "key")])
 
     def tables():
         for table in rows(saved):
-            score_N = np.clip((1 + table["score"].to_numpy().astype(np.float64)) / 2, 0, 1)
+            score_N = np.clip((table["score"].to_numpy().astype(np.float64) - low) / (high - low), 0, 1)
             columns = [pc.invert(table["safe"]), np.nan_to_num(score_N, nan=0.0)]
             yield pa.table(columns + [table[name] for name in ("shard", "position", "key")], schema)
 

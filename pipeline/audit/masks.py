@@ -38,6 +38,7 @@ def describe(folder):
         "safe": int(safe_S.sum()),
         "share": meta["share"],
         "first_share": meta["first_share"],
+        "score": meta.get("score", "cosine"),
         "cut": meta["cut"] if math.isfinite(meta["cut"]) else None,
         "mixture": meta["mixture"],
         "least_safe_shard": {"name": saved.shards[least]["name"], "share": float(share_S[least])},
@@ -58,10 +59,10 @@ def show(folder, as_json=False):
         ("made", f"before epoch {d['epoch']}, by the model of step {d['step']}, config {d['config'] or '-'}"),
         ("pairs", f"{d['pairs']:,} in {d['shards']} shards, fingerprint {d['fingerprint']}"),
         ("safe", f"{d['safe']:,} = {d['share']:.2%} (first split {d['first_share']:.2%})"),
-        ("cut", "none" if d["cut"] is None else f"score >= {d['cut']:.6f}"),
+        ("cut", "none" if d["cut"] is None else f"{d['score']} >= {d['cut']:.6f}"),
         ("mixture", "none"),
         ("by shard", f"{least['share']:.1%} ({least['name']}) to {most['share']:.1%} ({most['name']}) safe"),
-        ("unreadable", ", ".join(f"{count:,} x {reason}" for reason, count in d["bad_pairs"].items()) or "none"),
+        ("no score", ", ".join(f"{count:,} x {reason}" for reason, count in d["bad_pairs"].items()) or "none"),
     ]
     if d["mixture"]:
         parts = zip(*(d["mixture"][name] for name in ("weight", "mean", "std")))

@@ -7,10 +7,8 @@ that passes: poison that has passed once is trained on and scores higher next ti
 import numpy as np
 import torch
 from scipy.stats import binomtest
-from torch.utils.data import Dataset
 
-from shards.augment import plain_view
-from shards.loader import batches, collate
+from pipeline.safety.scoring import cosines, embed
 
 
 def choose(samples, count, seed):
@@ -23,49 +21,16 @@ def choose(samples, count, seed):
     return rows[:count], rows[count:]
 
 
-class CanaryBatches(Dataset):
-    """Item i: the un-augmented rows of canaries i * size to (i + 1) * size."""
-
-    def __init__(self, samples, views, picture_C, caption_C, size):
-        self.samples, self.views, self.size = samples, views, size
-        self.picture_C, self.caption_C = picture_C, caption_C
-
-    def __len__(self):
-        return -(-len(self.picture_C) // self.size)
-
-    def __getitem__(self, i):
-        part = slice(i * self.size, (i + 1) * self.size)
-        places = list(zip(*self.place(self.picture_C[part])))
-        partner = dict(zip(places, zip(*self.place(self.caption_C[part]))))
-
-        def read(shard, position):
-            caption = self.samples.caption(*map(int, partner[shard, position]))
-            return [(plain_view(self.samples.image(shard, position), self.views.size), caption)]
-
-        shard_B, position_B = np.array(places, np.int64).T
-        return collate(self.samples, self.views, shard_B, position_B, read, 1)
-
-    def place(self, row_B):
-        """(shard, position) of rows."""
-        offsets = self.samples.index.offsets
-        shard_B = np.searchsorted(offsets, row_B, "right") - 1
-        return shard_B, row_B - offsets[shard_B]
-
-
-@torch.no_grad()
-def score_canaries(engine, samples, views, batch_size, device, count, seed):
-    """float32 (C,): the cosines, NaN where a sample cannot be read. Every rank scores all of them; there are few."""
+def score_canaries(engine, samples, views, batch_size, device, count, seed, voters=None):
+    """float32 (C,): the scores as of scoring.score_all_pairs, NaN where a sample cannot be read. Every rank scores all of them; there are few."""
     picture_C, caption_C = choose(samples.index.samples, count, seed)
-    was_training = getattr(engine, "module", engine).training
-    engine.eval()
-    parts = []
-    for batch in batches(CanaryBatches(samples, views, picture_C, caption_C, batch_size)):
-        here = batch.to(device)
-        image_BD, text_BD, _ = engine(here.images, here.tokens)
-        cos_B = (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan"))
-        parts.append(cos_B.cpu().numpy())
-    engine.train(was_training)
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    parts = [slice(at, at + batch_size) for at in range(0, len(picture_C), batch_size)]
+    pairs, scores = [(picture_C[part], caption_C[part]) for part in parts], []
+    for batch, image_BD, text_BD, _ in embed(engine, samples, views, pairs, device, probe=voters is not None):
+        nobody_B = torch.full((len(batch.rows),), -1, device=device)  # a canary is no voter
+        score_B = voters.score(nobody_B, image_BD, text_BD) if voters else cosines(batch, image_BD, text_BD)
+        scores.append(score_B.masked_fill(~batch.valid, float("nan")).cpu().numpy())
+    return np.concatenate(scores) if scores else np.zeros(0, np.float32)
 
 
 def passing(score_C, cut):

@@ -12,16 +12,17 @@ from shards.storage import write_bytes
 
 
 class ScoreFiles:
-    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair could not be read.
+    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair has no score.
 
-    The score is what pairs are ranked by: the cosine, or with `before` the mean of the cosines of all splits up to this one.
-    `step`: the training step of the model that scores; files of another step, or with means of another number, are not used.
+    The score is what pairs are ranked by (selection.score): of this split alone, or with `before` the mean over the splits up to this one.
+    Files of another step of the model, made by another config, or with means of another number, are not used.
     """
 
-    def __init__(self, folder, index, step, before=None, splits=0):
-        """`before`: the folder of the split before, the last of `splits` ones, whose scores are means too; None: no mean."""
+    def __init__(self, folder, index, step, config="", before=None, splits=0):
+        """`step`: the training step of the model that scores; `config`: the hash of its config; `before`: the folder of the split
+        before, the last of `splits` ones, whose scores are means too; None: no mean."""
         self.folder, self.index, self.before, self.splits = folder, index, before, splits
-        self.made = {"step": step, "mean_of": splits + 1 if before else 1}
+        self.made = {"step": step, "config": config, "mean_of": splits + 1 if before else 1}
 
     def path(self, shard):
         return self.folder / f"{shard:05d}.parquet"
@@ -31,7 +32,7 @@ class ScoreFiles:
         return [shard for shard, count in enumerate(self.index.counts) if count and self.made_of(shard) == self.made]
 
     def made_of(self, shard):
-        """{"step": of the model that scored the shard, "mean_of": number of splits}; None where it is not scored."""
+        """{"step", "config", "mean_of"}: of the model that scored the shard, and the number of splits; None where it is not scored."""
         try:
             metadata = pq.read_schema(self.path(shard)).metadata
             return {key: json.loads(metadata[key.encode()]) for key in self.made}
@@ -39,22 +40,21 @@ class ScoreFiles:
             return None
 
     def read(self, shard):
-        """(float32 scores, [(shard, position, key, reason)]) of a shard that is done."""
+        """(float32 scores, [(shard, position, key, reason)] of what could not be read) of a shard that is done."""
         table = pq.read_table(self.path(shard))
         bad = [
-            (shard, position, table["key"][position].as_py(), reason.as_py())
-            for position, reason in enumerate(table["reason"])
-            if reason.is_valid
+            (shard, position, table["key"][position].as_py(), table["reason"][position].as_py())
+            for position in np.flatnonzero(np.isnan(table["cosine"].to_numpy())).tolist()
+            if table["reason"][position].is_valid  # the model may have given no number
         ]
         return table["score"].to_numpy().astype(np.float32), bad
 
-    def write(self, shard, cos_B, bad):
-        """Put a whole shard's cosines, the scores that follow from them, and its bad samples on disk; returns the scores.
+    def write(self, shard, cos_B, score_B, bad):
+        """Put a whole shard's cosines and scores, float32 (n,), and why some have none on disk; returns the scores, meant where they are.
 
         Raises UserError when the scores of the split before are gone.
         """
-        cos_B = cos_B.astype(np.float32)
-        score_B = self.mean(shard, cos_B) if self.before else cos_B
+        score_B = self.mean(shard, score_B) if self.before else score_B
         reasons = [None] * len(cos_B)
         for _, position, _, reason in bad:
             reasons[position] = reason
@@ -72,21 +72,21 @@ class ScoreFiles:
         write_bytes(self.path(shard), file.getbuffer())
         return score_B
 
-    def mean(self, shard, cos_B):
-        """The mean of these cosines and of those of the splits before; a pair that none of them could read has this cosine."""
+    def mean(self, shard, score_B):
+        """The mean of these scores and of those of the splits before; a pair that none of them could read has this score."""
         path = self.before / f"{shard:05d}.parquet"
         try:
             before_B = pq.read_table(path, columns=["score"])["score"].to_numpy()
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
-                f"scores {path}: cannot be read ({error}), and selection.score=mean goes on from them; bring them back"
+                f"scores {path}: cannot be read ({error}), and selection.score=agreement goes on from them; bring them back"
             ) from None
-        return running_mean(before_B, cos_B, self.splits)
+        return running_mean(before_B, score_B, self.splits)
 
 
-def running_mean(before_B, cos_B, splits):
-    """float32: the mean of `splits` cosines so far and of one more; where there was no mean, this one. NaN where this one is NaN."""
-    return np.where(np.isnan(before_B), cos_B, before_B + (cos_B - before_B) / np.float32(splits + 1))
+def running_mean(before_B, score_B, splits):
+    """float32: the mean of `splits` scores so far and of one more; where there was no mean, this one. NaN where this one is NaN."""
+    return np.where(np.isnan(before_B), score_B, before_B + (score_B - before_B) / np.float32(splits + 1))
 
 
 def load_scores(folder, counts_S):

@@ -1,9 +1,11 @@
-"""Scoring: the cosine of every picture with its own caption, un-augmented, by all ranks together (METHOD step 3)."""
+"""Scoring: a number for every pair, its cosine or its agreement with other pairs, un-augmented, by all ranks together (METHOD step 3)."""
 
 import numpy as np
 import torch
 
 from pipeline import comm
+from pipeline.safety.agreement import Voters, choose_voters
+from shards.errors import UserError
 from shards.loader import PlainBatches, batches
 
 
@@ -17,23 +19,67 @@ def assign_shards(counts_S, world, done=()):
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
-def shard_batches(counts_S, shards, batch_size):
-    """[(shard, start, stop)]: batches that never cross a shard, so a pair's batch does not depend on the world size."""
+def shard_batches(offsets_S, shards, batch_size):
+    """[(shard, rows)]: batches that never cross a shard, so a pair's batch does not depend on the world size. rows: a range over all shards."""
     return [
-        (s, start, min(start + batch_size, int(counts_S[s])))
+        (s, range(start, min(start + batch_size, int(offsets_S[s + 1]))))
         for s in shards
-        for start in range(0, int(counts_S[s]), batch_size)
+        for start in range(int(offsets_S[s]), int(offsets_S[s + 1]), batch_size)
     ]
 
 
 @torch.no_grad()
-def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None):
-    """(score_N, bad): float32 cosines in [-1, 1] of all pairs in (shard, position) order, the same vector on every rank.
+def embed(engine, samples, views, pairs, device, workers=0, probe=False):
+    """Yield (batch, image_BD, text_BD, scale) of loader.PlainBatches, with the batch on `device` and the model in eval mode."""
+    was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
+    engine.eval()
+    for batch in batches(PlainBatches(samples, pairs, views, probe), workers=workers):
+        here = batch.to(device)
+        yield here, *engine(here.images, here.tokens)
+    engine.train(was_training)
 
-    It is one copy a host, shared by its ranks (4 bytes a pair). Pairs that cannot be read are NaN; `bad` lists those of this rank
-    as (shard, position, key, reason). Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each),
-    repeating a batch where it has fewer. With `files` (scores.ScoreFiles) a shard is written as soon as it is scored, what is
-    there is not scored again, and the scores are those that the files hold. `each_round(done, rounds)` is called by all ranks after every pass.
+
+def cosines(batch, image_BD, text_BD):
+    """float32 (B,), NaN where the pair could not be read."""
+    return (image_BD * text_BD).sum(1).float().masked_fill(~batch.valid, float("nan"))
+
+
+def gather_voters(engine, samples, views, batch_size, device, count, seed):
+    """agreement.Voters embedded by all ranks together; every rank gets the same. Raises UserError where none can be read."""
+    row_V = choose_voters(samples.index.samples, count, seed)
+    parts = [row_V[at : at + batch_size] for at in range(0, len(row_V), batch_size)]
+    by_rank = [[parts[i] for i in numbers] for numbers in np.array_split(np.arange(len(parts)), comm.world())]
+    mine, rounds = by_rank[comm.rank()], max(map(len, by_rank))
+    rows, scale = [], 1.0
+    pairs = [
+        (part, part) for part in mine + [parts[0]] * (rounds - len(mine))
+    ]  # equal passes: ZeRO-3 gathers weights in each
+    for batch, image_BD, text_BD, scale in embed(engine, samples, views, pairs, device, probe=True):
+        rows.append(torch.cat([image_BD.float(), text_BD.float(), batch.valid[:, None].float()], 1))
+    counts = [sum(map(len, parts)) for parts in by_rank]
+    found_VE = comm.all_gather_rows(torch.cat(rows)[: counts[comm.rank()]], counts)
+    valid_V, dim = found_VE[:, -1] > 0, found_VE.shape[1] // 2
+    if not valid_V.any():
+        raise UserError(
+            f"selection.voters: none of the {len(row_V)} pairs can be read; bad_samples.jsonl says why, or take more voters"
+        )
+    row_V = torch.from_numpy(row_V).to(device)
+    found_VE, row_V = found_VE[valid_V], row_V[valid_V]
+    voters = Voters(row_V, found_VE[:, :dim].contiguous(), found_VE[:, dim:-1].contiguous(), float(scale))
+    voters.standardise(*comm.on_main(voters.standardise))  # one rank's numbers: others may round otherwise
+    return voters
+
+
+def score_all_pairs(
+    engine, samples, views, batch_size, device, workers=0, files=None, each_round=None, voters=None, singles=None
+):
+    """(score_N, bad): float32 scores of all pairs in (shard, position) order, the same vector on every rank.
+
+    The score is the cosine, or with `voters` (agreement.Voters) the agreement. With `singles` (copies.Singles) a pair that
+    is not among them has a cosine but no score, and is never safe. The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same
+    number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer. With `files` (scores.ScoreFiles) a
+    shard is written as soon as it is scored, what is there is not scored again, and the scores are those that the files hold.
+    `each_round(done, rounds)` is called by all ranks after every pass.
     """
     index, world = samples.index, comm.world()
     score_N, bad = comm.host_array(index.samples, np.float32), []
@@ -42,29 +88,28 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files
     for shard in done.intersection(owned[comm.rank()]):
         score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard)
         bad += found
-    todo = [shard_batches(index.counts, [s for s in shards if s not in done], batch_size) for shards in owned]
+    todo = [shard_batches(index.offsets, [s for s in shards if s not in done], batch_size) for shards in owned]
     mine, rounds = todo[comm.rank()], max(len(batches) for batches in todo)
     filler = next((batch for batches in todo for batch in batches), None)
     parts, found = [], []  # of the shard that is being scored
-    was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
-    engine.eval()
-    reading = batches(PlainBatches(samples, mine + [filler] * (rounds - len(mine)), views), workers=workers)
-    for number, batch in enumerate(reading):
-        here = batch.to(device)
-        image_BD, text_BD, _ = engine(here.images, here.tokens)
-        cos_B = (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan"))
+    pairs = [(rows, rows) for _, rows in mine + [filler] * (rounds - len(mine))]
+    reading = embed(engine, samples, views, pairs, device, workers, probe=voters is not None)
+    for number, (batch, image_BD, text_BD, _) in enumerate(reading):
+        cos_B = cosines(batch, image_BD, text_BD)
+        score_B = voters.score(batch.rows.to(device), image_BD, text_BD) if voters else cos_B
         if number < len(mine):
-            shard, _, stop = mine[number]
-            parts.append(cos_B)
+            shard, rows = mine[number]
+            parts.append(torch.stack([cos_B, score_B.masked_fill(~batch.valid, float("nan"))]))
             found += batch.bad
-            if stop == index.counts[shard]:  # only now are they copied: the GPU is not waited for in between
-                cos_S = torch.cat(parts).cpu().numpy()
-                in_shard = slice(index.offsets[shard], index.offsets[shard + 1])
-                score_N[in_shard] = files.write(shard, cos_S, found) if files else cos_S
+            if rows.stop == index.offsets[shard + 1]:  # only now are they copied: the GPU is not waited for in between
+                cos_S, score_S = torch.cat(parts, 1).cpu().numpy()
+                copies = singles.copies(shard, index) if singles else []
+                score_S[[position for _, position, _, _ in copies]] = np.nan
+                score_S = files.write(shard, cos_S, score_S, found + copies) if files else score_S
+                score_N[index.offsets[shard] : rows.stop] = score_S
                 bad += found
                 parts, found = [], []
         if each_round:
             each_round(number + 1, rounds)
-    engine.train(was_training)
     comm.share_between_hosts(score_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
     return score_N, bad

@@ -4,6 +4,7 @@ import numpy as np
 
 from pipeline.safety.mixture import PIECE
 
+RANGES = {"cosine": (-1.0, 1.0), "agreement": (-6.0, 6.0)}  # of the score, by its kind
 NOTHING = 0xFFFFFFFF  # a key above those of all scores
 
 

@@ -10,12 +10,10 @@ from pipeline import comm
 from pipeline.safety.canaries import passing
 from pipeline.safety.diagnosis import change, separation
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
-from pipeline.safety.selection import count_at_least, growth, kth_largest, score_of, top_by_shard
+from pipeline.safety.selection import RANGES, count_at_least, growth, kth_largest, score_of, top_by_shard
 from shards.errors import UserError
 from shards.masks import SafeMask, byte_starts, shard_list
 from shards.storage import write_bytes
-
-LOW, HIGH = -1.0, 1.0  # of the score, a cosine or a mean of cosines
 
 
 @dataclass
@@ -62,14 +60,15 @@ def split_pairs(score_N, counts_S, selection, number, first_share=None, before=N
     `canary_C`: scores of the canaries, of which the split only tells how many would pass.
     """
     canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
+    limits = RANGES[selection.score]
     mine_N = np.array_split(score_N, comm.world())[comm.rank()]
-    counts_K = comm.sum_counts(histogram(mine_N, LOW, HIGH))
+    counts_K = comm.sum_counts(histogram(mine_N, *limits))
     decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share)
     mixture, share, first_share, note, diagnosis = decided
     key, rest = kth_largest(mine_N, round(share * len(score_N)), comm.sum_counts)
     mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest), counts_S)
     if before:
-        diagnosis |= comm.on_main(change_since, before, counts_K, mask)
+        diagnosis |= comm.on_main(change_since, before, counts_K, limits, mask)
     cut = score_of(key) if rest else float("inf")
     if not np.isnan(canary_C).all():
         diagnosis |= {"canaries": passing(canary_C, cut)}
@@ -79,9 +78,10 @@ def split_pairs(score_N, counts_S, selection, number, first_share=None, before=N
 def decide(counts_K, score_N, selection, number, first_share):
     """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds."""
     mixture, note, diagnosis, by_posterior = None, "", {}, None
+    limits = RANGES[selection.score]
     try:
-        mixture = fit_mixture(counts_K, LOW, HIGH)
-        diagnosis = separation(counts_K, LOW, HIGH, mixture)
+        mixture = fit_mixture(counts_K, *limits)
+        diagnosis = separation(counts_K, *limits, mixture)
         if diagnosis["bic_two"] >= diagnosis["bic_one"]:
             raise DegenerateFit("one Gaussian describes the scores as well as two (BIC)")
         by_posterior = count_at_least(score_N, upper_cut(mixture, selection.posterior)) / len(score_N)
@@ -116,11 +116,11 @@ def broadcast_mask(safe_S, counts_S):
     return mask
 
 
-def change_since(before, counts_K, mask):
+def change_since(before, counts_K, limits, mask):
     """diagnosis.change since the split in the folder `before`; {} where that is gone."""
     try:
         before_K = np.load(before / "histogram.npy", allow_pickle=False)
-        return change(counts_K, LOW, HIGH, mask, before_K, SafeMask.load(before)[0])
+        return change(counts_K, *limits, mask, before_K, SafeMask.load(before)[0])
     except (OSError, UserError):
         return {}
 

@@ -13,8 +13,9 @@ import torch
 
 from pipeline import comm
 from pipeline.safety.canaries import score_canaries
+from pipeline.safety.copies import singles_of_run
 from pipeline.safety.scores import ScoreFiles, running_mean
-from pipeline.safety.scoring import score_all_pairs
+from pipeline.safety.scoring import gather_voters, score_all_pairs
 from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
 from pipeline.training import engine as engines
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
@@ -122,8 +123,8 @@ def mask_for(run, epoch, stop):
         split = split_pairs(
             score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C
         )
-        meta = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
-        comm.on_main(save_split, folder, split, index, meta)
+        made = {"epoch": epoch.number, "step": state["step"], "config": config.hash(), "score": config.selection.score}
+        comm.on_main(save_split, folder, split, index, made)
     else:
         split = load_split(folder, index)
     state["first_share"] = split.first_share
@@ -135,24 +136,32 @@ def mask_for(run, epoch, stop):
 
 
 def scores_for(run, epoch, folder, before, stop, meter):
-    """(score_N, canary_C) of the split in `folder`; with selection.score=mean they go on from those in the folder `before`."""
+    """(score_N, canary_C) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`."""
     config, index, state = run.config, run.index, run.state
-    means = before is not None and config.selection.score == "mean"
+    agreement = config.selection.score == "agreement"
+    means = before is not None and agreement
     if means:
         comm.on_main(is_split, before, False, state, config)  # raises on every rank if it is gone
     splits = epoch.split // config.selection.every  # before this one
-    files = ScoreFiles(folder / "scores", index, state["step"], before / "scores" if means else None, splits)
+    before_scores = before / "scores" if means else None
+    files = ScoreFiles(folder / "scores", index, state["step"], config.hash(), before_scores, splits)
 
     def each_round(done, rounds):
         run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
         if done % AGREE_EVERY == 0 and any(comm.most(stop.received)):
             leave(run)  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
 
-    rest = (config.selection.batch_size, run.device)
-    score_N, bad = score_all_pairs(run.engine, run.samples, run.views, *rest, config.data.workers, files, each_round)
+    arguments = (run.engine, run.samples, run.views, config.selection.batch_size, run.device)
+    seed, voters = config.run.seed, None
+    if agreement:
+        voters = gather_voters(*arguments, config.selection.voters, seed)
+    singles = None
+    if config.selection.copies:
+        where, size = folder.with_name("singles"), config.selection.batch_size
+        singles = singles_of_run(where, run.samples, run.views, size, config.data.workers, config.selection.copies)
+    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles)
     record(run.ledger, bad)
-    count, seed = config.selection.canaries, config.run.seed
-    canary_C = score_canaries(run.engine, run.samples, run.views, *rest, count, seed)
+    canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
     before_C = np.load(before / "canaries.npy") if means else ()
     if len(before_C) == len(canary_C):  # their number may have been changed
         canary_C = running_mean(before_C, canary_C, splits)

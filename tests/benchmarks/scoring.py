@@ -32,9 +32,8 @@ SIZE = 250  # pairs a rank forwards at a time; divides the 1,000 of a shard
 
 
 def bare(run):
-    todo = shard_batches(
-        run.index.counts, assign_shards(run.index.counts, comm.world())[comm.rank()], run.config.selection.batch_size
-    )
+    mine = assign_shards(run.index.counts, comm.world())[comm.rank()]
+    todo = [(rows, rows) for _, rows in shard_batches(run.index.offsets, mine, run.config.selection.batch_size)]
     for batch in batches(PlainBatches(run.samples, todo, run.views), workers=run.config.data.workers):
         here = batch.to(run.device)
         run.engine(here.images, here.tokens)

@@ -1,6 +1,6 @@
 """Rules of selection against each other: every variant trained and judged as a user would, on each set and seed.
 
-python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants no-posterise no-mean ...] [--jobs 2]
+python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants no-posterise cosine ...] [--jobs 2]
 
 The data and attacks are those of launch/reproduce.sh, which also trains plain CLIP: run it first (PRESETS=clip). A run whose config has
 been run is used again. Writes tests/benchmarks/selection/SET/seedN/VARIANT.json (the fields of eval.json, and the overrides)
@@ -27,10 +27,13 @@ VARIANTS = {
     "default": [],
     "no-posterise": [f"{AUGMENT}.posterise=0"],
     "posterise-0.2": [f"{AUGMENT}.posterise=0.2"],
-    "no-mean": ["selection.score=cosine"],
+    "cosine": ["selection.score=cosine"],
+    "copies-allowed": ["selection.copies=null"],
+    "cap-0.8": ["selection.cap=0.8"],
     "built-in": [
         f"{AUGMENT}.posterise=0",
         "selection.score=cosine",
+        "selection.copies=null",
         "selection.first_share=0.6",
         "selection.growth=0.05",
         "selection.cap=0.9",

@@ -49,7 +49,7 @@ def config(folder, name, **changes):
         64,
     )
     made.selection.first_share, made.selection.growth, made.selection.batch_size = 0.4, 0.1, 32
-    made.selection.score = "mean"
+    made.selection.score = "agreement"
     for key, value in changes.items():
         section, field = key.split("__")
         setattr(getattr(made, section), field, value)

@@ -1,4 +1,4 @@
-"""Scores on disk, and the mean over splits that pairs can be ranked by."""
+"""Scores on disk: what is ranked by, the cosine beside it, and of which model they are."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,33 +14,50 @@ def index(make_shards, tmp_path):
     return build_index([str(path) for path in make_shards([5, 0, 3])], tmp_path / "index")
 
 
-def write(folder, index, step, cos_N, before=None, splits=0):
-    files = ScoreFiles(folder / "scores", index, step, before and before / "scores", splits)
+def write(folder, index, cos_N, score_N, **made):
+    files = ScoreFiles(folder / "scores", index, **made)
     for shard in (0, 2):
-        start, stop = index.offsets[shard], index.offsets[shard + 1]
-        returned_S = files.write(shard, cos_N[start:stop], [])
-        np.testing.assert_array_equal(returned_S, files.read(shard)[0])
-    return load_scores(folder, index.counts)
+        here = slice(index.offsets[shard], index.offsets[shard + 1])
+        files.write(shard, cos_N[here], score_N[here], [(2, 1, "key", "torn")] if shard == 2 else [])
+    return files
 
 
-def test_the_score_is_the_mean_of_the_cosines_of_all_splits_and_the_cosine_stays_beside_it(index, tmp_path):
-    cos = np.random.default_rng(0).uniform(-1, 1, (4, 8)).astype(np.float32)
-    folders = [tmp_path / f"epoch_{n}" for n in range(4)]
+def test_the_cosine_stays_beside_the_score(index, tmp_path):
+    cos_N, score_N = np.random.default_rng(0).uniform(-1, 1, (2, 8)).astype(np.float32)
+    cos_N[6] = score_N[6] = np.nan
+    files = write(tmp_path, index, cos_N, score_N, step=1)
+    np.testing.assert_array_equal(load_scores(tmp_path, index.counts), score_N)
+    np.testing.assert_array_equal(pq.read_table(files.path(0))["cosine"], cos_N[:5])
+    found, bad = files.read(2)
+    np.testing.assert_array_equal(found, score_N[5:])
+    assert [(shard, position, reason) for shard, position, _, reason in bad] == [(2, 1, "torn")]
+
+
+def test_scores_of_another_step_or_config_are_not_used(index, tmp_path):
+    zero_N = np.zeros(8, np.float32)
+    assert write(tmp_path, index, zero_N, zero_N, step=1, config="one").done() == [0, 2]
+    assert ScoreFiles(tmp_path / "scores", index, 2, "one").done() == []
+    assert ScoreFiles(tmp_path / "scores", index, 1, "two").done() == []
+
+
+def test_the_mean_of_the_scores_of_all_splits_goes_on_from_the_split_before(index, tmp_path):
+    scores = np.random.default_rng(0).uniform(-1, 1, (4, 8)).astype(np.float32)
     for n in range(4):
-        score_N = write(folders[n], index, n, cos[n], folders[n - 1] if n else None, n)
-        np.testing.assert_allclose(score_N, cos[: n + 1].mean(0), atol=1e-6)
-        assert score_N.dtype == np.float32
-        np.testing.assert_array_equal(pq.read_table(folders[n] / "scores/00000.parquet")["cosine"], cos[n, :5])
+        before = tmp_path / str(n - 1) / "scores" if n else None
+        write(tmp_path / str(n), index, scores[n] / 2, scores[n], step=n, before=before, splits=n)
+        np.testing.assert_allclose(load_scores(tmp_path / str(n), index.counts), scores[: n + 1].mean(0), atol=1e-6)
 
 
-def test_a_pair_that_cannot_be_read_now_has_no_score_and_one_that_could_not_before_has_its_cosine(index, tmp_path):
+def test_a_pair_that_has_no_score_now_has_none_and_one_that_had_none_before_has_this_one(index, tmp_path):
     first, second = np.full(8, 0.5, np.float32), np.full(8, 0.1, np.float32)
     first[2], second[6] = np.nan, np.nan
-    write(tmp_path / "one", index, 1, first)
-    score_N = write(tmp_path / "two", index, 2, second, tmp_path / "one", 1)
-    np.testing.assert_allclose(score_N, [0.3, 0.3, 0.1, 0.3, 0.3, 0.3, np.nan, 0.3], atol=1e-6)
+    write(tmp_path / "one", index, first, first, step=1)
+    write(tmp_path / "two", index, second, second, step=2, before=tmp_path / "one" / "scores", splits=1)
+    mean_N = load_scores(tmp_path / "two", index.counts)
+    np.testing.assert_allclose(mean_N, [0.3, 0.3, 0.1, 0.3, 0.3, 0.3, np.nan, 0.3], atol=1e-6)
 
 
 def test_scores_before_that_are_gone_are_named(index, tmp_path):
-    with pytest.raises(UserError, match="00000.parquet: cannot be read .* selection.score=mean"):
-        write(tmp_path / "two", index, 2, np.zeros(8, np.float32), tmp_path / "one", 1)
+    zero_N = np.zeros(8, np.float32)
+    with pytest.raises(UserError, match="00000.parquet: cannot be read .* selection.score=agreement"):
+        write(tmp_path / "two", index, zero_N, zero_N, step=2, before=tmp_path / "one" / "scores", splits=1)
