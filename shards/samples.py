@@ -12,10 +12,11 @@ class Samples:
     With an `overlay` (shards.overlay.Overlay) the rows that the attack names come back poisoned; the shards stay as they are.
     """
 
-    def __init__(self, index, overlay=None):
+    def __init__(self, index, overlay=None, cache=None):
+        """`cache`: shards.cache.Cache through which whole shards from behind URLs are read (see shards.reader)."""
         self.index, self.overlay = index, overlay
-        self.reader = Reader(index)
-        self.source = Samples(ShardIndex.load(overlay.source_index)) if overlay else None
+        self.reader = Reader(index, cache)
+        self.source = Samples(ShardIndex.load(overlay.source_index), cache=cache) if overlay else None
         if overlay and self.source.index.fingerprint != overlay.source_fingerprint:
             raise UserError(
                 f"overlay: takes pictures from {overlay.source_index}, which holds other shards than when it was made; "

@@ -38,7 +38,7 @@ class CanaryBatches(Dataset):
         places = list(zip(*self.place(self.picture_C[part])))
         partner = dict(zip(places, zip(*self.place(self.caption_C[part]))))
 
-        def read(shard, position):
+        def read(row, shard, position):
             caption = self.samples.caption(*map(int, partner[shard, position]))
             return [(plain_view(self.samples.image(shard, position), self.views.size), caption)]
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from pipeline import comm
+from shards.ahead import fetched_ahead
 from shards.loader import PlainBatches, batches
 
 
@@ -48,8 +49,8 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files
     parts, found = [], []  # of the shard that is being scored
     was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
     engine.eval()
-    reading = batches(PlainBatches(samples, mine + [filler] * (rounds - len(mine)), views), workers=workers)
-    for number, batch in enumerate(reading):
+    dataset = PlainBatches(samples, mine + [filler] * (rounds - len(mine)), views)
+    for number, batch in enumerate(fetched_ahead(batches(dataset, workers=workers), dataset)):
         here = batch.to(device)
         image_BD, text_BD, _ = engine(here.images, here.tokens)
         cos_B = (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan"))
