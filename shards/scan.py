@@ -114,7 +114,8 @@ def read_samples(path, stream, size, text):
             continue
         if not rows or key != rows[-1]["key"]:
             if key in seen:
-                find(member.offset, key, f"key {key!r} comes twice", True, len(rows))
+                reason = f"key {key!r} comes twice (the members of a sample must stand together: tar --sort=name)"
+                find(member.offset, key, reason, True, len(rows))
             seen.add(key)
             rows.append({"key": key, "image_offset": 0, "image_size": MISSING, "text_offset": 0, "text_size": MISSING})
         row, position, kind = rows[-1], len(rows) - 1, member_of.get(extension)

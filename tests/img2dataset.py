@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import webdataset
 from PIL import Image
 
+from shards import tar
 from shards.index import build_index
 from shards.reader import Reader
 
@@ -145,8 +146,9 @@ def cut(folder, path):
     damaged.parent.mkdir(exist_ok=True)
     shutil.copy(path.replace(".tar", ".parquet"), damaged.parent)
     whole = build_index([path], folder / "index_whole")
-    keep = len(whole.table(0).keys) // 2
-    start = int(whole.table(0).image_offset[keep]) - 512  # the picture is a sample's first member
+    first = whole.table(0).keys[len(whole.table(0).keys) // 2]  # of those that are cut off
+    with open(path, "rb") as file:
+        start = next(m.start for m in tar.members(tar.Stream(file), None, print) if m.name.startswith(first))
     damaged.write_bytes(Path(path).read_bytes()[:start])
     read = [sample["__key__"] for sample in webdataset.WebDataset([str(damaged)], shardshuffle=False)]
     report = folder / "report.jsonl"
