@@ -24,6 +24,7 @@ class FetchAhead:
         self.ahead = {}  # number of an item that was not used yet -> bytes that were fetched for it
         self.change = threading.Condition()
         self.todo = self.coming(start)
+        self.head = next(self.todo, None)
         for _ in range(THREADS):
             threading.Thread(target=self.work, daemon=True).start()
 
@@ -37,24 +38,26 @@ class FetchAhead:
 
     def work(self):
         try:
-            while True:
-                with self.change:
-                    item, number = next(self.todo, (None, None))
-                    if item is None:
-                        return
-                    shard = self.index.shards[number]
-                    while (
-                        not self.stopped
-                        and item > self.item
-                        and sum(self.ahead.values()) + shard.size > self.cache.ahead
-                    ):
-                        self.change.wait()
-                    if self.stopped:
-                        return
-                    self.ahead[item] = self.ahead.get(item, 0) + shard.size
+            while (shard := self.take()) is not None:
                 self.cache.prefetch(shard)
         except Exception as error:
             self.error = error
+
+    def take(self):
+        """The next shard to fetch, as soon as there may be more ahead; None at the end."""
+        with self.change:
+            while self.head and not self.stopped and not self.may_go_on():
+                self.change.wait()
+            if not self.head or self.stopped:
+                return None
+            (item, number), self.head = self.head, next(self.todo, None)
+            shard = self.index.shards[number]
+            self.ahead[item] = self.ahead.get(item, 0) + shard.size
+            return shard
+
+    def may_go_on(self):
+        item, number = self.head
+        return item <= self.item or sum(self.ahead.values()) + self.index.shards[number].size <= self.cache.ahead
 
     def __iter__(self):
         return self

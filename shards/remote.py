@@ -42,7 +42,8 @@ def about(url, timeout=TIMEOUT):
 
 
 def read_range(url, offset, size, timeout=TIMEOUT):
-    """bytes: `size` of them from `offset` on, fewer at the end. Raises UserError."""
+    """bytes: `size` of them from `offset` on, fewer at the end; not of a command. Raises UserError."""
+    refuse_pipe(url, False)
     with RemoteFile(url, None, timeout, offset) as file:
         return file.read(size)
 
@@ -69,6 +70,7 @@ class RemoteFile:
     def __init__(self, url, size, timeout, offset=0, heard=None):
         self.url, self.size, self.timeout, self.at = url, size, timeout, offset
         self.heard, self.file, self.rest = heard, None, b""
+        self.ranges = True  # until the server turns out not to know them
 
     def read(self, count):
         """bytes: the next `count`, fewer only at the end. Raises UserError."""
@@ -89,14 +91,14 @@ class RemoteFile:
 
     def get(self, chunk):
         """(open file, bytes from `at` on); changes nothing, for a call that hung may come back late."""
-        file = self.file or open_at(self.url, self.at)
+        file = self.file or open_at(self.url, self.at, self.ranges)
         data = file.read(chunk)
         if not data and self.size is not None:
             raise OSError(f"it ends after {self.at} of {self.size} bytes")
         return file, data
 
-    def drop(self):
-        self.file = None
+    def drop(self, error):
+        self.file, self.ranges = None, self.ranges and not isinstance(error, ValueError)
 
     def __enter__(self):
         return self
@@ -106,13 +108,15 @@ class RemoteFile:
             self.file.close()
 
 
-def open_at(url, offset):
-    """A binary file that goes on at `offset`."""
+def open_at(url, offset, ranges):
+    """A binary file that goes on at `offset`; `ranges`: by asking for what comes after it, where that can be asked for."""
     if url.startswith("pipe:"):
         file = Command(url[len("pipe:") :])
     else:
         system, path = connect(url)
-        file = system.open(path, "rb", cache_type="none", block_size=CHUNK)
+        # One request for all over http, where a server may not know ranges; else a request a chunk.
+        whole = url.startswith("http") and not (offset and ranges)
+        file = system.open(path, "rb", cache_type="none", block_size=0 if whole else CHUNK)
     if offset:
         try:
             file.seek(offset)
@@ -155,7 +159,7 @@ class Command:
         self.process.wait()
 
 
-def persist(url, function, timeout, heard=None, between=lambda: None):
+def persist(url, function, timeout, heard=None, failed=lambda error: None):
     """function(), tried again with back-off, until `timeout` seconds have passed since `heard`. Each try may take half of them.
 
     Raises Unreachable, or UserError where trying again is of no use: no such file, not allowed.
@@ -165,13 +169,13 @@ def persist(url, function, timeout, heard=None, between=lambda: None):
         left = heard + timeout - time.monotonic()
         try:
             return bounded(function, max(0.0, min(left, timeout / 2)))
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else f"not allowed ({error})"
-            raise UserError(f"shard {url}: {reason}; check the URL and the credentials") from None
         except UserError:
             raise
         except Exception as error:  # every backend has kinds of its own
-            between()
+            if is_final(error):
+                reason = "missing" if isinstance(error, FileNotFoundError) else f"not allowed ({error})"
+                raise UserError(f"shard {url}: {reason}; check the URL and the credentials") from None
+            failed(error)
             pause = wait * random.uniform(0.5, 1.0)  # so that many readers do not come back together
             if time.monotonic() + pause > heard + timeout:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -181,6 +185,13 @@ def persist(url, function, timeout, heard=None, between=lambda: None):
                 ) from None
             time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT)
+
+
+def is_final(error):
+    """Whether trying again is of no use. Over http fsspec calls every failure a missing file; its cause has the status."""
+    if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.partition(".")[0] in ("aiohttp", "asyncio", "builtins"):
+        return error.__cause__ is None or getattr(error.__cause__, "status", None) in (401, 403, 404, 410)
+    return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
 
 
 def bounded(function, seconds):
