@@ -53,10 +53,11 @@ class Cache:
                 return descriptor
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
             if not lock(descriptor, fcntl.LOCK_EX) or not is_same(descriptor, part):
-                # Another process fetches it. As long as it gets on the file changes.
-                quiet = time.time() - os.fstat(descriptor).st_mtime
+                # Another process fetches it. As long as it gets on, bytes come into the file.
+                found = os.fstat(descriptor)
                 os.close(descriptor)
-                heard = max(heard, time.monotonic() - quiet)
+                if found.st_blocks:
+                    heard = max(heard, time.monotonic() - (time.time() - found.st_mtime))
                 if time.monotonic() - heard > self.timeout:
                     raise remote.Unreachable(
                         f"shard {shard.path}: nothing came for {self.timeout:g} s; start again when it can be reached"
