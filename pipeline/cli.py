@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 
 # Heavy packages are imported in the commands that use them: `safeclip --help` answers at once.
-from shards.errors import RunFailed, UserError
+from shards.errors import RunFailed, Unreachable, UserError
 
 
 def data(args):
@@ -284,14 +284,20 @@ def parser():
     return top
 
 
+def own_words(error):
+    """The message of an error; torch puts the traceback of a reading process around it."""
+    return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+
+
 def main(argv=None):
     """Run one command. Exit codes: 0 done, 2 the user's mistake (one line on stderr), 75 asked to stop, 1 anything else."""
     args = parser().parse_args(argv)
     try:
         args.run_command(args)
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"safeclip: {error}", file=sys.stderr)
+        # What all ranks find one of them says; but a server may be lost to one host alone.
+        if isinstance(error, Unreachable) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"safeclip: {own_words(error)}", file=sys.stderr)
         sys.exit(2)
     except RunFailed as error:
         print(f"safeclip: {error}", file=sys.stderr)

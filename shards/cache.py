@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from shards import remote
-from shards.errors import UserError
+from shards.errors import Unreachable, UserError
 
 POLL = 0.05  # seconds between looks at a shard that another process fetches
 
@@ -59,7 +59,7 @@ class Cache:
                 if found.st_blocks:
                     heard = max(heard, time.monotonic() - (time.time() - found.st_mtime))
                 if time.monotonic() - heard > self.timeout:
-                    raise remote.Unreachable(
+                    raise Unreachable(
                         f"shard {shard.path}: nothing came for {self.timeout:g} s; start again when it can be reached"
                     )
                 time.sleep(POLL)

@@ -36,7 +36,13 @@ def from_csv(file, out, root=None, path=None, caption=None, separator=None, per_
         header = next(rows)
     except OSError as error:
         raise UserError(f"file {file}: {error.strerror or error}; give the path of a CSV file") from None
-    settings = {"file": file.name, "content": fingerprint(file), "columns": header, "root": str(root or ""), "per_shard": per_shard}
+    settings = {
+        "file": file.name,
+        "content": fingerprint(file),
+        "columns": header,
+        "root": str(root or ""),
+        "per_shard": per_shard,
+    }
     root = os.path.abspath(root or file.parent)
     located = ((line, name and os.path.join(root, name), text, wrong) for line, name, text, wrong in rows)
     return make_shards(located, out, settings, workers)
@@ -59,7 +65,9 @@ def from_folder(folder, out, classes=False, per_shard=10_000, workers=None):
     )
     below = sorted({name.partition(os.sep)[0] for name in names if os.sep in name})
     if not names or classes and not below:
-        raise UserError(f"folder {folder}: no {'folder of ' if classes else ''}pictures ({', '.join(PICTURE_NAMES)}) in it")
+        raise UserError(
+            f"folder {folder}: no {'folder of ' if classes else ''}pictures ({', '.join(PICTURE_NAMES)}) in it"
+        )
     if not classes and not any((folder / name).with_suffix(".txt").exists() for name in names):
         raise UserError(f"folder {folder}: no KEY.txt beside any picture; write captions there, or say --classes")
     number = {name: place for place, name in enumerate(below)}
@@ -113,7 +121,9 @@ def claim(out, settings):
     except (OSError, ValueError):
         there = None if out.exists() and (not out.is_dir() or any(out.iterdir())) else settings
     if there != settings:
-        raise UserError(f"--out {out}: holds other files, or shards of another list or with other settings; name another folder")
+        raise UserError(
+            f"--out {out}: holds other files, or shards of another list or with other settings; name another folder"
+        )
     write_json(mark, settings)
 
 

@@ -9,15 +9,11 @@ import subprocess
 import threading
 import time
 
-from shards.errors import UserError
+from shards.errors import Unreachable, UserError
 
 TIMEOUT = 120.0  # seconds
 CHUNK = 8 << 20  # bytes of one request
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between tries, doubled each time
-
-
-class Unreachable(UserError):
-    """A server that has not answered for as long as was to be waited."""
 
 
 def is_remote(path):
@@ -189,7 +185,11 @@ def persist(url, function, timeout, heard=None, failed=lambda error: None):
 
 def is_final(error):
     """Whether trying again is of no use. Over http fsspec calls every failure a missing file; its cause has the status."""
-    if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.partition(".")[0] in ("aiohttp", "asyncio", "builtins"):
+    if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.partition(".")[0] in (
+        "aiohttp",
+        "asyncio",
+        "builtins",
+    ):
         return error.__cause__ is None or getattr(error.__cause__, "status", None) in (401, 403, 404, 410)
     return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
 

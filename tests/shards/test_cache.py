@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from shards import remote
 from shards.ahead import FetchAhead
 from shards.cache import Cache
-from shards.errors import UserError
+from shards.errors import Unreachable, UserError
 from shards.index import build_index
 from tests.servers import flaky
 
@@ -78,7 +77,7 @@ def open_one(cache, shard, results):
     try:
         check(cache.open(shard), shard)
         results.put("read")
-    except remote.Unreachable:
+    except Unreachable:
         results.put(time.monotonic() - started)
 
 
@@ -168,7 +167,9 @@ def test_what_comes_next_is_fetched_before_it_is_asked_for_and_not_much_more(sha
 
         def fetched():
             time.sleep(0.5)
-            return {number for number, shard in enumerate(there) if (cache.folder / f"{shard.fingerprint}.tar").exists()}
+            return {
+                number for number, shard in enumerate(there) if (cache.folder / f"{shard.fingerprint}.tar").exists()
+            }
 
         assert fetched() == {1, 2, 3}
         assert next(reading) == 2
@@ -181,5 +182,5 @@ def test_an_error_of_a_fetch_ahead_is_raised(shards, tmp_path):
         cache = Cache(tmp_path / "cache", 10**9, timeout=0.5)
         reading = FetchAhead(iter([0, 1]), Order([[0], [1]], shards(address), cache), 0, cache)
         time.sleep(1.5)
-        with pytest.raises(remote.Unreachable, match="nothing came for 0.5 s"):
+        with pytest.raises(Unreachable, match="nothing came for 0.5 s"):
             next(reading)

@@ -7,7 +7,7 @@ import pytest
 
 from shards import remote
 from shards.cache import Cache
-from shards.errors import UserError
+from shards.errors import Unreachable, UserError
 from shards.index import ShardIndex, build_index
 from shards.reader import Reader
 from tests.servers import flaky, s3
@@ -70,7 +70,7 @@ def test_a_lost_server_is_one_line_in_time(make_shards, tmp_path, monkeypatch, h
         url = f"{'http://127.0.0.1:1' if how == 'is gone' else address}/{path.relative_to(tmp_path)}"
         index.shards = [replace(index.shards[0], path=url)]
         cache, started = Cache(tmp_path / "cache", 10**9, timeout=2.0), time.monotonic()
-        with pytest.raises(remote.Unreachable, match="00000.tar: nothing came for 2 s .*data.remote_timeout") as error:
+        with pytest.raises(Unreachable, match="00000.tar: nothing came for 2 s .*data.remote_timeout") as error:
             Reader(index, cache).image_bytes(0, 0)
         assert time.monotonic() - started < 10 and "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
@@ -103,11 +103,13 @@ def test_commands_are_run_only_where_they_are_allowed(make_shards, tmp_path):
         contents(index)  # without a cache there is no way at all
     assert not mark.exists()
     assert read_all(index, Cache(tmp_path / "cache", 10**9, allow_pipe=True)) == local and mark.exists()
-    with pytest.raises(remote.Unreachable, match="the command ends with 3"):
+    with pytest.raises(Unreachable, match="the command ends with 3"):
         build_index(["pipe:exit 3"], tmp_path / "other", allow_pipe=True, timeout=1.0)
 
 
-@pytest.mark.parametrize("url, names", [("nothing://a/b.tar", "nothing"), ("http://127.0.0.1:1/a.tar", "nothing came for 1 s")])
+@pytest.mark.parametrize(
+    "url, names", [("nothing://a/b.tar", "nothing"), ("http://127.0.0.1:1/a.tar", "nothing came for 1 s")]
+)
 def test_a_url_that_nothing_opens_is_one_line(tmp_path, url, names):
     with pytest.raises(UserError, match=names) as error:
         build_index([url], tmp_path / "index", timeout=1.0)

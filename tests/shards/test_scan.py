@@ -63,7 +63,9 @@ def test_damage_in_one_shard_costs_nothing_of_the_others(tmp_path):
     bad.write_bytes(bad.read_bytes()[:1900])
     with pytest.raises(UserError, match="bad.tar: .*indexed"):
         index.verify()  # the fingerprint is of the damaged bytes: what is trained on cannot change unseen
-    assert build_index([str(bad), str(good)], tmp_path / "index", report=tmp_path / "r").fingerprint != index.fingerprint
+    assert (
+        build_index([str(bad), str(good)], tmp_path / "index", report=tmp_path / "r").fingerprint != index.fingerprint
+    )
 
 
 @settings(max_examples=60)
@@ -82,7 +84,10 @@ def test_a_corrupt_header_costs_its_member_and_no_other(tmp_path_factory, number
     for shard_position, key in enumerate(index.table(0).keys):
         table = index.table(0)
         for kind, extension in (("image", "png"), ("text", "txt")):
-            offset, size = getattr(table, f"{kind}_offset")[shard_position], getattr(table, f"{kind}_size")[shard_position]
+            offset, size = (
+                getattr(table, f"{kind}_offset")[shard_position],
+                getattr(table, f"{kind}_size")[shard_position],
+            )
             if size >= 0:
                 assert bytes(data[offset : offset + size]) == everything[f"{key}.{extension}"]
             else:
@@ -115,7 +120,9 @@ def test_dots_in_keys_are_never_merged_silently(tmp_path):
     members = [(f"photo.v{i}.{e}", b"x") for i in (1, 2) for e in ("jpg", "txt")] + [("b.jpg", b"1"), ("b.txt", b"2")]
     path = write_tar(tmp_path / "a.tar", members)
     assert webdataset_keys(path) == ["photo", "b"]
-    with pytest.raises(UserError, match="'photo' has no picture, but a member 'photo.v1.jpg': a key ends at the first dot"):
+    with pytest.raises(
+        UserError, match="'photo' has no picture, but a member 'photo.v1.jpg': a key ends at the first dot"
+    ):
         build_index([str(path)], tmp_path / "index")
     index, rows = listed([path], tmp_path)
     assert index.table(0).keys == ["photo", "b"] and [row["key"] for row in rows] == ["photo", "photo"]
@@ -134,7 +141,15 @@ def test_shards_made_by_hand(tmp_path, program, words):
         (tmp_path / "in" / f"{name}.JPG").write_bytes(f"picture {name}".encode())
         (tmp_path / "in" / f"{name}.txt").write_text(name)
     files = sorted(f"./{path.relative_to(tmp_path / 'in')}" for path in (tmp_path / "in").rglob("*"))
-    command = [program, *words, "--no-recursion" if program == "tar" else "-n", "-cf", tmp_path / "a.tar", "-C", tmp_path / "in"]
+    command = [
+        program,
+        *words,
+        "--no-recursion" if program == "tar" else "-n",
+        "-cf",
+        tmp_path / "a.tar",
+        "-C",
+        tmp_path / "in",
+    ]
     subprocess.run([*command, *files], check=True)
     index = build_index([str(tmp_path / "a.tar")], tmp_path / "index")
     found = {key: (image, text.decode()) for key, image, text in contents(index)}
@@ -148,7 +163,9 @@ def test_members_of_a_sample_that_stand_apart_are_named(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("b.txt", b"4")])
     with pytest.raises(UserError, match="key 'a' comes twice.*tar --sort=name"):
         build_index([str(path)], tmp_path / "index")
-    path = write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.txt", b"3"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"4")])
+    path = write_tar(
+        tmp_path / "a.tar", [("a.jpg", b"1"), ("a.txt", b"3"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"4")]
+    )
     index, rows = listed([path], tmp_path)
     assert index.table(0).keys == ["a", "b", "a"] and [row["damage"] for row in rows] == [True, False]
 
