@@ -14,13 +14,14 @@ from pathlib import Path
 
 import webdataset
 
-from shards.decode import MAX_BYTES, decode_caption
+from shards.decode import decode_caption
 from shards.errors import BadSample, UserError
 from shards.masks import fingerprint
 from shards.storage import whole_file, write_bytes, write_json
 
 PATHS, CAPTIONS = ("path", "filepath", "image"), ("caption", "title")
 MAX_LINES = 64  # of one row: a quote that does not close must not swallow the rest of the file
+MAX_BYTES = 20_000_000  # of a file; a list may name one of any size
 PICTURE_NAMES = (".jpg", ".jpeg", ".png", ".webp")
 
 

@@ -181,10 +181,7 @@ class SavedMask:
     def find(self, url):
         """Number of the shard that a path or URL names: the longest tail that is a shard's name, or its base name if no other
         shard has it. Raises UserError."""
-        path = url
-        if url.startswith("pipe:"):
-            path = next((word.strip("'\"") for word in url.split() if ".tar" in word), url)
-        parts = PurePosixPath(path.partition("?")[0] if "://" in path else path).parts
+        parts = PurePosixPath(as_path(url)).parts
         for start in range(len(parts)):
             number = self.number.get("/".join(parts[start:]))
             if number is not None:
