@@ -10,16 +10,16 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import boto3
-from moto.server import ThreadedMotoServer
 
-from shards.demo import shapes
-from shards.index import build_index
+from shards.demo import render
+from shards.write import write_shards
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,55 +28,54 @@ def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--dir", default="runs/s3_training")
     folder = Path(options.parse_args().dir).absolute()
-    for name in ("local", "s3", "cache", "lost", "lost_cache"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    shapes(folder / "shapes", pairs=4000, test=72)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    os.environ |= {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "OMP_NUM_THREADS": "1",
-    }
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="shapes")
-    paths = sorted((folder / "shapes" / "train").glob("*.tar"))
+    shutil.rmtree(folder, ignore_errors=True)
+    samples = (render(number, 0, captioned=True) for number in range(4000))
+    paths = write_shards(samples, folder / "shards", per_shard=100)
+    server, client = start_server(folder)
     for path in paths:
         client.upload_file(str(path), "shapes", path.name)
-    for name, patterns in (
-        ("first", "{00000..00002}"),
-        ("last", "00003"),
-    ):  # by processes of their own: this one has the server
+    for name, patterns in (("first", "{00000..00029}"), ("last", "{00030..00039}")):
         safeclip("index", f"s3://shapes/{patterns}.tar", "--out", folder / f"{name}_s3")
-        build_index([f"{folder}/shapes/train/{patterns}.tar"], folder / f"{name}_local")
+        safeclip("index", f"{folder}/shards/{patterns}.tar", "--out", folder / f"{name}_local")
     size = sum(path.stat().st_size for path in paths)
     limit = 0.6 * size
-    started = time.monotonic()
-    train(folder, "local")
-    local = time.monotonic() - started
+    local, _ = train(folder, "local")
     killed = kill_once(folder, limit)
-    started = time.monotonic()
-    most = train(folder, "s3", limit, watch=folder / "cache")
-    seconds = time.monotonic() - started
-    runs = [weights(folder / name) for name in ("local", "s3")]
-    assert runs[0] == runs[1], "the weights differ"
-    server.stop()
-    started = time.monotonic()
-    line = lost(folder, limit)
+    seconds, most = train(folder, "s3", limit, watch=folder / "cache")
+    assert weights(folder / "local") == weights(folder / "s3"), "the weights differ"
+    assert most <= limit, "the cache was above its limit"
+    gone, line = lose(folder, limit, server)
     figures = {
         "same_weights": True,
         "killed_after_step": killed,
         "shards_mb": round(size / 1e6, 1),
         "cache_limit_mb": round(limit / 1e6, 1),
         "cache_most_mb": round(most / 1e6, 1),
-        "seconds_local": round(local, 1),
-        "seconds_s3_after_the_kill": round(seconds, 1),
-        "lost_server_s": round(time.monotonic() - started, 1),
+        "seconds_local": local,
+        "seconds_s3_after_the_kill": seconds,
+        "lost_server_s": gone,
         "lost_server": line,
     }
     print(json.dumps(figures))
+
+
+def start_server(folder):
+    """(process of moto's server, boto3 client with a bucket `shapes`); the environment then leads there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open(folder / "server.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log)
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "OMP_NUM_THREADS": "1",
+    }
+    client = boto3.client("s3")  # tries again while the server starts
+    client.create_bucket(Bucket="shapes")
+    return server, client
 
 
 def command(folder, name, limit=None):
@@ -100,7 +99,8 @@ def command(folder, name, limit=None):
         'data.index=""',
         f"data.sources={sources}",
         "data.workers=1",
-        "data.window=256",
+        "data.window=128",
+        "data.streams=4",
         "preset=default",
     ]
     words += ["train.epochs=3", "train.batch_size=128", "evaluation.test=null", "run.save_steps=10"]
@@ -110,13 +110,13 @@ def command(folder, name, limit=None):
 
 
 def train(folder, name, limit=None, watch=None):
-    """Train to the end; the most bytes that were in the folder `watch`."""
-    running, most = subprocess.Popen(command(folder, name, limit), cwd=ROOT), 0
+    """Train to the end; (seconds, the most bytes that were in the folder `watch`)."""
+    started, running, most = time.monotonic(), subprocess.Popen(command(folder, name, limit), cwd=ROOT), 0
     while running.poll() is None:
         most = max(most, occupied(watch))
         time.sleep(0.05)
     assert running.returncode == 0
-    return most
+    return round(time.monotonic() - started, 1), most
 
 
 def occupied(folder):
@@ -140,14 +140,20 @@ def kill_once(folder, limit):
     return int(sorted((folder / "s3" / "checkpoints").glob("*/COMPLETE"))[-1].parent.name[5:])
 
 
-def lost(folder, limit):
-    """The line with which a run ends whose server is gone from the start, but for the check of sizes."""
-    shutil.rmtree(folder / "cache")
+def lose(folder, limit, server):
+    """Kill the server in mid-training; (seconds until the run has ended, the line with which it does)."""
     words = command(folder, "lost", limit) + ["data.remote_timeout=5"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode, "it ended well"
-    (line,) = {line for line in done.stderr.splitlines() if line.startswith("safeclip: ")}
-    return line
+    running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list((folder / "lost" / "checkpoints").glob("step_0000001?/COMPLETE")):
+        assert running.poll() is None
+        time.sleep(0.1)
+    server.kill()
+    started = time.monotonic()
+    said = running.communicate(timeout=120)[1]
+    seconds = round(time.monotonic() - started, 1)
+    assert running.returncode, "it ended well"
+    line, *_ = [line for line in said.splitlines() if line.startswith("safeclip: ")]
+    return seconds, line
 
 
 def weights(run):
