@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ class Shard:
     table: str
     text: str = "txt"
 
-    @property
+    @cached_property
     def remote(self):
         """Whether it lies behind a URL."""
         return remote.is_remote(self.path)

@@ -13,6 +13,7 @@ from shards.errors import Unreachable, UserError
 
 TIMEOUT = 120.0  # seconds
 CHUNK = 8 << 20  # bytes of one request
+MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "generation", "LastModified", "last_modified", "mtime")
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between tries, doubled each time
 
 
@@ -31,9 +32,7 @@ def about(url, timeout=TIMEOUT):
         return system.info(path)
 
     info = persist(url, ask, timeout)
-    marks = (
-        info.get(name) for name in ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime")
-    )
+    marks = (info.get(name) for name in MARKS)
     return info.get("size"), next((str(mark) for mark in marks if mark), None)
 
 
@@ -127,10 +126,13 @@ def open_at(url, offset, ranges):
 
 def connect(url):
     """(fsspec file system, path in it). Raises UserError for a URL that nothing here can open."""
-    import fsspec  # takes a while, and local shards need none
+    import aiohttp  # they take a while, and local shards need none
+    import fsspec
 
+    # aiohttp would end every transfer after five minutes; how long to wait is decided here.
+    options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None)}} if url.startswith("http") else {}
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"shard {url}: cannot be opened ({error}); install what is named there, or mend the URL"

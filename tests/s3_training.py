@@ -30,15 +30,15 @@ def main():
     folder = Path(options.parse_args().dir).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     samples = (render(number, 0, captioned=True) for number in range(4000))
-    paths = write_shards(samples, folder / "shards", per_shard=100)
+    paths = write_shards(samples, folder / "shards", per_shard=40)
     server, client = start_server(folder)
     for path in paths:
         client.upload_file(str(path), "shapes", path.name)
-    for name, patterns in (("first", "{00000..00029}"), ("last", "{00030..00039}")):
+    for name, patterns in (("first", "{00000..00074}"), ("last", "{00075..00099}")):
         safeclip("index", f"s3://shapes/{patterns}.tar", "--out", folder / f"{name}_s3")
         safeclip("index", f"{folder}/shards/{patterns}.tar", "--out", folder / f"{name}_local")
     size = sum(path.stat().st_size for path in paths)
-    limit = 0.6 * size
+    limit = 0.5 * size
     local, _ = train(folder, "local")
     killed = kill_once(folder, limit)
     seconds, most = train(folder, "s3", limit, watch=folder / "cache")
