@@ -60,7 +60,7 @@ def refuse_pipe(path, allow_pipe):
 
 
 class RemoteFile:
-    """Reads on, once, whatever happens in between. `heard`: time.monotonic() of the last sign of life, from which the timeout counts."""
+    """Reads on, once, whatever happens in between. `heard`: time.monotonic() from which the first bytes are waited for (None: the read)."""
 
     def __init__(self, url, size, timeout, offset=0, heard=None):
         self.url, self.size, self.timeout, self.at = url, size, timeout, offset
@@ -81,7 +81,7 @@ class RemoteFile:
             return False
         chunk = CHUNK if self.size is not None else min(CHUNK, max(least, 1 << 16))
         self.file, data = persist(self.url, lambda: self.get(chunk), self.timeout, self.heard, self.drop)
-        self.heard, self.at, self.rest = time.monotonic(), self.at + len(data), memoryview(data)
+        self.heard, self.at, self.rest = None, self.at + len(data), memoryview(data)
         return bool(data)
 
     def get(self, chunk):
