@@ -74,9 +74,13 @@ class Cache:
                 self.fetch(descriptor, shard, heard)
                 with self.turn():
                     os.replace(part, whole)
-            except BaseException:
+            except BaseException as error:
                 part.unlink(missing_ok=True)
                 os.close(descriptor)
+                if isinstance(error, OSError):  # of this disk: what the server does wrong is another error
+                    raise UserError(
+                        f"data.cache: {self.folder}: {error.strerror}; free some room, lower data.cache_gb, or name another folder"
+                    ) from None
                 raise
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             return descriptor

@@ -16,7 +16,7 @@ class Reader:
     """Reads members of an index's shards. Files are opened where they are read, so it can be sent to worker processes.
 
     Shards behind URLs are read whole, through `cache` (shards.cache.Cache); without one, each member by a request of its own,
-    which is for those who look at a few samples only.
+    which is for who reads a few samples only.
     """
 
     def __init__(self, index, cache=None):

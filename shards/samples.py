@@ -1,5 +1,7 @@
 """Samples: (shard, position) -> a picture and a caption, with the attack overlay applied while reading."""
 
+import copy
+
 from shards.decode import decode_caption, decode_image
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -22,6 +24,12 @@ class Samples:
                 f"overlay: takes pictures from {overlay.source_index}, which holds other shards than when it was made; "
                 "make it again with `safeclip attack`"
             )
+
+    def scattered(self):
+        """The same samples for who reads a few from all over: shards behind URLs are not fetched whole for them."""
+        other = copy.copy(self)
+        other.reader, other.source = Reader(self.index), self.source and self.source.scattered()
+        return other
 
     def image(self, shard, position):
         """PIL RGB picture. Raises BadSample."""

@@ -59,7 +59,7 @@ def score_canaries(engine, samples, views, batch_size, device, count, seed):
     was_training = getattr(engine, "module", engine).training
     engine.eval()
     parts = []
-    for batch in batches(CanaryBatches(samples, views, picture_C, caption_C, batch_size)):
+    for batch in batches(CanaryBatches(samples.scattered(), views, picture_C, caption_C, batch_size)):
         here = batch.to(device)
         image_BD, text_BD, _ = engine(here.images, here.tokens)
         cos_B = (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan"))

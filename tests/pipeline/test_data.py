@@ -1,12 +1,16 @@
 """The data of a config: several sources are one index, in which a sample has one place and its source's weight."""
 
+from dataclasses import replace
+
 import pytest
 
+from pipeline.cli import own_words
 from pipeline.config import Data, Selection
 from pipeline.data import describe, open_index, open_samples
 from pipeline.safety.split import save_split, split_pairs
-from shards.errors import UserError
+from shards.errors import Unreachable, UserError
 from shards.index import ShardIndex, build_index
+from shards.loader import PlainBatches, Views, batches
 from shards.masks import SavedMask
 from tests.saved_masks import cosines
 
@@ -58,3 +62,15 @@ def test_a_command_in_somebody_elses_index_is_not_run(folders, tmp_path):
         open_index(Data(index=str(tmp_path / "pipe")))
     data = Data(index=str(tmp_path / "pipe"), allow_pipe=True, cache=str(tmp_path / "cache"))
     assert open_samples(data, open_index(data)).caption(0, 1) == "caption 1 of shard 0"
+
+
+def test_a_server_lost_in_a_reading_process_is_one_line(folders, tmp_path):
+    a, _, paths = folders
+    data = Data(index=a, cache=str(tmp_path / "cache"), remote_timeout=0.5)
+    index = open_index(data)
+    index.shards = [replace(shard, path="http://127.0.0.1:1/a.tar") for shard in index.shards]
+    dataset = PlainBatches(open_samples(data, index), [(0, 0, 2)], Views(16, None, None, None, 0.0, 0.0))
+    with pytest.raises(Unreachable) as error:
+        next(batches(dataset, workers=1))
+    assert own_words(error.value).startswith("shard http://127.0.0.1:1/a.tar: nothing came for 0.5 s")
+    assert "\n" not in own_words(error.value)

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from dataclasses import replace
@@ -142,6 +143,22 @@ def test_a_folder_that_is_no_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.cache: .*/file"):
         Cache(tmp_path / "file", 1)
+
+
+def open_on_a_full_disk(cache, shard, results):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        cache.open(shard)
+    except UserError as error:
+        results.put(str(error))
+
+
+def test_a_disk_that_takes_no_more_is_named(shards, tmp_path):
+    with flaky(tmp_path) as (address, log):
+        results, cache = processes.Queue(), Cache(tmp_path / "cache", 10**9)
+        processes.Process(target=open_on_a_full_disk, args=(cache, shards(address)[0], results)).start()
+        assert "lower data.cache_gb" in results.get(timeout=30)
+    assert not occupied(cache.folder)[1]
 
 
 class Order:
