@@ -13,6 +13,7 @@ safeclip mask show|export|diff|replay|apply MASK          a saved mask, RUN/mask
 
 import argparse
 import errno
+import multiprocessing
 import os
 import sys
 from collections import Counter
@@ -307,6 +308,9 @@ def main(argv=None):
             raise
         print(f"safeclip: {error.filename or 'disk'}: no space left; free some and start again", file=sys.stderr)
         sys.exit(2)
+    finally:
+        for child in multiprocessing.active_children():  # a reading process ignores SIGTERM, and would be waited for
+            child.kill()
 
 
 if __name__ == "__main__":

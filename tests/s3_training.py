@@ -142,8 +142,7 @@ def kill_once(folder, limit):
 
 def lose(folder, limit, server):
     """Kill the server in mid-training; (seconds until the run has ended, the line with which it does)."""
-    words = command(folder, "lost", limit) + ["data.remote_timeout=5"]
-    running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command(folder, "lost", limit), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not list((folder / "lost" / "checkpoints").glob("step_0000001?/COMPLETE")):
         assert running.poll() is None
         time.sleep(0.1)
