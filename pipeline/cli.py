@@ -15,6 +15,7 @@ import argparse
 import errno
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter
 
@@ -309,7 +310,9 @@ def main(argv=None):
         print(f"safeclip: {error.filename or 'disk'}: no space left; free some and start again", file=sys.stderr)
         sys.exit(2)
     finally:
-        for child in multiprocessing.active_children():  # a reading process ignores SIGTERM, and would be waited for
+        # A reading process ignores SIGTERM, and would be waited for; torch's handler would call its end an error.
+        for child in multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             child.kill()
 
 

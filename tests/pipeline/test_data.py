@@ -1,6 +1,9 @@
 """The data of a config: several sources are one index, in which a sample has one place and its source's weight."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +77,26 @@ def test_a_server_lost_in_a_reading_process_is_one_line(folders, tmp_path):
         next(batches(dataset, workers=1))
     assert own_words(error.value).startswith("shard http://127.0.0.1:1/a.tar: nothing came for 0.5 s")
     assert "\n" not in own_words(error.value)
+
+
+FAILS_WHILE_IT_READS = """
+from pipeline import cli
+from pipeline.training.signals import ignore_in_worker
+from shards.errors import UserError
+from shards.loader import batches
+
+reading = batches(range(100), workers=1, in_worker=ignore_in_worker)
+
+def index(args):
+    next(reading)
+    raise UserError("wrong")
+
+cli.index = index
+cli.main(["index", "x", "--out", "y"])
+"""
+
+
+def test_a_command_that_fails_while_it_reads_ends(tmp_path):
+    words = [sys.executable, "-c", FAILS_WHILE_IT_READS]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stderr) == (2, "safeclip: wrong\n")
