@@ -1,6 +1,7 @@
 """safeclip: pre-training CLIP on image-caption pairs that nobody can trust.
 
 safeclip data shapes OUT                                  demo shards
+safeclip shards from-csv|from-folder FILE --out DIR       shards of pictures and captions
 safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
 safeclip attack configs/attack.yaml                       an attack manifest
 safeclip doctor CONFIG run.dir=RUN                        what would go wrong with a run
@@ -12,11 +13,14 @@ safeclip mask show|export|diff|replay|apply MASK          a saved mask, RUN/mask
 
 import argparse
 import errno
+import multiprocessing
 import os
+import signal
 import sys
+from collections import Counter
 
 # Heavy packages are imported in the commands that use them: `safeclip --help` answers at once.
-from shards.errors import RunFailed, UserError
+from shards.errors import RunFailed, Unreachable, UserError
 
 
 def data(args):
@@ -36,8 +40,24 @@ def data(args):
 def index(args):
     from shards.index import build_index
 
-    built = build_index(args.shards, args.out, text=args.text)
+    built = build_index(
+        args.shards, args.out, args.text, args.workers, args.report, args.remote_timeout, args.allow_pipe
+    )
     print(f"{args.out}: {built.samples:,} samples in {len(built.shards)} shards, fingerprint {built.fingerprint}")
+    for reason, count in Counter(finding.kind for finding in built.findings).most_common():
+        print(f"  {count:,} x {reason}" + ("" if args.report else " (--report FILE lists them)"))
+
+
+def shards_csv(args):
+    from shards.ingest import from_csv
+
+    print(from_csv(args.file, args.out, args.root, args.path, args.caption, args.separator, args.per_shard))
+
+
+def shards_folder(args):
+    from shards.ingest import from_folder
+
+    print(from_folder(args.folder, args.out, args.classes, args.per_shard))
 
 
 def attack(args):
@@ -79,14 +99,13 @@ def train_until(stop, args):
     from pipeline.config import load_config
 
     config = load_config(args.config, args.overrides)
+    from pipeline.data import open_index, open_overlay
     from pipeline.evaluation.evaluators import ZeroShot
     from pipeline.training.run import train as train_run
-    from shards.index import ShardIndex
-    from shards.overlay import Overlay
 
     evaluators = {}
     if config.evaluation.test:
-        overlay = Overlay.load(config.data.overlay, ShardIndex.load(config.data.index)) if config.data.overlay else None
+        overlay = open_overlay(config.data, open_index(config.data))
         evaluators["eval"] = ZeroShot(config.evaluation, overlay)
     train_run(config, evaluators, stop)
 
@@ -164,8 +183,8 @@ def parser():
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(run, text, under=commands):
-        sub = under.add_parser(run.__name__.rpartition("_")[2], help=text, description=text)
+    def command(run, text, under=commands, name=None):
+        sub = under.add_parser(name or run.__name__.rpartition("_")[2], help=text, description=text)
         sub.set_defaults(run_command=run)
         return sub
 
@@ -177,7 +196,35 @@ def parser():
     sub = command(index, "index shards: what each holds, and where")
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")
     sub.add_argument("--out", required=True, help="folder for the index")
-    sub.add_argument("--text", default="txt", help="member that is the sample's text: txt (default), or cls for labels")
+    sub.add_argument(
+        "--text", default="txt", help="what is a sample's text: member txt (default), cls (labels), or json:FIELD"
+    )
+    sub.add_argument(
+        "--report", metavar="FILE", help="index what is intact, and list all damage and loss as JSON lines"
+    )
+    sub.add_argument("--workers", type=int, help="processes (default: one a core)")
+    sub.add_argument("--remote-timeout", type=float, default=120.0, help="seconds to wait for a server (default 120)")
+    sub.add_argument("--allow-pipe", action="store_true", help="run the commands of shards named pipe:COMMAND")
+    text = "make shards of a list or a folder of pictures; a bad row is listed beside its shard, and the rest is kept"
+    makers = commands.add_parser("shards", help=text, description=text)
+    makers = makers.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
+    sub = command(
+        shards_csv, "CSV or TSV of paths and captions, as published for SafeCLIP and open_clip", makers, "from-csv"
+    )
+    sub.add_argument("file", metavar="FILE")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--root", help="folder that paths are relative to (default: that of FILE)")
+    sub.add_argument("--path", metavar="COLUMN", help="default: path, filepath or image")
+    sub.add_argument("--caption", metavar="COLUMN", help="default: caption or title")
+    sub.add_argument("--separator", help="default: a TAB if the header has one, else a comma")
+    sub.add_argument("--per-shard", type=int, default=10_000)
+    sub = command(shards_folder, "pictures with KEY.txt beside, or a folder a class", makers, "from-folder")
+    sub.add_argument("folder", metavar="FOLDER")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument(
+        "--classes", action="store_true", help="the name of a picture's folder is its class, and its caption"
+    )
+    sub.add_argument("--per-shard", type=int, default=10_000)
     sub = command(attack, "write an attack manifest (overlay) for indexed shards")
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
@@ -239,14 +286,20 @@ def parser():
     return top
 
 
+def own_words(error):
+    """The message of an error; torch puts the traceback of a reading process around it."""
+    return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+
+
 def main(argv=None):
     """Run one command. Exit codes: 0 done, 2 the user's mistake (one line on stderr), 75 asked to stop, 1 anything else."""
     args = parser().parse_args(argv)
     try:
         args.run_command(args)
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"safeclip: {error}", file=sys.stderr)
+        # What all ranks find one of them says; but a server may be lost to one host alone.
+        if isinstance(error, Unreachable) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"safeclip: {own_words(error)}", file=sys.stderr)
         sys.exit(2)
     except RunFailed as error:
         print(f"safeclip: {error}", file=sys.stderr)
@@ -256,6 +309,11 @@ def main(argv=None):
             raise
         print(f"safeclip: {error.filename or 'disk'}: no space left; free some and start again", file=sys.stderr)
         sys.exit(2)
+    finally:
+        # A reading process ignores SIGTERM, and would be waited for; torch's handler would call its end an error.
+        for child in multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            child.kill()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,16 @@ class Run:
 class Data:
     index: str = ""
     """Folder written by `safeclip index`."""
+    sources: dict | None = None
+    """Or several: {NAME: {index: FOLDER, weight: 2}, ...}. A weight of 2: each of its samples is seen twice an epoch. Default 1."""
+    cache: str | None = None
+    """Folder for copies of shards from behind URLs, on a disk of the host's own; null: one in the folder for temporary files."""
+    cache_gb: float = 100.0
+    """Its size in GB (1e9 bytes)."""
+    remote_timeout: float = 120.0
+    """Seconds after which a server of which nothing comes is an error; until then it is tried again and again."""
+    allow_pipe: bool = False
+    """Run the shell commands of shards that are named `pipe:COMMAND`."""
     overlay: str | None = None
     """Folder written by `safeclip attack`: poison applied while reading, or null."""
     workers: int = 2
@@ -171,7 +181,11 @@ def learnt(values):
         if isinstance(part, dict)
         for key, value in part.items()
     }
-    others = ("wandb.", "evaluation.", "run.", "data.workers", "data.index")  # the data have a fingerprint of their own
+    sources = flat.pop("data.sources", None)
+    if sources:
+        flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
+    others = ("wandb.", "evaluation.", "run.", "data.workers")
+    others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 
 
@@ -323,8 +337,12 @@ def check(config):
     for key in SHARES:
         if value(key) is not None and not 0 <= value(key) <= 1:
             raise UserError(f"{key}: got {value(key)}, expected a share from 0 to 1")
-    if not config.data.index:
+    if not config.data.index and not config.data.sources:
         raise UserError("data.index: missing; make one with `safeclip index SHARDS... --out DIR` and name DIR")
+    check_sources(config.data)
+    for key in ("data.cache_gb", "data.remote_timeout"):
+        if not value(key) > 0:
+            raise UserError(f"{key}: got {value(key)}, expected more than 0")
     if (config.model.name is None) == (config.model.config is None):
         raise UserError("model: expected either model.name (an open_clip architecture) or model.config, and not both")
     if config.train.batch_size % config.data.streams:
@@ -332,3 +350,24 @@ def check(config):
             f"data.streams: got {config.data.streams}, which does not divide train.batch_size "
             f"{config.train.batch_size}; take a divisor of it"
         )
+
+
+def check_sources(data):
+    """Raise UserError unless data.sources is None or {name: {"index": folder, "weight": int}}; a weight of 1 is filled in."""
+    if data.sources and data.index:
+        raise UserError(
+            "data: expected either data.index or data.sources, and not both; make the index one of the sources"
+        )
+    for name, source in (data.sources or {}).items():
+        where = f"data.sources.{name}"
+        if (
+            not isinstance(source, dict)
+            or not isinstance(source.get("index"), str)
+            or set(source) - {"index", "weight"}
+        ):
+            raise UserError(f"{where}: got {source!r}, expected {{index: FOLDER, weight: 1}}")
+        weight = source.setdefault("weight", 1)
+        if type(weight) is not int or weight < 1:
+            raise UserError(
+                f"{where}.weight: got {weight!r}, expected a whole number of 1 or more: how often a sample is seen in an epoch"
+            )

@@ -17,16 +17,16 @@ import torch
 import torch.distributed as dist
 
 from pipeline import comm
+from pipeline.data import describe, open_cache, open_index, open_overlay
 from pipeline.evaluation.evaluators import ZeroShot
 from pipeline.safety.split import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.model import build_model, open_clip_config
 from pipeline.training.start import inspect, steps_per_epoch
+from shards import tar
 from shards.errors import BadSample, UserError
-from shards.index import ShardIndex
-from shards.masks import fingerprint
-from shards.overlay import Overlay
+from shards.remote import open_shard
 from shards.samples import Samples
 
 SPREAD = 32  # shards of which one sample is decoded
@@ -47,7 +47,7 @@ def examine(config, ranks=None, content=False):
     found = everywhere(lambda: check_shards(config, content))
     if any(level == "fatal" for level, *_ in found):
         return found + check_network()
-    index = ShardIndex.load(config.data.index)
+    index = open_index(config.data)
     found += comm.on_main(lambda: check_config(config, index, ranks))
     found += comm.on_main(lambda: check_run_dir(config, index, ranks))
     found += check_shared(config)
@@ -72,17 +72,14 @@ def everywhere(check):
 def check_shards(config, content=False):
     """The shards are there as they were indexed, and samples of them can be read. On one rank of each host."""
     try:
-        index = ShardIndex.load(config.data.index)
-        index.verify()
-        overlay = Overlay.load(config.data.overlay, index) if config.data.overlay else None
-        samples = Samples(index, overlay)
+        index = open_index(config.data)
+        index.verify(config.data.remote_timeout)
+        samples = Samples(index, open_overlay(config.data, index))  # without a cache: single samples, not whole shards
     except UserError as error:
         return [("fatal", "data", str(error))]
-    found = [
-        ("ok", "data", f"{index.samples:,} pairs in {len(index.shards):,} shards, fingerprint {index.fingerprint}")
-    ]
+    found = [("ok", "data", f"{describe(index)}, fingerprint {index.fingerprint}")] + check_cache(config, index)
     if content:
-        changed = changed_shards(index)
+        changed = changed_shards(index, config.data)
         if changed:
             found.append(
                 (
@@ -93,8 +90,8 @@ def check_shards(config, content=False):
             )
         else:
             found.append(("ok", "data", "every shard holds what was indexed, byte for byte"))
-    filled = [shard for shard, count in enumerate(index.counts) if count]
-    tried = filled[:: -(-len(filled) // SPREAD)]
+    filled = [s for s, count in enumerate(index.counts) if count and not index.shards[s].path.startswith("pipe:")]
+    tried = filled[:: -(-len(filled) // SPREAD) or 1]
     bad = []
     for shard in tried:
         position = int(index.counts[shard]) // 2
@@ -115,11 +112,42 @@ def check_shards(config, content=False):
     return found
 
 
-def changed_shards(index):
+def changed_shards(index, data):
     """Paths of the shards whose bytes are not those that were indexed."""
+
+    def content(shard):
+        with open_shard(shard.path, shard.size, data.remote_timeout, data.allow_pipe) as file:
+            stream = tar.Stream(file)
+            stream.skip_to(float("inf"))
+            return stream.fingerprint()
+
     with ThreadPoolExecutor(8) as pool:
-        digests = pool.map(lambda shard: fingerprint(shard.path), index.shards)
-        return [shard.path for shard, found in zip(index.shards, digests) if found != shard.fingerprint]
+        return [s.path for s, found in zip(index.shards, pool.map(content, index.shards)) if found != s.fingerprint]
+
+
+def check_cache(config, index):
+    """Whether the cache of shards from behind URLs can hold what a batch is drawn from, and its disk can hold the cache."""
+    sizes = [shard.size for shard in index.shards if shard.remote]
+    if not sizes:
+        return []
+    try:
+        cache = open_cache(config.data)
+    except UserError as error:
+        return [("fatal", "data", str(error))]
+    # Each stream is inside one window at a time, and reads of the next are fetched ahead of it.
+    mean = sum(sizes) / len(sizes)
+    windows = config.data.streams * (config.data.window / (index.samples / len(index.shards)) + 1) * mean
+    needed = min(2 * windows, sum(sizes))
+    free = shutil.disk_usage(cache.folder).free + sum(path.stat().st_size for path in cache.folder.glob("*.tar"))
+    text = (
+        f"{len(sizes):,} shards of {human(sum(sizes))} lie behind URLs; up to {human(cache.limit)} of them in {cache.folder}, where "
+        f"{human(free)} are free; a batch and the next are drawn from about {human(needed)}"
+    )
+    if cache.limit < needed:
+        return [("warning", "data", f"{text}; raise data.cache_gb, or shards are fetched again and again")]
+    if free < min(cache.limit, sum(sizes)):
+        return [("fatal", "data", f"{text}; lower data.cache_gb, or name another disk with data.cache")]
+    return [("ok", "data", text)]
 
 
 def check_config(config, index, ranks):

@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class Unreachable(UserError):
+    """A server of which nothing came for as long as was to be waited."""
+
+
 class BadSample(Exception):
     """One sample that cannot be used. It stays in its batch as an invalid row and goes into the ledger with this reason."""
 

@@ -1,38 +1,48 @@
 """The index: what each shard holds, and where, so that any sample can be read without its neighbours.
 
-A sample IS (shard, position in shard); its row over all shards is offsets[shard] + position. On disk: DIR/tables/00000.parquet
-for each shard (key, and byte offset and size of picture and text), and DIR/index.json, written last.
+A sample IS (shard, position in shard); its row over all shards is offsets[shard] + position. On disk: DIR/tables/*.parquet, one
+for each shard (key, and byte offset and size of picture and text; shards/scan.py), and DIR/index.json, written last.
 """
 
 import hashlib
 import json
-from concurrent.futures import ProcessPoolExecutor
+import os
+import re
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
-from shards import tar
+from shards import remote
 from shards.errors import UserError
+from shards.scan import LACKS, scan_shard
 from shards.storage import write_bytes, write_json
 
-VERSION = 1
-PICTURES = ("jpg", "jpeg", "png", "webp")
-MISSING = -1  # size of a member that the sample does not have
+VERSION = 2
+REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: absolute path, bytes, samples, and the BLAKE2b-128 of its content in hex."""
+    """One tar: absolute path or URL, bytes, samples, BLAKE2b-128 of its content in hex, its table's file, and what is its text."""
 
     path: str
     size: int
     samples: int
     fingerprint: str
+    table: str
+    text: str = "txt"
+
+    @cached_property
+    def remote(self):
+        """Whether it lies behind a URL."""
+        return remote.is_remote(self.path)
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,24 @@ class ShardTable:
 
 
 class ShardIndex:
-    """Loaded index. shards: list of Shard; counts: int64 (S,); offsets: int64 (S + 1,); samples: int; fingerprint: str."""
+    """Loaded index. shards: list of Shard; counts: int64 (S,); offsets: int64 (S + 1,); samples: int; fingerprint: str.
 
-    def __init__(self, folder, text, shards):
-        self.folder, self.text, self.shards = Path(folder), text, shards
+    repeats: int64 (S,), how often each sample of the shard is seen in an epoch; views: samples of an epoch, repeats counted.
+    findings: list of scan.Finding, where the index was just built.
+    """
+
+    findings = ()
+
+    def __init__(self, shards, repeats=None):
+        self.shards = shards
         self.counts = np.array([shard.samples for shard in shards], np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.counts)])
         self.samples = int(self.offsets[-1])
-        self.fingerprint = hashlib.blake2b("".join(s.fingerprint for s in shards).encode(), digest_size=16).hexdigest()
+        self.repeats = np.ones(len(shards), np.int64) if repeats is None else np.asarray(repeats, np.int64)
+        self.views = int((self.counts * self.repeats).sum())
+        # The bytes say it all, but for the field of a .json that is taken for the caption.
+        names = (s.fingerprint + (s.text if s.text.startswith("json:") else "") for s in shards)
+        self.fingerprint = hashlib.blake2b("".join(names).encode(), digest_size=16).hexdigest()
 
     @classmethod
     def load(cls, folder):
@@ -62,10 +82,14 @@ class ShardIndex:
         path = Path(folder) / "index.json"
         try:
             found = json.loads(path.read_text())
-            if found["version"] != VERSION:
+            if found["version"] not in (1, VERSION):
                 raise UserError(f"index {path}: version {found['version']}, expected {VERSION}; index the shards again")
-            return cls(folder, found["text"], [Shard(**shard) for shard in found["shards"]])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            shards = []
+            for number, entry in enumerate(found["shards"]):
+                name = entry.pop("table", f"{number:05d}.parquet")  # version 1 numbered the tables
+                shards.append(Shard(**entry, table=str(path.absolute().parent / "tables" / name), text=found["text"]))
+            return cls(shards)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"index {path}: cannot be read ({error}); make it with `safeclip index SHARDS... --out {folder}`"
             ) from None
@@ -75,103 +99,115 @@ class ShardIndex:
         shard = np.searchsorted(self.offsets, row, "right") - 1
         return shard, row - self.offsets[shard]
 
+    @classmethod
+    def merged(cls, sources):
+        """One index of several: `sources` is {name: (folder, repeats)}, in order. Raises UserError where two name the same shard."""
+        shards, repeats, owner = [], [], {}
+        for name, (folder, times) in sources.items():
+            for shard in cls.load(folder).shards:
+                if shard.path in owner:
+                    raise UserError(
+                        f"data.sources.{name}: shard {shard.path} is in source {owner[shard.path]} too; name each shard once, and "
+                        "give its source a weight"
+                    )
+                owner[shard.path] = name
+                shards.append(shard)
+                repeats.append(times)
+        return cls(shards, repeats)
+
     def table(self, shard):
         """ShardTable of shard number `shard`; the last few are kept in memory."""
-        return read_table(self.folder, shard)
+        return read_table(self.shards[shard].table)
 
-    def verify(self):
-        """Raise UserError if a shard is missing or is not the size that was indexed."""
+    def verify(self, timeout=remote.TIMEOUT):
+        """Raise UserError if a shard is missing or is not the size that was indexed; behind URLs some are tried, from all over the index."""
+        local = [shard for shard in self.shards if not shard.remote]
+        far = [shard for shard in self.shards if shard.remote and not shard.path.startswith("pipe:")]
+        tried = far[:: -(-len(far) // REMOTE_TRIED) or 1]
+        with ThreadPoolExecutor(8) as pool:
+            sizes = list(pool.map(lambda shard: remote.about(shard.path, timeout)[0], tried))
         wrong = []
-        for shard in self.shards:
-            path = Path(shard.path)
-            if not path.exists():
-                wrong.append(f"shard {path}: missing")
-            elif path.stat().st_size != shard.size:
-                wrong.append(f"shard {path}: {path.stat().st_size} bytes, but {shard.size} were indexed")
+        for shard, size in [(shard, local_size(shard.path)) for shard in local] + list(zip(tried, sizes)):
+            if size is None:
+                wrong.append(f"shard {shard.path}: missing")
+            elif size != shard.size:
+                wrong.append(f"shard {shard.path}: {size} bytes, but {shard.size} were indexed")
         if wrong:
             more = f" (and {len(wrong) - 1} more such shards)" if len(wrong) > 1 else ""
             raise UserError(f"{wrong[0]}{more}; bring it back, or index the shards again")
 
 
+def local_size(path):
+    """Bytes of a file, or None where there is none."""
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return None
+
+
 @lru_cache(maxsize=64)
-def read_table(folder, shard):
-    columns = pq.read_table(folder / "tables" / f"{shard:05d}.parquet")
+def read_table(path):
+    columns = pq.read_table(path)
     return ShardTable(
         columns["key"].to_pylist(),
         *(columns[name].to_numpy() for name in ("image_offset", "image_size", "text_offset", "text_size")),
     )
 
 
-def build_index(paths, out, text="txt", workers=None):
-    """Index local tars (`paths`: list of str, brace-expanded) into the folder `out`; returns the ShardIndex.
+def build_index(paths, out, text="txt", workers=None, report=None, timeout=remote.TIMEOUT, allow_pipe=False):
+    """Index tars (`paths`: list of str, brace-expanded; local ones or URLs) into the folder `out`; returns the ShardIndex.
 
-    `text` is the extension of the member that is a sample's text ("txt" for captions, "cls" for labels). One pass over each
-    shard, shards in parallel. A sample without picture or text keeps its position. Raises UserError naming the shard.
+    `text` is what a sample's text is: the extension of a member ("txt" for captions, "cls" for labels), or "json:FIELD", a
+    field of its .json member. One pass over each shard, shards in parallel; a shard that `out` holds already and that has not
+    changed is not read again (scan.scan_shard). A sample without picture or text keeps its position.
+    Raises UserError naming the first damaged shard; with `report`, a file, all that was found is listed there and what is intact
+    is indexed.
     """
-    expanded = [path for pattern in paths for path in braceexpand(str(pattern))]
-    for path in expanded:
-        if path.startswith("pipe:") or "://" in path:
-            raise UserError(f"shard {path}: only local paths can be indexed; copy or mount the shards first")
-    absolute = [str(Path(path).absolute()) for path in expanded]
-    twice = next((path for i, path in enumerate(absolute) if path in set(absolute[:i])), None)
+    if not re.fullmatch("[a-z0-9]+|json:.+", text):
+        raise UserError(f"--text: got {text!r}, expected a member's extension in lower case (txt, cls) or json:FIELD")
+    out, shards, findings = Path(out), [], []
+    urls = expand(paths)
+    scan = partial(scan_shard, text=text, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
+    workers = min(workers or os.cpu_count(), len(urls))
+    with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
+        for entry, found in pool.map(scan, urls):
+            shards.append(Shard(**entry, text=text))
+            findings += found
+            if sys.stderr.isatty():
+                end = "\n" if len(shards) == len(urls) else ""
+                print(f"\r{len(shards):,} of {len(urls):,} shards indexed", end=end, file=sys.stderr, flush=True)
+    if report:
+        write_bytes(report, "".join(json.dumps(asdict(finding)) + "\n" for finding in findings).encode())
+    damage = [finding for finding in findings if finding.damage]
+    if damage and not report:
+        others = f" (and {len(damage) - 1} more of the kind)" if len(damage) > 1 else ""
+        raise UserError(
+            f"shard {damage[0].shard}: {damage[0].reason}, at byte {damage[0].byte}{others}; fetch or write it again, leave it out, "
+            "or let --report FILE list all damage and index what is intact"
+        )
+    lacking = {(finding.shard, finding.position) for finding in findings if finding.reason in LACKS}
+    if sum(shard.samples for shard in shards) == len(lacking):
+        member = "json" if text.startswith("json:") else text
+        raise UserError(
+            f"shards {' '.join(map(str, paths))}: no samples in them that have both, a picture and a text; expected members "
+            f"KEY.jpg (or jpeg, png, webp) and KEY.{member}, the key without a dot"
+        )
+    entries = [{key: value for key, value in asdict(shard).items() if key != "text"} for shard in shards]
+    write_json(out / "index.json", {"version": VERSION, "text": text, "shards": entries})
+    used = {shard.table for shard in shards}
+    for path in (out / "tables").glob("*.parquet"):
+        if path.name not in used:  # of a shard that has changed, or is not named any more
+            path.unlink()
+    index = ShardIndex.load(out)
+    index.findings = findings
+    return index
+
+
+def expand(patterns):
+    """The absolute paths and URLs that brace-expanded `patterns` name. Raises UserError for one that is named twice."""
+    named = [path for pattern in patterns for path in braceexpand(str(pattern))]
+    urls = [path if remote.is_remote(path) else os.path.abspath(path) for path in named]
+    twice = next((url for url, times in Counter(urls).items() if times > 1), None)
     if twice:
         raise UserError(f"shard {twice}: named twice; name each shard once")
-    missing = next((path for path in absolute if not Path(path).is_file()), None)
-    if missing:
-        raise UserError(f"shard {missing}: missing; check the path (braces are expanded, wildcards are your shell's)")
-    out = Path(out)
-    jobs = [(path, text, str(out / "tables" / f"{number:05d}.parquet")) for number, path in enumerate(absolute)]
-    if len(jobs) == 1:
-        shards = [index_shard(*jobs[0])]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            shards = list(pool.map(index_shard, *zip(*jobs))) if jobs else []
-    if not sum(shard.samples for shard in shards):
-        raise UserError(
-            f"shards {' '.join(map(str, paths))}: no samples in them; expected members KEY.jpg (or jpeg, png, webp) and KEY.{text}"
-        )
-    write_json(out / "index.json", {"version": VERSION, "text": text, "shards": [asdict(shard) for shard in shards]})
-    return ShardIndex(out, text, shards)
-
-
-def index_shard(path, text, table_path):
-    """Read one tar, write its table, return its Shard. Raises UserError."""
-    size, digest = Path(path).stat().st_size, hashlib.blake2b(digest_size=16)
-    rows, done, key_now = [], set(), None
-    with open(path, "rb") as file:
-
-        def read(count):
-            data = file.read(count)
-            digest.update(data)
-            return data
-
-        for name, offset, length in tar.members(path, size, read):
-            key, extension = tar.sample_of(name)
-            if key is None:
-                continue
-            if key != key_now:
-                if key in done:
-                    raise UserError(
-                        f"shard {path}: key {key!r} comes twice, at byte {offset} again; rename one of the samples"
-                    )
-                done.add(key)
-                rows.append(
-                    {"key": key, "image_offset": 0, "image_size": MISSING, "text_offset": 0, "text_size": MISSING}
-                )
-                key_now = key
-            kind = "image" if extension in PICTURES else "text" if extension == text else None
-            if kind:
-                if rows[-1][f"{kind}_size"] != MISSING:
-                    raise UserError(
-                        f"shard {path}: sample {key!r} has two {kind} members, at byte {offset} again; expected one"
-                    )
-                rows[-1][f"{kind}_offset"], rows[-1][f"{kind}_size"] = offset, length
-    fields = [("key", pa.string())] + [
-        (f"{kind}_{part}", pa.int64()) for kind in ("image", "text") for part in ("offset", "size")
-    ]
-    for row in rows:
-        row["key"] = row["key"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), sink)
-    write_bytes(table_path, sink.getvalue().to_pybytes())
-    return Shard(path, size, len(rows), digest.hexdigest())
+    return urls

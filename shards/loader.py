@@ -54,20 +54,24 @@ class TrainBatches(Dataset):
     def __len__(self):
         return len(self.steps)
 
+    def shards(self, i):
+        """Numbers of the shards that item i reads."""
+        return np.unique(self.steps[i].plan.batch(self.steps[i].number, self.rank, self.world)[0]).tolist()
+
     def __getitem__(self, i):
         step = self.steps[i]
-        shard_B, nth_B = step.plan.batch(step.number, self.rank, self.world)
+        shard_B, nth_B, again_B = step.plan.batch(step.number, self.rank, self.world)
         position_B = step.mask.locate(step.view, shard_B, nth_B) if step.mask else nth_B
         unimodal = step.loss == "unimodal"
         augment = self.views.unimodal if unimodal else self.views.clip
         eda = self.views.eda if unimodal else self.views.clip_eda
-        # A lap is another pass over the same samples in the same epoch: other views.
+        # A lap is another pass over the same samples in the same epoch, and `again` another time in the same pass: other views.
         passes = [step.lap * 4 + view + 1 for view in range(2 if unimodal else 1)]
 
-        def read(shard, position):
+        def read(row, shard, position):
             image, caption = self.samples.image(shard, position), self.samples.caption(shard, position)
             views = []
-            for view in passes:
+            for view in (number + (int(again_B[row]) << 32) for number in passes):
                 rng = sample_rng(self.seed, self.epoch, shard, position, view)
                 picture = image_view(image, self.views.size, rng, augment)
                 views.append((picture, caption_view(caption, rng, eda) if eda else caption))
@@ -89,14 +93,17 @@ class PlainBatches(Dataset):
     def __len__(self):
         return len(self.batches)
 
+    def shards(self, i):
+        """Numbers of the shards that item i reads."""
+        return np.unique(self.samples.index.place(np.asarray(self.batches[i][0]))[0]).tolist()
+
     def __getitem__(self, i):
         row_B, caption_row_B = (np.asarray(rows, np.int64) for rows in self.batches[i])
         shard_B, position_B = self.samples.index.place(row_B)
-        caption_of = dict(zip(zip(shard_B.tolist(), position_B.tolist()), caption_row_B.tolist()))
+        caption_place_B = list(zip(*(place.tolist() for place in self.samples.index.place(caption_row_B))))
 
-        def read(shard, position):
-            image = self.samples.image(shard, position)
-            caption = self.samples.caption(*map(int, self.samples.index.place(caption_of[shard, position])))
+        def read(row, shard, position):
+            image, caption = self.samples.image(shard, position), self.samples.caption(*caption_place_B[row])
             size = self.views.size
             return [(probe_view(image, size, self.views.clip) if self.probe else plain_view(image, size), caption)]
 
@@ -111,7 +118,7 @@ def collate(samples, views, shard_B, position_B, read, count):
     valid, bad = np.zeros(rows, bool), []
     for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
         try:
-            for view, (picture, caption) in enumerate(read(shard, position)):
+            for view, (picture, caption) in enumerate(read(row, shard, position)):
                 images[view, row], captions[view][row] = picture, caption
             valid[row] = True
         except BadSample as error:

@@ -127,12 +127,24 @@ def shard_list(shards):
 
     A name is the path below the folder that all the shards have in common: it means the same wherever they are moved together.
     """
-    paths = [os.path.normpath(shard.path) for shard in shards]
+    paths = [as_path(shard.path) for shard in shards]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [
         {"name": os.path.relpath(path, common), "bytes": shard.size, "fingerprint": shard.fingerprint}
         for path, shard in zip(paths, shards)
     ]
+
+
+def as_path(url):
+    """An absolute path for a shard's path or URL: s3://bucket/a.tar is /s3/bucket/a.tar, a `pipe:` command is the tar that it names."""
+    if url.startswith("pipe:"):
+        url = next(
+            (word.strip("'\"") for word in url.split() if ".tar" in word),
+            "pipe/" + hashlib.sha256(url.encode()).hexdigest(),
+        )
+    if "://" in url:
+        url = url.partition("?")[0].replace("://", "/")
+    return os.path.normpath(os.path.join("/", url))
 
 
 class SavedMask:
@@ -169,10 +181,7 @@ class SavedMask:
     def find(self, url):
         """Number of the shard that a path or URL names: the longest tail that is a shard's name, or its base name if no other
         shard has it. Raises UserError."""
-        path = url
-        if url.startswith("pipe:"):
-            path = next((word.strip("'\"") for word in url.split() if ".tar" in word), url)
-        parts = PurePosixPath(path.partition("?")[0] if "://" in path else path).parts
+        parts = PurePosixPath(as_path(url)).parts
         for start in range(len(parts)):
             number = self.number.get("/".join(parts[start:]))
             if number is not None:

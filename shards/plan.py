@@ -18,11 +18,13 @@ class EpochPlan:
 
     The shards are permuted and their samples laid end to end; the first steps * batch_size of that line are cut into equal
     `streams`; each stream is shuffled inside windows of `window` samples; batch k takes the same number from each stream.
-    A batch so touches few shards, whatever their size, and the shuffle needs no memory.
+    A batch so touches few shards, whatever their size, and the shuffle needs no memory. A shard that is to be seen n times in an epoch
+    stands n times in the permutation.
     """
 
-    def __init__(self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, lap=0):
-        """counts_S: samples of the view in each shard. `lap`: which pass over the view in this epoch. Raises UserError."""
+    def __init__(self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, lap=0, repeats_S=None):
+        """counts_S: samples of the view in each shard; repeats_S: how often each is seen (None: once). `lap`: which pass over the
+        view in this epoch. Raises UserError."""
         if batch_size % streams:
             raise UserError(
                 f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; take a divisor of it"
@@ -30,14 +32,20 @@ class EpochPlan:
         name = f"{seed}/{epoch}/{view}/{lap}".encode()
         self.key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
         counts_S = np.asarray(counts_S, np.int64)
-        self.shard_S = np.random.Generator(np.random.Philox(self.key)).permutation(len(counts_S))
-        self.ends_S = np.cumsum(counts_S[self.shard_S])
+        repeats_S = np.ones(len(counts_S), np.int64) if repeats_S is None else np.asarray(repeats_S, np.int64)
+        # P places in the permutation: each shard as often as it is seen; `again` counts the times of one shard from 0.
+        first_S = np.cumsum(repeats_S) - repeats_S
+        shard_P = np.repeat(np.arange(len(counts_S)), repeats_S)
+        order_P = np.random.Generator(np.random.Philox(self.key)).permutation(len(shard_P))
+        self.shard_P, self.again_P = shard_P[order_P], (order_P - first_S[shard_P[order_P]])
+        self.ends_P = np.cumsum(counts_S[self.shard_P])
         self.batch_size, self.streams, self.window = batch_size, streams, window
-        self.steps = int(counts_S.sum()) // batch_size
+        self.steps = int((counts_S * repeats_S).sum()) // batch_size
         self.stream_length = self.steps * (batch_size // streams)
 
     def batch(self, step, rank=0, world=1):
-        """(shard_B, nth_B): int64, this rank's rows of global batch `step`: sample nth_B of the view within shard_B.
+        """(shard_B, nth_B, again_B): int64, this rank's rows of global batch `step`: sample nth_B of the view within shard_B, which is
+        seen for the time again_B (from 0) in this pass.
 
         Raises IndexError for a step outside 0 .. steps - 1, UserError when `world` does not divide the batch.
         """
@@ -56,9 +64,9 @@ class EpochPlan:
         length_B = np.minimum(self.window, self.stream_length - window_B * self.window)
         shuffled_B = permute(at_B % self.window, length_B, self.key, stream_B * (1 << 32) + window_B)
         line_B = stream_B * self.stream_length + window_B * self.window + shuffled_B
-        place_B = np.searchsorted(self.ends_S, line_B, side="right")
-        before_B = np.where(place_B > 0, self.ends_S[place_B - 1], 0)
-        return self.shard_S[place_B], line_B - before_B
+        place_B = np.searchsorted(self.ends_P, line_B, side="right")
+        before_B = np.where(place_B > 0, self.ends_P[place_B - 1], 0)
+        return self.shard_P[place_B], line_B - before_B, self.again_P[place_B]
 
 
 def permute(at_B, length_B, key, tweak_B):

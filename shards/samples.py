@@ -1,5 +1,7 @@
 """Samples: (shard, position) -> a picture and a caption, with the attack overlay applied while reading."""
 
+import copy
+
 from shards.decode import decode_caption, decode_image
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -12,15 +14,22 @@ class Samples:
     With an `overlay` (shards.overlay.Overlay) the rows that the attack names come back poisoned; the shards stay as they are.
     """
 
-    def __init__(self, index, overlay=None):
+    def __init__(self, index, overlay=None, cache=None):
+        """`cache`: shards.cache.Cache through which whole shards from behind URLs are read (see shards.reader)."""
         self.index, self.overlay = index, overlay
-        self.reader = Reader(index)
-        self.source = Samples(ShardIndex.load(overlay.source_index)) if overlay else None
+        self.reader = Reader(index, cache)
+        self.source = Samples(ShardIndex.load(overlay.source_index), cache=cache) if overlay else None
         if overlay and self.source.index.fingerprint != overlay.source_fingerprint:
             raise UserError(
                 f"overlay: takes pictures from {overlay.source_index}, which holds other shards than when it was made; "
                 "make it again with `safeclip attack`"
             )
+
+    def scattered(self):
+        """The same samples for who reads a few from all over: shards behind URLs are not fetched whole for them."""
+        other = copy.copy(self)
+        other.reader, other.source = Reader(self.index), self.source and self.source.scattered()
+        return other
 
     def image(self, shard, position):
         """PIL RGB picture. Raises BadSample."""

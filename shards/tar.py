@@ -1,64 +1,109 @@
 """Walk the members of a tar and notice every kind of damage.
 
 Readers of tar streams take a cut or a corrupt header for the end of the archive and lose the rest silently. Here the archive
-ends where its end-of-archive block says so, and nowhere else.
+ends where its end-of-archive block says so and nothing stands behind it, and behind damage the next sound header is looked for.
 """
 
+import hashlib
+import re
 import tarfile
-
-from shards.errors import UserError
+from collections import namedtuple
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20  # bytes of a long name or of PAX records; more is an attack
+EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+
+# A regular file. Bytes start to stop of the tar: its headers, content and padding; offset and length: its content.
+Member = namedtuple("Member", "name start stop offset length")
 
 
-def members(path, size, read):
-    """Yield (name, offset, size in bytes) of the regular files in a tar of `size` bytes.
+class Stream:
+    """A file that is read once. position: bytes so far; fingerprint(): their BLAKE2b-128 in hex."""
 
-    `read(n)` gives the next n bytes (fewer only at the end). Names may be GNU or PAX long names. Raises UserError naming the
-    file, the byte and the mend: cut in a header or a member, no end-of-archive, corrupt header.
+    def __init__(self, file):
+        self.file, self.position, self.digest = file, 0, hashlib.blake2b(digest_size=16)
+
+    def read(self, count):
+        """The next `count` bytes, fewer only at the end."""
+        data = self.file.read(count)
+        self.position += len(data)
+        self.digest.update(data)
+        return data
+
+    def skip_to(self, position):
+        """Read on to `position`, or to the end, and forget what stands between."""
+        while self.position < position and self.read(min(position - self.position, 1 << 20)):
+            pass
+
+    def fingerprint(self):
+        return self.digest.hexdigest()
+
+
+def members(stream, size, damaged):
+    """Yield the Members of a tar of `size` bytes (None: not known) from a Stream, which the caller may read on in a member's content.
+
+    Names may be GNU or PAX long names. `damaged(byte, name, what)` is told of each damage (name: of the member that is lost, or None):
+    cut in a header or a member, no end-of-archive, corrupt header, members behind the end. The walk then goes on with the next sound header.
     """
-    at, long_name, pax = 0, None, {}
-
-    def damaged(what):
-        return UserError(
-            f"shard {path}: {what} at byte {at} of {size}; fetch or write the shard again, or leave it out"
-        )
-
-    while True:
-        header = read(BLOCK)
-        if len(header) < BLOCK:
-            raise damaged("cut short (no end-of-archive)" if not header else "cut short in a header")
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:
-            while read(1 << 20):  # what follows the end belongs to the fingerprint, not to the archive
-                pass
-            return
-        except tarfile.HeaderError as error:
-            raise damaged(f"corrupt header ({error})") from None
-        start = at + BLOCK
+    at, start, long_name, pax, searching, ended = 0, 0, None, {}, False, False
+    while header := stream.read(BLOCK):
+        info, wrong = read_header(header)
+        if searching or ended:  # for a header; what is none is content of a lost member, or padding behind the end
+            if info is None or header[257:262] != b"ustar":
+                at = stream.position
+                continue
+            if ended:
+                damaged(
+                    at, None, "a member behind the end of the archive (a block of zeros, or archives that were joined)"
+                )
+            start, long_name, pax, searching, ended = at, None, {}, False, False
+        elif info is None:
+            ended, searching = wrong is None, wrong is not None
+            if searching:
+                damaged(at, None, wrong)
+            at = stream.position
+            continue
         length = int(pax.get("size", info.size)) if info.isreg() or info.type in EXTENSIONS else 0
-        padded = -(-length // BLOCK) * BLOCK
-        if length < 0 or start + padded > size:
-            raise damaged(f"member {info.name!r} of {length} bytes is cut short")
+        content = at + BLOCK
+        stop = content + -(-length // BLOCK) * BLOCK
+        if length < 0 or size is not None and stop > size:
+            damaged(at, info.name, f"member {info.name!r} of {length} bytes is cut short")
+            at, searching = stream.position, True
+            continue
         if info.type in EXTENSIONS:
             if length > MAX_EXTENSION:
-                raise damaged(f"a name of {length} bytes, expected at most {MAX_EXTENSION}")
-            payload = read(padded)[:length]
-            if info.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif info.type == tarfile.XHDTYPE:
-                pax = pax_records(payload)
+                damaged(at, None, f"a name of {length} bytes, expected at most {MAX_EXTENSION}")
+            else:
+                payload = stream.read(length)
+                if info.type == tarfile.GNUTYPE_LONGNAME:
+                    long_name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
+                elif info.type == tarfile.XHDTYPE:
+                    pax = pax_records(payload)
         else:
+            name = long_name or pax.get("path") or info.name
             if info.isreg():
-                yield long_name or pax.get("path") or info.name, start, length
-            skip(read, padded)
+                yield Member(name, start, stop, content, length)
+                start = stop
             long_name, pax = None, {}
-        at = start + padded
+        stream.skip_to(stop)
+        if stream.position < stop:
+            damaged(at, info.name, f"member {info.name!r} of {length} bytes is cut short")
+            return
+        at = stop
+    if not searching and not ended:
+        damaged(at, None, "cut short (no end-of-archive)")
 
 
-EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+def read_header(block):
+    """(TarInfo, None), or (None, what is wrong with it); (None, None) for the block of zeros that ends an archive."""
+    if len(block) < BLOCK:
+        return None, "cut short in a header"
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"), None
+    except tarfile.EOFHeaderError:
+        return None, None
+    except tarfile.HeaderError as error:
+        return None, f"corrupt header ({error})"
 
 
 def sample_of(name):
@@ -76,17 +121,11 @@ def pax_records(payload):
     records = {}
     while payload:
         digits, space, _ = payload.partition(b" ")
-        if not space or not digits.isdigit() or not len(digits) < int(digits) <= len(payload):
+        if not re.fullmatch(b"[0-9]{1,9}", digits) or not space or not len(digits) < int(digits) <= len(payload):
             break
         key, _, value = payload[len(digits) + 1 : int(digits) - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         payload = payload[int(digits) :]
-    if not records.get("size", "0").isdigit():
+    if not re.fullmatch("[0-9]{1,19}", records.get("size", "0")):
         del records["size"]
     return records
-
-
-def skip(read, count):
-    """Read `count` bytes in pieces and forget them."""
-    while count:
-        count -= len(read(min(count, 1 << 20)))

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import os
 from collections import namedtuple
 from pathlib import Path
@@ -59,23 +58,18 @@ def find_shards(saved, patterns):
 
 def members(path, fingerprint):
     """List of Member of a shard in order, positions as in its index. Raises UserError if its content is not `fingerprint`."""
-    digest, found = hashlib.blake2b(digest_size=16), []
-    position, key_now, stop = -1, None, 0
+    found, position, key_now = [], -1, None
     with open(path, "rb") as file:
-
-        def read(count):
-            data = file.read(count)
-            digest.update(data)
-            return data
-
-        for name, offset, length in tar.members(path, os.path.getsize(path), read):
+        stream = tar.Stream(file)
+        # Damage is no news here: who made the mask has indexed what is intact, and the fingerprint is of all bytes.
+        for member in tar.members(stream, os.path.getsize(path), lambda *damage: None):
             # What stands before a member and is no file (long names, folders) goes with it.
-            start, stop = stop, offset + -(-length // tar.BLOCK) * tar.BLOCK
-            key, extension = tar.sample_of(name)
+            key, extension = tar.sample_of(member.name)
             if key is None:
                 continue
             if key != key_now:
                 position, key_now = position + 1, key
-            found.append(Member(position, extension, start, stop, offset, length))
-    require_same(path, digest.hexdigest(), fingerprint)
+            found.append(Member(position, extension, member.start, member.stop, member.offset, member.length))
+        stream.skip_to(os.path.getsize(path))
+    require_same(path, stream.fingerprint(), fingerprint)
     return found

@@ -10,15 +10,14 @@ from sklearn.metrics import roc_auc_score
 
 from pipeline import comm
 from pipeline.config import load_config
+from pipeline.data import open_index, open_overlay
 from pipeline.evaluation.evaluators import TOOK, ZeroShot
 from pipeline.safety.scores import load_scores
 from pipeline.training import checkpoint
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.errors import UserError
-from shards.index import ShardIndex
 from shards.masks import SafeMask
-from shards.overlay import Overlay
 from shards.storage import write_json
 
 
@@ -32,8 +31,8 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
     config, folder, towers = load_run(run_dir, overrides)
     if not config.evaluation.test:
         raise UserError("evaluation.test: missing; name a folder in the CLIP_benchmark layout with evaluation.test=DIR")
-    index = ShardIndex.load(config.data.index)
-    overlay = Overlay.load(config.data.overlay, index) if config.data.overlay else None
+    index = open_index(config.data)
+    overlay = open_overlay(config.data, index)
     figures = ZeroShot(config.evaluation, overlay)(towers, make_views(config), comm.device())
     state = checkpoint.load_state(folder)
     undefended = None

@@ -26,7 +26,9 @@ def score_canaries(engine, samples, views, batch_size, device, count, seed, vote
     picture_C, caption_C = choose(samples.index.samples, count, seed)
     parts = [slice(at, at + batch_size) for at in range(0, len(picture_C), batch_size)]
     pairs, scores = [(picture_C[part], caption_C[part]) for part in parts], []
-    for batch, image_BD, text_BD, _ in embed(engine, samples, views, pairs, device, probe=voters is not None):
+    for batch, image_BD, text_BD, _ in embed(
+        engine, samples.scattered(), views, pairs, device, probe=voters is not None
+    ):
         nobody_B = torch.full((len(batch.rows),), -1, device=device)  # a canary is no voter
         score_B = voters.score(nobody_B, image_BD, text_BD) if voters else cosines(batch, image_BD, text_BD)
         scores.append(score_B.masked_fill(~batch.valid, float("nan")).cpu().numpy())

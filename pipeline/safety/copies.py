@@ -8,6 +8,7 @@ import numpy as np
 from pipeline import comm
 from pipeline.safety.scoring import assign_shards, shard_batches
 from pipeline.safety.split import broadcast_mask
+from shards.ahead import fetched_ahead
 from shards.errors import UserError
 from shards.loader import PlainBatches, batches
 from shards.masks import SafeMask
@@ -41,7 +42,8 @@ def find_singles(samples, views, batch_size, workers, most):
     owned = assign_shards(index.counts, comm.world())
     hash_N = comm.host_array(index.samples, np.int64)
     pairs = [(rows, rows) for _, rows in shard_batches(index.offsets, owned[comm.rank()], batch_size)]
-    for batch in batches(PlainBatches(samples, pairs, views), workers=workers):
+    dataset = PlainBatches(samples, pairs, views)
+    for batch in fetched_ahead(batches(dataset, workers=workers), dataset):
         row_B = batch.rows.numpy()
         hash_N[row_B] = np.where(batch.valid.numpy(), hash_pictures(batch.images), row_B)
     comm.share_between_hosts(hash_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])

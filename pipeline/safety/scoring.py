@@ -5,6 +5,7 @@ import torch
 
 from pipeline import comm
 from pipeline.safety.agreement import Voters, choose_voters
+from shards.ahead import fetched_ahead
 from shards.errors import UserError
 from shards.loader import PlainBatches, batches
 
@@ -33,7 +34,8 @@ def embed(engine, samples, views, pairs, device, workers=0, probe=False):
     """Yield (batch, image_BD, text_BD, scale) of loader.PlainBatches, with the batch on `device` and the model in eval mode."""
     was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
     engine.eval()
-    for batch in batches(PlainBatches(samples, pairs, views, probe), workers=workers):
+    dataset = PlainBatches(samples, pairs, views, probe)
+    for batch in fetched_ahead(batches(dataset, workers=workers), dataset):
         here = batch.to(device)
         yield here, *engine(here.images, here.tokens)
     engine.train(was_training)
@@ -54,7 +56,7 @@ def gather_voters(engine, samples, views, batch_size, device, count, seed):
     pairs = [
         (part, part) for part in mine + [parts[0]] * (rounds - len(mine))
     ]  # equal passes: ZeRO-3 gathers weights in each
-    for batch, image_BD, text_BD, scale in embed(engine, samples, views, pairs, device, probe=True):
+    for batch, image_BD, text_BD, scale in embed(engine, samples.scattered(), views, pairs, device, probe=True):
         rows.append(torch.cat([image_BD.float(), text_BD.float(), batch.valid[:, None].float()], 1))
     counts = [sum(map(len, parts)) for parts in by_rank]
     found_VE = comm.all_gather_rows(torch.cat(rows)[: counts[comm.rank()]], counts)

@@ -53,15 +53,15 @@ def curriculum(train, every=1):
     return epochs
 
 
-def epoch_steps(epoch, counts_S, mask, config):
-    """List of Step: the whole epoch, the same on every rank.
+def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
+    """List of Step: the whole epoch, the same on every rank. repeats_S: how often each sample of a shard is seen (None: once).
 
-    Every epoch has at most samples // batch_size steps, whatever its stage, so all methods train on equal sample views.
+    Every epoch has at most samples (each as often as it is seen) // batch_size steps, whatever its stage, so all methods train on equal sample views.
     Safe and risky batches are interleaved in proportion to their numbers. With selection.refill the safe set is gone over
     again (another order, other views) until the epoch is full.
     """
     train, chosen = config.train, config.selection
-    total = int(counts_S.sum()) // train.batch_size
+    total = int((counts_S * (1 if repeats_S is None else repeats_S)).sum()) // train.batch_size
 
     def plan(view, lap=0):
         counts = counts_S if view == "all" else mask.counts(view)
@@ -74,6 +74,7 @@ def epoch_steps(epoch, counts_S, mask, config):
             streams=config.data.streams,
             window=config.data.window,
             lap=lap,
+            repeats_S=repeats_S,
         )
 
     if epoch.stage != "safeclip":

@@ -23,6 +23,7 @@ from pipeline.training.journal import Meter
 from pipeline.training.losses import clip_loss, unimodal_loss
 from pipeline.training.signals import Preempted, StopSignal, ignore_in_worker
 from pipeline.training.start import Run
+from shards.ahead import fetched_ahead
 from shards.errors import RunFailed, UserError
 from shards.loader import TrainBatches, batches
 
@@ -44,23 +45,20 @@ def train(config, evaluators=None, stop=None):
             leave(run)  # asked while it started
         for epoch in curriculum(config.train, config.selection.every)[state["epoch"] :]:
             mask = mask_for(run, epoch, stop) if epoch.mask_of is not None else None
-            steps = epoch_steps(epoch, run.index.counts, mask, config)
+            steps = epoch_steps(epoch, run.index.counts, mask, config, run.index.repeats)
             first = state["epoch_step"]
             meter, bad = Meter(len(steps), first), []
-            reading = batches(
-                TrainBatches(
-                    run.samples,
-                    steps,
-                    run.views,
-                    seed=config.run.seed,
-                    epoch=epoch.number,
-                    rank=comm.rank(),
-                    world=comm.world(),
-                ),
-                first,
-                config.data.workers,
-                ignore_in_worker,
+            dataset = TrainBatches(
+                run.samples,
+                steps,
+                run.views,
+                seed=config.run.seed,
+                epoch=epoch.number,
+                rank=comm.rank(),
+                world=comm.world(),
             )
+            reading = batches(dataset, first, config.data.workers, ignore_in_worker)
+            reading = fetched_ahead(reading, dataset, first)
             for step in steps[first:]:
                 waiting = time.monotonic()
                 batch = next(reading).to(run.device)

@@ -10,17 +10,15 @@ import yaml
 
 from pipeline import comm
 from pipeline.config import differences
+from pipeline.data import describe, open_index, open_samples
 from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
 from pipeline.training.journal import Journal
 from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
 from pipeline.training.neighbors import NeighborPool
 from shards.errors import UserError
-from shards.index import ShardIndex
 from shards.ledger import Ledger
 from shards.loader import Views
-from shards.overlay import Overlay
-from shards.samples import Samples
 from shards.storage import write_bytes
 
 FRESH = {
@@ -44,10 +42,9 @@ class Run:
             raise UserError("run.dir: missing; name the run's directory with run.dir=DIR")
         comm.init(config.run.timeout)
         self.config, self.device = config, comm.device()
-        self.index = ShardIndex.load(config.data.index)
-        comm.on_main(self.index.verify)
-        overlay = Overlay.load(config.data.overlay, self.index) if config.data.overlay else None
-        self.samples, self.views = Samples(self.index, overlay), make_views(config)
+        self.index = open_index(config.data)
+        comm.on_main(self.index.verify, config.data.remote_timeout)
+        self.samples, self.views = open_samples(config.data, self.index), make_views(config)
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         torch.manual_seed(config.run.seed)
         towers = Towers(build_model(asdict(config.model)), *pixel_stats())
@@ -78,7 +75,7 @@ class Run:
     def headline(self, found):
         config, state = self.config, self.state
         text = (
-            f"{self.run_dir}: {self.index.samples:,} pairs in {len(self.index.shards)} shards, {comm.world()} process(es) on "
+            f"{self.run_dir}: {describe(self.index)}, {comm.world()} process(es) on "
             f"{self.device.type}, {config.train.epochs} epochs of {self.steps_per_epoch} steps"
         )
         if found:
@@ -97,11 +94,11 @@ def steps_per_epoch(config, index, world):
         raise UserError(
             f"train.batch_size: got {batch}, which {world} processes do not divide; take a multiple of their number"
         )
-    if index.samples < batch:
+    if index.views < batch:
         raise UserError(
-            f"train.batch_size: got {batch}, but {config.data.index} holds only {index.samples} pairs; take a smaller batch"
+            f"train.batch_size: got {batch}, but an epoch over the data has only {index.views} pairs; take a smaller batch"
         )
-    return index.samples // batch
+    return index.views // batch
 
 
 def claim(config, run_dir, fingerprint):
@@ -144,7 +141,7 @@ def inspect(config, run_dir, fingerprint):
         )
     if found and checkpoint.load_state(found)["data"] != fingerprint:
         raise UserError(
-            f"data.index: {config.data.index} holds other shards than those that {run_dir} was trained on; bring them back, or "
+            f"data: these are other shards, or other captions, than those that {run_dir} was trained on; bring them back, or "
             "take another run.dir"
         )
     return found, warnings

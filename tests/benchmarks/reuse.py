@@ -16,9 +16,9 @@ from scipy.stats import spearmanr
 
 from pipeline import comm
 from pipeline.config import load_config
+from pipeline.data import open_index
 from pipeline.safety.selection import select_top
 from pipeline.training import run as running
-from shards.index import ShardIndex
 from shards.overlay import Overlay
 
 
@@ -28,7 +28,7 @@ def main():
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     args = parser.parse_args()
     config = load_config(args.config, [*args.overrides, "evaluation.test=null"])
-    index = ShardIndex.load(config.data.index)
+    index = open_index(config.data)
     places = Overlay.load(config.data.overlay, index).poison
     is_poison_N = np.zeros(index.samples, bool)
     is_poison_N[[index.offsets[shard] + position for shard, position in places]] = True

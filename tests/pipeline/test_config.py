@@ -47,6 +47,9 @@ def test_a_file_can_have_its_own_settings_for_a_preset(file):
         ("train=3", "train"),
         ("data.streams=3", "data.streams"),
         ("data.index=", "data.index"),
+        ("data.sources={a: {index: x}}", "either data.index or data.sources"),
+        ("data.cache_gb=0", "data.cache_gb"),
+        ("data.remote_timeout=-1", "data.remote_timeout"),
         ("model.config={embed_dim: 3}", "model.name"),
         ("train.epochs", "a.b=value"),
     ],
@@ -55,6 +58,19 @@ def test_a_wrong_value_is_one_line_that_names_the_key(file, override, names):
     with pytest.raises(UserError, match=names) as error:
         load_config(file(BASE), [override])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("weight", ["1.5", "0", "-1", "true", "'2'", "null"])
+def test_a_weight_is_a_whole_number(file, weight):
+    sources = f"data.sources={{cc: {{index: x}}, laion: {{index: y, weight: {weight}}}}}"
+    with pytest.raises(UserError, match="data.sources.laion.weight: got .*, expected a whole number"):
+        load_config(file(BASE), ['data.index=""', sources])
+
+
+@pytest.mark.parametrize("source", ["x", "{weight: 2}", "{index: x, weights: 2}"])
+def test_a_source_is_an_index_and_a_weight(file, source):
+    with pytest.raises(UserError, match="data.sources.cc: got"):
+        load_config(file(BASE), ['data.index=""', f"data.sources={{cc: {source}}}"])
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\xff"])
@@ -72,7 +88,13 @@ def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(file):
     path = file(BASE)
     same = load_config(path).hash()
     assert load_config(path, ["run.dir=x", "data.workers=7", "wandb.mode=offline"]).hash() == same
+    assert load_config(path, ["data.cache=/x", "data.remote_timeout=1", "data.allow_pipe=true"]).hash() == same
     assert load_config(path, ["run.seed=1"]).hash() != same
+    sources = [
+        load_config(path, ['data.index=""', f"data.sources={{a: {{index: {i}, weight: {w}}}}}"])
+        for i, w in ("x1", "y1", "x2")
+    ]
+    assert sources[0].hash() == sources[1].hash() != sources[2].hash()
     assert load_config(path, ["data.clip_augment.flip=0.1"]).hash() != same
 
 

@@ -12,10 +12,11 @@ from pipeline import doctor
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from shards.demo import shapes
-from shards.index import ShardIndex
+from shards.index import ShardIndex, build_index
 from tests.pipeline.test_resume import config
 from tests.pipeline.test_run import safeclip
 from tests.ranks import run_ranks
+from tests.servers import flaky
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +162,23 @@ def test_the_command_tells_by_its_exit_code(world):
     assert "ok      memory: about" in done.stdout and not (world / "new").exists()
     done = safeclip("doctor", "config.yaml", "run.dir=new", "--ranks", "5", cwd=world, check=False)
     assert done.returncode == 2 and "fatal   config: train.batch_size" in done.stdout and not done.stderr
+
+
+def test_shards_behind_urls_are_tried_without_fetching_them(world):
+    with flaky(world) as (address, log):
+        there = f"{address}/shapes/train/{{00000..00000}}.tar"
+        build_index([there], world / "remote", workers=1)
+        made = config(world, "run")
+        made.data.index, made.data.cache, made.data.remote_timeout = str(world / "remote"), str(world / "cache"), 5.0
+        log.clear()
+        found = doctor.examine(made)
+        assert all(level == "ok" for level, about, _ in found if about == "data")
+        assert any("1 shards of" in text and "lie behind URLs" in text for *_, text in found)
+        assert not list((world / "cache").glob("*.tar"))
+        made.data.cache_gb = 1e-6
+        assert any(level == "warning" and "raise data.cache_gb" in text for level, _, text in doctor.examine(made))
+        shard = world / "shapes" / "train" / "00000.tar"
+        shard.write_bytes(shard.read_bytes()[:-512])
+        assert "were indexed" in fatal(made)
+        shard.unlink()
+        assert "00000.tar: missing" in fatal(made)

@@ -111,7 +111,9 @@ def test_bad_input_is_named(tmp_path):
     refused([tmp_path / "no.tar"], tmp_path, "no.tar: missing")
     refused([twice, twice], tmp_path, "named twice")
     refused([write_tar(tmp_path / "none.tar", [])], tmp_path, "no samples")
-    refused(["pipe:cat x"], tmp_path, "only local paths")
+    refused([twice, tmp_path / "none.tar"], tmp_path, "twice.tar: key 'a' comes twice.*at byte 2560")
+    with pytest.raises(UserError, match="--text: got 'TXT'"):
+        build_index([str(twice)], tmp_path / "index", text="TXT")
 
 
 def test_a_changed_shard_is_refused_by_name(make_shards, tmp_path):

@@ -1,0 +1,44 @@
+"""The data that a config names: one index of all sources, and the samples, read through a cache where shards lie behind URLs."""
+
+import os
+
+from shards.cache import Cache, default_folder
+from shards.index import ShardIndex
+from shards.overlay import Overlay
+from shards.remote import refuse_pipe
+from shards.samples import Samples
+
+
+def open_index(data):
+    """ShardIndex of a `config.Data`: data.index, or all of data.sources with their weights. Raises UserError."""
+    if data.sources:
+        index = ShardIndex.merged({name: (source["index"], source["weight"]) for name, source in data.sources.items()})
+    else:
+        index = ShardIndex.load(data.index)
+    for shard in index.shards:
+        refuse_pipe(shard.path, data.allow_pipe)
+    return index
+
+
+def open_overlay(data, index):
+    """The shards.overlay.Overlay that the config names, or None. Raises UserError."""
+    return Overlay.load(data.overlay, index) if data.overlay else None
+
+
+def open_samples(data, index):
+    """shards.samples.Samples of the index, poisoned by the overlay if there is one. Raises UserError."""
+    return Samples(
+        index, open_overlay(data, index), open_cache(data) if any(shard.remote for shard in index.shards) else None
+    )
+
+
+def open_cache(data):
+    """shards.cache.Cache of a `config.Data`. Raises UserError."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return Cache(data.cache or default_folder(), int(data.cache_gb * 1e9), data.remote_timeout, data.allow_pipe, ranks)
+
+
+def describe(index):
+    """What an index holds, in a few words."""
+    text = f"{index.samples:,} pairs in {len(index.shards):,} shards"
+    return text + (f" ({index.views:,} an epoch by the sources' weights)" if index.views != index.samples else "")

@@ -1,0 +1,82 @@
+"""Shards that the coming batches need are fetched while the batches before them are used."""
+
+import threading
+
+THREADS = 4  # that fetch at the same time, in each rank
+
+
+def fetched_ahead(reading, dataset, start=0):
+    """`reading`, the items of `dataset` from `start` on, with FetchAhead where its samples are read through a cache."""
+    cache = dataset.samples.reader.cache
+    return FetchAhead(reading, dataset, start, cache) if cache else reading
+
+
+class FetchAhead:
+    """Iterates over `reading` (one item after another from number `start` on) while threads fetch what comes next into a cache.
+
+    dataset.shards(i) says which shards item i reads; at most cache.ahead bytes, or the shards of one item, are fetched ahead. An
+    error of a fetch is raised here.
+    """
+
+    def __init__(self, reading, dataset, start, cache):
+        self.reading, self.dataset, self.cache, self.index = reading, dataset, cache, dataset.samples.index
+        self.item, self.error, self.stopped = start, None, False
+        self.ahead = {}  # number of an item that was not used yet -> bytes that were fetched for it
+        self.change = threading.Condition()
+        self.todo = self.coming(start)
+        self.head = next(self.todo, None)
+        for _ in range(THREADS):
+            threading.Thread(target=self.work, daemon=True).start()
+
+    def coming(self, start):
+        """Yield (item, shard number): shards behind URLs, where an item needs them that the one before it did not."""
+        before = set()
+        for item in range(start, len(self.dataset)):
+            now = {shard for shard in self.dataset.shards(item) if self.index.shards[shard].remote}
+            yield from ((item, shard) for shard in sorted(now - before))
+            before = now
+
+    def work(self):
+        try:
+            while (shard := self.take()) is not None:
+                self.cache.prefetch(shard)
+        except Exception as error:
+            self.error = error
+
+    def take(self):
+        """The next shard to fetch, as soon as there may be more ahead; None at the end."""
+        with self.change:
+            while self.head and not self.stopped and not self.may_go_on():
+                self.change.wait()
+            if not self.head or self.stopped:
+                return None
+            (item, number), self.head = self.head, next(self.todo, None)
+            shard = self.index.shards[number]
+            self.ahead[item] = self.ahead.get(item, 0) + shard.size
+            return shard
+
+    def may_go_on(self):
+        item, number = self.head
+        return item <= self.item or sum(self.ahead.values()) + self.index.shards[number].size <= self.cache.ahead
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.error:
+            raise self.error
+        try:
+            batch = next(self.reading)
+        except BaseException:
+            self.stop()
+            raise
+        with self.change:
+            self.ahead.pop(self.item, None)
+            self.item += 1
+            self.change.notify_all()
+        return batch
+
+    def stop(self):
+        with self.change:
+            self.stopped = True
+            self.change.notify_all()

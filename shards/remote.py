@@ -1,0 +1,220 @@
+"""Shards behind URLs: http(s), s3, gs and whatever else fsspec opens; `pipe:` commands where they are allowed.
+
+Servers fail and hang. What fails is tried again with back-off, from the byte that was reached; when no new byte has come for `timeout`
+seconds it is an error. Credentials and endpoints are the backends' own: AWS_ENDPOINT_URL, FSSPEC_S3='{"anon": true}', ...
+"""
+
+import random
+import subprocess
+import threading
+import time
+
+from shards.errors import Unreachable, UserError
+
+TIMEOUT = 120.0  # seconds
+CHUNK = 8 << 20  # bytes of one request
+MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "generation", "LastModified", "last_modified", "mtime")
+FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between tries, doubled each time
+
+
+def is_remote(path):
+    """Whether a shard's path is a URL or a `pipe:` command."""
+    return "://" in path or path.startswith("pipe:")
+
+
+def about(url, timeout=TIMEOUT):
+    """(bytes, mark that changes with the content); None for what the server does not tell. Raises UserError."""
+    if url.startswith("pipe:"):
+        return None, None
+
+    def ask():
+        system, path = connect(url)
+        return system.info(path)
+
+    info = persist(url, ask, timeout)
+    marks = (info.get(name) for name in MARKS)
+    return info.get("size"), next((str(mark) for mark in marks if mark), None)
+
+
+def read_range(url, offset, size, timeout=TIMEOUT):
+    """bytes: `size` of them from `offset` on, fewer at the end, by one request; not of a command. Raises UserError."""
+    refuse_pipe(url, False)
+
+    def ask():
+        system, path = connect(url)
+        return system.cat_file(path, start=offset, end=offset + size)
+
+    data = persist(url, ask, timeout)
+    return data if len(data) <= size else data[offset : offset + size]  # a server that knows no ranges sends all
+
+
+def open_shard(path, size, timeout=TIMEOUT, allow_pipe=False):
+    """A binary file of a shard, local or behind a URL, to be read once from its begin. Raises UserError."""
+    if not is_remote(path):
+        return open(path, "rb")
+    refuse_pipe(path, allow_pipe)
+    return RemoteFile(path, size, timeout)
+
+
+def refuse_pipe(path, allow_pipe):
+    """Raise UserError for a command, unless it may be run."""
+    if path.startswith("pipe:") and not allow_pipe:
+        raise UserError(
+            f"shard {path}: would be run as a shell command; if you trust it say data.allow_pipe=true (index: --allow-pipe)"
+        )
+
+
+class RemoteFile:
+    """Reads on, once, whatever happens in between. `heard`: time.monotonic() from which the first bytes are waited for (None: the read)."""
+
+    def __init__(self, url, size, timeout, heard=None):
+        self.url, self.size, self.timeout, self.at = url, size, timeout, 0
+        self.heard, self.file, self.rest = heard, None, b""
+        self.ranges = True  # until the server turns out not to know them
+
+    def read(self, count):
+        """bytes: the next `count`, fewer only at the end. Raises UserError."""
+        parts, left = [], count
+        while left and (self.rest or self.fill()):
+            parts.append(self.rest[:left])
+            self.rest, left = self.rest[left:], left - len(parts[-1])
+        return b"".join(parts)
+
+    def fill(self):
+        """Get the next bytes; False at the end."""
+        if self.size is not None and self.at >= self.size:
+            return False
+        self.file, data = persist(self.url, self.get, self.timeout, self.heard, self.drop)
+        self.heard, self.at, self.rest = None, self.at + len(data), memoryview(data)
+        return bool(data)
+
+    def get(self):
+        """(open file, bytes from `at` on); changes nothing, for a call that hung may come back late."""
+        file = self.file or open_at(self.url, self.at, self.ranges)
+        data = file.read(CHUNK)
+        if not data and self.size is not None:
+            raise OSError(f"it ends after {self.at} of {self.size} bytes")
+        return file, data
+
+    def drop(self, error):
+        self.file, self.ranges = None, self.ranges and not isinstance(error, ValueError)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.file is not None:
+            self.file.close()
+
+
+def open_at(url, offset, ranges):
+    """A binary file that goes on at `offset`; `ranges`: by asking for what comes after it, where that can be asked for."""
+    if url.startswith("pipe:"):
+        file = Command(url[len("pipe:") :])
+    else:
+        system, path = connect(url)
+        # One request for all over http, where a server may not know ranges; else a request a chunk.
+        whole = url.startswith("http") and not (offset and ranges)
+        file = system.open(path, "rb", cache_type="none", block_size=0 if whole else CHUNK)
+    if offset:
+        try:
+            file.seek(offset)
+        except (ValueError, OSError, AttributeError):  # a server, or a command, that only begins at the begin
+            while offset:
+                skipped = len(file.read(min(offset, CHUNK)))
+                if not skipped:
+                    raise OSError("it has become shorter") from None
+                offset -= skipped
+    return file
+
+
+def connect(url):
+    """(fsspec file system, path in it). Raises UserError for a URL that nothing here can open."""
+    import aiohttp  # they take a while, and local shards need none
+    import fsspec
+
+    # aiohttp would end every transfer after five minutes; how long to wait is decided here.
+    options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None)}} if url.startswith("http") else {}
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"shard {url}: cannot be opened ({error}); install what is named there, or mend the URL"
+        ) from None
+
+
+class Command:
+    """What a shell command writes. A command that fails is an OSError at its end."""
+
+    def __init__(self, command):
+        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+
+    def read(self, count):
+        data = self.process.stdout.read(count)
+        if not data and self.process.wait():
+            raise OSError(f"the command ends with {self.process.returncode}")
+        return data
+
+    def close(self):
+        self.process.kill()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def persist(url, function, timeout, heard=None, failed=lambda error: None):
+    """function(), tried again with back-off, until `timeout` seconds have passed since `heard`. Each try may take half of them.
+
+    Raises Unreachable, or UserError where trying again is of no use: no such file, not allowed.
+    """
+    heard, wait = time.monotonic() if heard is None else heard, FIRST_WAIT
+    while True:
+        left = heard + timeout - time.monotonic()
+        try:
+            return bounded(function, max(0.0, min(left, timeout / 2)))
+        except UserError:
+            raise
+        except Exception as error:  # every backend has kinds of its own
+            if is_final(error):
+                reason = "missing" if isinstance(error, FileNotFoundError) else f"not allowed ({error})"
+                raise UserError(f"shard {url}: {reason}; check the URL and the credentials") from None
+            failed(error)
+            pause = wait * random.uniform(0.5, 1.0)  # so that many readers do not come back together
+            if time.monotonic() + pause > heard + timeout:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                raise Unreachable(
+                    f"shard {url}: nothing came for {timeout:g} s ({reason}); bring the server back and start again, or wait longer "
+                    "with data.remote_timeout"
+                ) from None
+            time.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+
+def is_final(error):
+    """Whether trying again is of no use. Over http fsspec calls every failure a missing file; its cause has the status."""
+    if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.partition(".")[0] in (
+        "aiohttp",
+        "asyncio",
+        "builtins",
+    ):
+        return error.__cause__ is None or getattr(error.__cause__, "status", None) in (401, 403, 404, 410)
+    return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
+
+
+def bounded(function, seconds):
+    """function(), or TimeoutError after so many seconds. Its thread is then left behind: a read that hangs cannot be ended."""
+    result = {}
+
+    def run():
+        try:
+            result["value"] = function()
+        except BaseException as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if "error" in result:
+        raise result["error"]
+    if "value" not in result:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return result["value"]
