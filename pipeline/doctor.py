@@ -75,7 +75,7 @@ def check_shards(config, content=False):
         index = ShardIndex.load(config.data.index)
         index.verify()
         overlay = Overlay.load(config.data.overlay, index) if config.data.overlay else None
-        samples = Samples(index, overlay)
+        samples = Samples(index, overlay, config.data.limits)
     except UserError as error:
         return [("fatal", "data", str(error))]
     found = [

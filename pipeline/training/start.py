@@ -29,6 +29,7 @@ FRESH = {
     "epoch_step": 0,  # steps done in the epoch after them
     "seconds": 0.0,
     "sample_views": 0,
+    "bad_rows": 0,  # of them those that could not be used
     "skipped": 0,  # steps whose gradient was no number
     "first_share": None,
     "metrics_bytes": 0,
@@ -47,7 +48,7 @@ class Run:
         self.index = ShardIndex.load(config.data.index)
         comm.on_main(self.index.verify)
         overlay = Overlay.load(config.data.overlay, self.index) if config.data.overlay else None
-        self.samples, self.views = Samples(self.index, overlay), make_views(config)
+        self.samples, self.views = Samples(self.index, overlay, config.data.limits), make_views(config)
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         torch.manual_seed(config.run.seed)
         towers = Towers(build_model(asdict(config.model)), *pixel_stats())
@@ -57,7 +58,7 @@ class Run:
         self.state = FRESH | {"data": self.index.fingerprint}
         universal = False
         if found:
-            self.state = checkpoint.load_state(found)
+            self.state = FRESH | checkpoint.load_state(found)
             universal = self.state["world"] != comm.world() and config.train.zero_stage > 0
             if universal:
                 comm.on_main(checkpoint.to_universal, found)
