@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards.augment import caption_view, image_view, plain_view, sample_rng
+from shards.augment import caption_view, image_view, least_side, plain_view, sample_rng
 from shards.errors import BadSample
 
 
@@ -63,9 +63,10 @@ class TrainBatches(Dataset):
         eda = self.views.eda if unimodal else self.views.clip_eda
         # A lap is another pass over the same samples in the same epoch: other views.
         passes = [step.lap * 4 + view + 1 for view in range(2 if unimodal else 1)]
+        least = least_side(self.views.size, augment.crop_min)
 
         def read(shard, position):
-            image, caption = self.samples.image(shard, position), self.samples.caption(shard, position)
+            image, caption = self.samples.image(shard, position, least), self.samples.caption(shard, position)
             views = []
             for view in passes:
                 rng = sample_rng(self.seed, self.epoch, shard, position, view)
@@ -90,8 +91,8 @@ class PlainBatches(Dataset):
         position_B = np.arange(start, stop)
 
         def read(shard, position):
-            image, caption = self.samples.image(shard, position), self.samples.caption(shard, position)
-            return [(plain_view(image, self.views.size), caption)]
+            image = self.samples.image(shard, position, least_side(self.views.size))
+            return [(plain_view(image, self.views.size), self.samples.caption(shard, position))]
 
         return collate(self.samples, self.views, np.full(len(position_B), shard), position_B, read, 1)
 
@@ -99,19 +100,19 @@ class PlainBatches(Dataset):
 def collate(samples, views, shard_B, position_B, read, count):
     """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid."""
     size, rows = views.size, len(shard_B)
-    images = np.zeros((count, rows, size, size, 3), np.uint8)
+    images = np.zeros((count, rows, 3, size, size), np.uint8)
     captions = [["" for _ in range(rows)] for _ in range(count)]
     valid, bad = np.zeros(rows, bool), []
     for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
         try:
             for view, (picture, caption) in enumerate(read(shard, position)):
-                images[view, row], captions[view][row] = picture, caption
+                images[view, row], captions[view][row] = picture.transpose(2, 0, 1), caption
             valid[row] = True
         except BadSample as error:
             images[:, row] = 0
             bad.append((shard, position, samples.key(shard, position), str(error)))
     tokens = views.tokenize([caption for view in captions for caption in view])
-    pixels = torch.from_numpy(images.reshape(count * rows, size, size, 3)).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.from_numpy(images.reshape(count * rows, 3, size, size))
     numbers = torch.from_numpy(samples.index.offsets[shard_B] + position_B)
     return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad)
 

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest
 from torch.utils.data import Dataset
 
-from shards.augment import plain_view
+from shards.augment import least_side, plain_view
 from shards.loader import batches, collate
 
 
@@ -40,7 +40,8 @@ class CanaryBatches(Dataset):
 
         def read(shard, position):
             caption = self.samples.caption(*map(int, partner[shard, position]))
-            return [(plain_view(self.samples.image(shard, position), self.views.size), caption)]
+            image = self.samples.image(shard, position, least_side(self.views.size))
+            return [(plain_view(image, self.views.size), caption)]
 
         shard_B, position_B = np.array(places, np.int64).T
         return collate(self.samples, self.views, shard_B, position_B, read, 1)
