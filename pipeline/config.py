@@ -56,6 +56,8 @@ class Data:
     """Augmentation of the picture for the CLIP loss."""
     unimodal_augment: ImageAugment = field(default_factory=ImageAugment)
     """Augmentation of both views for the unimodal loss."""
+    augment_on: str = "worker"
+    """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up to rounding."""
     clip_eda: float = 0.0
     """Share of a caption's words that EDA changes for the CLIP loss."""
     unimodal_eda: float = 0.1
@@ -194,6 +196,7 @@ PRESETS = {
     },
 }
 CHOICES = {
+    "data.augment_on": ("worker", "device"),
     "train.method": ("safeclip", "clip"),
     "train.precision": ("fp32", "bf16"),
     "train.zero_stage": (0, 1, 2, 3),

@@ -173,4 +173,5 @@ def make_views(config):
         data.unimodal_augment,
         data.unimodal_eda,
         data.clip_eda,
+        data.augment_on == "device",
     )

@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
+from pipeline.training.curriculum import Step
+from shards import samples as samples_module
+from shards.augment import ImageAugment
 from shards.index import build_index
-from shards.loader import PlainBatches, Views, batches
+from shards.loader import PlainBatches, TrainBatches, Views, batches
+from shards.plan import EpochPlan
 from shards.samples import Samples
 
 COUNT, SIZE = 40, 4
@@ -31,3 +35,42 @@ def test_starting_at_a_batch_reads_that_batch_and_later_ones_only(samples, start
     expected = np.arange(2 * COUNT)[start * SIZE :]
     assert np.array_equal(np.concatenate([*found, []]), expected)
     assert len(read) == 2 * len(expected)  # a picture and a caption of each
+
+
+def epoch(samples, on_device=False, workers=0, rank=0, world=1):
+    """[Batch] of one unimodal epoch."""
+    views = Views(16, tokenize, None, ImageAugment(crop_min=0.5), 0.1, 0.0, on_device)
+    plan = EpochPlan(samples.index.counts, seed=1, epoch=2, view="all", batch_size=SIZE, streams=2, window=16)
+    steps = [Step("unimodal", "all", plan, number) for number in range(plan.steps)]
+    return list(batches(TrainBatches(samples, steps, views, seed=1, epoch=2, rank=rank, world=world), workers=workers))
+
+
+def test_both_views_come_from_one_read_and_one_decode(samples, monkeypatch):
+    decoded, original = [], samples_module.decode_image
+    monkeypatch.setattr(samples_module, "decode_image", lambda *a: (decoded.append(a), original(*a))[1])
+    found = epoch(samples)
+    assert len(decoded) == sum(len(batch.rows) for batch in found) == 2 * COUNT
+    for batch in found:
+        first, second = batch.images.chunk(2)
+        assert len(batch.images) == 2 * SIZE and not (first == second).all((1, 2, 3)).any()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_row_is_the_same_in_any_worker_and_on_any_rank(samples, on_device):
+    alone = epoch(samples, on_device)
+    for number, batch in enumerate(epoch(samples, on_device, workers=2)):
+        assert (batch.images == alone[number].images).all() and (batch.tokens == alone[number].tokens).all()
+    half = SIZE // 2
+    for number, batch in enumerate(epoch(samples, on_device, rank=1, world=2)):
+        whole = alone[number].to("cpu").images.chunk(2)
+        assert (batch.to("cpu").images == np.concatenate([view[half:] for view in whole])).all()
+
+
+def test_colours_changed_on_the_device_are_those_of_the_worker(samples):
+    off = []
+    for worker, device in zip(epoch(samples), epoch(samples, on_device=True)):
+        assert worker.colours is None and device.colours.shape[0] == 2 * SIZE
+        moved = device.to("cpu")
+        assert moved.colours is None and (moved.tokens == worker.tokens).all()
+        off.append((moved.images.int() - worker.images.int()).abs().float().mean())
+    assert np.mean(off) < 2 < np.mean([(device.images.float() - worker.images).abs().mean()])
