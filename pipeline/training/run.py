@@ -193,8 +193,8 @@ def save_now(run, marks, bad, stop):
         asked, late, failed = comm.most(stop.received, late, run.saver.error is not None)
         if failed:
             run.saver.wait()  # raises on every rank
-        failed, most = bad_so_far(run, len(bad))
-        due = due or asked or late or failed > most
+        bad_rows, most = bad_so_far(run, len(bad))
+        due = due or asked or late or bad_rows > most
     return due
 
 
