@@ -1,6 +1,7 @@
 """Configuration: dataclass defaults <- preset <- YAML file <- a.b=value from the command line. Unknown keys are errors."""
 
 import difflib
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from shards.augment import ImageAugment
+from shards.decode import Limits
 from shards.errors import UserError
 
 
@@ -56,10 +58,16 @@ class Data:
     """Parts of the data that a batch is drawn from. Must divide train.batch_size; not tied to the number of ranks."""
     window: int = 4096
     """Samples among which a stream is shuffled."""
+    limits: Limits = field(default_factory=Limits)
+    """What is more than this is a bad sample: max_bytes, max_pixels, max_caption."""
+    max_bad_fraction: float = 0.01
+    """The run stops when more than this share of the samples that it read could not be used; 1 = never."""
     clip_augment: ImageAugment = field(default_factory=ImageAugment)
     """Augmentation of the picture for the CLIP loss."""
     unimodal_augment: ImageAugment = field(default_factory=ImageAugment)
     """Augmentation of both views for the unimodal loss."""
+    augment_on: str = "worker"
+    """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up to rounding."""
     clip_eda: float = 0.0
     """Share of a caption's words that EDA changes for the CLIP loss."""
     unimodal_eda: float = 0.1
@@ -184,7 +192,7 @@ def learnt(values):
     sources = flat.pop("data.sources", None)
     if sources:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
-    others = ("wandb.", "evaluation.", "run.", "data.workers")
+    others = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction")
     others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 
@@ -205,6 +213,7 @@ PRESETS = {
     },
 }
 CHOICES = {
+    "data.augment_on": ("worker", "device"),
     "train.method": ("safeclip", "clip"),
     "train.precision": ("fp32", "bf16"),
     "train.zero_stage": (0, 1, 2, 3),
@@ -219,6 +228,9 @@ AT_LEAST_ONE = (
     "train.pool",
     "data.streams",
     "data.window",
+    "data.limits.max_bytes",
+    "data.limits.max_pixels",
+    "data.limits.max_caption",
     "run.keep",
     "selection.every",
     "selection.voters",
@@ -232,6 +244,7 @@ SHARES = (
     "selection.cap",
     "data.clip_eda",
     "data.unimodal_eda",
+    "data.max_bad_fraction",
 )
 
 
@@ -321,8 +334,7 @@ def check(config):
     """Raise UserError for values that no run can use."""
 
     def value(key):
-        section, name = key.split(".")
-        return getattr(getattr(config, section), name)
+        return functools.reduce(getattr, key.split("."), config)
 
     for key, choices in CHOICES.items():
         if value(key) not in choices:

@@ -27,9 +27,8 @@ def open_overlay(data, index):
 
 def open_samples(data, index):
     """shards.samples.Samples of the index, poisoned by the overlay if there is one. Raises UserError."""
-    return Samples(
-        index, open_overlay(data, index), open_cache(data) if any(shard.remote for shard in index.shards) else None
-    )
+    cache = open_cache(data) if any(shard.remote for shard in index.shards) else None
+    return Samples(index, open_overlay(data, index), cache, data.limits)
 
 
 def open_cache(data):

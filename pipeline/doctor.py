@@ -74,7 +74,10 @@ def check_shards(config, content=False):
     try:
         index = open_index(config.data)
         index.verify(config.data.remote_timeout)
-        samples = Samples(index, open_overlay(config.data, index))  # without a cache: single samples, not whole shards
+        overlay = open_overlay(config.data, index)
+        samples = Samples(
+            index, overlay, limits=config.data.limits
+        )  # without a cache: single samples, not whole shards
     except UserError as error:
         return [("fatal", "data", str(error))]
     found = [("ok", "data", f"{describe(index)}, fingerprint {index.fingerprint}")] + check_cache(config, index)

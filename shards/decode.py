@@ -1,56 +1,122 @@
 """Bytes of strangers -> an RGB picture or a caption; every guard comes before the work that it guards."""
 
 import io
+import math
 import warnings
+from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
 from shards.errors import BadSample
 
-MAX_BYTES = 20_000_000  # of an encoded picture
-MAX_PIXELS = 50_000_000
-MAX_CHARACTERS = 10_000  # of a caption
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MAX_SCANS = 200  # of a JPEG; a few bytes make the decoder go once more over all its pixels
+ORIENTATION = 0x0112  # EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and damaged EXIF, one a sample
 
 
-def decode_image(data, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS):
-    """PIL RGB picture: first frame, upright (EXIF), transparency on white. Raises BadSample with a short reason."""
-    if len(data) > max_bytes:
-        raise BadSample(f"picture of {len(data)} bytes, at most {max_bytes}")
+@dataclass
+class Limits:
+    """What a sample may be at most; what is more is a bad sample."""
+
+    max_bytes: int = 20_000_000
+    """Bytes of an encoded picture."""
+    max_pixels: int = 50_000_000
+    """Width x height of a picture."""
+    max_caption: int = 10_000
+    """Characters of a caption."""
+
+
+def decode_image(data, limits=Limits(), least=None):
+    """PIL RGB picture: first frame, upright (EXIF), transparency on white. Raises BadSample with a short reason.
+
+    `least`: a JPEG may come out at a half, a quarter or an eighth of its size, while its shorter side keeps so many pixels; that
+    much less is decoded.
+    """
+    if len(data) > limits.max_bytes:
+        raise BadSample(f"picture of {len(data)} bytes, at most {limits.max_bytes}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's own warning about large pictures: we refuse them ourselves
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            raise BadSample(f"picture of {image.width} x {image.height} pixels, at most {max_pixels}")
+        check_size(webp_size(data), limits)  # PIL's WebP reader takes memory for the whole canvas when it opens
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        check_size(image.size, limits)
+        if image.format in ("JPEG", "MPO"):
+            scans = data.count(b"\xff\xda")
+            if scans > MAX_SCANS:
+                raise BadSample(f"JPEG of {scans} scans, at most {MAX_SCANS}")
+            if least:
+                image.draft(None, (math.ceil(least),) * 2)
         image.load()
-        if image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "RGB":
-            return image
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
-        return image.convert("RGB")
+        turn = TURNS.get(orientation(image))
+        image = rgb(image)
+        return image if turn is None else image.transpose(turn)
     except BadSample:
         raise
-    except (
-        Exception
-    ) as error:  # PIL raises many kinds for damaged data; whichever it is, the sample is bad and the run is not
+    except Exception as error:  # PIL raises many kinds for damaged data; the sample is bad and the run is not
         raise BadSample(f"picture cannot be decoded ({type(error).__name__})") from None
 
 
-def decode_caption(data, max_characters=MAX_CHARACTERS):
+def check_size(size, limits):
+    """Raise BadSample for a (width, height) of more pixels than the limits allow."""
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise BadSample(f"picture of {width} x {height} pixels, at most {limits.max_pixels}")
+
+
+def webp_size(data):
+    """(width, height) of the canvas that a WebP's header asks for; (0, 0) for anything else (RFC 9649)."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return 0, 0
+    kind, number = data[12:16], int.from_bytes
+    if kind == b"VP8X":
+        return number(data[24:27], "little") + 1, number(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = number(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return number(data[26:28], "little") & 0x3FFF, number(data[28:30], "little") & 0x3FFF
+
+
+def rgb(image):
+    """A loaded picture of any mode in RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
+    return image.convert("RGB")
+
+
+def orientation(image):
+    """The EXIF orientation, 1 to 8; 1 where there is none, or the EXIF data are damaged, which is no harm to the picture."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def decode_caption(data, limits=Limits()):
     """str: UTF-8, not blank, stripped. Raises BadSample."""
-    if len(data) > 4 * max_characters:
-        raise BadSample(f"caption of {len(data)} bytes, at most {4 * max_characters}")
+    if len(data) > 4 * limits.max_caption:
+        raise BadSample(f"caption of {len(data)} bytes, at most {4 * limits.max_caption}")
     try:
         caption = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSample(f"caption is not UTF-8 (byte {error.start})") from None
     if not caption:
         raise BadSample("caption is blank")
-    if len(caption) > max_characters:
-        raise BadSample(f"caption of {len(caption)} characters, at most {max_characters}")
+    if len(caption) > limits.max_caption:
+        raise BadSample(f"caption of {len(caption)} characters, at most {limits.max_caption}")
     return caption

@@ -1,6 +1,7 @@
 """The ledger of bad samples: RUN/bad_samples.jsonl, one line for each sample and reason, however often it is met."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -28,5 +29,11 @@ class Ledger:
             file.write(json.dumps({"shard": shard, "position": position, "key": key, "reason": reason}) + "\n")
 
     def reasons(self):
-        """Counter of the reasons."""
-        return Counter(reason for _, _, reason in self.seen)
+        """Counter of the reasons; those that differ only in their numbers are one."""
+        return Counter(re.sub(r"(?<![-\w])\d+", "N", reason) for _, _, reason in self.seen)
+
+    def summary(self, most=8):
+        """One line: the reasons by count, the most frequent ones first."""
+        counts = self.reasons().most_common()
+        rest = f", {len(counts) - most} other reasons" if len(counts) > most else ""
+        return ", ".join(f"{reason} {count:,}" for reason, count in counts[:most]) + rest

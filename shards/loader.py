@@ -5,13 +5,14 @@ at batch k reads nothing of the batches before it.
 Legend: B rows of this rank, V views, L tokens, C channels, H height, W width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards.augment import caption_view, image_view, plain_view, probe_view, sample_rng
+from shards.augment import caption_view, coloured, drawn_view, least_side, plain_view, probe_view, sample_rng
+from shards.colour import NUMBERS, as_numbers, coloured_batch
 from shards.errors import BadSample
 
 
@@ -24,11 +25,21 @@ class Batch:
     valid: torch.Tensor  # bool (B,)
     rows: torch.Tensor  # int64 (B,): number of the sample over all shards
     bad: list  # [(shard, position, key, reason)]
+    colours: torch.Tensor | None = (
+        None  # float32 (V*B, P): drawn, and yet to be changed on the device (shards/colour.py)
+    )
 
     def to(self, device):
-        """The same batch with its tensors on `device`."""
-        moved = [x.to(device, non_blocking=True) for x in (self.images, self.tokens, self.valid)]
-        return Batch(*moved, self.rows, self.bad)
+        """The same batch with its tensors on `device`, the colours changed."""
+        images, tokens, valid = (x.to(device, non_blocking=True) for x in (self.images, self.tokens, self.valid))
+        if self.colours is not None:
+            images = coloured_batch(images, self.colours.to(device, non_blocking=True))
+        return Batch(images, tokens, valid, self.rows, self.bad)
+
+    def pin_memory(self):
+        """For torch's DataLoader, which pins only what it knows: else a copy to the GPU waits for the step before."""
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: x.pin_memory() if torch.is_tensor(x) else x for name, x in pinned.items()})
 
 
 @dataclass
@@ -41,6 +52,7 @@ class Views:
     unimodal: object  # ImageAugment
     eda: float  # share of the words that EDA changes; 0 = captions as they are
     clip_eda: float
+    on_device: bool = False  # the colours are changed where the batch goes to, not where it is read
 
 
 class TrainBatches(Dataset):
@@ -67,17 +79,20 @@ class TrainBatches(Dataset):
         eda = self.views.eda if unimodal else self.views.clip_eda
         # A lap is another pass over the same samples in the same epoch, and `again` another time in the same pass: other views.
         passes = [step.lap * 4 + view + 1 for view in range(2 if unimodal else 1)]
+        least = least_side(self.views.size, augment.crop_min)
 
         def read(row, shard, position):
-            image, caption = self.samples.image(shard, position), self.samples.caption(shard, position)
+            image, caption = self.samples.image(shard, position, least), self.samples.caption(shard, position)
             views = []
             for view in (number + (int(again_B[row]) << 32) for number in passes):
                 rng = sample_rng(self.seed, self.epoch, shard, position, view)
-                picture = image_view(image, self.views.size, rng, augment)
-                views.append((picture, caption_view(caption, rng, eda) if eda else caption))
+                pixels, colour = drawn_view(image, self.views.size, rng, augment)
+                picture = pixels if self.views.on_device else coloured(pixels, colour)
+                views.append((picture, caption_view(caption, rng, eda) if eda else caption, colour))
             return views
 
-        return collate(self.samples, self.views, shard_B, position_B, read, len(passes))
+        drawn = self.views.on_device
+        return collate(self.samples, self.views, shard_B, position_B, read, len(passes), drawn)
 
 
 class PlainBatches(Dataset):
@@ -102,32 +117,41 @@ class PlainBatches(Dataset):
         shard_B, position_B = self.samples.index.place(row_B)
         caption_place_B = list(zip(*(place.tolist() for place in self.samples.index.place(caption_row_B))))
 
+        size, least = self.views.size, least_side(self.views.size)
+
         def read(row, shard, position):
-            image, caption = self.samples.image(shard, position), self.samples.caption(*caption_place_B[row])
-            size = self.views.size
+            image, caption = self.samples.image(shard, position, least), self.samples.caption(*caption_place_B[row])
             return [(probe_view(image, size, self.views.clip) if self.probe else plain_view(image, size), caption)]
 
         return collate(self.samples, self.views, shard_B, position_B, read, 1)
 
 
-def collate(samples, views, shard_B, position_B, read, count):
-    """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid."""
+def collate(samples, views, shard_B, position_B, read, count, drawn=False):
+    """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid.
+
+    read(shard, position): list of (picture, caption), or of (picture, caption, Colour), which is kept where it is `drawn` and not
+    done yet. Raises BadSample.
+    """
     size, rows = views.size, len(shard_B)
-    images = np.zeros((count, rows, size, size, 3), np.uint8)
+    images = np.zeros((count, rows, 3, size, size), np.uint8)
     captions = [["" for _ in range(rows)] for _ in range(count)]
+    colours = np.zeros((count, rows, NUMBERS), np.float32) if drawn else None
     valid, bad = np.zeros(rows, bool), []
     for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
         try:
-            for view, (picture, caption) in enumerate(read(row, shard, position)):
-                images[view, row], captions[view][row] = picture, caption
+            for view, (picture, caption, *colour) in enumerate(read(row, shard, position)):
+                images[view, row], captions[view][row] = picture.transpose(2, 0, 1), caption
+                if drawn:
+                    colours[view, row] = as_numbers(*colour)
             valid[row] = True
         except BadSample as error:
             images[:, row] = 0
             bad.append((shard, position, samples.key(shard, position), str(error)))
     tokens = views.tokenize([caption for view in captions for caption in view])
-    pixels = torch.from_numpy(images.reshape(count * rows, size, size, 3)).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.from_numpy(images.reshape(count * rows, 3, size, size))
     numbers = torch.from_numpy(samples.index.offsets[shard_B] + position_B)
-    return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad)
+    colours = torch.from_numpy(colours.reshape(count * rows, NUMBERS)) if drawn else None
+    return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad, colours)
 
 
 def batches(dataset, start=0, workers=0, in_worker=None):

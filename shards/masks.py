@@ -17,6 +17,7 @@ from shards.errors import UserError
 from shards.storage import write_bytes, write_json
 
 VIEWS = ("all", "safe", "risky")
+PIECE = 4096  # shards
 ONES = np.array([number.bit_count() for number in range(256)], np.uint8)  # bits that are set in a byte
 FIELDS = ("fingerprint", "shards", "epoch", "step", "config", "share", "first_share", "cut", "mixture", "note")
 
@@ -51,9 +52,11 @@ class SafeMask:
         """int64 (S,): samples of "all", "safe" or "risky" in each shard."""
         if view == "all":
             return self.counts_S
-        safe_S, filled = np.zeros(len(self.counts_S), np.int64), self.counts_S > 0
-        if filled.any():
-            safe_S[filled] = np.add.reduceat(ONES[self.bits], self.starts[:-1][filled], dtype=np.int64)
+        safe_S, filled = np.zeros(len(self.counts_S), np.int64), np.flatnonzero(self.counts_S)
+        # Some shards at a time: the sums of all bytes at once would take as much memory again as the mask.
+        for some in np.split(filled, range(PIECE, len(filled), PIECE)) if len(filled) else ():
+            first, last = self.starts[some[0]], self.starts[some[-1] + 1]
+            safe_S[some] = np.add.reduceat(ONES[self.bits[first:last]], self.starts[some] - first, dtype=np.int64)
         return safe_S if view == "safe" else self.counts_S - safe_S
 
     def positions(self, shard, view):

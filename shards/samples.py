@@ -2,7 +2,7 @@
 
 import copy
 
-from shards.decode import decode_caption, decode_image
+from shards.decode import Limits, decode_caption, decode_image
 from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.reader import Reader
@@ -14,9 +14,9 @@ class Samples:
     With an `overlay` (shards.overlay.Overlay) the rows that the attack names come back poisoned; the shards stay as they are.
     """
 
-    def __init__(self, index, overlay=None, cache=None):
+    def __init__(self, index, overlay=None, cache=None, limits=Limits()):
         """`cache`: shards.cache.Cache through which whole shards from behind URLs are read (see shards.reader)."""
-        self.index, self.overlay = index, overlay
+        self.index, self.overlay, self.limits = index, overlay, limits
         self.reader = Reader(index, cache)
         self.source = Samples(ShardIndex.load(overlay.source_index), cache=cache) if overlay else None
         if overlay and self.source.index.fingerprint != overlay.source_fingerprint:
@@ -31,19 +31,20 @@ class Samples:
         other.reader, other.source = Reader(self.index), self.source and self.source.scattered()
         return other
 
-    def image(self, shard, position):
-        """PIL RGB picture. Raises BadSample."""
+    def image(self, shard, position, least=None):
+        """PIL RGB picture; with `least` perhaps a smaller one, whose shorter side has so many pixels or more. Raises BadSample."""
         poison = self.overlay.get(shard, position) if self.overlay else None
         if poison and poison.source:
             return self.source.image(*poison.source)
-        image = decode_image(self.reader.image_bytes(shard, position))
         trigger = self.overlay.trigger(poison.kind) if poison else None
+        data = self.reader.image_bytes(shard, position)
+        image = decode_image(data, self.limits, None if trigger else least)
         return trigger.apply(image) if trigger else image
 
     def caption(self, shard, position):
         """str. Raises BadSample."""
         poison = self.overlay.get(shard, position) if self.overlay else None
-        return poison.caption if poison else decode_caption(self.reader.text_bytes(shard, position))
+        return poison.caption if poison else decode_caption(self.reader.text_bytes(shard, position), self.limits)
 
     def label(self, shard, position):
         """int: the class number, for an index built with text="cls". Raises ValueError."""

@@ -6,11 +6,13 @@ import math
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline import comm
 from pipeline.training.batchnorm import share_batch_norm
+from pipeline.training.tokens import Tokenizer
 from shards.errors import UserError
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's clamp of the logit scale
@@ -50,9 +52,19 @@ def build_model(model):
 
 
 def tokenizer_for(model):
-    """Function: list[str] -> int64 (N, L), L the model's context length."""
+    """Function: list[str] -> int64 (N, L), L the model's context length. Raises UserError where it cannot be had."""
     text = open_clip_config(model)["text_cfg"]
-    return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
+    length, settings = text.get("context_length", 77), text.get("tokenizer_kwargs", {})
+    name = text.get("hf_tokenizer_name")
+    if not name:
+        return Tokenizer(length, **settings)
+    try:
+        return HFTokenizer(name, length, **settings)
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(
+            f"model: the tokenizer {name} cannot be had ({' '.join(str(error).split())[:200]}); it needs `pip install transformers` "
+            "and its files on this host"
+        ) from None
 
 
 def picture_size(model):

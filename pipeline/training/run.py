@@ -18,6 +18,7 @@ from pipeline.safety.scores import ScoreFiles, running_mean
 from pipeline.safety.scoring import gather_voters, score_all_pairs
 from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
 from pipeline.training import engine as engines
+from pipeline.training.bad import bad_so_far, record, stop_where_bad
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
 from pipeline.training.journal import Meter
 from pipeline.training.losses import clip_loss, unimodal_loss
@@ -43,6 +44,7 @@ def train(config, evaluators=None, stop=None):
         state, marks = run.state, Marks()
         if any(comm.most(stop.received)):
             leave(run)  # asked while it started
+        stop_where_bad(run, *bad_so_far(run))
         for epoch in curriculum(config.train, config.selection.every)[state["epoch"] :]:
             mask = mask_for(run, epoch, stop) if epoch.mask_of is not None else None
             steps = epoch_steps(epoch, run.index.counts, mask, config, run.index.repeats)
@@ -76,7 +78,7 @@ def train(config, evaluators=None, stop=None):
                 meter.step(config.train.batch_size)
                 if meter.done % LOG_EVERY == 0 or meter.done == len(steps):
                     report(run, epoch, step, meter, loss, scale, rate)
-                if meter.done < len(steps) and save_now(run, marks, stop):
+                if meter.done < len(steps) and save_now(run, marks, bad, stop):
                     bad = save(run, marks, bad, stop)
             state.update(epoch=epoch.number + 1, epoch_step=0)
             evaluate(run, epoch, evaluators or {})
@@ -158,7 +160,7 @@ def scores_for(run, epoch, folder, before, stop, meter):
         where, size = folder.with_name("singles"), config.selection.batch_size
         singles = singles_of_run(where, run.samples, run.views, size, config.data.workers, config.selection.copies)
     score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles)
-    record(run.ledger, bad)
+    stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
     before_C = np.load(before / "canaries.npy") if means else ()
     if len(before_C) == len(canary_C):  # their number may have been changed
@@ -188,8 +190,8 @@ class Marks:
         self.saved = self.counted = time.monotonic()
 
 
-def save_now(run, marks, stop):
-    """Whether to save after this step: by steps, by minutes on rank 0's clock, or because some rank was asked to stop."""
+def save_now(run, marks, bad, stop):
+    """Whether to save after this step: by steps, by minutes on rank 0's clock, or because the run is to stop."""
     settings, step = run.config.run, run.state["step"]
     due = bool(settings.save_steps) and step % settings.save_steps == 0
     if step % AGREE_EVERY == 0:
@@ -198,19 +200,24 @@ def save_now(run, marks, stop):
         asked, late, failed = comm.most(stop.received, late, run.saver.error is not None)
         if failed:
             run.saver.wait()  # raises on every rank
-        due = due or asked or late
+        bad_rows, most = bad_so_far(run, len(bad))
+        due = due or asked or late or bad_rows > most
     return due
 
 
 def save(run, marks, bad, stop):
-    """Record what was read, save the state, and leave if a rank was asked to; returns an empty list of bad samples."""
-    record(run.ledger, bad)
+    """Record what was read, save the state, and leave if a rank was asked to; returns an empty list of bad samples.
+
+    Raises UserError when too many samples are bad.
+    """
+    run.state["bad_rows"] += record(run, bad)
     now = time.monotonic()
     run.state.update(seconds=run.state["seconds"] + now - marks.counted, metrics_bytes=run.journal.length())
     marks.saved = marks.counted = now
     run.saver.save(run.state)
     if any(comm.most(stop.received)):
         leave(run)
+    stop_where_bad(run, *bad_so_far(run))
     return []
 
 
@@ -268,14 +275,6 @@ def report(run, epoch, step, meter, loss, scale, rate):
         f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {loss:7.4f}  "
         + meter.line(meter.total - meter.done + later)
     )
-
-
-def record(ledger, bad):
-    """Write the bad samples that the ranks met into rank 0's ledger."""
-    everyone = comm.gather_objects(bad)
-    if ledger:
-        for sample in sorted({sample for rank in everyone for sample in rank}):
-            ledger.add(*sample)
 
 
 def summary(figures):

@@ -27,6 +27,7 @@ FRESH = {
     "epoch_step": 0,  # steps done in the epoch after them
     "seconds": 0.0,
     "sample_views": 0,
+    "bad_rows": 0,  # of them those that could not be used
     "skipped": 0,  # steps whose gradient was no number
     "first_share": None,
     "metrics_bytes": 0,
@@ -54,7 +55,7 @@ class Run:
         self.state = FRESH | {"data": self.index.fingerprint}
         universal = False
         if found:
-            self.state = checkpoint.load_state(found)
+            self.state = FRESH | checkpoint.load_state(found)
             universal = self.state["world"] != comm.world() and config.train.zero_stage > 0
             if universal:
                 comm.on_main(checkpoint.to_universal, found)
@@ -169,4 +170,5 @@ def make_views(config):
         data.unimodal_augment,
         data.unimodal_eda,
         data.clip_eda,
+        data.augment_on == "device",
     )

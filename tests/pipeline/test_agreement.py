@@ -124,5 +124,5 @@ def test_voters_that_cannot_be_read_are_named(make_shards, tmp_path):
         scoring.gather_voters(towers, samples, make_views(config), 16, torch.device("cpu"), 50, 3)
 
 
-def unreadable(shard, position):
+def unreadable(shard, position, least=None):
     raise BadSample("torn")

@@ -8,13 +8,16 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from shards.augment import (
+    LARGE,
     ImageAugment,
     caption_view,
     image_view,
+    least_side,
     plain_view,
     posterised,
     probe_view,
     random_box,
+    resized,
     sample_rng,
     synonyms,
 )
@@ -39,6 +42,25 @@ def test_other_keys_give_other_draws():
 def test_a_crop_lies_inside_the_picture(seed, width, height, crop_min):
     left, top, right, bottom = random_box(width, height, crop_min, np.random.default_rng(seed))
     assert 0 <= left < right <= width + 1e-9 and 0 <= top < bottom <= height + 1e-9
+
+
+@given(st.integers(0, 10_000), st.integers(128, 300), st.integers(128, 300), st.sampled_from([0.08, 0.5, 1.0]))
+def test_a_large_picture_is_resized_as_pillow_does_it(seed, width, height, crop_min):
+    image = PICTURE.resize((width, height), Image.BICUBIC)
+    box = random_box(width, height, crop_min, np.random.default_rng(seed))
+    left, top, right, bottom = (round(edge) for edge in box)
+    left, top = min(left, width - 1), min(top, height - 1)
+    box = left, top, max(right, left + 1), max(bottom, top + 1)
+    off = resized(image, 40, box).astype(int) - np.asarray(image.crop(box).resize((40, 40), Image.BICUBIC))
+    assert np.abs(off).max() <= 4 and np.abs(off).mean() < 0.5
+
+
+@given(st.integers(8, 500), st.floats(0.01, 1))
+def test_the_least_crop_of_the_least_picture_is_large_enough(size, crop_min):
+    least = least_side(size, crop_min)
+    assert (
+        least >= LARGE and (crop_min == 1 or least * (crop_min * 3 / 4) ** 0.5 >= size - 1e-6) and least >= size - 1e-6
+    )
 
 
 def test_everything_off_is_the_resized_picture():

@@ -1,16 +1,18 @@
 """Pictures and captions of strangers: read right, or refused with a reason."""
 
+import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from shards.decode import decode_caption, decode_image
+from shards.decode import ORIENTATION, Limits, decode_caption, decode_image, webp_size
 from shards.errors import BadSample
 
 
@@ -28,40 +30,142 @@ def test_transparency_lies_on_white():
 
 @pytest.mark.parametrize(
     "mode, form",
-    [("L", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP")],
+    [("L", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("CMYK", "JPEG"), ("L", "JPEG"), ("1", "PNG"), ("RGB", "WEBP")],
 )
 def test_every_mode_becomes_rgb(mode, form):
-    image = Image.new("I;16", (5, 3)) if mode == "I;16" else Image.new("RGB", (5, 3), (200, 30, 90)).convert(mode)
+    image = Image.new("RGB", (5, 3), (200, 30, 90)).convert(mode)
     decoded = decode_image(encoded(image, form))
     assert decoded.mode == "RGB" and decoded.size == (5, 3)
+    assert np.allclose(np.asarray(decoded), np.asarray(image.convert("RGB")), atol=6)
 
 
-def test_exif_turns_the_picture_upright():
+def test_sixteen_bits_of_grey_keep_their_shades():
+    grey = Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], np.uint16))
+    assert np.asarray(decode_image(encoded(grey)))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_a_transparent_colour_of_a_palette_is_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    assert np.asarray(decode_image(encoded(image, transparency=0)))[0].tolist() == [[255] * 3, [40, 50, 60]]
+
+
+def test_printers_colours_are_adobes_inverted_ones():
+    image = Image.merge("CMYK", [Image.new("L", (16, 16), value) for value in (250, 20, 30, 0)])
+    data = encoded(image, "JPEG", quality=95)
+    assert b"Adobe" in data and decode_image(data).getpixel((8, 8))[0] < 20
+    # The same components, said to be YCCK: the decoder has to turn them into CMYK first.
+    at = data.index(b"Adobe") + 11
+    ycck = decode_image(data[:at] + b"\2" + data[at + 1 :])
+    y, cr = 255 - 250, 255 - 30  # as they are stored
+    red = 255 - np.clip(y + 1.402 * (cr - 128), 0, 255)
+    assert ycck.getpixel((8, 8))[0] == pytest.approx(red, abs=6)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_turns_the_picture_upright(turn, form):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert decode_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+    exif[ORIENTATION] = turn
+    ramp = Image.fromarray(np.arange(0, 240, 2, np.uint8).reshape(10, 12)).convert("RGB").resize((48, 40))
+    data = encoded(ramp, form, exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(decode_image(data), wanted) and wanted.size == ((48, 40) if turn < 5 else (40, 48))
 
 
-def test_the_first_frame_of_an_animation():
+@pytest.mark.parametrize("damage", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+def test_damaged_exif_does_not_spoil_a_picture(damage):
+    assert decode_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=damage)).size == (8, 4)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation(form):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    assert decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0))[0] > 200
+    red, _, blue = decode_image(encoded(frames[0], form, save_all=True, append_images=frames[1:])).getpixel((0, 0))
+    assert red > 200 and blue < 50
 
 
-@given(st.integers(50, 200))
-def test_a_truncated_picture_is_bad(cut):
-    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)))
+@pytest.mark.parametrize(
+    "form, options", [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("GIF", {})]
+)
+@given(share=st.floats(0, 0.9))
+def test_a_truncated_picture_is_bad(form, options, share):
+    data = encoded(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)), form, **options
+    )
     with pytest.raises(BadSample):
-        decode_image(data[:-cut])
+        decode_image(data[: int(share * len(data))])
+
+
+def test_a_progressive_jpeg_is_read():
+    image = Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(15, 16)).convert("RGB")
+    plain, progressive = (decode_image(encoded(image, "JPEG", progressive=p)) for p in (False, True))
+    assert np.array_equal(plain, progressive)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 150))
+def test_a_large_jpeg_may_come_out_smaller_but_not_too_small(width, height, least):
+    image = Image.new("RGB", (width, height), (30, 60, 90))
+    found = decode_image(encoded(image, "JPEG"), least=least).size
+    short = min(width, height)
+    factor = next(f for f in (8, 4, 2, 1) if f == 1 or short // least >= f)
+    assert found == (-(-width // factor), -(-height // factor)) and min(found) >= min(short, least)
+    assert decode_image(encoded(image), least=least).size == (width, height)
+
+
+def png(*chunks):
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+HEADER = (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+REST = [(b"IDAT", zlib.compress(b"\0" * 4)), (b"IEND", b"")]
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    bomb = png((b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)), *REST)
     with pytest.raises(BadSample, match="pixels|decoded"):
-        decode_image(bomb + encoded(Image.new("RGB", (1, 1)))[33:])
+        decode_image(bomb)
     with pytest.raises(BadSample, match="bytes"):
-        decode_image(bytes(1000), max_bytes=999)
+        decode_image(bytes(1000), Limits(max_bytes=999))
+    with pytest.raises(BadSample, match="at most 11"):
+        decode_image(encoded(Image.new("RGB", (4, 3))), Limits(max_pixels=11))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_text_that_unpacks_to_much_takes_no_memory(kind):
+    packed = zlib.compress(bytes(50_000_000))
+    chunk = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[kind] + packed
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(BadSample):
+            decode_image(png(HEADER, (kind, chunk), *REST))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert decode_image(png(HEADER, *REST)).size == (1, 1) and peak < 8_000_000
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0", "lossless": True}])
+def test_the_canvas_of_a_webp_is_known_from_its_header(options, monkeypatch):
+    data = encoded(Image.new("RGB", (33, 21)), "WEBP", **options)
+    assert webp_size(data) == (33, 21)
+    monkeypatch.setattr(Image, "open", None)  # it must not come so far: opening takes memory for the canvas
+    with pytest.raises(BadSample, match="33 x 21 pixels"):
+        decode_image(data, Limits(max_pixels=600))
+    huge = b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff\x3f\0\xff\x3f\0"
+    with pytest.raises(BadSample, match="16384 x 16384 pixels"):
+        decode_image(huge)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused():
+    data = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(BadSample, match="scans"):
+        decode_image(data[:last] + data[last:-2] * 300 + data[-2:])
 
 
 @given(st.binary(max_size=300))

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from pipeline.training.curriculum import Step
+from shards import samples as samples_module
 from shards.augment import ImageAugment
 from shards.index import build_index
 from shards.loader import PlainBatches, TrainBatches, Views, batches
@@ -35,19 +37,10 @@ def test_starting_at_a_batch_reads_that_batch_and_later_ones_only(samples, start
     assert len(read) == 2 * len(expected)  # a picture and a caption of each
 
 
-class Step:
-    """A step of an epoch over all pairs, as pipeline.training.curriculum.Step."""
-
-    loss, view, lap, mask = "clip", "all", 0, None
-
-    def __init__(self, plan, number):
-        self.plan, self.number = plan, number
-
-
 def epoch_of(samples, repeats, rank=0, world=1):
     """{(row, again): picture} of one rank's rows in an epoch."""
     plan = EpochPlan(samples.index.counts, seed=0, epoch=0, view="all", batch_size=8, streams=4, repeats_S=repeats)
-    steps = [Step(plan, number) for number in range(plan.steps)]
+    steps = [Step("clip", "all", plan, number) for number in range(plan.steps)]
     data = TrainBatches(
         samples, steps, Views(16, tokenize, ImageAugment(), None, 0.0, 0.0), seed=0, epoch=0, rank=rank, world=world
     )
@@ -70,3 +63,42 @@ def test_a_sample_that_is_seen_twice_is_seen_in_two_views(samples):
     assert same == 0
     parts = [epoch_of(samples, [2, 1], rank, 2) for rank in range(2)]
     assert all(np.array_equal({**parts[0], **parts[1]}[key], picture) for key, picture in twice.items())
+
+
+def epoch(samples, on_device=False, workers=0, rank=0, world=1):
+    """[Batch] of one unimodal epoch."""
+    views = Views(16, tokenize, None, ImageAugment(crop_min=0.5), 0.1, 0.0, on_device)
+    plan = EpochPlan(samples.index.counts, seed=1, epoch=2, view="all", batch_size=SIZE, streams=2, window=16)
+    steps = [Step("unimodal", "all", plan, number) for number in range(plan.steps)]
+    return list(batches(TrainBatches(samples, steps, views, seed=1, epoch=2, rank=rank, world=world), workers=workers))
+
+
+def test_both_views_come_from_one_read_and_one_decode(samples, monkeypatch):
+    decoded, original = [], samples_module.decode_image
+    monkeypatch.setattr(samples_module, "decode_image", lambda *a: (decoded.append(a), original(*a))[1])
+    found = epoch(samples)
+    assert len(decoded) == sum(len(batch.rows) for batch in found) == 2 * COUNT
+    for batch in found:
+        first, second = batch.images.chunk(2)
+        assert len(batch.images) == 2 * SIZE and not (first == second).all((1, 2, 3)).any()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_row_is_the_same_in_any_worker_and_on_any_rank(samples, on_device):
+    alone = epoch(samples, on_device)
+    for number, batch in enumerate(epoch(samples, on_device, workers=2)):
+        assert (batch.images == alone[number].images).all() and (batch.tokens == alone[number].tokens).all()
+    half = SIZE // 2
+    for number, batch in enumerate(epoch(samples, on_device, rank=1, world=2)):
+        whole = alone[number].to("cpu").images.chunk(2)
+        assert (batch.to("cpu").images == np.concatenate([view[half:] for view in whole])).all()
+
+
+def test_colours_changed_on_the_device_are_those_of_the_worker(samples):
+    off = []
+    for worker, device in zip(epoch(samples), epoch(samples, on_device=True)):
+        assert worker.colours is None and device.colours.shape[0] == 2 * SIZE
+        moved = device.to("cpu")
+        assert moved.colours is None and (moved.tokens == worker.tokens).all()
+        off.append((moved.images.int() - worker.images.int()).abs().float().mean())
+    assert np.mean(off) < 2 < np.mean([(device.images.float() - worker.images).abs().mean()])

@@ -1,0 +1,167 @@
+"""The loader beside open_clip's training loader and megatron-energon: the same shards, transforms and workers, in one run.
+
+python -m tests.benchmarks.loader [--energon VENV/bin/python] [--rounds 5] [--workers 1] [--dir runs/loader]
+
+--energon names the Python of a virtual environment in which `pip install megatron-energon==7.4.1 open_clip_torch` was run.
+Rounds are interleaved; figures are medians. Last line: one JSON object. Samples/s and ratios at 32 px (rendered PNG) and 224 px
+(textures as JPEG, 256 to 512 pixels a side), each with crops alone (open_clip's default) and with colour jitter; raw: bytes only;
+start: seconds to the first batch at 90 % of an epoch of 100,000 over those at 0 %; view: bytes read by an epoch over 15 % of the
+samples over those of a whole one, all reads of the process counted; growth: of a reader's memory from its 2nd epoch of 1,280 samples to its 12th.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.training.curriculum import Step
+from pipeline.training.tokens import Tokenizer
+from shards.index import ShardIndex
+from shards.loader import TrainBatches, Views, batches
+from shards.masks import SafeMask
+from shards.plan import EpochPlan
+from shards.samples import Samples
+from tests.benchmarks.loader_data import data_sets
+from tests.benchmarks.loader_sides import STREAMS, WINDOW, our_augment
+
+BATCH = {32: 256, 224: 64}
+
+
+class Side:
+    """A loader in a process of its own, so that each has its own packages."""
+
+    def __init__(self, python, name, log):
+        program = [python, "-m", "tests.benchmarks.loader_sides", name]
+        self.process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(log, "a"), text=True
+        )
+        self.name, self.log = name, log
+
+    def speed(self, **job):
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.name} died; {self.log} says why")
+        return json.loads(answer)
+
+
+def compare(sides, folder, size, colour, workers, rounds):
+    """{name: samples/s}, medians over the rounds, and the ratios of ours."""
+    job = {"folder": str(folder), "size": size, "colour": colour, "workers": workers, "batch": BATCH[size]}
+    pairs = ShardIndex.load(folder / "index").samples
+    found = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            found[name].append(side.speed(**job, pairs=pairs))
+    speed = {name: round(statistics.median(values), 1) for name, values in found.items()}
+    ratios = {f"over_{name}": round(speed["ours"] / value, 2) for name, value in speed.items() if name != "ours"}
+    return {"samples_per_s": speed, **ratios}
+
+
+def make_steps(index, batch, mask=None):
+    view = "safe" if mask else "all"
+    counts = mask.counts(view) if mask else index.counts
+    plan = EpochPlan(counts, seed=0, epoch=0, view=view, batch_size=batch, streams=STREAMS, window=WINDOW)
+    return [Step("clip", view, plan, number, mask=mask) for number in range(plan.steps)]
+
+
+def raw(folder, rounds):
+    """Microseconds a sample in this process, bytes only: webdataset's sequential iterator, and ours in the epoch's order."""
+    import webdataset
+
+    index = ShardIndex.load(folder / "index")
+    reader, urls = Samples(index).reader, [shard.path for shard in index.shards]
+    found = {"webdataset": [], "ours": []}
+    for turn in range(rounds + 1):  # the first warms up
+        started = time.perf_counter()
+        count = sum(len(sample["txt"]) > 0 for sample in webdataset.WebDataset(urls, shardshuffle=False))
+        found["webdataset"].append((time.perf_counter() - started) / count)
+        started, count = time.perf_counter(), 0
+        for step in make_steps(index, 256):
+            shard_B, nth_B, _ = step.plan.batch(step.number)
+            for shard, position in zip(shard_B.tolist(), nth_B.tolist()):
+                count += len(reader.image_bytes(shard, position)) > 0 and len(reader.text_bytes(shard, position)) > 0
+        found["ours"].append((time.perf_counter() - started) / count)
+    us = {name: round(statistics.median(values[1:]) * 1e6, 2) for name, values in found.items()}
+    return {"us_a_sample": us, "over_webdataset": round(us["webdataset"] / us["ours"], 1)}
+
+
+def start(index, views, rounds):
+    """Seconds to the first batch at the start of an epoch and at 90 % of it."""
+    steps, samples = make_steps(index, 256), Samples(index)
+    seconds = {0.0: [], 0.9: []}
+    for _ in range(rounds):
+        for share, times in seconds.items():
+            started = time.perf_counter()
+            next(batches(TrainBatches(samples, steps, views, seed=0, epoch=0), int(share * len(steps)), 1))
+            times.append(time.perf_counter() - started)
+    at_0, at_90 = (statistics.median(times) for times in seconds.values())
+    return {"seconds": [round(at_0, 3), round(at_90, 3)], "ratio": round(at_90 / at_0, 2)}
+
+
+def process_bytes():
+    """Bytes that this process has read so far, from files or their cache."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def view(index, views):
+    """Bytes read by an epoch over a random 15 % of the samples over those of a whole epoch."""
+    flags = np.random.default_rng(0).random(index.samples) < 0.15
+    found = []
+    for mask in (None, SafeMask.from_flags(index.counts, flags)):
+        before = process_bytes()
+        for _ in batches(TrainBatches(Samples(index), make_steps(index, 256, mask), views, seed=0, epoch=0)):
+            pass
+        found.append(process_bytes() - before)
+    return {"bytes": found, "ratio": round(found[1] / found[0], 3)}
+
+
+def growth(index, views):
+    """Resident memory of a reader after its 2nd epoch and after its 12th."""
+    steps, samples, resident = make_steps(index, 64)[:20], Samples(index), []
+    for epoch in range(12):
+        for _ in batches(TrainBatches(samples, steps, views, seed=0, epoch=epoch)):
+            pass
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    return {
+        "megabytes": [round(resident[1] / 1e6), round(resident[11] / 1e6)],
+        "ratio": round(resident[11] / resident[1], 4),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--energon", help="Python of the virtual environment that has megatron-energon")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--dir", type=Path, default=Path("runs/loader"))
+    args = parser.parse_args()
+    folders = data_sets(args.dir, args.energon)
+    figures = {"workers": args.workers, "rounds": args.rounds}
+    log = args.dir / "log.txt"
+    sides = {"ours": Side(sys.executable, "ours", log), "open_clip": Side(sys.executable, "open_clip", log)}
+    if args.energon:
+        sides["energon"] = Side(args.energon, "energon", log)
+    for size in (32, 224):
+        for colour in (False, True):
+            name = f"{size}_px" + ("_colour" if colour else "")
+            figures[name] = compare(sides, folders[size], size, colour, args.workers, args.rounds)
+            print(name, figures[name], flush=True)
+    figures["raw"] = {f"{size}_px": raw(folders[size], args.rounds) for size in (32, 224)}
+    print("raw", figures["raw"], flush=True)
+    plain = our_augment(False)
+    index = ShardIndex.load(folders["large"] / "index")
+    views = Views(32, Tokenizer(), plain, plain, 0.0, 0.0)
+    figures["start"] = start(index, views, args.rounds)
+    figures["view"] = view(index, views)
+    figures["growth"] = growth(ShardIndex.load(folders[224] / "index"), Views(224, Tokenizer(), plain, plain, 0.0, 0.0))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
