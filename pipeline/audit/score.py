@@ -1,0 +1,234 @@
+"""Scores of any CLIP on any shards: every pair's cosine, its embeddings and what its pixels look like, in one pass.
+
+OUT is a mask's folder (mask.json, safe.npy, histogram.npy, scores/), so that every `safeclip mask` command takes it, and beside that
+clip-retrieval's img_emb/, text_emb/ and metadata/ (key, caption, picture hash), cells/ (pipeline.audit.pixels) and score.json.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import Dataset
+
+from pipeline import comm
+from pipeline.audit.embeddings import EmbeddingFolder, Rows, part_path
+from pipeline.audit.pixels import GRID, signature
+from pipeline.config import Selection
+from pipeline.safety.scores import ScoreFiles, load_scores
+from pipeline.safety.scoring import assign_shards, shard_batches
+from pipeline.safety.split import save_split, split_pairs
+from shards.errors import BadSample, UserError
+from shards.index import ShardIndex, build_index
+from shards.loader import batches
+from shards.masks import fingerprint
+from shards.overlay import Overlay
+from shards.samples import Samples
+from shards.storage import write_bytes, write_json
+
+
+@dataclass
+class Rowset:
+    """A batch of pairs that never crosses a shard. A row that could not be read is there, blank and with valid = False."""
+
+    images: torch.Tensor  # (B, C, H, W)
+    tokens: torch.Tensor  # int64 (B, L)
+    valid: torch.Tensor  # bool (B,)
+    captions: list  # str, or None where there is none
+    hashes: np.ndarray  # uint64 (B,)
+    cells: np.ndarray  # uint32 (B, GRID * GRID)
+    bad: list  # [(shard, position, key, reason)]
+
+
+class Pairs(Dataset):
+    """Item i: Rowset of `batches[i]` = (shard, first position, last position + 1)."""
+
+    def __init__(self, samples, batches, preprocess, tokenize):
+        self.samples, self.batches = samples, batches
+        self.preprocess, self.tokenize = preprocess, tokenize
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        shard, start, stop = self.batches[i]
+        rows = stop - start
+        images, captions, bad = [None] * rows, [None] * rows, []
+        hashes, cells = np.zeros(rows, np.uint64), np.zeros((rows, GRID * GRID), np.uint32)
+        for row, position in enumerate(range(start, stop)):
+            try:
+                captions[row] = self.samples.caption(shard, position)
+                image = self.samples.image(shard, position)
+                hashes[row], cells[row] = signature(image)
+                images[row] = self.preprocess(image)
+            except BadSample as error:
+                bad.append((shard, position, self.samples.key(shard, position), str(error)))
+        valid = torch.tensor([image is not None for image in images])
+        some = next((image for image in images if image is not None), None)
+        blank = torch.zeros_like(some) if some is not None else torch.zeros(3, 1, 1)
+        pixels = torch.stack([blank if image is None else image for image in images])
+        return Rowset(pixels, self.tokenize([text or "" for text in captions]), valid, captions, hashes, cells, bad)
+
+
+def score(
+    out, model=None, pretrained=None, data=(), overlay=None, embeddings=None, lean=False, batch_size=256, workers=2
+):
+    """Score all pairs into the folder `out`; returns a line. All ranks of a process group may call it, or one process.
+
+    model, pretrained: as models.load_scorer takes them. data: shards' paths (brace-expanded), or one index folder; left out, those of
+    the run. overlay: an attack to read the data with, by default that of the run. embeddings: in their place a folder of embeddings
+    that exist. lean: keep the cosines and captions only. What is there of the same model is not scored again. Raises UserError.
+    """
+    out = Path(out)
+    comm.init()
+    if embeddings:
+        if model or data:
+            raise UserError("--embeddings: has the cosines of its own model; leave --model and --data out")
+        index = EmbeddingFolder(embeddings)
+        about = {"model": f"embeddings {embeddings}", "embeddings": str(Path(embeddings).absolute()), "index": None}
+        identity, keep = f"embeddings/{index.fingerprint}", None
+        files = ScoreFiles(out / "scores", index, identity)
+        todo = [s for s in range(len(index.counts)) if index.counts[s]][comm.rank() :: comm.world()]
+        comm.on_main(claim, out, identity)
+        done = set(files.done())
+        for shard in todo:
+            if shard not in done:
+                score_embeddings(index, shard, out, files)
+    else:
+        if not model:
+            raise UserError("--model: missing; name a run, an open_clip model or local directory, or give --embeddings")
+        from pipeline.audit.models import load_scorer
+
+        scorer = load_scorer(model, pretrained)
+        index = comm.on_main(open_index, data, scorer.data, out)
+        folder = overlay or (scorer.overlay if not data or index.folder == Path(scorer.data or "") else None)
+        poison = Overlay.load(folder, index) if folder else None
+        about = {
+            "model": scorer.name,
+            "embeddings": None if lean else ".",
+            "index": str(index.folder.absolute()),
+            "overlay": str(Path(folder).absolute()) if folder else None,
+        }
+        keep = not lean
+        identity = "/".join([scorer.identity, index.fingerprint, fingerprint_of(folder), "lean" if lean else "all"])
+        comm.on_main(claim, out, identity)
+        files = ScoreFiles(out / "scores", index, identity)
+        score_shards(scorer, Samples(index, poison), files, out, keep, batch_size, workers)
+    comm.barrier()
+    score_N = load_scores(out, index.counts)
+    split = split_pairs(score_N, index.counts, Selection(least_share=0.0, cap=1.0), 0)  # by the posterior alone
+    return comm.on_main(conclude, out, index, split, score_N, identity, about)
+
+
+def fingerprint_of(folder):
+    """Of an attack manifest; "" of none."""
+    return fingerprint(Path(folder) / "manifest.json") if folder else ""
+
+
+def open_index(data, of_run, out):
+    """The ShardIndex of --data, of the run, or built in OUT/index. On rank 0. Raises UserError."""
+    if not data and not of_run:
+        raise UserError("--data: missing; name the shards, or the folder of their index")
+    folder = Path(data[0] if data else of_run)
+    if len(data) <= 1 and folder.is_dir():
+        index = ShardIndex.load(folder)
+        index.verify()
+        return index
+    return build_index(data, out / "index")
+
+
+def claim(out, identity):
+    """Take the folder OUT for this model and data. On rank 0. Raises UserError when it holds something else."""
+    try:
+        there = json.loads((out / "score.json").read_text())["identity"]
+    except (OSError, ValueError, KeyError):
+        taken = {path.name for path in out.iterdir()} - {"index"} if out.is_dir() else set()
+        there = identity if not taken else None
+    if there != identity:
+        raise UserError(f"--out {out}: holds scores of another model or other data, or other files; name another")
+    write_json(out / "score.json", {"identity": identity, "complete": False})
+
+
+def score_embeddings(index, shard, out, files):
+    """Cosines of one part of embeddings that exist."""
+    rows = [Rows({0: path[shard]}, [index.counts[shard]]) for path in (index.images, index.texts)]
+    cos_N = np.empty(int(index.counts[shard]), np.float32)
+    for start, image_BD in rows[0].blocks():
+        image_BD = image_BD.astype(np.float32)
+        text_BD = rows[1].take(np.arange(start, start + len(image_BD))).astype(np.float32)
+        norm_B = np.linalg.norm(image_BD, axis=1) * np.linalg.norm(text_BD, axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):  # a row of zeros has no cosine: NaN
+            cos_N[start : start + len(image_BD)] = (image_BD * text_BD).sum(1) / norm_B
+    keys = index.table(shard).keys
+    write_metadata(out, shard, keys, index.captions(shard), None)
+    wrong = [(shard, i, keys[i], "the embedding has no direction") for i in np.flatnonzero(np.isnan(cos_N)).tolist()]
+    files.write(shard, cos_N, wrong)
+
+
+@torch.no_grad()
+def score_shards(scorer, samples, files, out, keep, batch_size, workers):
+    """Score this rank's part of the shards that are not done, each written as soon as it is whole, its scores last."""
+    index = samples.index
+    done = set(comm.broadcast_object(files.done() if comm.is_main() else None))
+    mine = [s for s in assign_shards(index.counts, comm.world(), done)[comm.rank()] if s not in done]
+    todo = shard_batches(index.counts, mine, batch_size)
+    parts, device = [], comm.device()
+    for (shard, _, stop), rows in zip(
+        todo, batches(Pairs(samples, todo, scorer.preprocess, scorer.tokenize), 0, workers)
+    ):
+        if rows.valid.any():
+            image_BD, text_BD = scorer.encode(rows.images.to(device), rows.tokens.to(device))
+            cos_B = (image_BD * text_BD).sum(1).masked_fill(~rows.valid.to(device), float("nan"))
+            parts.append((rows, cos_B.cpu().numpy(), image_BD.half().cpu().numpy(), text_BD.half().cpu().numpy()))
+        else:
+            parts.append((rows, np.full(len(rows.valid), np.nan, np.float32), None, None))
+        if stop == index.counts[shard]:
+            write_shard(out, shard, index, files, parts, keep)
+            parts = []
+
+
+def write_shard(out, shard, index, files, parts, keep):
+    """Everything of one shard."""
+    rowsets, cosines, images, texts = zip(*parts)
+    captions = [text for rows in rowsets for text in rows.captions]
+    hashes = np.concatenate([rows.hashes for rows in rowsets])
+    if keep:
+        width = next((part.shape[1] for part in images if part is not None), 1)
+        for kind, arrays in (("img_emb", images), ("text_emb", texts)):
+            filled = [
+                np.zeros((len(c), width), np.float16) if a is None else np.where(np.isnan(c)[:, None], np.float16(0), a)
+                for c, a in zip(cosines, arrays)
+            ]
+            save_array(part_path(out, kind, shard), np.concatenate(filled))
+        save_array(part_path(out, "cells", shard), np.concatenate([rows.cells for rows in rowsets]))
+    write_metadata(out, shard, index.table(shard).keys, captions, hashes if keep else None)
+    files.write(shard, np.concatenate(cosines), [sample for rows in rowsets for sample in rows.bad])
+
+
+def save_array(path, array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    write_bytes(path, file.getbuffer())
+
+
+def write_metadata(out, shard, keys, captions, hashes):
+    columns = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
+    if hashes is not None:
+        columns["hash"] = hashes
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    write_bytes(part_path(out, "metadata", shard), file.getbuffer())
+
+
+def conclude(out, index, split, score_N, identity, about):
+    """Save the mask; score.json last. Returns a line. On rank 0."""
+    save_split(out, split, index, {"epoch": None, "step": identity, "config": None})
+    write_json(out / "score.json", {"identity": identity, "complete": True, "pairs": index.samples, **about})
+    bad = int(np.isnan(score_N).sum())
+    unread = f", {bad:,} could not be read" if bad else ""
+    mean = np.nanmean(score_N) if bad < len(score_N) else float("nan")
+    return f"{out}: {index.samples:,} pairs scored by {about['model']}, mean cosine {mean:.3f}{unread}; {split.line()}"
