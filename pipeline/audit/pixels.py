@@ -12,19 +12,19 @@ BITS = 1 << np.arange(CELL * CELL, dtype=np.uint32)
 def signature(image):
     """(uint64, uint32 (GRID * GRID,)) of a PIL RGB picture: its difference hash, and a hash of each cell by row and column.
 
-    The difference hash has a bit for each of 8 x 8 places: lighter than the place to the right. A cell's hash has a bit for each of
-    its pixels: lighter than the cell's mean, and another: redder than its mean; 0 where the cell is plain. Both outlast
-    re-encoding by and large, not a shift.
+    The difference hash has a bit for each of 8 x 8 places: lighter than the place to the right. A cell's hash has a bit for each of its
+    pixels: lighter than the cell's mean, and its mean colour in 5 bits a channel; 0 where the cell is plain.
     """
     rgb = np.asarray(image.resize((SIDE, SIDE), Image.BILINEAR), np.float32)
     light = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
     coarse = np.asarray(Image.fromarray(light.astype(np.uint8)).resize((9, 8), Image.BOX), np.int16)
     whole = np.packbits(coarse[:, :-1] > coarse[:, 1:]).view(">u8")[0]
-    light_GP, red_GP = cells(light), cells(rgb[..., 0] - rgb[..., 1])
-    low = (light_GP > light_GP.mean(1, keepdims=True)) @ BITS
-    high = (red_GP > red_GP.mean(1, keepdims=True) + 1) @ BITS
+    light_GP = cells(light)
+    pattern_G = (light_GP > light_GP.mean(1, keepdims=True)) @ BITS
+    colours = np.stack([cells(rgb[..., channel]).mean(1) for channel in range(3)], 1).astype(np.uint32) >> 3
+    colour_G = colours[:, 0] << 10 | colours[:, 1] << 5 | colours[:, 2]
     plain_G = np.ptp(light_GP, 1) < CONTRAST
-    return np.uint64(whole), np.where(plain_G, 0, low | high << 16).astype(np.uint32)
+    return np.uint64(whole), np.where(plain_G, 0, pattern_G | colour_G << 16).astype(np.uint32)
 
 
 def cells(plane):
