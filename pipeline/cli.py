@@ -254,24 +254,41 @@ def parser():
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument("--keep", choices=["safe", "risky"], default="safe")
-    sub.add_argument("--review", metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is")
+    sub.add_argument(
+        "--review", metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is"
+    )
     sub = command(score, "the cosine of every pair by any CLIP, and a mask by posterior; under torchrun too; goes on")
     sub.add_argument("--model", help="a run, an open_clip local directory, or an open_clip name (with --pretrained)")
     sub.add_argument("--pretrained", metavar="PATH", help="checkpoint for an open_clip name")
-    sub.add_argument("--data", nargs="+", default=(), metavar="SHARDS", help="paths, brace-expanded, or an index folder")
+    sub.add_argument(
+        "--data", nargs="+", default=(), metavar="SHARDS", help="paths, brace-expanded, or an index folder"
+    )
     sub.add_argument("--overlay", metavar="DIR", help="an attack to read the data with (default: that of the run)")
-    sub.add_argument("--embeddings", metavar="DIR", help="instead: embeddings that exist, as clip-retrieval writes them")
-    sub.add_argument("--lean", action="store_true", help="keep cosines and captions only: no embeddings, no picture hashes")
+    sub.add_argument(
+        "--embeddings", metavar="DIR", help="instead: embeddings that exist, as clip-retrieval writes them"
+    )
+    sub.add_argument(
+        "--lean", action="store_true", help="keep cosines and captions only: no embeddings, no picture hashes"
+    )
     sub.add_argument("--batch-size", type=int, default=256)
     sub.add_argument("--workers", type=int, default=2, help="reading processes of each rank")
     sub.add_argument("--out", required=True, metavar="DIR")
-    sub = command(audit, "find what is wrong with the data; writes DIR/findings.parquet, findings.csv, audit.json, report.html")
+    sub = command(
+        audit, "find what is wrong with the data; writes DIR/findings.parquet, findings.csv, audit.json, report.html"
+    )
     sub.add_argument("source", metavar="RUN_OR_SCORES", help="a run directory, or a folder written by `safeclip score`")
-    sub.add_argument("--scores", metavar="DIR", help="with a run: what `safeclip score --model RUN` wrote, for the detectors "
-                     "that need embeddings")
-    sub.add_argument("--truth", metavar="DIR", help="an attack manifest to judge by (default: that of the run or the scores)")
+    sub.add_argument(
+        "--scores",
+        metavar="DIR",
+        help="with a run: what `safeclip score --model RUN` wrote, for the detectors that need embeddings",
+    )
+    sub.add_argument(
+        "--truth", metavar="DIR", help="an attack manifest to judge by (default: that of the run or the scores)"
+    )
     sub.add_argument("--detectors", nargs="+", metavar="NAME", help="only these (default: all that the data allow)")
-    sub.add_argument("--worst", type=float, default=0.01, help="share of the pairs that a ranking detector flags (0.01)")
+    sub.add_argument(
+        "--worst", type=float, default=0.01, help="share of the pairs that a ranking detector flags (0.01)"
+    )
     sub.add_argument("--out", required=True, metavar="DIR")
     return top
 

@@ -54,7 +54,9 @@ class AuditData:
         try:
             about = json.loads((self.scores / "score.json").read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"scores {self.scores}: cannot read score.json ({error}); expected a folder of `safeclip score`") from None
+            raise UserError(
+                f"scores {self.scores}: cannot read score.json ({error}); expected a folder of `safeclip score`"
+            ) from None
         if not about.get("complete"):
             raise UserError(f"scores {self.scores}: not finished; give the same `safeclip score` command again")
         if self.run_dir:
@@ -123,7 +125,9 @@ class AuditData:
         """uint64 (N,): pixels.signature of each picture, 0 = could not be read; None where they were not kept."""
         if self.cells is None:
             return None
-        return np.concatenate([pq.read_table(path, columns=["hash"])["hash"].to_numpy() for path in self.metadata.values()])
+        return np.concatenate(
+            [pq.read_table(path, columns=["hash"])["hash"].to_numpy() for path in self.metadata.values()]
+        )
 
     @cached_property
     def captions(self):

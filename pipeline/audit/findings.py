@@ -12,6 +12,8 @@ from pipeline.audit.export import write_csv
 from pipeline.audit.files import output
 from shards.errors import UserError
 
+LEAD = 2  # families of detectors, the worst of which make the combined score
+
 
 def run_detectors(data, worst, names=None, say=print):
     """({name: Finding}, {name: {"seconds" | "skipped"}}) of all detectors in the registry, or of those named. Raises UserError."""
@@ -33,25 +35,25 @@ def run_detectors(data, worst, names=None, say=print):
 
 
 def combined(found, worst):
-    """Finding of all detectors that rank, together: for each pair the lowest of its ranks (Tippett 1931), as a share of the pairs.
+    """Finding of all detectors that rank, together, by the rank truncated product (Dudbridge and Koeleman 2003) of the LEAD lowest.
 
-    A pair that one detector puts at the very end is suspect, whatever the others say: they look for different things. Only ranks of
-    flagged pairs can lead; ties share their mean rank.
+    A detector's rank as a share of the pairs stands for a p-value; ties take the highest, so where a detector has nothing to say it
+    says nothing. Those of a family are averaged first, for they look at the same thing. A pair is suspect that is bad in two ways, or
+    very bad in one. The score is the rank of the product as a share of the pairs.
     """
-    ranks = [name for name in found if REGISTRY[name].ranks]
-    if not ranks:
+    families, unread_N = {}, None
+    for name, finding in found.items():
+        if REGISTRY[name].ranks:
+            rank_N = rankdata(np.nan_to_num(finding.score_N, nan=1.0), method="max") / len(finding.score_N)
+            families.setdefault(REGISTRY[name].family or name, []).append(np.log(rank_N).astype(np.float32))
+            unread_N = np.isnan(finding.score_N) if unread_N is None else unread_N & np.isnan(finding.score_N)
+    if not families:
         return next(iter(found.values()))
-    count = len(found[ranks[0]].score_N)
-    best_N, mean_N = np.ones(count), np.zeros(count)
-    for name in ranks:
-        rank_N = rankdata(np.nan_to_num(found[name].score_N, nan=1.0)) / count
-        best_N = np.minimum(best_N, np.where(found[name].issue_N, rank_N, 0.5 + rank_N / 2))
-        mean_N += np.log(rank_N) / len(ranks)
-    order = np.lexsort((mean_N, best_N))
-    score_N = np.empty(count, np.float32)
-    score_N[order] = np.arange(count) / count
-    broken_N = np.isnan(next(iter(found[name] for name in ranks)).score_N)
-    score_N[broken_N] = np.nan
+    log_FN = np.sort(np.stack([np.mean(one, 0) for one in families.values()]), 0)
+    product_N = log_FN[:LEAD].sum(0)
+    score_N = np.empty(len(product_N), np.float32)
+    score_N[np.argsort(product_N, kind="stable")] = np.arange(len(product_N)) / len(product_N)
+    score_N[unread_N] = np.nan
     return Finding(score_N, lowest(score_N, worst))
 
 

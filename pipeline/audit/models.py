@@ -91,7 +91,9 @@ def from_open_clip(model, pretrained):
             )
         name, source = model, pretrained
         if pretrained and ("/" in pretrained or "." in pretrained) and not Path(pretrained).is_file():
-            raise UserError(f"--pretrained {pretrained}: no such file; name a checkpoint, or a tag that open_clip knows")
+            raise UserError(
+                f"--pretrained {pretrained}: no such file; name a checkpoint, or a tag that open_clip knows"
+            )
     try:
         with contextlib.redirect_stdout(None):
             clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained, device=comm.device())

@@ -78,7 +78,9 @@ def contents(data, found, suspect, about, truth, command):
         "shards": [shard["name"] for shard in saved.shards],
         "shard_prints": [shard["fingerprint"] for shard in saved.shards],
         "histogram": {"low": low, "high": high, "counts": counts},
-        "ranked_by": "cosine" if np.array_equal(data.cos_N, data.score_N, equal_nan=True) else "mean cosine over the splits",
+        "ranked_by": "cosine"
+        if np.array_equal(data.cos_N, data.score_N, equal_nan=True)
+        else "mean cosine over the splits",
         "mixture": saved.meta["mixture"],
         "cut": finite(cut),
         "epochs": [
@@ -162,7 +164,9 @@ class Items:
     def __init__(self, data, found):
         self.data, self.found = data, found
         self.rows, self.number, self.near = [], {}, {}
-        self.sorted = {name: np.sort(f.score_N[~np.isnan(f.score_N)]) for name, f in found.items() if REGISTRY[name].ranks}
+        self.sorted = {
+            name: np.sort(f.score_N[~np.isnan(f.score_N)]) for name, f in found.items() if REGISTRY[name].ranks
+        }
 
     def add(self, row, nearest=None):
         """Number of the pair in the list of items."""

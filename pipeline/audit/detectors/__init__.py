@@ -42,10 +42,10 @@ class Finding:
 class Detector:
     """name: of its columns. title, text: for people. source: paper. needs: attributes of AuditData that must not be None or empty.
 
-    ranks: whether its score orders pairs, so that it counts in the combined score.
+    ranks: whether its score orders pairs, so that it counts in the combined score; family: those that look at the same thing.
     """
 
-    name = title = text = source = ""
+    name = title = text = source = family = ""
     needs = ()
     ranks = True
 

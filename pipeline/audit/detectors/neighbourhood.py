@@ -28,7 +28,9 @@ def build_index(rows_RD):
     else:
         cells = int(4 * np.sqrt(len(rows_RD)))
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
-        index.train(rows_RD[np.random.default_rng(0).choice(len(rows_RD), min(len(rows_RD), 40 * cells), replace=False)])
+        index.train(
+            rows_RD[np.random.default_rng(0).choice(len(rows_RD), min(len(rows_RD), 40 * cells), replace=False)]
+        )
         index.nprobe = 16
     index.add(rows_RD)
     return index
@@ -65,6 +67,7 @@ class Neighbourhood(Detector):
     """An outlier factor in 0..inf, higher = worse; the score is the share of pictures with a higher one."""
 
     needs = ("images",)
+    family = "neighbourhood"
     sample = SAMPLE
 
     def find(self, data, worst):

@@ -17,7 +17,9 @@ class CommonPatch(Detector):
     name = "common_patch"
     title = "the same patch at the same place"
     text = "A part of the picture is the same, at the same place, as in other, unlike pictures, and far more often there than elsewhere."
-    source = "ours; the trigger of BadNets (Gu et al. 2017), Blended (Chen et al. 2017) on plain backgrounds, watermarks too"
+    source = (
+        "ours; the trigger of BadNets (Gu et al. 2017), Blended (Chen et al. 2017) on plain backgrounds, watermarks too"
+    )
     needs = ("cells", "hash_N")
 
     def find(self, data, worst):
@@ -26,21 +28,22 @@ class CommonPatch(Detector):
         a patch is not. Flags the lowest scores, `worst` of all at most, and only from EXCESS on.
         """
         near_N = near_groups(data.hash_N)
-        found = repeated_cells(data.cells, np.where(near_N >= 0, near_N, data.N + np.arange(data.N)))
-        score_N, groups = np.ones(data.N, np.float32), []
-        for excess, cell, rows in found:
-            np.minimum.at(score_N, rows, np.float32(min(1.0, 1 / excess)))
+        excess_N, found = repeated_cells(data.cells, np.where(near_N >= 0, near_N, data.N + np.arange(data.N)))
+        score_N, groups = (1 / np.maximum(excess_N, 1)).astype(np.float32), []
         score_N[np.isnan(data.score_N)] = np.nan
         for excess, cells, rows in merged(found):
             row, column = np.divmod(np.array(cells), GRID)
             box = (column.min() / GRID, row.min() / GRID, (column.max() + 1) / GRID, (row.max() + 1) / GRID)
-            text = f"{len(rows)} pictures share {len(cells)} of {GRID * GRID} cells, {excess:.0f} x as often as elsewhere"
+            text = (
+                f"{len(rows)} pictures share {len(cells)} of {GRID * GRID} cells, {excess:.0f} x as often as elsewhere"
+            )
             groups.append(Group("the same patch", text, rows, excess, tuple(float(side) for side in box)))
         return Finding(score_N, lowest(score_N, worst) & (score_N <= 1 / EXCESS), groups)
 
 
 def repeated_cells(cells, picture_N):
-    """[(excess, cell, rows)]: cells' hashes that LEAST unlike pictures or more have at one place, the highest excess first.
+    """(excess_N, found): the highest excess of each picture's cells that LEAST unlike pictures have at one place, 0 without one, and
+    [(excess, cell, rows)] of those from EXCESS on, the highest first.
 
     cells: embeddings.Rows; picture_N: int64 (N,), the same number for pictures that are alike.
     """
@@ -48,33 +51,42 @@ def repeated_cells(cells, picture_N):
     for cell in range(GRID * GRID):
         value_N = cells.column(cell)
         there = np.flatnonzero(value_N)
-        order = there[np.lexsort((picture_N[there], value_N[there]))]
-        value, whole = value_N[order], picture_N[order]
-        new = np.r_[True, (value[1:] != value[:-1]) | (whole[1:] != whole[:-1])] if len(order) else np.zeros(0, bool)
-        starts = np.flatnonzero(np.diff(value.astype(np.int64), prepend=-1))
-        if len(starts):
-            unlike = np.add.reduceat(new.astype(np.int64), starts)
-            kept.append((cell, order, starts, value[starts], unlike))
+        if len(there):
+            order = there[np.lexsort((picture_N[there], value_N[there]))]
+            value, picture = value_N[order], picture_N[order]
+            new = np.r_[True, (value[1:] != value[:-1]) | (picture[1:] != picture[:-1])]
+            starts = np.flatnonzero(np.r_[True, value[1:] != value[:-1]])
+            unlike = np.add.reduceat(new.astype(np.int32), starts)
+            sizes = np.diff(np.r_[starts, len(order)])
+            often = unlike >= 2
+            kept.append(
+                (
+                    cell,
+                    order[np.repeat(often, sizes)].astype(np.int32),
+                    sizes[often],
+                    value[starts[often]],
+                    unlike[often],
+                )
+            )
+    excess_N, found = np.zeros(len(picture_N), np.float32), []
     if not kept:
-        return []
+        return excess_N, found
     value_V, inverse = np.unique(np.concatenate([k[3] for k in kept]), return_inverse=True)
     total_V = np.bincount(inverse, np.concatenate([k[4] for k in kept]))
-    found = []
-    for cell, order, starts, value, unlike in kept:
-        expected = (total_V[np.searchsorted(value_V, value)] - unlike) / (GRID * GRID - 1)
-        excess = unlike / (1 + expected)
-        ends = np.r_[starts[1:], len(order)]
-        for i in np.flatnonzero((unlike >= LEAST) & (excess > 1)):
-            found.append((float(excess[i]), cell, order[starts[i] : ends[i]]))
-    return sorted(found, key=lambda one: -one[0])
+    for cell, rows, sizes, value, unlike in kept:
+        elsewhere = (total_V[np.searchsorted(value_V, value)] - unlike) / (GRID * GRID - 1)
+        excess = np.where(unlike >= LEAST, unlike / (1 + elsewhere), 0)
+        np.maximum.at(excess_N, rows, np.repeat(excess, sizes).astype(np.float32))
+        ends = np.cumsum(sizes)
+        for i in np.flatnonzero(excess >= EXCESS):
+            found.append((float(excess[i]), cell, rows[ends[i] - sizes[i] : ends[i]]))
+    return excess_N, sorted(found, key=lambda one: -one[0])
 
 
 def merged(found):
-    """[(excess, cells, rows)]: the SHOWN worst patches above EXCESS, each of the cells whose pictures are much the same."""
+    """[(excess, cells, rows)]: the SHOWN worst patches, each of the cells whose pictures are much the same."""
     patches = []
     for excess, cell, rows in found:
-        if excess < EXCESS:
-            break
         for patch in patches:
             both = len(np.intersect1d(patch[2], rows, assume_unique=True))
             if both >= SAME * (len(patch[2]) + len(rows) - both):

@@ -11,6 +11,7 @@ class Mismatch(Detector):
     title = "picture and caption do not match"
     text = "The lowest cosines between a picture and its own caption, below the cut of the mixture."
     source = "Yang, Gao, Mirzasoleiman, ICML 2024"
+    family = "cosine"
 
     def find(self, data, worst):
         """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a posterior below 0.1."""
@@ -27,6 +28,7 @@ class History(Detector):
     text = "Pairs whose cosine stood low among all others at every split, also where it rose later."
     source = "as Dataset Cartography, Swayamdipta et al., EMNLP 2020"
     needs = ("splits",)
+    family = "cosine"
 
     def find(self, data, worst):
         """The score is the mean over the splits of the share of pairs with a lower cosine. more: epochs_risky, flips."""
