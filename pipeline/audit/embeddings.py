@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
-from shards.index import Shard
+from shards.index import Shard, ShardIndex
 from shards.masks import fingerprint
 
 KINDS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet", "cells": "npy"}
@@ -74,17 +74,18 @@ class Rows:
         for start in range(0, len(self), size):
             yield start, self.take(np.arange(start, min(start + size, len(self))))
 
-    def column(self, number):
-        """(N,): one column of all rows."""
-        return np.concatenate([part[:, number] for part in self.parts if part is not None] or [np.zeros(0, self.dtype)])
+    def columns(self, size=32):
+        """Yield (number, (N,)) of every column; `size` of them are read at a time, for a row lies in one piece on disk."""
+        for start in range(0, self.width, size):
+            read = [np.ascontiguousarray(part[:, start : start + size].T) for part in self.parts if part is not None]
+            yield from enumerate(np.concatenate(read, 1), start)
 
 
-class EmbeddingFolder:
-    """Embeddings of others as an index of pairs: each part is a shard. counts, offsets, samples, shards, fingerprint, table()."""
+class EmbeddingFolder(ShardIndex):
+    """Embeddings of others as an index of pairs: each part is a shard, img_emb its file."""
 
     def __init__(self, folder):
         """Raises UserError when parts are missing or do not fit together."""
-        self.folder = Path(folder)
         images, texts, about = (parts(folder, kind) for kind in ("img_emb", "text_emb", "metadata"))
         if not images or set(images) != set(texts) or set(images) != set(about):
             raise UserError(
@@ -92,19 +93,13 @@ class EmbeddingFolder:
                 "same numbers of each, as clip-retrieval writes them (clip-retrieval inference --enable_text True)"
             )
         self.images, self.texts, self.about = (list(found.values()) for found in (images, texts, about))
-        self.counts = np.array([len(open_part(path)) for path in self.images], np.int64)
-        self.offsets = np.concatenate([[0], np.cumsum(self.counts)])
-        self.samples = int(self.offsets[-1])
-        for count, image, text, table in zip(self.counts, self.images, self.texts, self.about):
-            rows = pq.read_metadata(table).num_rows
-            if len(open_part(text)) != count or rows != count:
-                raise UserError(
-                    f"embeddings {image}: {count} rows, but {len(open_part(text))} in its text_emb and {rows} in its metadata"
-                )
-        self.shards = [
-            Shard(str(path.absolute()), path.stat().st_size, int(count), fingerprint(path))
-            for path, count in zip(self.images, self.counts)
-        ]
+        shards = []
+        for image, text, table in zip(self.images, self.texts, self.about):
+            rows = [len(open_part(image)), len(open_part(text)), pq.read_metadata(table).num_rows]
+            if len(set(rows)) > 1:
+                raise UserError(f"embeddings {image}: {rows[0]} rows, but {rows[1]} in its text_emb and {rows[2]} in its metadata")
+            shards.append(Shard(str(image.absolute()), image.stat().st_size, rows[0], fingerprint(image)))
+        super().__init__(folder, "caption", shards)
 
     def table(self, shard):
         """Something with `keys`: the pairs' names, from image_path or key, or else their positions."""

@@ -84,44 +84,38 @@ def score(
     that exist. lean: keep the cosines and captions only. What is there of the same model is not scored again. Raises UserError.
     """
     out = Path(out)
+    if embeddings and (model or data):
+        raise UserError("--embeddings: has the cosines of its own model; leave --model and --data out")
+    if not embeddings and not model:
+        raise UserError("--model: missing; name a run, an open_clip model or local directory, or give --embeddings")
     comm.init()
     if embeddings:
-        if model or data:
-            raise UserError("--embeddings: has the cosines of its own model; leave --model and --data out")
         index = EmbeddingFolder(embeddings)
-        about = {"model": f"embeddings {embeddings}", "embeddings": str(Path(embeddings).absolute()), "index": None}
-        identity, keep = f"embeddings/{index.fingerprint}", None
-        files = ScoreFiles(out / "scores", index, identity)
-        todo = [s for s in range(len(index.counts)) if index.counts[s]][comm.rank() :: comm.world()]
-        comm.on_main(claim, out, identity)
-        done = set(files.done())
-        for shard in todo:
-            if shard not in done:
-                score_embeddings(index, shard, out, files)
+        files = ScoreFiles(out / "scores", index, f"embeddings/{index.fingerprint}")
+        about = {"model": f"embeddings {embeddings}", "embeddings": str(Path(embeddings).absolute())}
+        comm.on_main(claim, out, files.made["step"])
+        score_embeddings(index, out, files)
     else:
-        if not model:
-            raise UserError("--model: missing; name a run, an open_clip model or local directory, or give --embeddings")
         from pipeline.audit.models import load_scorer
 
         scorer = load_scorer(model, pretrained)
         index = comm.on_main(open_index, data, scorer.data, out)
-        folder = overlay or (scorer.overlay if not data or index.folder == Path(scorer.data or "") else None)
+        folder = overlay or (scorer.overlay if not data else None)
         poison = Overlay.load(folder, index) if folder else None
+        parts = [scorer.identity, index.fingerprint, fingerprint_of(folder), "lean" if lean else "all"]
+        files = ScoreFiles(out / "scores", index, "/".join(parts))
         about = {
             "model": scorer.name,
             "embeddings": None if lean else ".",
             "index": str(index.folder.absolute()),
             "overlay": str(Path(folder).absolute()) if folder else None,
         }
-        keep = not lean
-        identity = "/".join([scorer.identity, index.fingerprint, fingerprint_of(folder), "lean" if lean else "all"])
-        comm.on_main(claim, out, identity)
-        files = ScoreFiles(out / "scores", index, identity)
-        score_shards(scorer, Samples(index, poison), files, out, keep, batch_size, workers)
+        comm.on_main(claim, out, files.made["step"])
+        score_shards(scorer, Samples(index, poison), files, out, not lean, batch_size, workers)
     comm.barrier()
     score_N = load_scores(out, index.counts)
     split = split_pairs(score_N, index.counts, Selection(least_share=0.0, cap=1.0), 0)  # by the posterior alone
-    return comm.on_main(conclude, out, index, split, score_N, identity, about)
+    return comm.on_main(conclude, out, index, split, score_N, files.made["step"], about)
 
 
 def fingerprint_of(folder):
@@ -153,20 +147,24 @@ def claim(out, identity):
     write_json(out / "score.json", {"identity": identity, "complete": False})
 
 
-def score_embeddings(index, shard, out, files):
-    """Cosines of one part of embeddings that exist."""
-    rows = [Rows({0: path[shard]}, [index.counts[shard]]) for path in (index.images, index.texts)]
-    cos_N = np.empty(int(index.counts[shard]), np.float32)
-    for start, image_BD in rows[0].blocks():
-        image_BD = image_BD.astype(np.float32)
-        text_BD = rows[1].take(np.arange(start, start + len(image_BD))).astype(np.float32)
-        norm_B = np.linalg.norm(image_BD, axis=1) * np.linalg.norm(text_BD, axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):  # a row of zeros has no cosine: NaN
-            cos_N[start : start + len(image_BD)] = (image_BD * text_BD).sum(1) / norm_B
-    keys = index.table(shard).keys
-    write_metadata(out, shard, keys, index.captions(shard), None)
-    wrong = [(shard, i, keys[i], "the embedding has no direction") for i in np.flatnonzero(np.isnan(cos_N)).tolist()]
-    files.write(shard, cos_N, wrong)
+def score_embeddings(index, out, files):
+    """Cosines of embeddings that exist, this rank's part of the shards that are not done."""
+    done = set(comm.broadcast_object(files.done() if comm.is_main() else None))
+    for shard in range(comm.rank(), len(index.counts), comm.world()):
+        if shard in done or not index.counts[shard]:
+            continue
+        images, texts = (Rows({0: paths[shard]}, [index.counts[shard]]) for paths in (index.images, index.texts))
+        cos_N = np.empty(len(images), np.float32)
+        for start, image_BD in images.blocks():
+            image_BD = image_BD.astype(np.float32)
+            text_BD = texts.take(np.arange(start, start + len(image_BD))).astype(np.float32)
+            norm_B = np.linalg.norm(image_BD, axis=1) * np.linalg.norm(text_BD, axis=1)
+            with np.errstate(invalid="ignore", divide="ignore"):  # a row of zeros has no cosine: NaN
+                cos_N[start : start + len(image_BD)] = (image_BD * text_BD).sum(1) / norm_B
+        keys = index.table(shard).keys
+        write_metadata(out, shard, keys, index.captions(shard), None)
+        unread = np.flatnonzero(np.isnan(cos_N)).tolist()
+        files.write(shard, cos_N, [(shard, i, keys[i], "the embedding has no direction") for i in unread])
 
 
 @torch.no_grad()

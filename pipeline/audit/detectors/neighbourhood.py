@@ -114,4 +114,4 @@ class DAO(Neighbourhood):
         """The dimension is its maximum likelihood estimate, -1 / mean log(d_i / d_k) (Amsaleg et al., KDD 2015)."""
         dimension_R = -1 / np.minimum(np.log(distance_RK / distance_RK[:, -1:]).mean(1), -1e-6)
         ratio_NK = np.log(distance_NK[:, -1:] / distance_RK[number_NK, -1])
-        return np.log(np.exp(np.clip(dimension_R[number_NK] * ratio_NK, -300, 300)).mean(1))
+        return np.exp(np.clip(dimension_R[number_NK] * ratio_NK, -80, 80), dtype=np.float64).mean(1)

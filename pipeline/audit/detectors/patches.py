@@ -45,16 +45,16 @@ def repeated_cells(cells, picture_N):
     """(excess_N, found): the highest excess of each picture's cells that LEAST unlike pictures have at one place, 0 without one, and
     [(excess, cell, rows)] of those from EXCESS on, the highest first.
 
-    cells: embeddings.Rows; picture_N: int64 (N,), the same number for pictures that are alike.
+    cells: embeddings.Rows; picture_N: int (N,) from 0 below 2^32, the same number for pictures that are alike.
     """
     kept = []
-    for cell in range(GRID * GRID):
-        value_N = cells.column(cell)
+    for cell, value_N in cells.columns():
         there = np.flatnonzero(value_N)
         if len(there):
-            order = there[np.lexsort((picture_N[there], value_N[there]))]
-            value, picture = value_N[order], picture_N[order]
-            new = np.r_[True, (value[1:] != value[:-1]) | (picture[1:] != picture[:-1])]
+            key = value_N[there].astype(np.uint64) << np.uint64(32) | picture_N[there].astype(np.uint64)
+            by_key = np.argsort(key)
+            order, key = there[by_key], key[by_key]
+            value, new = key >> np.uint64(32), np.r_[True, key[1:] != key[:-1]]
             starts = np.flatnonzero(np.r_[True, value[1:] != value[:-1]])
             unlike = np.add.reduceat(new.astype(np.int32), starts)
             sizes = np.diff(np.r_[starts, len(order)])

@@ -3,8 +3,7 @@
 import unicodedata
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse import coo_matrix, csr_matrix
 
 from pipeline.audit.detectors import Detector, Finding, Group, detector, lowest
 from pipeline.audit.detectors.neighbourhood import unit
@@ -23,7 +22,8 @@ def agreement(rows, group_N, count):
     total_GD, agree_N = np.zeros((count, rows.width), np.float32), np.ones(len(group_N), np.float32)
     inside = np.flatnonzero(group_N >= 0)
     for piece in np.array_split(inside, max(1, len(inside) >> 16)):
-        np.add.at(total_GD, group_N[piece], unit(rows.take(piece)))
+        member = csr_matrix((np.ones(len(piece), np.float32), (group_N[piece], range(len(piece)))), (count, len(piece)))
+        total_GD += member @ unit(rows.take(piece))
     for piece in np.array_split(inside, max(1, len(inside) >> 16)):
         row_BD, group_B = unit(rows.take(piece)), group_N[piece]
         others_B = (row_BD * (total_GD[group_B] - row_BD)).sum(1)
@@ -81,7 +81,7 @@ class NearDuplicate(Detector):
         group_N = near_groups(np.where(np.isnan(data.score_N), 0, data.hash_N))
         count = int(group_N.max()) + 1
         score_N = ((1 + agreement(data.texts, group_N, count)) / 2).astype(np.float32)
-        groups = groups_of(score_N, group_N, lambda rows: data.captions[rows[0]] or "", "{n} copies of one picture")
+        groups = groups_of(score_N, group_N, lambda rows: data.captions[rows[0]] or "", "{n} near-copies of one picture")
         return Finding(score_N, lowest(score_N, worst), groups)
 
 
@@ -110,9 +110,17 @@ def near_groups(hash_N):
             if not (part_U[a] == part_U[b]).any():
                 break
     a, b = np.concatenate(links, 1)
-    graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), (len(unique_U), len(unique_U)))
-    count, group_U = connected_components(graph, directed=False)
-    size_G = np.bincount(group_U, count_U, count)
-    zero = group_U[unique_U == 0]
-    size_G[zero] = 0
-    return renumbered(group_U[inverse_N].astype(np.int64), size_G >= 2)
+    graph = coo_matrix((np.ones(2 * len(a), np.int8), (np.r_[a, b], np.r_[b, a])), (len(unique_U),) * 2).tocsr()
+    linked = np.flatnonzero(np.diff(graph.indptr))
+    group_U = np.arange(len(unique_U))
+    taken_U = np.zeros(len(unique_U), bool)
+    # No chains: all of a group are near to its first, the most frequent hash that is in no group yet.
+    for leader in linked[np.argsort(-count_U[linked], kind="stable")].tolist():
+        if not taken_U[leader]:
+            others = graph.indices[graph.indptr[leader] : graph.indptr[leader + 1]]
+            others = others[~taken_U[others]]
+            group_U[others] = leader
+            taken_U[others] = taken_U[leader] = True
+    size_G = np.bincount(group_U, count_U, len(unique_U))
+    size_G[unique_U == 0] = 0
+    return renumbered(group_U[inverse_N], size_G >= 2)
