@@ -1,5 +1,6 @@
 """A real headless Chromium, driven over DevTools' pipe: no driver, no port, no package."""
 
+import argparse
 import base64
 import json
 import os
@@ -95,3 +96,20 @@ class Browser:
         """PNG of what is in sight."""
         with open(path, "wb") as file:
             file.write(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A picture of a page.")
+    parser.add_argument("page")
+    parser.add_argument("png")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, default=900)
+    parser.add_argument("--scheme", choices=["light", "dark"], default="light")
+    parser.add_argument("--at", metavar="ID", help="scroll to this element")
+    args = parser.parse_args()
+    with Browser() as browser:
+        browser.open(os.path.abspath(args.page), args.width, args.height, args.scheme)
+        if args.at:
+            browser.run(f"document.getElementById({args.at!r}).scrollIntoView()")
+        browser.run("Promise.all([...document.images].map(image => image.decode().catch(() => null))).then(() => 0)")
+        browser.screenshot(args.png)
