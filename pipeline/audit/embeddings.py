@@ -97,7 +97,9 @@ class EmbeddingFolder(ShardIndex):
         for image, text, table in zip(self.images, self.texts, self.about):
             rows = [len(open_part(image)), len(open_part(text)), pq.read_metadata(table).num_rows]
             if len(set(rows)) > 1:
-                raise UserError(f"embeddings {image}: {rows[0]} rows, but {rows[1]} in its text_emb and {rows[2]} in its metadata")
+                raise UserError(
+                    f"embeddings {image}: {rows[0]} rows, but {rows[1]} in its text_emb and {rows[2]} in its metadata"
+                )
             shards.append(Shard(str(image.absolute()), image.stat().st_size, rows[0], fingerprint(image)))
         super().__init__(folder, "caption", shards)
 

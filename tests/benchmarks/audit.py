@@ -93,14 +93,27 @@ def main():
         before = 0.0
         for only in ([], ["--detectors", "mismatch", "broken", "repeated_caption"]):
             start = time.monotonic()
-            command = [sys.executable, "-m", "pipeline.cli", "audit", str(folder / "scores"), "--out", str(folder / "out")]
+            command = [
+                sys.executable,
+                "-m",
+                "pipeline.cli",
+                "audit",
+                str(folder / "scores"),
+                "--out",
+                str(folder / "out"),
+            ]
             subprocess.run(command + only, check=True)
             seconds, size = time.monotonic() - start, (folder / "out/report.html").stat().st_size
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu, before = used.ru_utime + used.ru_stime - before, used.ru_utime + used.ru_stime
             about = json.loads((folder / "out/audit.json").read_text())["detectors"]
-            slow = ", ".join(f"{name} {one['seconds']:.0f} s" for name, one in about.items() if one.get("seconds", 0) >= 1)
-            print(f"{index.samples:,} pairs, {' '.join(only[1:]) or 'all detectors'}: {seconds:.0f} s, {cpu:.0f} CPU s ({slow}), report {size / 1e6:.1f} MB, {used.ru_maxrss / 1e6:.1f} GB", flush=True)
+            slow = ", ".join(
+                f"{name} {one['seconds']:.0f} s" for name, one in about.items() if one.get("seconds", 0) >= 1
+            )
+            print(
+                f"{index.samples:,} pairs, {' '.join(only[1:]) or 'all detectors'}: {seconds:.0f} s, {cpu:.0f} CPU s ({slow}), report {size / 1e6:.1f} MB, {used.ru_maxrss / 1e6:.1f} GB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ def poisoned(folder):
         auroc = ", ".join(f"{kind} {figures['auroc']:.3f}" for kind, figures in one["attacks"].items())
         print(f"poisoned, {name}: AUROC {auroc}; of the worst 1 % {one['precision']['0.01']:.0%} are poison")
     last = found["truth"]["masks"][-1]
-    print(f"poisoned, last mask: {last['recall']:.1%} of the poison is risky, {last['precision']:.1%} of what is risky is poison")
+    print(
+        f"poisoned, last mask: {last['recall']:.1%} of the poison is risky, {last['precision']:.1%} of what is risky is poison"
+    )
 
 
 def clean(folder):
@@ -34,12 +36,16 @@ def clean(folder):
     kinds = {form.format(c) for c in classes for form in ("{}", "a {} emoji", "an icon of the kind {}")}
     bare_N = np.array([samples.caption(*place) in kinds for place in places])
     suspect_N = table["is_suspect_issue"].to_numpy()
-    print(f"clean: {bare_N[suspect_N].sum()} of {suspect_N.sum()} suspects have a caption that names their kind only, {bare_N.mean():.0%} of all pairs do")
+    print(
+        f"clean: {bare_N[suspect_N].sum()} of {suspect_N.sum()} suspects have a caption that names their kind only, {bare_N.mean():.0%} of all pairs do"
+    )
     copies = defaultdict(list)
     for row, place in enumerate(places):
         copies[samples.image(*place).tobytes()].append(row)
     same = [rows for rows in copies.values() if len(rows) > 1]
-    print(f"clean: {sum(map(len, same))} pairs have a picture that is another's, pixel for pixel, in {len(same)} sets; three of them:")
+    print(
+        f"clean: {sum(map(len, same))} pairs have a picture that is another's, pixel for pixel, in {len(same)} sets; three of them:"
+    )
     for rows in sorted(same, key=len)[:3]:
         print("   ", " = ".join(samples.caption(*places[row]) for row in rows))
     patches = table["is_common_patch_issue"].to_numpy()

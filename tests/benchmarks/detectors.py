@@ -2,8 +2,7 @@
 
 python -m tests.benchmarks.detectors RUN... --out DIR       RUN: runs of `safeclip train` on poisoned data, e.g. of launch/reproduce.sh
 
-Scores every run's data with its own model (`safeclip score --model RUN`, used again if it is there), audits them (with the run's
-splits, if it has masks) and writes DIR/detectors.md: AUROC for each attack (clean pairs above poison), precision of the 0.1 % and 1 %
+Scores every run's data with its own model (`safeclip score --model RUN`), audits them (with the run's splits, if it has masks; what is there is used again) and writes DIR/detectors.md: AUROC for each attack (clean pairs above poison), precision of the 0.1 % and 1 %
 of the pairs with the lowest scores (all attacks together), seconds per 100,000 pairs. Recorded in tests/benchmarks/detectors.md.
 """
 
@@ -12,6 +11,7 @@ import json
 from pathlib import Path
 
 from pipeline.audit.audit import audit
+from pipeline.audit.detectors import REGISTRY
 from pipeline.audit.score import score
 from shards.storage import write_bytes
 
@@ -25,13 +25,14 @@ def name_of(run):
 def section(run, out):
     """Markdown of one run."""
     folder = out / "_".join(Path(run).parts[-3:])
-    print(score(folder / "scores", model=run, workers=0), flush=True)
-    masks = any(Path(run).glob("masks/epoch_*/mask.json"))
-    source = {"source": run, "scores": folder / "scores"} if masks else {"source": folder / "scores"}
-    print(audit(out=folder / "audit", **source, say=lambda line: None), flush=True)
+    if not (folder / "audit/audit.json").exists():
+        print(score(folder / "scores", model=run, workers=0), flush=True)
+        masks = any(Path(run).glob("masks/epoch_*/mask.json"))
+        source = {"source": run, "scores": folder / "scores"} if masks else {"source": folder / "scores"}
+        print(audit(out=folder / "audit", **source, say=lambda line: None), flush=True)
     found = json.loads((folder / "audit/audit.json").read_text())
-    kinds = list(found["truth"]["poison"])
-    poison = ", ".join(f"{count} {kind}" for kind, count in found["truth"]["poison"].items())
+    kinds = sorted(found["truth"]["poison"])
+    poison = ", ".join(f"{found['truth']['poison'][kind]} {kind}" for kind in kinds)
     lines = [
         f"\n## {name_of(run)}\n",
         f"{found['pairs']:,} pairs, poison: {poison}.\n",
@@ -39,6 +40,8 @@ def section(run, out):
         "|---|" + "---|" * (len(kinds) + 3),
     ]
     for name, one in found["truth"]["detectors"].items():
+        if name in REGISTRY and not REGISTRY[name].ranks:
+            continue
         aurocs = " | ".join(f"{one['attacks'][kind]['auroc']:.3f}" for kind in kinds)
         precision = " | ".join(f"{value:.0%}" for value in one["precision"].values())
         seconds = found["detectors"].get(name, {}).get("seconds")

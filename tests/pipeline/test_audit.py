@@ -43,14 +43,28 @@ def audited(tmp_path_factory):
     """data/, scores/ and audit/ of 60 pairs: hostile captions, a repeated one, a patch in every fifth picture, one broken picture."""
     folder = tmp_path_factory.mktemp("audited")
     captions = [HOSTILE[i] if i < len(HOSTILE) else f"thing {i}" if i % 4 else "the same words" for i in range(60)]
-    pictures = {row: picture(row, True) for row in range(3, 60, 5)} | {20: b"no picture", 31: picture(30), 32: picture(30)}
+    pictures = {row: picture(row, True) for row in range(3, 60, 5)} | {
+        20: b"no picture",
+        31: picture(30),
+        32: picture(30),
+    }
     paths = make_pairs(folder / "data", captions, pictures)
     score(folder / "scores", make_model(folder / "model"), data=paths, workers=0)
     attack = folder / "attack"
     attack.mkdir()
-    rows = [{"shard": r // 20, "position": r % 20, "key": "", "kind": "patch", "caption": captions[r], "source": None} for r in range(3, 60, 5)]
+    rows = [
+        {"shard": r // 20, "position": r % 20, "key": "", "kind": "patch", "caption": captions[r], "source": None}
+        for r in range(3, 60, 5)
+    ]
     index = json.loads((folder / "scores/mask.json").read_text())["fingerprint"]
-    manifest = {"version": VERSION, "fingerprint": index, "source": "", "source_fingerprint": "", "targets": [], "rows": rows}
+    manifest = {
+        "version": VERSION,
+        "fingerprint": index,
+        "source": "",
+        "source_fingerprint": "",
+        "targets": [],
+        "rows": rows,
+    }
     (attack / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"patch": {}}}))
     audit(folder / "scores", folder / "audit", truth=attack, worst=0.2, say=lambda line: None)
     return folder, captions, paths
@@ -96,7 +110,11 @@ def test_nothing_but_the_scores_is_needed(audited, tmp_path):
 
 @pytest.mark.parametrize(
     "options, words",
-    [({"worst": 0}, "--worst"), ({"detectors": ["nothing"]}, "expected some of"), ({"detectors": ["history"]}, "none of")],
+    [
+        ({"worst": 0}, "--worst"),
+        ({"detectors": ["nothing"]}, "expected some of"),
+        ({"detectors": ["history"]}, "none of"),
+    ],
 )
 def test_mistakes_are_named(audited, tmp_path, options, words):
     with pytest.raises(UserError, match=words):
@@ -181,8 +199,12 @@ def test_ticks_by_keyboard_go_back_into_the_mask(audited, page, tmp_path):
 @needs_chromium
 def test_search_filters_captions(page, audited):
     page.open(audited[0] / "audit/report.html")
-    page.run("(() => { const box = document.getElementById('search'); box.value = 'THE SAME'; box.dispatchEvent(new Event('input')); })()")
-    shown = page.run("new Promise(r => setTimeout(() => r([...document.querySelectorAll('#table tbody tr td:nth-child(4)')].map(c => c.innerText)), 400))")
+    page.run(
+        "(() => { const box = document.getElementById('search'); box.value = 'THE SAME'; box.dispatchEvent(new Event('input')); })()"
+    )
+    shown = page.run(
+        "new Promise(r => setTimeout(() => r([...document.querySelectorAll('#table tbody tr td:nth-child(4)')].map(c => c.innerText)), 400))"
+    )
     assert shown and set(shown) == {"the same words"}
 
 

@@ -81,7 +81,9 @@ class NearDuplicate(Detector):
         group_N = near_groups(np.where(np.isnan(data.score_N), 0, data.hash_N))
         count = int(group_N.max()) + 1
         score_N = ((1 + agreement(data.texts, group_N, count)) / 2).astype(np.float32)
-        groups = groups_of(score_N, group_N, lambda rows: data.captions[rows[0]] or "", "{n} near-copies of one picture")
+        groups = groups_of(
+            score_N, group_N, lambda rows: data.captions[rows[0]] or "", "{n} near-copies of one picture"
+        )
         return Finding(score_N, lowest(score_N, worst), groups)
 
 
