@@ -75,10 +75,10 @@ class Rows:
             yield start, self.take(np.arange(start, min(start + size, len(self))))
 
     def columns(self, size=32):
-        """Yield (number, (N,)) of every column; `size` of them are read at a time, for a row lies in one piece on disk."""
+        """Yield (first, (C, N)): all columns, `size` at a time, for a row lies in one piece on disk."""
         for start in range(0, self.width, size):
             read = [np.ascontiguousarray(part[:, start : start + size].T) for part in self.parts if part is not None]
-            yield from enumerate(np.concatenate(read, 1), start)
+            yield start, np.concatenate(read, 1)
 
 
 class EmbeddingFolder(ShardIndex):

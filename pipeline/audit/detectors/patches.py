@@ -1,5 +1,8 @@
 """Common patches: the same pixels at the same place in unlike pictures, as a backdoor's trigger leaves them."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from pipeline.audit.detectors import Detector, Finding, Group, detector, lowest
@@ -9,6 +12,7 @@ from pipeline.audit.pixels import GRID
 LEAST = 5  # unlike pictures that must have a cell in common
 EXCESS = 4.0  # how many times more often here than at other places, for a flag
 SHOWN = 50  # groups
+MERGED = 1000  # cells' groups, the worst, that are put together to patches
 SAME = 0.5  # Jaccard index of two cells' pictures from which they are parts of one patch
 
 
@@ -48,26 +52,12 @@ def repeated_cells(cells, picture_N):
     cells: embeddings.Rows; picture_N: int (N,) from 0 below 2^32, the same number for pictures that are alike.
     """
     kept = []
-    for cell, value_N in cells.columns():
-        there = np.flatnonzero(value_N)
-        if len(there):
-            key = value_N[there].astype(np.uint64) << np.uint64(32) | picture_N[there].astype(np.uint64)
-            by_key = np.argsort(key)
-            order, key = there[by_key], key[by_key]
-            value, new = key >> np.uint64(32), np.r_[True, key[1:] != key[:-1]]
-            starts = np.flatnonzero(np.r_[True, value[1:] != value[:-1]])
-            unlike = np.add.reduceat(new.astype(np.int32), starts)
-            sizes = np.diff(np.r_[starts, len(order)])
-            often = unlike >= 2
-            kept.append(
-                (
-                    cell,
-                    order[np.repeat(often, sizes)].astype(np.int32),
-                    sizes[often],
-                    value[starts[often]],
-                    unlike[often],
-                )
-            )
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # sorting is most of the work, and numpy lets go of the lock for it
+        for first, value_CN in cells.columns():
+            sorted_C = pool.map(lambda value_N: repeated_values(value_N, picture_N), value_CN)
+            kept += [(cell, *one) for cell, one in enumerate(sorted_C, first) if len(one[0])]
     excess_N, found = np.zeros(len(picture_N), np.float32), []
     if not kept:
         return excess_N, found
@@ -83,10 +73,26 @@ def repeated_cells(cells, picture_N):
     return excess_N, sorted(found, key=lambda one: -one[0])
 
 
+def repeated_values(value_N, picture_N):
+    """(rows, sizes, values, unlike) of one cell: the rows with a value that two unlike pictures have, value by value; of each value the
+    number of its rows and of its unlike pictures."""
+    there = np.flatnonzero(value_N)
+    key = value_N[there].astype(np.uint64) << np.uint64(32) | picture_N[there].astype(np.uint64)
+    by_key = np.argsort(key)
+    key = key[by_key]
+    value, new = key >> np.uint64(32), np.r_[True, key[1:] != key[:-1]][: len(key)]
+    starts = np.flatnonzero(np.r_[True, value[1:] != value[:-1]][: len(key)])
+    unlike = np.add.reduceat(new.astype(np.int32), starts) if len(starts) else np.zeros(0, np.int32)
+    sizes = np.diff(np.r_[starts, len(key)])
+    often = unlike >= 2
+    rows = there[by_key][np.repeat(often, sizes)].astype(np.int64)
+    return rows, sizes[often], value[starts[often]], unlike[often]
+
+
 def merged(found):
     """[(excess, cells, rows)]: the SHOWN worst patches, each of the cells whose pictures are much the same."""
     patches = []
-    for excess, cell, rows in found:
+    for excess, cell, rows in found[:MERGED]:
         for patch in patches:
             both = len(np.intersect1d(patch[2], rows, assume_unique=True))
             if both >= SAME * (len(patch[2]) + len(rows) - both):
