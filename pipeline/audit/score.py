@@ -6,6 +6,7 @@ clip-retrieval's img_emb/, text_emb/ and metadata/ (key, caption, picture hash),
 
 import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from shards.masks import fingerprint
 from shards.overlay import Overlay
 from shards.samples import Samples
 from shards.storage import write_bytes, write_json
+
+
+PATIENCE = 86_400.0  # seconds that a rank waits for the others: each scores its own shards, and they end hours apart
 
 
 @dataclass
@@ -88,7 +92,7 @@ def score(
         raise UserError("--embeddings: has the cosines of its own model; leave --model and --data out")
     if not embeddings and not model:
         raise UserError("--model: missing; name a run, an open_clip model or local directory, or give --embeddings")
-    comm.init()
+    comm.init(PATIENCE)
     if embeddings:
         index = EmbeddingFolder(embeddings)
         files = ScoreFiles(out / "scores", index, f"embeddings/{index.fingerprint}")
@@ -187,6 +191,8 @@ def score_shards(scorer, samples, files, out, keep, batch_size, workers):
         if stop == index.counts[shard]:
             write_shard(out, shard, index, files, parts, keep)
             parts = []
+            if comm.is_main():
+                print(f"  shard {mine.index(shard) + 1} of {len(mine)} of this process", file=sys.stderr)
 
 
 def write_shard(out, shard, index, files, parts, keep):

@@ -43,10 +43,8 @@ def clean(folder):
     for row, place in enumerate(places):
         copies[samples.image(*place).tobytes()].append(row)
     same = [rows for rows in copies.values() if len(rows) > 1]
-    print(
-        f"clean: {sum(map(len, same))} pairs have a picture that is another's, pixel for pixel, in {len(same)} sets; three of them:"
-    )
-    for rows in sorted(same, key=len)[:3]:
+    print(f"clean: {sum(map(len, same))} pairs have a picture that is another's, pixel for pixel, in {len(same)} sets:")
+    for rows in sorted(same, key=len):
         print("   ", " = ".join(samples.caption(*places[row]) for row in rows))
     patches = table["is_common_patch_issue"].to_numpy()
     print(f"clean: {patches.sum()} pairs share a patch without being poisoned")
