@@ -31,7 +31,6 @@ from shards.overlay import Overlay
 from shards.samples import Samples
 from shards.storage import write_bytes, write_json
 
-
 PATIENCE = 86_400.0  # seconds that a rank waits for the others: each scores its own shards, and they end hours apart
 
 
