@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-POINTS = 100  # of a curve, at most
+POINTS = 50  # of a curve, along an axis
 SHARES = (0.001, 0.01)
 
 
@@ -20,13 +20,15 @@ def judge(score_N, poison, clean):
     return {
         "auroc": float(roc_auc_score(truth, -score)),
         "average_precision": float(average_precision_score(truth, -score)),
-        "roc": thinned(fpr, tpr),
-        "pr": thinned(recall[::-1], precision[::-1]),
+        "roc": thinned(fpr, tpr, (fpr, tpr)),
+        "pr": thinned(recall[::-1], precision[::-1], (recall[::-1],)),
     }
 
 
-def thinned(x, y):
-    keep = np.unique(np.linspace(0, len(x) - 1, POINTS).round().astype(int))
+def thinned(x, y, along):
+    """[[x, y]]: the ends, and the points where each of `along`, which rise from 0 to 1, passes POINTS even steps."""
+    steps = [np.searchsorted(rising, np.linspace(0, 1, POINTS)) for rising in along]
+    keep = np.unique(np.concatenate([[0, len(x) - 1], *steps]).clip(max=len(x) - 1))
     return [[round(float(a), 5), round(float(b), 5)] for a, b in zip(x[keep], y[keep])]
 
 

@@ -49,7 +49,7 @@ class RepeatedCaption(Detector):
     name = "repeated_caption"
     title = "one caption, unlike pictures"
     text = "A caption that stands under at least three pictures, which are unlike each other; a backdoor's captions repeat."
-    source = "Carlini et al., S&P 2024 (what repeats is what a poisoner writes)"
+    source = "ours; a backdoor's captions name one class (Carlini and Terzis, ICLR 2022)"
     needs = ("captions", "images")
 
     def find(self, data, worst):
