@@ -52,7 +52,7 @@ def reviewed(saved, path):
     `path`: CSV with shard, position, fingerprint (of the shard, may be empty) and verdict, as a report exports it.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have saved it
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--review {path}: cannot be read ({error}); export the ticks of a report again") from None
