@@ -9,6 +9,8 @@ safeclip train CONFIG run.dir=RUN                         train, or go on with a
 safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
 safeclip export RUN OUT                                   an open_clip local directory
 safeclip mask show|export|diff|replay|apply MASK          a saved mask, RUN/masks/epoch_NNN, without its run
+safeclip score --model MODEL --data SHARDS --out DIR      the cosine of every pair, by any CLIP
+safeclip audit RUN_OR_SCORES --out DIR                    what is wrong with the data: findings and a report
 """
 
 import argparse
@@ -174,7 +176,23 @@ def mask_replay(args):
 def mask_apply(args):
     from pipeline.audit.apply import apply_mask
 
-    print(apply_mask(args.mask, args.shards, args.out, args.keep))
+    print(apply_mask(args.mask, args.shards, args.out, args.keep, args.review))
+
+
+def score(args):
+    from pipeline import comm
+    from pipeline.audit.score import score as score_pairs
+
+    rest = (args.overlay, args.embeddings, args.lean, args.batch_size, args.workers)
+    line = score_pairs(args.out, args.model, args.pretrained, args.data, *rest)
+    if comm.is_main():
+        print(line)
+
+
+def audit(args):
+    from pipeline.audit.audit import audit as audit_pairs
+
+    print(audit_pairs(args.source, args.out, args.scores, args.truth, args.detectors, args.worst))
 
 
 def parser():
@@ -283,6 +301,42 @@ def parser():
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument("--keep", choices=["safe", "risky"], default="safe")
+    sub.add_argument(
+        "--review", metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is"
+    )
+    sub = command(score, "the cosine of every pair by any CLIP, and a mask by posterior; under torchrun too; goes on")
+    sub.add_argument("--model", help="a run, an open_clip local directory, or an open_clip name (with --pretrained)")
+    sub.add_argument("--pretrained", metavar="PATH", help="checkpoint for an open_clip name")
+    sub.add_argument(
+        "--data", nargs="+", default=(), metavar="SHARDS", help="paths, brace-expanded, or an index folder"
+    )
+    sub.add_argument("--overlay", metavar="DIR", help="an attack to read the data with (default: that of the run)")
+    sub.add_argument(
+        "--embeddings", metavar="DIR", help="instead: embeddings that exist, as clip-retrieval writes them"
+    )
+    sub.add_argument(
+        "--lean", action="store_true", help="keep cosines and captions only: no embeddings, no picture hashes"
+    )
+    sub.add_argument("--batch-size", type=int, default=256)
+    sub.add_argument("--workers", type=int, default=2, help="reading processes of each rank")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub = command(
+        audit, "find what is wrong with the data; writes DIR/findings.parquet, findings.csv, audit.json, report.html"
+    )
+    sub.add_argument("source", metavar="RUN_OR_SCORES", help="a run directory, or a folder written by `safeclip score`")
+    sub.add_argument(
+        "--scores",
+        metavar="DIR",
+        help="with a run: what `safeclip score --model RUN` wrote, for the detectors that need embeddings",
+    )
+    sub.add_argument(
+        "--truth", metavar="DIR", help="an attack manifest to judge by (default: that of the run or the scores)"
+    )
+    sub.add_argument("--detectors", nargs="+", metavar="NAME", help="only these (default: all that the data allow)")
+    sub.add_argument(
+        "--worst", type=float, default=0.01, help="share of the pairs that a ranking detector flags (0.01)"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR")
     return top
 
 

@@ -1,28 +1,33 @@
 """Filtered copies of shards, for those who want a copy: the kept samples with all their members, byte for byte."""
 
+import csv
 import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.audit.files import find_shards, members, output
 from shards.errors import UserError
-from shards.masks import SavedMask
+from shards.masks import SafeMask, SavedMask
 from shards.storage import write_json
 
 RECORD = 10_240  # bytes; tar archives are padded to a multiple of it
 MARK = "applied.json"
 
 
-def apply_mask(folder, patterns, out, keep="safe", workers=None):
+def apply_mask(folder, patterns, out, keep="safe", review=None, workers=None):
     """Write OUT/NAME for each shard in `patterns`, with its safe (or "risky") samples only; returns what was done as a line.
 
     Shards that are in OUT already are kept, so that the same command goes on after a death; OUT/applied.json says of which
-    mask they are. OUT/sizes.json holds the samples of each shard, as open_clip reads them. Raises UserError naming the
-    shard that is not the mask's, before anything of it is copied.
+    mask they are. OUT/sizes.json holds the samples of each shard, as open_clip reads them. `review`: the ticks of a report, which the
+    mask gives way to. Raises UserError naming the shard that is not the mask's, before anything of it is copied.
     """
     saved, out = SavedMask(folder), Path(out)
+    if review:
+        saved.mask = reviewed(saved, review)
     paths = find_shards(saved, patterns)
     claim(out, saved, keep)
     jobs = []
@@ -39,6 +44,35 @@ def apply_mask(folder, patterns, out, keep="safe", workers=None):
     kept, samples = sum(kept_S[number] for number in paths), sum(saved.mask.counts_S[number] for number in paths)
     there = f", {len(paths) - len(jobs)} of them were there already" if len(paths) > len(jobs) else ""
     return f"{out}: {kept:,} {keep} of {samples:,} samples in {len(paths)} shards{there}"
+
+
+def reviewed(saved, path):
+    """SafeMask: the saved one, with the pairs that a person ticked "poison" risky and those ticked "fine" safe. Raises UserError.
+
+    `path`: CSV with shard, position, fingerprint (of the shard, may be empty) and verdict, as a report exports it.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have saved it
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--review {path}: cannot be read ({error}); export the ticks of a report again") from None
+    flags_S = [saved.mask.shard_flags(shard) for shard in range(len(saved.shards))]
+    for line, row in enumerate(rows, 2):
+        name, verdict = (row.get("shard") or "").removeprefix("'"), row.get("verdict")
+        number, position = saved.number.get(name), row.get("position") or ""
+        wrong = None
+        if number is None:
+            wrong = f"shard {name!r} is none of mask {saved.folder}"
+        elif not position.isdecimal() or int(position) >= len(flags_S[number]):
+            wrong = f"position {position!r}, expected 0 to {len(flags_S[number]) - 1}"
+        elif verdict not in ("poison", "fine"):
+            wrong = f"verdict {verdict!r}, expected poison or fine"
+        elif row.get("fingerprint") and row["fingerprint"] != saved.shards[number]["fingerprint"]:
+            wrong = f"shard {name} had fingerprint {row['fingerprint']} in the report, here {saved.shards[number]['fingerprint']}"
+        if wrong:
+            raise UserError(f"--review {path}: line {line}: {wrong}; take the ticks of a report on these shards")
+        flags_S[number][int(position)] = verdict == "fine"
+    return SafeMask.from_flags(saved.mask.counts_S, np.concatenate(flags_S))
 
 
 def claim(out, saved, keep):

@@ -55,8 +55,9 @@ def show(folder, as_json=False):
     if as_json:
         return json.dumps(d, indent=1)
     least, most = d["least_safe_shard"], d["most_safe_shard"]
+    made = f"before epoch {d['epoch']}, by the model of step {d['step']}, config {d['config'] or '-'}"
     lines = [
-        ("made", f"before epoch {d['epoch']}, by the model of step {d['step']}, config {d['config'] or '-'}"),
+        ("made", f"by `safeclip score`, model {d['step']}" if d["epoch"] is None else made),
         ("pairs", f"{d['pairs']:,} in {d['shards']} shards, fingerprint {d['fingerprint']}"),
         ("safe", f"{d['safe']:,} = {d['share']:.2%} (first split {d['first_share']:.2%})"),
         ("cut", "none" if d["cut"] is None else f"{d['score']} >= {d['cut']:.6f}"),

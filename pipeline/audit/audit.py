@@ -1,0 +1,53 @@
+"""The audit: detectors over a run or over scores, their findings in files, and a report that a person can use."""
+
+from pathlib import Path
+
+from pipeline.audit.data import AuditData
+from pipeline.audit.findings import combined, run_detectors, write_findings
+from pipeline.audit.report import write_report
+from pipeline.audit.truth import against_truth
+from shards.errors import UserError
+from shards.storage import write_json
+
+
+def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, say=print):
+    """Write OUT/findings.parquet, findings.csv, audit.json and report.html; returns a line. Raises UserError.
+
+    source: run directory, or folder of `safeclip score`. scores: with a run, what `safeclip score --model RUN` wrote. truth: folder of
+    an attack manifest (default: the one that the run or the scores were read with). worst: see detectors.Detector.find.
+    """
+    if not 0 < worst < 1:
+        raise UserError(f"--worst: got {worst}, expected a share between 0 and 1")
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    data = AuditData(source, scores, truth)
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"{source}: {data.N:,} pairs in {len(data.counts_S)} shards, {len(data.splits)} splits")
+    found, about = run_detectors(data, worst, detectors, say)
+    if not found:
+        raise UserError(f"--detectors: none of {', '.join(about)} can run on {source}; see the reasons above")
+    suspect = combined(found, worst)
+    against = against_truth(data, found, suspect)
+    write_findings(data, found, suspect, out)
+    command = f"safeclip mask apply {data.saved.folder} SHARDS --out DIR --review review.csv"
+    size = write_report(out / "report.html", data, found, suspect, about, against, command)
+    suspects = int(suspect.issue_N.sum())
+    meta = data.saved.meta
+    write_json(
+        out / "audit.json",
+        {
+            "source": str(source),
+            "model": data.model,
+            "fingerprint": meta["fingerprint"],
+            "pairs": data.N,
+            "suspects": suspects,
+            "unreadable": len(data.reasons),
+            "safe_share": data.saved.mask.share,
+            "mixture": meta["mixture"],
+            "worst": worst,
+            "detectors": about,
+            "truth": against,
+        },
+    )
+    return f"{out}/report.html: {suspects:,} of {data.N:,} pairs look suspect ({size / 1e6:.1f} MB); findings.parquet and findings.csv have all"

@@ -1,0 +1,184 @@
+"""What an audit looks at: a run's splits, or scores, and what lies beside them. Everything is optional but the cosines."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.audit.embeddings import EmbeddingFolder, Rows, parts
+from pipeline.audit.masks import require_same_shards
+from pipeline.config import Data, load_config
+from pipeline.data import open_index, open_overlay
+from pipeline.safety.mixture import DegenerateFit, Mixture, upper_cut
+from pipeline.safety.selection import RANGES
+from shards.errors import BadSample, UserError
+from shards.masks import SavedMask
+from shards.overlay import Overlay
+from shards.samples import Samples
+
+
+class AuditData:
+    """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; splits: all of the run's, in order.
+
+    None where it is not there: images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or
+    None), samples (shards.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict). `cache`: what detectors share.
+    """
+
+    def __init__(self, source, scores=None, truth=None):
+        """`source`: run directory, folder of `safeclip score`, or a mask's folder. Raises UserError."""
+        self.source, self.cache = Path(source), {}
+        self.run_dir = self.source if (self.source / "masks").is_dir() else None
+        self.scores = Path(scores) if scores else self.source if (self.source / "score.json").exists() else None
+        self.splits = []
+        if self.run_dir:
+            self.splits = [SavedMask(path.parent) for path in sorted(self.run_dir.glob("masks/epoch_*/mask.json"))]
+            if not self.splits:
+                raise UserError(f"run {source}: no mask in it yet; audit what `safeclip score --model {source}` writes")
+            self.saved = self.splits[-1]
+        else:
+            self.saved = SavedMask(self.source)
+        for other in self.splits[:-1]:
+            require_same_shards(other, self.saved)
+        about = self.read_about() if self.scores else {}
+        self.model = about.get("model") or f"{self.source}, step {self.saved.meta['step']}"
+        self.counts_S = self.saved.mask.counts_S
+        self.offsets = np.concatenate([[0], np.cumsum(self.counts_S)]).astype(np.int64)
+        self.N = int(self.offsets[-1])
+        self.cos_N, self.score_N, self.reasons = self.read_scores()
+        self.images = self.texts = self.cells = None
+        if about.get("embeddings"):
+            self.open_embeddings(self.scores / about["embeddings"])
+        self.open_shards(about, truth)
+
+    def read_about(self):
+        try:
+            about = json.loads((self.scores / "score.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"scores {self.scores}: cannot read score.json ({error}); expected a folder of `safeclip score`"
+            ) from None
+        if not about.get("complete"):
+            raise UserError(f"scores {self.scores}: not finished; give the same `safeclip score` command again")
+        if self.run_dir:
+            require_same_shards(SavedMask(self.scores), self.saved)
+        return about
+
+    def read_scores(self):
+        """(cosines, scores, {row: reason}) of all pairs; NaN = unreadable."""
+        cos, score, reasons = [], [], {}
+        self.low, _ = RANGES[self.saved.meta.get("score", "cosine")]
+        for shard in range(len(self.counts_S)):
+            table = self.saved.table(shard)
+            cos.append(table["cosine"].to_numpy().astype(np.float32))
+            score_N = table["score"].to_numpy().astype(np.float32)
+            # A pair that was read but not ranked, a copy, comes last.
+            score.append(np.where(np.isnan(score_N) & ~np.isnan(cos[-1]), np.float32(self.low), score_N))
+            for position in np.flatnonzero(np.isnan(cos[-1])).tolist():
+                reason = table["reason"][position].as_py() or "the model gave no number"
+                reasons[int(self.offsets[shard]) + position] = reason
+        ledger = self.run_dir / "bad_samples.jsonl" if self.run_dir else None
+        if ledger and ledger.exists():
+            for line in ledger.read_text().splitlines():
+                row = json.loads(line)
+                reasons[int(self.offsets[row["shard"]] + row["position"])] = row["reason"]
+        return np.concatenate(cos), np.concatenate(score), reasons
+
+    def open_embeddings(self, folder):
+        if folder.resolve() == self.scores.resolve():
+            images, texts = parts(folder, "img_emb"), parts(folder, "text_emb")
+            self.cells = Rows(parts(folder, "cells"), self.counts_S)
+        else:
+            others = EmbeddingFolder(folder)
+            images, texts = dict(enumerate(others.images)), dict(enumerate(others.texts))
+        self.images, self.texts = Rows(images, self.counts_S), Rows(texts, self.counts_S)
+
+    def open_shards(self, about, truth):
+        """The pictures and the ground truth, as far as they are still where they were."""
+        data = Data(**about["data"]) if about.get("data") else None
+        if self.run_dir and not data:
+            data = load_config(self.run_dir / "config.yaml").data
+        self.overlay, self.samples, self.no_pictures = None, None, "these scores name no shards"
+        if data:
+            try:
+                found = open_index(data)
+                found.verify(data.remote_timeout)
+            except UserError as error:
+                self.no_pictures = str(error)
+                if truth:
+                    raise
+                return
+            if found.fingerprint != self.saved.meta["fingerprint"]:
+                where = data.index or ", ".join(source["index"] for source in data.sources.values())
+                raise UserError(f"index {where}: of other shards than the scores; bring those back, or score again")
+            self.samples = Samples(
+                found, open_overlay(data, found), limits=data.limits
+            )  # a few: whole shards are not fetched
+            folder = truth or data.overlay
+            self.overlay = Overlay.load(folder, found) if folder else None
+        elif truth:
+            raise UserError(f"--truth: an attack manifest is of shards, and {self.source} names none")
+
+    @cached_property
+    def metadata(self):
+        """{number of the shard: path} of metadata parts."""
+        return parts(self.scores, "metadata") if self.scores else {}
+
+    @cached_property
+    def hash_N(self):
+        """uint64 (N,): pixels.signature of each picture, 0 = could not be read; None where they were not kept."""
+        if self.cells is None:
+            return None
+        return np.concatenate(
+            [pq.read_table(path, columns=["hash"])["hash"].to_numpy() for path in self.metadata.values()]
+        )
+
+    @cached_property
+    def captions(self):
+        """List of str, None where there is none; None where neither scores nor shards hold them."""
+        if self.metadata:
+            found = [pq.read_table(path, columns=["caption"])["caption"].to_pylist() for path in self.metadata.values()]
+            return [text for part in found for text in part]
+        if not self.samples:
+            return None
+        return [self.caption(shard, position) for shard, count in enumerate(self.counts_S) for position in range(count)]
+
+    def caption(self, shard, position):
+        try:
+            return self.samples.caption(shard, position)
+        except BadSample:
+            return None
+
+    @cached_property
+    def metrics(self):
+        path = self.run_dir / "metrics.jsonl" if self.run_dir else None
+        return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+
+    @cached_property
+    def mixture(self):
+        """Mixture of the scores, or None."""
+        return Mixture.from_dict(self.saved.meta["mixture"]) if self.saved.meta["mixture"] else None
+
+    def cut_at(self, posterior):
+        """The cut where the higher component has this posterior; None where the scores are no mixture of two."""
+        try:
+            return upper_cut(self.mixture, posterior) if self.mixture else None
+        except DegenerateFit:
+            return None
+
+    def place(self, row):
+        """(shard, position) of a row."""
+        shard = int(np.searchsorted(self.offsets, row, "right") - 1)
+        return shard, int(row - self.offsets[shard])
+
+    def keys(self, shard):
+        """List of the names of one shard's pairs."""
+        return self.saved.table(shard, ("key",))["key"].to_pylist()
+
+    def truth(self):
+        """{kind: int64 rows} of the poison that the manifest names; {} without one."""
+        kinds = {}
+        for row in self.overlay.rows if self.overlay else []:
+            kinds.setdefault(row["kind"], []).append(int(self.offsets[row["shard"]] + row["position"]))
+        return {kind: np.array(sorted(rows)) for kind, rows in kinds.items()}

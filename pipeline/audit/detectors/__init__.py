@@ -1,0 +1,83 @@
+"""Detectors of suspect pairs. Each is a class in a module of this package with @detector above it; nothing else names it.
+
+Scores are float32 (N,) in 0..1, lower = worse, NaN = not judged, as in cleanlab's Datalab; so are the names is_<name>_issue and <name>_score.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+
+import numpy as np
+
+REGISTRY = {}
+
+
+def detector(kind):
+    """Class decorator: put a Detector into the registry under its name."""
+    REGISTRY[kind.name] = kind
+    return kind
+
+
+@dataclass
+class Group:
+    """Pairs that belong together: a caption that is repeated, a patch. rows: int64, the worst first."""
+
+    title: str
+    text: str
+    rows: np.ndarray
+    badness: float  # groups are shown in the order of this, highest first
+    box: tuple | None = None  # (left, top, right, bottom) of the pictures, in shares, where a patch lies
+
+
+@dataclass
+class Finding:
+    """What one detector says. score_N: float32 (N,), lower = worse; issue_N: bool (N,). more: further columns {name: (N,)}."""
+
+    score_N: np.ndarray
+    issue_N: np.ndarray
+    groups: list = field(default_factory=list)
+    more: dict = field(default_factory=dict)
+
+
+class Detector:
+    """name: of its columns. title, text: for people. source: paper. needs: attributes of AuditData that must not be None or empty.
+
+    ranks: whether its score orders pairs, so that it counts in the combined score; family: those that look at the same thing.
+    """
+
+    name = title = text = source = family = ""
+    needs = ()
+    ranks = True
+
+    def find(self, data, worst):
+        """Finding for an AuditData; `worst`: the share of the pairs that a detector without a threshold of its own flags."""
+        raise NotImplementedError
+
+
+LACKS = {
+    "images": "no embeddings: make them with `safeclip score`, without --lean",
+    "texts": "no embeddings: make them with `safeclip score`, without --lean",
+    "cells": "no picture hashes: `safeclip score` makes them where it reads the pictures itself",
+    "hash_N": "no picture hashes: `safeclip score` makes them where it reads the pictures itself",
+    "captions": "no captions: the shards are not where they were",
+    "splits": "no run: scores alone have no history",
+}
+
+
+def lacking(kind, data):
+    """Why a detector cannot run on this data, as a line; None if it can."""
+    name = next((name for name in kind.needs if getattr(data, name) is None or not len(getattr(data, name))), None)
+    return LACKS[name] if name else None
+
+
+def lowest(score_N, share):
+    """bool (N,): the `share` of the pairs with the lowest scores, of those below 1; ties are broken by the row."""
+    judged = np.flatnonzero(score_N < 1)  # NaN is not
+    count = min(len(judged), int(np.ceil(share * len(score_N))))
+    flags_N = np.zeros(len(score_N), bool)
+    flags_N[judged[np.argsort(score_N[judged], kind="stable")[:count]]] = True
+    return flags_N
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,117 @@
+"""Pictures that lie apart from all others: backdoors in CLIP data seen from their neighbourhoods.
+
+Huang et al., "Detecting Backdoor Samples in Contrastive Language Image Pretraining", ICLR 2025: a picture with a trigger has no near
+neighbours in a small random sample of the data, in which too few others have the trigger. Legend: R sampled pictures, K neighbours.
+"""
+
+import faiss
+import numpy as np
+
+from pipeline.audit.detectors import Detector, Finding, detector, lowest
+
+SAMPLE = 1024  # pictures, the reference in which neighbours are looked for
+NEIGHBOURS = 16
+EXACT = 1 << 16  # references up to this size are searched exactly, larger ones by IVF
+
+
+def unit(rows_BD):
+    """float32 rows of unit length; a row without direction stays zero."""
+    rows_BD = np.ascontiguousarray(rows_BD, np.float32)
+    return rows_BD / np.maximum(np.linalg.norm(rows_BD, axis=1, keepdims=True), 1e-12)
+
+
+def build_index(rows_RD):
+    """faiss index of inner products: exact, or IVF where there are many rows."""
+    width = rows_RD.shape[1]
+    if len(rows_RD) <= EXACT:
+        index = faiss.IndexFlatIP(width)
+    else:
+        cells = int(4 * np.sqrt(len(rows_RD)))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
+        index.train(
+            rows_RD[np.random.default_rng(0).choice(len(rows_RD), min(len(rows_RD), 40 * cells), replace=False)]
+        )
+        index.nprobe = 16
+    index.add(rows_RD)
+    return index
+
+
+def search(index, rows_BD, own_B, k):
+    """(distances, numbers), both (B, k): the k nearest of the index, without the number own_B (-1: none); Euclid's distance."""
+    similarity_BK, number_BK = index.search(rows_BD, k + 1)
+    keep_BK = number_BK != own_B[:, None]
+    keep_BK[keep_BK.all(1), -1] = False
+    shape = (len(rows_BD), k)
+    distance_BK = np.sqrt(np.maximum(2 - 2 * similarity_BK[keep_BK], 1e-8)).reshape(shape)
+    return distance_BK, number_BK[keep_BK].reshape(shape)
+
+
+def neighbourhoods(data, sample=SAMPLE, k=NEIGHBOURS):
+    """(distance_NK, number_NK, distance_RK): of every pair's picture the nearest of the sample, and of those theirs. Made once."""
+    key = ("neighbourhoods", sample, k)
+    if key not in data.cache:
+        usable = np.flatnonzero(~np.isnan(data.score_N))
+        k = min(k, max(1, min(sample, len(usable)) - 2))
+        reference_R = np.sort(np.random.default_rng(0).choice(usable, min(sample, len(usable)), replace=False))
+        rows_RD = unit(data.images.take(reference_R))
+        index = build_index(rows_RD)
+        own_N = np.full(data.N, -1, np.int64)
+        own_N[reference_R] = np.arange(len(reference_R))
+        found = [search(index, unit(rows), own_N[at : at + len(rows)], k) for at, rows in data.images.blocks()]
+        distance_NK, number_NK = (np.concatenate(part) for part in zip(*found))
+        data.cache[key] = distance_NK, number_NK, distance_NK[reference_R]
+    return data.cache[key]
+
+
+class Neighbourhood(Detector):
+    """An outlier factor in 0..inf, higher = worse; the score is the share of pictures with a higher one."""
+
+    needs = ("images",)
+    family = "neighbourhood"
+    sample = SAMPLE
+
+    def find(self, data, worst):
+        factor_N = self.factor(*neighbourhoods(data, self.sample))
+        there = np.flatnonzero(~np.isnan(data.score_N))
+        score_N = np.full(data.N, np.nan, np.float32)
+        score_N[there[np.argsort(-factor_N[there], kind="stable")]] = np.arange(len(there)) / data.N
+        return Finding(score_N, lowest(score_N, worst))
+
+
+@detector
+class KDistance(Neighbourhood):
+    name = "kdistance"
+    title = "picture far from all others"
+    text = "The distance to the 16th nearest picture of a random sample is large."
+    source = "Ramaswamy, Rastogi, Shim, SIGMOD 2000; Huang et al., ICLR 2025"
+
+    @staticmethod
+    def factor(distance_NK, number_NK, distance_RK):
+        return distance_NK[:, -1]
+
+
+@detector
+class SLOF(Neighbourhood):
+    name = "slof"
+    title = "picture less crowded than its neighbours"
+    text = "Simplified local outlier factor: its 16-distance over those of its neighbours."
+    source = "Schubert, Zimek, Kriegel, DMKD 2014; Huang et al., ICLR 2025"
+
+    @staticmethod
+    def factor(distance_NK, number_NK, distance_RK):
+        return (distance_NK[:, -1:] / distance_RK[number_NK, -1]).mean(1)
+
+
+@detector
+class DAO(Neighbourhood):
+    name = "dao"
+    title = "picture less crowded, by local dimension"
+    text = "Dimensionality-aware outlier: SLOF to the power of the neighbours' local intrinsic dimension."
+    source = "Anderberg et al., SDM 2024; Huang et al., ICLR 2025"
+
+    @staticmethod
+    def factor(distance_NK, number_NK, distance_RK):
+        """The dimension is its maximum likelihood estimate, -1 / mean log(d_i / d_k) (Amsaleg et al., KDD 2015)."""
+        dimension_R = -1 / np.minimum(np.log(distance_RK / distance_RK[:, -1:]).mean(1), -1e-6)
+        ratio_NK = np.log(distance_NK[:, -1:] / distance_RK[number_NK, -1])
+        return np.exp(np.clip(dimension_R[number_NK] * ratio_NK, -80, 80), dtype=np.float64).mean(1)

@@ -1,0 +1,60 @@
+"""What the scores say: mismatched pairs, their history over a run's splits, and pairs that could not be read."""
+
+import numpy as np
+
+from pipeline.audit.detectors import Detector, Finding, detector, lowest
+
+
+@detector
+class Mismatch(Detector):
+    name = "mismatch"
+    title = "picture and caption do not match"
+    text = "The lowest cosines between a picture and its own caption, below the cut of the mixture."
+    source = "Yang, Gao, Mirzasoleiman, ICML 2024"
+    family = "cosine"
+
+    def find(self, data, worst):
+        """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a posterior below 0.1."""
+        score_N = np.clip((1 + data.score_N) / 2, 0, 1)
+        cut = data.cut_at(0.1)
+        issue_N = lowest(score_N, worst)
+        return Finding(score_N, issue_N if cut is None else issue_N & (data.score_N < cut))
+
+
+@detector
+class History(Detector):
+    name = "history"
+    title = "never fitted during the run"
+    text = "Pairs whose cosine stood low among all others at every split, also where it rose later."
+    source = "as Dataset Cartography, Swayamdipta et al., EMNLP 2020"
+    needs = ("splits",)
+    family = "cosine"
+
+    def find(self, data, worst):
+        """The score is the mean over the splits of the share of pairs with a lower cosine. more: epochs_risky, flips."""
+        total_N, seen_N = np.zeros(data.N, np.float32), np.zeros(data.N, np.int32)
+        risky_N, flips_N, before_N = np.zeros(data.N, np.int32), np.zeros(data.N, np.int32), None
+        for saved in data.splits:
+            cos_N = np.concatenate([saved.table(s, ("cosine",))["cosine"].to_numpy() for s in range(len(saved.shards))])
+            there = np.flatnonzero(~np.isnan(cos_N))
+            total_N[there[np.argsort(cos_N[there], kind="stable")]] += np.arange(len(there), dtype=np.float32) / data.N
+            seen_N[there] += 1
+            safe_N = saved.mask.flags()
+            risky_N += ~safe_N
+            flips_N += 0 if before_N is None else safe_N != before_N
+            before_N = safe_N
+        score_N = np.where(seen_N > 0, total_N / np.maximum(seen_N, 1), np.nan).astype(np.float32)
+        return Finding(score_N, lowest(score_N, worst), more={"epochs_risky": risky_N, "flips": flips_N})
+
+
+@detector
+class Broken(Detector):
+    name = "broken"
+    title = "cannot be read"
+    text = "Pictures that cannot be decoded, captions that are missing, blank or no UTF-8."
+    ranks = False
+
+    def find(self, data, worst):
+        score_N = np.ones(data.N, np.float32)
+        score_N[list(data.reasons)] = 0
+        return Finding(score_N, score_N == 0)

@@ -1,0 +1,125 @@
+"""Embeddings on disk in the layout of clip-retrieval, ours or another's: read in place, half precision, any number of parts.
+
+FOLDER/img_emb/img_emb_N.npy, text_emb/text_emb_N.npy (float16 or float32, one row a pair) and metadata/metadata_N.parquet (caption, and
+image_path or key). Format: README of github.com/rom1504/clip-retrieval.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from shards.errors import UserError
+from shards.index import Shard, ShardIndex
+from shards.masks import fingerprint
+
+KINDS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet", "cells": "npy"}
+
+
+def part_path(folder, kind, number):
+    """Path of part `number` of one of KINDS, as `safeclip score` writes it."""
+    return Path(folder) / kind / f"{kind}_{number:05d}.{KINDS[kind]}"
+
+
+def parts(folder, kind):
+    """{number: path} of the parts of one of KINDS in `folder`, in the order of their numbers."""
+    pattern = re.compile(rf"{kind}_(\d+)\.{KINDS[kind]}")
+    found = ((pattern.fullmatch(path.name), path) for path in (Path(folder) / kind).glob(f"*.{KINDS[kind]}"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def open_part(path):
+    """The .npy at `path`, mapped. Raises UserError."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"embeddings {path}: cannot be read ({error}); bring it back, or score again") from None
+
+
+class Rows:
+    """The rows of all parts of one kind as one array, mapped. len, width, take(rows), and iteration over blocks."""
+
+    def __init__(self, found, counts_S):
+        """`found`: {number of the shard: path of its part}; `counts_S`: its pairs; an empty one needs no part. Raises UserError."""
+        self.parts, self.offsets = [], np.concatenate([[0], np.cumsum(counts_S)]).astype(np.int64)
+        for shard, count in enumerate(counts_S):
+            part = open_part(found[shard]) if shard in found else None
+            if count and (part is None or part.ndim != 2 or len(part) != count):
+                what = "missing" if part is None else f"of shape {part.shape}"
+                raise UserError(
+                    f"embeddings: part {found.get(shard, shard)} is {what}, expected ({count}, D); score again"
+                )
+            self.parts.append(part)
+        self.width = next((part.shape[1] for part in self.parts if part is not None), 0)
+        self.dtype = next((part.dtype for part in self.parts if part is not None), np.dtype(np.float16))
+        if any(part is not None and part.shape[1] != self.width for part in self.parts):
+            raise UserError(f"embeddings {next(iter(found.values())).parent}: parts of different widths; score again")
+
+    def __len__(self):
+        return int(self.offsets[-1])
+
+    def take(self, rows):
+        """(B, D): the rows of these numbers, read from disk."""
+        rows = np.asarray(rows, np.int64)
+        out = np.empty((len(rows), self.width), self.dtype)
+        shard_B = np.searchsorted(self.offsets, rows, "right") - 1
+        for shard in np.unique(shard_B):
+            here = shard_B == shard
+            out[here] = self.parts[shard][rows[here] - self.offsets[shard]]
+        return out
+
+    def blocks(self, size=1 << 16):
+        """Yield (first row, (B, D)) over all rows."""
+        for start in range(0, len(self), size):
+            yield start, self.take(np.arange(start, min(start + size, len(self))))
+
+    def columns(self, size=32):
+        """Yield (first, (C, N)): all columns, `size` at a time, for a row lies in one piece on disk."""
+        for start in range(0, self.width, size):
+            read = [np.ascontiguousarray(part[:, start : start + size].T) for part in self.parts if part is not None]
+            yield start, np.concatenate(read, 1)
+
+
+class EmbeddingFolder(ShardIndex):
+    """Embeddings of others as an index of pairs: each part is a shard, img_emb its file."""
+
+    def __init__(self, folder):
+        """Raises UserError when parts are missing or do not fit together."""
+        images, texts, about = (parts(folder, kind) for kind in ("img_emb", "text_emb", "metadata"))
+        if not images or set(images) != set(texts) or set(images) != set(about):
+            raise UserError(
+                f"--embeddings {folder}: {len(images)} img_emb, {len(texts)} text_emb and {len(about)} metadata parts; expected the "
+                "same numbers of each, as clip-retrieval writes them (clip-retrieval inference --enable_text True)"
+            )
+        self.images, self.texts, self.about = (list(found.values()) for found in (images, texts, about))
+        shards = []
+        for image, text, table in zip(self.images, self.texts, self.about):
+            rows = [len(open_part(image)), len(open_part(text)), pq.read_metadata(table).num_rows]
+            if len(set(rows)) > 1:
+                raise UserError(
+                    f"embeddings {image}: {rows[0]} rows, but {rows[1]} in its text_emb and {rows[2]} in its metadata"
+                )
+            shards.append(Shard(str(image.absolute()), image.stat().st_size, rows[0], fingerprint(image), table=""))
+        super().__init__(shards)
+
+    def table(self, shard):
+        """Something with `keys`: the pairs' names, from image_path or key, or else their positions."""
+        columns = pq.read_schema(self.about[shard]).names
+        name = next((name for name in ("key", "image_path") if name in columns), None)
+        if name is None:
+            return Keys([str(position) for position in range(self.counts[shard])])
+        return Keys([str(key) for key in pq.read_table(self.about[shard], columns=[name])[name].to_pylist()])
+
+    def captions(self, shard):
+        """List of str, or of None where there is no caption."""
+        if "caption" not in pq.read_schema(self.about[shard]).names:
+            return [None] * int(self.counts[shard])
+        return pq.read_table(self.about[shard], columns=["caption"])["caption"].to_pylist()
+
+
+class Keys:
+    """What pipeline.safety.scores needs of a shard's table."""
+
+    def __init__(self, keys):
+        self.keys = keys

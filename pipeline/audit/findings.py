@@ -1,0 +1,87 @@
+"""Findings: what every detector says of every pair, in one table by (shard, position, key)."""
+
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.stats import rankdata
+
+from pipeline.audit.detectors import REGISTRY, Finding, lacking, lowest
+from pipeline.audit.export import write_csv
+from pipeline.audit.files import output
+from shards.errors import UserError
+
+LEAD = 2  # families of detectors, the worst of which make the combined score
+
+
+def run_detectors(data, worst, names=None, say=print):
+    """({name: Finding}, {name: {"seconds" | "skipped"}}) of all detectors in the registry, or of those named. Raises UserError."""
+    unknown = next((name for name in names or () if name not in REGISTRY), None)
+    if unknown:
+        raise UserError(f"--detectors: got {unknown!r}, expected some of {', '.join(REGISTRY)}")
+    found, about = {}, {}
+    for name in names or REGISTRY:
+        why = lacking(REGISTRY[name], data)
+        if why:
+            about[name] = {"skipped": why}
+            say(f"  {name:18s} skipped: {why}")
+            continue
+        start = time.monotonic()
+        found[name] = REGISTRY[name]().find(data, worst)
+        about[name] = {"seconds": round(time.monotonic() - start, 3), "issues": int(found[name].issue_N.sum())}
+        say(f"  {name:18s} {about[name]['issues']:,} pairs, {about[name]['seconds']:.1f} s")
+    return found, about
+
+
+def combined(found, worst):
+    """Finding of all detectors that rank, together, by the rank truncated product (Dudbridge and Koeleman 2003) of the LEAD lowest.
+
+    A detector's rank as a share of the pairs stands for a p-value; ties take the highest, so where a detector has nothing to say it
+    says nothing. Those of a family are averaged first, for they look at the same thing. A pair is suspect that is bad in two ways, or
+    very bad in one. The score is the rank of the product as a share of the pairs.
+    """
+    families, unread_N = {}, None
+    for name, finding in found.items():
+        if REGISTRY[name].ranks:
+            rank_N = rankdata(np.nan_to_num(finding.score_N, nan=1.0), method="max") / len(finding.score_N)
+            families.setdefault(REGISTRY[name].family or name, []).append(np.log(rank_N).astype(np.float32))
+            unread_N = np.isnan(finding.score_N) if unread_N is None else unread_N & np.isnan(finding.score_N)
+    if not families:
+        return next(iter(found.values()))
+    log_FN = np.sort(np.stack([np.mean(one, 0) for one in families.values()]), 0)
+    product_N = log_FN[:LEAD].sum(0)
+    score_N = np.empty(len(product_N), np.float32)
+    score_N[np.argsort(product_N, kind="stable")] = np.arange(len(product_N)) / len(product_N)
+    score_N[unread_N] = np.nan
+    return Finding(score_N, lowest(score_N, worst))
+
+
+def tables(data, found, suspect):
+    """Yield a Table of all columns for each shard."""
+    for shard, name in enumerate(data.saved.shards):
+        rows = slice(int(data.offsets[shard]), int(data.offsets[shard + 1]))
+        count = int(data.counts_S[shard])
+        columns = {
+            "shard": pa.array([name["name"]] * count, pa.string()),
+            "position": pa.array(np.arange(count)),
+            "key": data.saved.table(shard, ("key",))["key"],
+            "cosine": pa.array(data.cos_N[rows], from_pandas=True),
+            "is_suspect_issue": pa.array(suspect.issue_N[rows]),
+            "suspect_score": pa.array(suspect.score_N[rows], from_pandas=True),
+        }
+        for kind, finding in found.items():
+            columns[f"is_{kind}_issue"] = pa.array(finding.issue_N[rows])
+            columns[f"{kind}_score"] = pa.array(finding.score_N[rows].astype(np.float32), from_pandas=True)
+            for more, values in finding.more.items():
+                columns[more] = pa.array(values[rows])
+        yield pa.table(columns)
+
+
+def write_findings(data, found, suspect, out):
+    """OUT/findings.parquet and OUT/findings.csv; names in the CSV are guarded as in `safeclip mask export`."""
+    first = next(tables(data, found, suspect))
+    with output(out / "findings.parquet") as file, pq.ParquetWriter(file, first.schema) as writer:
+        for table in tables(data, found, suspect):
+            writer.write_table(table)
+    write_csv(out / "findings.csv", tables(data, found, suspect), first.schema)

@@ -1,0 +1,249 @@
+"""Scores of any CLIP on any shards: every pair's cosine, its embeddings and what its pixels look like, in one pass.
+
+OUT is a mask's folder (mask.json, safe.npy, histogram.npy, scores/), so that every `safeclip mask` command takes it, and beside that
+clip-retrieval's img_emb/, text_emb/ and metadata/ (key, caption, picture hash), cells/ (pipeline.audit.pixels) and score.json.
+"""
+
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import Dataset
+
+from pipeline import comm
+from pipeline.audit.embeddings import EmbeddingFolder, Rows, part_path
+from pipeline.audit.pixels import GRID, signature
+from pipeline.config import Data, Selection
+from pipeline.data import open_index, open_samples
+from pipeline.safety.scores import ScoreFiles, load_scores
+from pipeline.safety.scoring import assign_shards, shard_batches
+from pipeline.safety.split import save_split, split_pairs
+from shards.ahead import fetched_ahead
+from shards.errors import BadSample, UserError
+from shards.index import build_index
+from shards.loader import batches
+from shards.masks import fingerprint
+from shards.storage import write_bytes, write_json
+
+PATIENCE = 86_400.0  # seconds that a rank waits for the others: each scores its own shards, and they end hours apart
+
+
+@dataclass
+class Rowset:
+    """A batch of pairs that never crosses a shard. A row that could not be read is there, blank and with valid = False."""
+
+    images: torch.Tensor  # (B, C, H, W)
+    tokens: torch.Tensor  # int64 (B, L)
+    valid: torch.Tensor  # bool (B,)
+    captions: list  # str, or None where there is none
+    hashes: np.ndarray  # uint64 (B,)
+    cells: np.ndarray  # uint32 (B, GRID * GRID)
+    bad: list  # [(shard, position, key, reason)]
+
+
+class Pairs(Dataset):
+    """Item i: Rowset of `batches[i]` = (shard, range of rows over all shards)."""
+
+    def __init__(self, samples, batches, preprocess, tokenize):
+        self.samples, self.batches = samples, batches
+        self.preprocess, self.tokenize = preprocess, tokenize
+
+    def shards(self, i):
+        """Numbers of the shards that item i reads."""
+        return [self.batches[i][0]]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        shard, numbers = self.batches[i]
+        rows, first = len(numbers), int(self.samples.index.offsets[shard])
+        images, captions, bad = [None] * rows, [None] * rows, []
+        hashes, cells = np.zeros(rows, np.uint64), np.zeros((rows, GRID * GRID), np.uint32)
+        for row, position in enumerate(number - first for number in numbers):
+            try:
+                captions[row] = self.samples.caption(shard, position)
+                image = self.samples.image(shard, position)
+                hashes[row], cells[row] = signature(image)
+                images[row] = self.preprocess(image)
+            except BadSample as error:
+                bad.append((shard, position, self.samples.key(shard, position), str(error)))
+        valid = torch.tensor([image is not None for image in images])
+        some = next((image for image in images if image is not None), None)
+        blank = torch.zeros_like(some) if some is not None else torch.zeros(3, 1, 1)
+        pixels = torch.stack([blank if image is None else image for image in images])
+        return Rowset(pixels, self.tokenize([text or "" for text in captions]), valid, captions, hashes, cells, bad)
+
+
+def score(
+    out, model=None, pretrained=None, data=(), overlay=None, embeddings=None, lean=False, batch_size=256, workers=2
+):
+    """Score all pairs into the folder `out`; returns a line. All ranks of a process group may call it, or one process.
+
+    model, pretrained: as models.load_scorer takes them. data: shards' paths (brace-expanded), or one index folder; left out, those of
+    the run. overlay: an attack to read the data with, by default that of the run. embeddings: in their place a folder of embeddings
+    that exist. lean: keep the cosines and captions only. What is there of the same model is not scored again. Raises UserError.
+    """
+    out = Path(out)
+    if embeddings and (model or data):
+        raise UserError("--embeddings: has the cosines of its own model; leave --model and --data out")
+    if not embeddings and not model:
+        raise UserError("--model: missing; name a run, an open_clip model or local directory, or give --embeddings")
+    comm.init(PATIENCE)
+    if embeddings:
+        index = EmbeddingFolder(embeddings)
+        files = ScoreFiles(out / "scores", index, f"embeddings/{index.fingerprint}")
+        about = {"model": f"embeddings {embeddings}", "embeddings": str(Path(embeddings).absolute())}
+        comm.on_main(claim, out, files.made["step"])
+        score_embeddings(index, out, files)
+    else:
+        from pipeline.audit.models import load_scorer
+
+        scorer = load_scorer(model, pretrained)
+        data = comm.on_main(data_of, data, scorer.data, overlay, out)
+        index = open_index(data)
+        samples = open_samples(data, index)
+        parts = [scorer.identity, index.fingerprint, fingerprint_of(data.overlay), "lean" if lean else "all"]
+        files = ScoreFiles(out / "scores", index, "/".join(parts))
+        about = {
+            "model": scorer.name,
+            "embeddings": None if lean else ".",
+            "data": {"index": data.index, "sources": data.sources, "overlay": data.overlay},
+        }
+        comm.on_main(claim, out, files.made["step"])
+        score_shards(scorer, samples, files, out, not lean, batch_size, workers)
+    comm.barrier()
+    score_N = load_scores(out, index.counts)
+    split = split_pairs(score_N, index.counts, Selection(least_share=0.0, cap=1.0), 0)  # by the posterior alone
+    return comm.on_main(conclude, out, index, split, score_N, files.made["step"], about)
+
+
+def fingerprint_of(folder):
+    """Of an attack manifest; "" of none."""
+    return fingerprint(Path(folder) / "manifest.json") if folder else ""
+
+
+def data_of(named, of_run, overlay, out):
+    """The config.Data of --data, its index built in OUT/index where shards are named, or of the run; its paths absolute. On rank 0."""
+    if not named and not of_run:
+        raise UserError("--data: missing; name the shards, or the folder of their index")
+    if named:
+        is_index = len(named) == 1 and Path(named[0]).is_dir()
+        if not is_index:
+            build_index(named, out / "index")
+        data = Data(index=named[0] if is_index else str(out / "index"), overlay=overlay)
+    else:
+        data = replace(of_run, overlay=overlay or of_run.overlay)
+    sources = data.sources and {
+        name: {**source, "index": os.path.abspath(source["index"])} for name, source in data.sources.items()
+    }
+    index, overlay = (path and os.path.abspath(path) for path in (data.index, data.overlay))
+    data = replace(data, index=index, sources=sources, overlay=overlay)
+    open_index(data).verify(data.remote_timeout)
+    return data
+
+
+def claim(out, identity):
+    """Take the folder OUT for this model and data. On rank 0. Raises UserError when it holds something else."""
+    try:
+        there = json.loads((out / "score.json").read_text())["identity"]
+    except (OSError, ValueError, KeyError):
+        taken = {path.name for path in out.iterdir()} - {"index"} if out.is_dir() else set()
+        there = identity if not taken else None
+    if there != identity:
+        raise UserError(f"--out {out}: holds scores of another model or other data, or other files; name another")
+    write_json(out / "score.json", {"identity": identity, "complete": False})
+
+
+def score_embeddings(index, out, files):
+    """Cosines of embeddings that exist, this rank's part of the shards that are not done."""
+    done = set(comm.broadcast_object(files.done() if comm.is_main() else None))
+    for shard in range(comm.rank(), len(index.counts), comm.world()):
+        if shard in done or not index.counts[shard]:
+            continue
+        images, texts = (Rows({0: paths[shard]}, [index.counts[shard]]) for paths in (index.images, index.texts))
+        cos_N = np.empty(len(images), np.float32)
+        for start, image_BD in images.blocks():
+            image_BD = image_BD.astype(np.float32)
+            text_BD = texts.take(np.arange(start, start + len(image_BD))).astype(np.float32)
+            norm_B = np.linalg.norm(image_BD, axis=1) * np.linalg.norm(text_BD, axis=1)
+            with np.errstate(invalid="ignore", divide="ignore"):  # a row of zeros has no cosine: NaN
+                cos_N[start : start + len(image_BD)] = (image_BD * text_BD).sum(1) / norm_B
+        keys = index.table(shard).keys
+        write_metadata(out, shard, keys, index.captions(shard), None)
+        unread = np.flatnonzero(np.isnan(cos_N)).tolist()
+        files.write(shard, cos_N, cos_N, [(shard, i, keys[i], "the embedding has no direction") for i in unread])
+
+
+@torch.no_grad()
+def score_shards(scorer, samples, files, out, keep, batch_size, workers):
+    """Score this rank's part of the shards that are not done, each written as soon as it is whole, its scores last."""
+    index = samples.index
+    done = set(comm.broadcast_object(files.done() if comm.is_main() else None))
+    mine = [s for s in assign_shards(index.counts, comm.world(), done)[comm.rank()] if s not in done]
+    todo = shard_batches(index.offsets, mine, batch_size)
+    parts, device = [], comm.device()
+    dataset = Pairs(samples, todo, scorer.preprocess, scorer.tokenize)
+    for (shard, numbers), rows in zip(todo, fetched_ahead(batches(dataset, 0, workers), dataset)):
+        if rows.valid.any():
+            image_BD, text_BD = scorer.encode(rows.images.to(device), rows.tokens.to(device))
+            cos_B = (image_BD * text_BD).sum(1).masked_fill(~rows.valid.to(device), float("nan"))
+            parts.append((rows, cos_B.cpu().numpy(), image_BD.half().cpu().numpy(), text_BD.half().cpu().numpy()))
+        else:
+            parts.append((rows, np.full(len(rows.valid), np.nan, np.float32), None, None))
+        if numbers.stop == index.offsets[shard + 1]:
+            write_shard(out, shard, index, files, parts, keep)
+            parts = []
+            if comm.is_main():
+                print(f"  shard {mine.index(shard) + 1} of {len(mine)} of this process", file=sys.stderr)
+
+
+def write_shard(out, shard, index, files, parts, keep):
+    """Everything of one shard."""
+    rowsets, cosines, images, texts = zip(*parts)
+    captions = [text for rows in rowsets for text in rows.captions]
+    hashes = np.concatenate([rows.hashes for rows in rowsets])
+    if keep:
+        width = next((part.shape[1] for part in images if part is not None), 1)
+        for kind, arrays in (("img_emb", images), ("text_emb", texts)):
+            filled = [
+                np.zeros((len(c), width), np.float16) if a is None else np.where(np.isnan(c)[:, None], np.float16(0), a)
+                for c, a in zip(cosines, arrays)
+            ]
+            save_array(part_path(out, kind, shard), np.concatenate(filled))
+        save_array(part_path(out, "cells", shard), np.concatenate([rows.cells for rows in rowsets]))
+    write_metadata(out, shard, index.table(shard).keys, captions, hashes if keep else None)
+    cos_N = np.concatenate(cosines)
+    files.write(shard, cos_N, cos_N, [sample for rows in rowsets for sample in rows.bad])
+
+
+def save_array(path, array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    write_bytes(path, file.getbuffer())
+
+
+def write_metadata(out, shard, keys, captions, hashes):
+    columns = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
+    if hashes is not None:
+        columns["hash"] = hashes
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    write_bytes(part_path(out, "metadata", shard), file.getbuffer())
+
+
+def conclude(out, index, split, score_N, identity, about):
+    """Save the mask; score.json last. Returns a line. On rank 0."""
+    save_split(out, split, index, {"epoch": None, "step": identity, "config": None})
+    write_json(out / "score.json", {"identity": identity, "complete": True, "pairs": index.samples, **about})
+    bad = int(np.isnan(score_N).sum())
+    unread = f", {bad:,} could not be read" if bad else ""
+    mean = np.nanmean(score_N) if bad < len(score_N) else float("nan")
+    return f"{out}: {index.samples:,} pairs scored by {about['model']}, mean cosine {mean:.3f}{unread}; {split.line()}"

@@ -1,0 +1,74 @@
+"""How well the findings and the masks tell poison from clean pairs, where an attack manifest says which is which."""
+
+import numpy as np
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+POINTS = 50  # of a curve, along an axis
+SHARES = (0.001, 0.01)
+
+
+def judge(score_N, poison, clean):
+    """dict for rows `poison` against rows `clean`: auroc, average_precision, roc and pr as lists of [x, y]. NaN counts as the middle.
+
+    A low score says poison. roc: false against true positive rate; pr: recall against precision.
+    """
+    score = np.r_[score_N[poison], score_N[clean]]
+    score = np.nan_to_num(score, nan=float(np.nanmedian(score)) if not np.isnan(score).all() else 0.5)
+    truth = np.r_[np.ones(len(poison)), np.zeros(len(clean))]
+    fpr, tpr, _ = roc_curve(truth, -score)
+    precision, recall, _ = precision_recall_curve(truth, -score)
+    return {
+        "auroc": float(roc_auc_score(truth, -score)),
+        "average_precision": float(average_precision_score(truth, -score)),
+        "roc": thinned(fpr, tpr, (fpr, tpr)),
+        "pr": thinned(recall[::-1], precision[::-1], (recall[::-1],)),
+    }
+
+
+def thinned(x, y, along):
+    """[[x, y]]: the ends, and the points where each of `along`, which rise from 0 to 1, passes POINTS even steps."""
+    steps = [np.searchsorted(rising, np.linspace(0, 1, POINTS)) for rising in along]
+    keep = np.unique(np.concatenate([[0, len(x) - 1], *steps]).clip(max=len(x) - 1))
+    return [[round(float(a), 5), round(float(b), 5)] for a, b in zip(x[keep], y[keep])]
+
+
+def precision_at(score_N, poison_N, share):
+    """Share of poison among the `share` of the pairs with the lowest scores; the expected one where ties are cut."""
+    score_N = np.nan_to_num(score_N, nan=1.0)
+    count = max(1, round(share * len(score_N)))
+    last = np.partition(score_N, count - 1)[count - 1]
+    below, equal = score_N < last, score_N == last
+    hits = poison_N[below].sum() + (count - below.sum()) * poison_N[equal].mean()
+    return float(hits / count)
+
+
+def against_truth(data, found, suspect):
+    """dict for audit.json: per detector and kind of attack `judge`, per detector precision at SHARES, per split that of the mask.
+
+    Of a kind, the poison of the other kinds is left out; precision counts all poison. {} without a manifest.
+    """
+    kinds = data.truth()
+    if not kinds:
+        return {}
+    poison_N = np.zeros(data.N, bool)
+    poison_N[np.concatenate(list(kinds.values()))] = True
+    clean = np.flatnonzero(~poison_N)
+    detectors = {}
+    for name, finding in {"combined": suspect, **found}.items():
+        detectors[name] = {
+            "attacks": {kind: judge(finding.score_N, rows, clean) for kind, rows in kinds.items()},
+            "precision": {f"{share:g}": precision_at(finding.score_N, poison_N, share) for share in SHARES},
+        }
+    masks = []
+    for saved in data.splits or [data.saved]:
+        risky_N = ~saved.mask.flags()
+        masks.append(
+            {
+                "epoch": saved.meta["epoch"],
+                "safe_share": saved.mask.share,
+                "precision": float(poison_N[risky_N].mean()) if risky_N.any() else None,
+                "recall": float(risky_N[poison_N].mean()),
+                "recall_by_attack": {kind: float(risky_N[rows].mean()) for kind, rows in kinds.items()},
+            }
+        )
+    return {"poison": {kind: len(rows) for kind, rows in kinds.items()}, "detectors": detectors, "masks": masks}
