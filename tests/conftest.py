@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,18 @@ def picture(seed, size=16):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "PNG")
     return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """What a command sets up in this process ends with the test that ran it."""
+    before = dict(os.environ)
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture

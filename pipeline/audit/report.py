@@ -218,16 +218,16 @@ class Items:
 
 
 def trajectories(data, rows):
-    """For each of `rows` the list of its cosines at the run's splits, None where it could not be read."""
+    """For each of `rows` the list of its scores at the run's splits, None where it has none."""
     paths = [[] for _ in rows]
     for saved in data.splits:
         columns = {}
         for path, row in zip(paths, rows):
             shard, position = data.place(row)
             if shard not in columns:
-                columns[shard] = saved.table(shard, ("cosine",))["cosine"].to_numpy()
-            cosine = columns[shard][position]
-            path.append(None if np.isnan(cosine) else round(float(cosine), 3))
+                columns[shard] = saved.table(shard, ("score",))["score"].to_numpy()
+            score = columns[shard][position]
+            path.append(None if np.isnan(score) else round(float(score), 3))
     return paths
 
 

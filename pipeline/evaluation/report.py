@@ -74,12 +74,13 @@ def poison_in_splits(overlay, index, splits, kind):
     clean_N = np.ones(index.samples, bool)
     clean_N[poison_rows(overlay, index)] = False
     shares, aurocs = [], []
-    for cos_N, mask in splits:
+    truth = np.r_[np.ones(clean_N.sum()), np.zeros(len(poison))]
+    for score_N, mask in splits:
         shares.append(float(mask.flags()[poison].mean()))
-        usable_N = ~np.isnan(cos_N)
-        clean, bad = cos_N[clean_N & usable_N], cos_N[poison][usable_N[poison]]
-        truth = np.r_[np.ones(len(clean)), np.zeros(len(bad))]
-        aurocs.append(float(roc_auc_score(truth, np.r_[clean, bad])))
+        # What has no score is never safe: it ranks below all that have one.
+        score_N = np.where(np.isnan(score_N), -np.inf, score_N)
+        rank_N = np.unique(score_N, return_inverse=True)[1]
+        aurocs.append(float(roc_auc_score(truth, np.r_[rank_N[clean_N], rank_N[poison]])))
     return {"share_in_safe_set": shares, "auroc": aurocs}
 
 
