@@ -32,6 +32,13 @@ def main():
     samples = (render(number, 0, captioned=True) for number in range(4000))
     paths = write_shards(samples, folder / "shards", per_shard=40)
     server, client = start_server(folder)
+    try:
+        prove(folder, paths, server, client)
+    finally:
+        server.kill()
+
+
+def prove(folder, paths, server, client):
     for path in paths:
         client.upload_file(str(path), "shapes", path.name)
     for name, patterns in (("first", "{00000..00074}"), ("last", "{00075..00099}")):
@@ -131,11 +138,14 @@ def occupied(folder):
 
 def kill_once(folder, limit):
     """Begin the run and kill all its processes some steps later; the number of its last checkpoint."""
-    running = subprocess.Popen(command(folder, "s3", limit), cwd=ROOT, start_new_session=True)
+    running = subprocess.Popen(command(folder, "s3", limit), cwd=ROOT)
     while not list((folder / "s3" / "checkpoints").glob("step_0000002?/COMPLETE")):
         assert running.poll() is None
         time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGKILL)
+    ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    running.kill()
+    for rank in ranks:  # each with its reading processes, in a group of their own
+        os.killpg(int(rank), signal.SIGKILL)
     running.wait()
     return int(sorted((folder / "s3" / "checkpoints").glob("*/COMPLETE"))[-1].parent.name[5:])
 
