@@ -103,15 +103,14 @@ def scored(folder):
     return voters, scoring.score_all_pairs(*arguments, voters=voters)[0].copy()
 
 
-def test_every_rank_gets_the_same_voters_and_scores_at_every_world_size(tmp_path):
+def test_two_ranks_get_the_voters_and_scores_of_one(tmp_path):
     shapes(tmp_path / "shapes", pairs=130, test=36)
     voters, score_N = scored(tmp_path)
     assert np.isfinite(score_N).all() and len(voters.row_V) == 50
-    for world in (2, 3):
-        for other, other_N in run_ranks(scored, world, tmp_path):
-            assert torch.equal(other.image_VD, voters.image_VD) and torch.equal(other.text_VD, voters.text_VD)
-            assert torch.equal(other.mean_3, voters.mean_3) and torch.equal(other.std_3, voters.std_3)
-            np.testing.assert_array_equal(other_N, score_N)
+    for other, other_N in run_ranks(scored, 2, tmp_path):
+        assert torch.equal(other.image_VD, voters.image_VD) and torch.equal(other.text_VD, voters.text_VD)
+        assert torch.equal(other.mean_3, voters.mean_3) and torch.equal(other.std_3, voters.std_3)
+        np.testing.assert_array_equal(other_N, score_N)
 
 
 def test_voters_that_cannot_be_read_are_named(make_shards, tmp_path):
