@@ -56,6 +56,7 @@ def test_a_global_batch_holds_the_same_samples_at_any_world_size(counts_S, epoch
             assert all(np.array_equal(np.concatenate(joined), one) for joined, one in zip(zip(*parts), whole))
 
 
+@settings(max_examples=40)
 @given(counts, st.integers(0, 50), st.data(), st.sampled_from([1, 2, 4]))
 def test_a_weight_is_how_often_each_sample_is_seen(counts_S, seed, data, streams):
     """Each sample exactly `weight` times an epoch, each time under a number of its own, and the same batches at any world size."""
