@@ -54,7 +54,7 @@ def test_a_server_that_fails_at_random(make_shards, tmp_path, monkeypatch, range
     paths = make_shards([6, 4, 5])
     names = [str(path.relative_to(tmp_path)) for path in paths]
     local = build_index([str(path) for path in paths], tmp_path / "local")
-    with flaky(tmp_path, 0.3 if ranges else 0.5, ranges, seconds=0.2) as (address, log):
+    with flaky(tmp_path, 0.4 if ranges else 0.5, ranges, seconds=0.2) as (address, log):
         index = build_index([f"{address}/{name}" for name in names], tmp_path / "index", workers=1, timeout=30)
         assert index.fingerprint == local.fingerprint
         assert read_all(index, Cache(tmp_path / "cache", 10**9, timeout=30)) == contents(local)
