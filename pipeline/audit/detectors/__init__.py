@@ -5,6 +5,7 @@ Scores are float32 (N,) in 0..1, lower = worse, NaN = not judged, as in cleanlab
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +40,7 @@ class Finding:
     more: dict = field(default_factory=dict)
 
 
-class Detector:
+class Detector(ABC):
     """name: of its columns. title, text: for people. source: paper. needs: attributes of AuditData that must not be None or empty.
 
     ranks: whether its score orders pairs, so that it counts in the combined score; family: those that look at the same thing.
@@ -49,9 +50,9 @@ class Detector:
     needs = ()
     ranks = True
 
+    @abstractmethod
     def find(self, data, worst):
         """Finding for an AuditData; `worst`: the share of the pairs that a detector without a threshold of its own flags."""
-        raise NotImplementedError
 
 
 LACKS = {
