@@ -21,14 +21,13 @@ def picture(seed, size=16):
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
-    """What a command sets up in this process ends with the test that ran it."""
-    before = dict(os.environ)
+    """What a command, or a fixture of a whole module, set up in this process ends with the test that used it."""
     yield
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_initialized():
         distributed.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(before)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

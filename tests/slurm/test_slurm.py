@@ -37,6 +37,7 @@ class Job:
         """What a command of SLURM prints."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
         env |= {"SLURM_CONF": f"{self.folder}/cluster/slurm.conf", "OMP_NUM_THREADS": "1"}
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as in the shell of somebody who debugs one rank
         return subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True, text=True, timeout=60).stdout
 
     def facts(self):
