@@ -137,6 +137,8 @@ class Selection:
     """Pairs that are asked: random ones, the same all the run."""
     canaries: int = 500
     """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
+    live_canaries: int = 0
+    """So many pairs are given a patch, and as many a blended pattern, with a caption not theirs, and trained on if they pass; 0 = none."""
     every: int = 1
     """Split before every n-th SafeCLIP epoch; in between the last mask holds. The share grows by the epoch all the same."""
     risky: str = "unimodal"
@@ -342,8 +344,9 @@ def check(config):
     for key in AT_LEAST_ONE:
         if value(key) < 1:
             raise UserError(f"{key}: got {value(key)}, expected 1 or more")
-    if config.selection.canaries < 0:
-        raise UserError(f"selection.canaries: got {config.selection.canaries}, expected 0 (none) or more")
+    for key in ("selection.canaries", "selection.live_canaries"):
+        if value(key) < 0:
+            raise UserError(f"{key}: got {value(key)}, expected 0 (none) or more")
     if config.selection.copies is not None and config.selection.copies < 1:
         raise UserError(f"selection.copies: got {config.selection.copies}, expected 1 or more, or null")
     for key in SHARES:

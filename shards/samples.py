@@ -17,6 +17,7 @@ class Samples:
     def __init__(self, index, overlay=None, cache=None, limits=Limits()):
         """`cache`: shards.cache.Cache through which whole shards from behind URLs are read (see shards.reader)."""
         self.index, self.overlay, self.limits = index, overlay, limits
+        self.canaries = None  # another overlay, of live canaries (pipeline.safety.canaries)
         self.reader = Reader(index, cache)
         self.source = Samples(ShardIndex.load(overlay.source_index), cache=cache) if overlay else None
         if overlay and self.source.index.fingerprint != overlay.source_fingerprint:
@@ -31,19 +32,25 @@ class Samples:
         other.reader, other.source = Reader(self.index), self.source and self.source.scattered()
         return other
 
+    def replacement(self, shard, position):
+        """(overlay.Poison, overlay.Trigger) in place of this pair; each may be None."""
+        for overlay in filter(None, (self.overlay, self.canaries)):
+            if poison := overlay.get(shard, position):
+                return poison, overlay.trigger(poison.kind)
+        return None, None
+
     def image(self, shard, position, least=None):
         """PIL RGB picture; with `least` perhaps a smaller one, whose shorter side has so many pixels or more. Raises BadSample."""
-        poison = self.overlay.get(shard, position) if self.overlay else None
+        poison, trigger = self.replacement(shard, position)
         if poison and poison.source:
             return self.source.image(*poison.source)
-        trigger = self.overlay.trigger(poison.kind) if poison else None
         data = self.reader.image_bytes(shard, position)
         image = decode_image(data, self.limits, None if trigger else least)
         return trigger.apply(image) if trigger else image
 
     def caption(self, shard, position):
         """str. Raises BadSample."""
-        poison = self.overlay.get(shard, position) if self.overlay else None
+        poison, _ = self.replacement(shard, position)
         return poison.caption if poison else decode_caption(self.reader.text_bytes(shard, position), self.limits)
 
     def label(self, shard, position):

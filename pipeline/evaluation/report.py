@@ -42,6 +42,7 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
         undefended = read_eval(baseline)["attacks"]
     folders = [path.parent for path in sorted(run_dir.glob("masks/epoch_*/mask.json"))]
     splits = [(load_scores(folder, index.counts), SafeMask.load(folder, index.fingerprint)[0]) for folder in folders]
+    diagnoses = [json.loads((folder / "mask.json").read_text())["diagnosis"] for folder in folders]
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
         attack.update(poison_in_splits(overlay, index, splits, kind))
@@ -54,7 +55,8 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
         "sample_views": state["sample_views"],
         "safe_share": [mask.share for _, mask in splits],
         "poison_in_safe_set": poison_shares(overlay, index, splits),
-        "canaries": [json.loads((folder / "mask.json").read_text())["diagnosis"].get("canaries") for folder in folders],
+        "canaries": [found.get("canaries") for found in diagnoses],
+        "live_canaries": [found.get("live_canaries") for found in diagnoses],
         "attacks": figures["attacks"],
     }
     write_json(run_dir / "eval.json", result)

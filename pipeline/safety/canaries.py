@@ -1,14 +1,25 @@
-"""Canaries: mismatched pairs that are scored and never trained on.
+"""Canaries: pairs that are wrong on purpose, and the share of them that passes, for people who cannot know their poison.
 
-The share of them that the cut would let in tells people who cannot know their poison how sharp the cut is. It is no estimate of the poison
-that passes: poison that has passed once is trained on and scores higher next time, a canary never is (METHOD).
+Static ones are mismatched pairs that are scored and never trained on: they tell how sharp the cut is. They are no estimate of the poison
+that passes: poison that has passed once is trained on and scores higher next time, a static canary never is (METHOD). Live ones are: a
+few pairs of the data carry a trigger of the run's own, and those that pass are trained on as any others. Nobody but who knows run.seed
+can use the trigger, but should they pass, the model has learnt it: they are none unless they are asked for.
 """
+
+from itertools import islice
 
 import numpy as np
 import torch
 from scipy.stats import binomtest
 
 from pipeline.safety.scoring import cosines, embed
+from shards.errors import BadSample, UserError
+from shards.overlay import Poison, Trigger
+
+LIVE = {
+    "patch": {"size": 0.25},
+    "blended": {"alpha": 0.3},
+}  # pattern: the trigger's strength, as in configs/attack_*.yaml
 
 
 def choose(samples, count, seed):
@@ -46,3 +57,47 @@ def passing(score_C, cut):
         "low": float(interval.low),
         "high": float(interval.high),
     }
+
+
+class LiveCanaries:
+    """An overlay (shards.samples) of `count` canaries of each kind. rows: dict kind -> int64 (count,), sorted rows over all shards.
+
+    Each kind has one trigger, at a random place, and one caption, that of some pair. Seeded, the same on every rank.
+    """
+
+    def __init__(self, samples, count, seed):
+        """No canary is made of a pair that samples.overlay poisons, so that what is known of attacks stays true. Raises UserError."""
+        index, rng = samples.index, np.random.default_rng([seed, 2, count])
+        drawn = rng.choice(index.samples, min(index.samples, 100 + 4 * count * len(LIVE)), replace=False)
+        shard_D, position_D = index.place(drawn)
+        places = zip(zip(shard_D.tolist(), position_D.tolist()), drawn.tolist())
+        free = iter([(place, row) for place, row in places if not (samples.overlay and samples.overlay.get(*place))])
+        self.rows, self.triggers, self.poison = {}, {}, {}
+        for kind, strength in LIVE.items():
+            left, top = rng.uniform(0, 1 - LIVE["patch"]["size"], 2)
+            self.triggers[kind] = Trigger(kind, int(rng.integers(2**31)), left=left, top=top, **strength)
+            poison = Poison(kind, readable_caption(samples, free), None)
+            chosen = list(islice(free, count))
+            if len(chosen) < count:
+                raise UserError(
+                    f"selection.live_canaries: got {count} of each of {len(LIVE)} kinds, but {index.samples} pairs cannot give them; "
+                    "take fewer"
+                )
+            self.poison |= {place: poison for place, _ in chosen}
+            self.rows[kind] = np.sort([row for _, row in chosen])
+
+    def get(self, shard, position):
+        return self.poison.get((shard, position))
+
+    def trigger(self, kind):
+        return self.triggers[kind]
+
+
+def readable_caption(samples, free):
+    """str: the caption of the next of the ((shard, position), row) that can be read. Raises UserError."""
+    for place, _ in free:
+        try:
+            return samples.caption(*place)
+        except BadSample:
+            pass
+    raise UserError("selection.live_canaries: no caption can be read")

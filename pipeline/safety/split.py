@@ -50,14 +50,16 @@ class Split:
             text += f", {found['flips_in']:,} in, {found['flips_out']:,} out"
         if "canaries" in found:
             text += ", canaries {passed} of {count}".format(**found["canaries"])
+        for kind, live in found.get("live_canaries", {}).items():
+            text += f", live {kind} {live['passed']} of {live['count']}"
         return text + (f" ({self.note})" if self.note else "")
 
 
-def split_pairs(score_N, counts_S, selection, number, first_share=None, before=None, canary_C=()):
+def split_pairs(score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), live=None):
     """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
 
     Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
-    `canary_C`: scores of the canaries, of which the split only tells how many would pass.
+    `canary_C`: scores of the canaries, of which the split only tells how many would pass; `live`: rows of the live canaries by kind.
     """
     canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
     limits = RANGES[selection.score]
@@ -72,6 +74,9 @@ def split_pairs(score_N, counts_S, selection, number, first_share=None, before=N
     cut = score_of(key) if rest else float("inf")
     if not np.isnan(canary_C).all():
         diagnosis |= {"canaries": passing(canary_C, cut)}
+    live = {kind: score_N[row_L] for kind, row_L in (live or {}).items() if not np.isnan(score_N[row_L]).all()}
+    if live:
+        diagnosis |= {"live_canaries": {kind: passing(score_L, cut) for kind, score_L in live.items()}}
     return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C)
 
 

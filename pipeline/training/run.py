@@ -120,8 +120,9 @@ def mask_for(run, epoch, stop):
     if not comm.on_main(is_split, folder, due, state, config):
         before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
         score_N, canary_C = scores_for(run, epoch, folder, before, stop, meter)
+        live = run.samples.canaries and run.samples.canaries.rows
         split = split_pairs(
-            score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C
+            score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
         )
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash(), "score": config.selection.score}
         comm.on_main(save_split, folder, split, index, made)

@@ -11,6 +11,7 @@ import yaml
 from pipeline import comm
 from pipeline.config import differences
 from pipeline.data import describe, open_index, open_samples
+from pipeline.safety.canaries import LiveCanaries
 from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
 from pipeline.training.journal import Journal
@@ -46,6 +47,10 @@ class Run:
         self.index = open_index(config.data)
         comm.on_main(self.index.verify, config.data.remote_timeout)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
+        if config.train.method == "safeclip" and config.selection.live_canaries:
+            self.samples.canaries = LiveCanaries(
+                self.samples.scattered(), config.selection.live_canaries, config.run.seed
+            )
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         torch.manual_seed(config.run.seed)
         towers = Towers(build_model(asdict(config.model)), *pixel_stats())

@@ -38,6 +38,7 @@ VARIANTS = {
         "selection.growth=0.05",
         "selection.cap=0.9",
     ],
+    "live-canaries": ["selection.live_canaries=40"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
 }
@@ -87,33 +88,39 @@ def table():
 
 
 def plot():
-    """One point a split of every result: the share of the canaries that pass, and that of the poison."""
+    """One point a split of every result: above, canaries and the poison that passes; below, live canaries and poison of their kind."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(CONFIGS), figsize=(11, 5), sharey=True, layout="constrained")
-    for axis, name in zip(axes, CONFIGS):
+    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(11, 9), sharey=True, layout="constrained")
+    looks = {"targeted": ("s", "#2a9d8f"), "patch": ("o", "#e76f51"), "blended": ("^", "#6a4c93")}
+    for column, name in enumerate(CONFIGS):
         found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}/seed*/*.json"))]
-        for kind, marker, colour in (
-            ("targeted", "s", "#2a9d8f"),
-            ("patch", "o", "#e76f51"),
-            ("blended", "^", "#6a4c93"),
-        ):
-            canaries = [100 * split["share"] for run in found for split in run["canaries"]]
-            passed = [100 * share for run in found for share in run["attacks"][kind]["share_in_safe_set"]]
-            axis.scatter(canaries, passed, s=18, alpha=0.5, marker=marker, color=colour, label=kind)
-        axis.axline((0, 0), slope=1, color="#888888", lw=1, ls="--", label="as many as canaries")
-        axis.set(
-            title=f"{name}, {len(found)} runs, all splits",
-            xlabel="canaries that would pass, %",
-            xlim=(-0.3, 15),
-            ylim=(-3, 103),
-        )
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("poison in the safe set, % of its kind")
-    axes[0].legend(loc="center right")
+        with_live = [run for run in found if any(run.get("live_canaries") or ())]
+        for kind, (marker, colour) in looks.items():
+            points = [(split["share"], run, at) for run in found for at, split in enumerate(run["canaries"])]
+            live = [
+                (split[kind]["share"], run, at)
+                for run in with_live
+                for at, split in enumerate(run["live_canaries"])
+                if kind in split
+            ]
+            for axis, these in zip(axes[:, column], (points, live)):
+                passed = [100 * run["attacks"][kind]["share_in_safe_set"][at] for _, run, at in these]
+                shares = [100 * share for share, _, _ in these]
+                if these:
+                    axis.scatter(shares, passed, s=18, alpha=0.5, marker=marker, color=colour, label=kind)
+        for axis, runs, whose in zip(axes[:, column], (found, with_live), ("canaries", "live canaries of the kind")):
+            axis.axline((0, 0), slope=1, color="#888888", lw=1, ls="--", label="as many as canaries")
+            axis.set(
+                title=f"{name}, {len(runs)} runs, all splits", xlabel=f"{whose} that would pass, %", ylim=(-3, 103)
+            )
+            axis.grid(alpha=0.25)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("poison in the safe set, % of its kind")
+    axes[0, 0].legend(loc="center right")
     figure.savefig(RESULTS.with_name("canaries.png"), dpi=110)
 
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
-from shards.index import build_index
+from pipeline.safety.canaries import LiveCanaries
+from shards.index import ShardIndex, build_index
 from shards.masks import SafeMask
+from shards.overlay import Overlay
+from shards.samples import Samples
 from tests.shards.test_index import write_tar
 
 MODEL = {
@@ -64,7 +67,14 @@ def world(tmp_path_factory):
         "model": {"config": MODEL},
         "evaluation": {"test": "shapes"},
         "train": {"epochs": 4, "unimodal_epochs": 1, "slow_epochs": 1, "batch_size": 24, "warmup_steps": 5, "pool": 64},
-        "selection": {"batch_size": 32, "first_share": 0.4, "growth": 0.1, "risky": "unimodal", "refill": False},
+        "selection": {
+            "batch_size": 32,
+            "first_share": 0.4,
+            "growth": 0.1,
+            "risky": "unimodal",
+            "refill": False,
+            "live_canaries": 6,
+        },
         "wandb": {"mode": "offline"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -84,6 +94,11 @@ def test_a_run_leaves_what_it_promises(world):
     mask, meta = SafeMask.load(run / "masks" / "epoch_002")
     assert meta["diagnosis"]["canaries"]["count"] == len(np.load(run / "masks/epoch_002/canaries.npy")) == 120
     assert meta["mixture"] and meta["share"] == mask.share == 96 / 240 and meta["step"] == 20
+    live = LiveCanaries(
+        Samples(index := ShardIndex.load(world / "shapes/index"), Overlay.load(world / "attack", index)), 6, 0
+    )
+    passed = {kind: int(mask.flags()[rows].sum()) for kind, rows in live.rows.items()}
+    assert {kind: found["passed"] for kind, found in meta["diagnosis"]["live_canaries"].items()} == passed
     assert list((run / "wandb").glob("offline-run-*"))
     assert not (run / "bad_samples.jsonl").exists()
 
