@@ -119,12 +119,13 @@ def mask_for(run, epoch, stop):
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
         before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
-        score_N, canary_C = scores_for(run, epoch, folder, before, stop, meter)
+        score_N, canary_C, mean_of = scores_for(run, epoch, folder, before, stop, meter)
         live = run.samples.canaries and run.samples.canaries.rows
         split = split_pairs(
             score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
         )
-        made = {"epoch": epoch.number, "step": state["step"], "config": config.hash(), "score": config.selection.score}
+        made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
+        made |= {"score": config.selection.score, "mean_of": mean_of}
         comm.on_main(save_split, folder, split, index, made)
     else:
         split = load_split(folder, index)
@@ -137,14 +138,13 @@ def mask_for(run, epoch, stop):
 
 
 def scores_for(run, epoch, folder, before, stop, meter):
-    """(score_N, canary_C) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`."""
+    """(score_N, canary_C, mean_of) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
+
+    mean_of: number of splits that it is the mean of."""
     config, index, state = run.config, run.index, run.state
     agreement = config.selection.score == "agreement"
-    means = before is not None and agreement
-    if means:
-        comm.on_main(is_split, before, False, state, config)  # raises on every rank if it is gone
-    splits = epoch.split // config.selection.every  # before this one
-    before_scores = before / "scores" if means else None
+    splits = comm.on_main(splits_so_far, before, state, config) if before and agreement else 0
+    before_scores = before / "scores" if splits else None
     files = ScoreFiles(folder / "scores", index, state["step"], config.hash(), before_scores, splits)
 
     def each_round(done, rounds):
@@ -163,10 +163,19 @@ def scores_for(run, epoch, folder, before, stop, meter):
     score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles)
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
-    before_C = np.load(before / "canaries.npy") if means else ()
+    before_C = np.load(before / "canaries.npy") if splits else ()
     if len(before_C) == len(canary_C):  # their number may have been changed
         canary_C = running_mean(before_C, canary_C, splits)
-    return score_N, canary_C
+    return score_N, canary_C, splits + 1
+
+
+def splits_so_far(before, state, config):
+    """Number of splits that the scores in the folder are the mean of; 0 where they are of another kind, as selection.score was changed.
+
+    Raises UserError if the folder is gone."""
+    is_split(before, False, state, config)
+    meta = json.loads((before / "mask.json").read_text())
+    return meta.get("mean_of", 0) if meta["score"] == config.selection.score else 0
 
 
 def is_split(folder, due, state, config):
