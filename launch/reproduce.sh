@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tables of the README: shapes and emoji, seeds 0 1 2, plain CLIP against SafeCLIP by the presets paper and default.
-#   launch/reproduce.sh                 everything (over an hour on 2 cores); what is finished is used again
+# The tables of the README: three data sets, six seeds, plain CLIP against SafeCLIP by the presets paper and default.
+#   launch/reproduce.sh                 everything (over three hours on 2 cores); what is finished is used again
 #   SETS=shapes SEEDS=0 PRESETS="clip default" launch/reproduce.sh
 # One process a run, JOBS runs at a time (one a core, or one on GPUs).
 # Writes runs/reproduce/SET/seedN/PRESET/eval.json and runs/reproduce/table.md.
@@ -12,14 +12,14 @@ install ""
 if nvidia-smi -L >/dev/null 2>&1; then JOBS=${JOBS:-1}; fi
 export JOBS=${JOBS:-$(nproc)}
 export -f train_run
-for set in ${SETS:-shapes emoji}; do
+for set in ${SETS:-shapes shapes_small emoji}; do
     config=configs/quickstart.yaml
     [ "$set" = shapes ] || config=configs/$set.yaml
-    for seed in ${SEEDS:-0 1 2}; do prepare "$set" "$seed"; done
+    for seed in ${SEEDS:-0 1 2 3 4 5}; do prepare "$set" "$seed"; done
     for preset in ${PRESETS:-clip default paper}; do
-        for seed in ${SEEDS:-0 1 2}; do echo "$config $set $preset $seed runs/reproduce/$set/seed$seed 1"; done
+        for seed in ${SEEDS:-0 1 2 3 4 5}; do echo "$config $set $preset $seed runs/reproduce/$set/seed$seed 1"; done
     done | xargs -P "$JOBS" -L 1 bash -euc 'train_run "$@" 2> >(sed -u "s|^|$2 $3 seed $4: |" >&2)' train_run
-    for seed in ${SEEDS:-0 1 2}; do
+    for seed in ${SEEDS:-0 1 2 3 4 5}; do
         for preset in ${PRESETS:-clip default paper}; do evaluate_run "$preset" "runs/reproduce/$set/seed$seed"; done
     done
 done

@@ -1,8 +1,12 @@
 # Sourced by quickstart.sh and reproduce.sh. What is finished is used again.
 
-# prepare DATA SEED: build the demo data (shapes or emoji) and the attack manifest of SEED.
+# prepare DATA SEED: build the demo data (shapes, shapes_small or emoji) and the attack manifest of SEED.
 prepare() {
-    safeclip data "$1" "data/$1"
+    if [ "$1" = shapes_small ]; then
+        safeclip data shapes data/shapes_small --pairs 4500
+    else
+        safeclip data "$1" "data/$1"
+    fi
     safeclip attack "configs/attack_$1.yaml" seed="$2" out="data/$1_attack_seed$2"
 }
 

@@ -1,10 +1,12 @@
-"""The comparison of plain CLIP and SafeCLIP: one table, result.json and a picture."""
+"""The comparison of plain CLIP and SafeCLIP: tables, result.json and a picture."""
 
 import sys
 from pathlib import Path
 
 from pipeline.evaluation.report import read_eval, read_metrics
 from shards.storage import write_json
+
+SEEDS = (0, 2), (3, 5)  # those that settings were chosen on, and those that they were not
 
 
 def compare(clip_run, safe_run, out):
@@ -108,46 +110,67 @@ def draw(result, clip_metrics, safe_metrics, path):
     plt.close(figure)
 
 
-def reproduce_table(root):
-    """Markdown table of every ROOT/SET/seedN/PRESET/eval.json: one row a run, and the mean of each set and preset."""
-    rows = {}
+def read_runs(root):
+    """({(set, preset): [(seed, eval.json)]}, kinds of attack) of every ROOT/SET/seedN/PRESET/eval.json."""
+    runs = {}
     for path in sorted(Path(root).glob("*/seed*/*/eval.json")):
         name, seed, preset = path.parts[-4:-1]
-        rows.setdefault((name, preset), []).append((seed.removeprefix("seed"), read_eval(path.parent)))
-    kinds = list(next(iter(rows.values()))[0][1]["attacks"]) if rows else []
+        runs.setdefault((name, preset), []).append((int(seed.removeprefix("seed")), read_eval(path.parent)))
+    return dict(sorted(runs.items())), list(next(iter(runs.values()))[0][1]["attacks"]) if runs else []
+
+
+def summary_table(root):
+    """Markdown: a row for each set, preset and group of seeds: the mean, the worst seed, and the mean base rate."""
+    runs, kinds = read_runs(root)
     lines = [
-        "| data | preset | seed | clean top-1 | "
-        + " | ".join(f"{k} success (base; true class)" for k in kinds)
-        + " | poison in the last safe set | views |",
-        "|---" * (6 + len(kinds)) + "|",
+        "| data | preset | seeds | clean top-1, mean / worst | "
+        + " | ".join(f"{k}, mean / worst (base)" for k in kinds)
+        + " |"
     ]
-    for (name, preset), runs in sorted(rows.items()):
-        for seed, run in runs + [("mean", mean_of([run for _, run in runs]))]:
+    lines.append("|---" * (4 + len(kinds)) + "|")
+    for (name, preset), found in runs.items():
+        for low, high in SEEDS:
+            group = [run for seed, run in found if low <= seed <= high]
+            if not group:
+                continue
+            mean, clean, cells = mean_of(group), [run["clean_top1"] for run in group], []
+            for kind in kinds:
+                attack, worst = mean["attacks"][kind], max(run["attacks"][kind]["success"] for run in group)
+                void = "" if attack["took"] else " did not take"
+                cells.append(f"{percent(attack['success'])} / {percent(worst)} ({percent(attack['base'])}){void}")
+            head = f"| {name} | {preset} | {low} to {high} | {percent(mean['clean_top1'])} / {percent(min(clean))} | "
+            lines.append(head + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def runs_table(root):
+    """Markdown: a row for each run."""
+    runs, kinds = read_runs(root)
+    attacks = " | ".join(f"{kind} success (base; true class)" for kind in kinds)
+    lines = [f"| data | preset | seed | clean top-1 | {attacks} | poison in the last safe set | views |"]
+    lines.append("|---" * (6 + len(kinds)) + "|")
+    for (name, preset), found in runs.items():
+        for seed, run in found:
             cells = [
                 f"{percent(a['success'])} ({percent(a['base'])}; {percent(a['true_class'])})"
                 + ("" if a["took"] else " did not take")
-                for a in (run["attacks"][k] for k in kinds)
+                for a in (run["attacks"][kind] for kind in kinds)
             ]
             poison = percent(run["poison_in_safe_set"][-1]) if run["poison_in_safe_set"] else ""
-            lines.append(
-                f"| {name} | {preset} | {seed} | {percent(run['clean_top1'])} | "
-                + " | ".join(cells)
-                + f" | {poison} | {run['sample_views']:,.0f} |"
-            )
+            head = f"| {name} | {preset} | {seed} | {percent(run['clean_top1'])} | "
+            lines.append(head + " | ".join(cells) + f" | {poison} | {run['sample_views']:,} |")
     return "\n".join(lines)
 
 
 def mean_of(values):
-    """The mean of equal-shaped JSON values, number by number; True only where all are."""
+    """The mean of equal-shaped JSON values, number by number; True only where all are. None where they are no numbers."""
     first = values[0]
     if isinstance(first, dict):
         return {key: mean_of([value[key] for value in values]) for key in first}
-    if isinstance(first, list):
-        return [mean_of(list(parts)) for parts in zip(*values)]
     if isinstance(first, bool):
         return all(values)
-    return sum(values) / len(values) if isinstance(first, (int, float)) else first
+    return sum(values) / len(values) if isinstance(first, (int, float)) else None
 
 
 if __name__ == "__main__":
-    print(reproduce_table(sys.argv[1]))
+    print(f"{summary_table(sys.argv[1])}\n\nEvery run:\n\n{runs_table(sys.argv[1])}")

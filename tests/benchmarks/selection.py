@@ -19,7 +19,11 @@ from pathlib import Path
 from pipeline.config import load_config
 from shards.storage import write_bytes, write_json
 
-CONFIGS = {"shapes": "configs/quickstart.yaml", "emoji": "configs/emoji.yaml"}
+CONFIGS = {
+    "shapes": "configs/quickstart.yaml",
+    "shapes_small": "configs/shapes_small.yaml",
+    "emoji": "configs/emoji.yaml",
+}
 RESULTS = Path(__file__).parent / "selection"
 AUGMENT = "data.clip_augment"
 # What each changes in the preset `default` of the set's config.
@@ -94,7 +98,7 @@ def plot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(11, 9), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(5.5 * len(CONFIGS), 9), sharey=True, layout="constrained")
     looks = {"targeted": ("s", "#2a9d8f"), "patch": ("o", "#e76f51"), "blended": ("^", "#6a4c93")}
     for column, name in enumerate(CONFIGS):
         found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}/seed*/*.json"))]
