@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,12 +324,13 @@ def test_a_rank_that_does_not_answer_is_named_within_the_timeout(tmp_path):
     assert silent == "silent" and "did not answer for run.timeout = 3 s" in words and "\n" not in words
 
 
+def change_the_score(folder):
+    running.train(config(folder, "other_score", train__epochs=3, selection__score="cosine"))
+    running.train(config(folder, "other_score", train__epochs=5, run__accept_changes=True))
+
+
 def test_the_mean_of_scores_begins_anew_where_the_kind_of_score_was_changed(data):
-    running.train(config(data, "other_score", train__epochs=3, selection__score="cosine"))
-    changed = config(data, "other_score", train__epochs=5, run__accept_changes=True)
-    running.train(changed)
-    made = [
-        json.loads((Path(changed.run.dir) / "masks" / f"epoch_{epoch:03d}" / "mask.json").read_text())
-        for epoch in (2, 3, 4)
-    ]
+    run_ranks(change_the_score, 1, data)
+    masks = [data / "other_score" / "masks" / f"epoch_{epoch:03d}" / "mask.json" for epoch in (2, 3, 4)]
+    made = [json.loads(path.read_text()) for path in masks]
     assert [(meta["score"], meta["mean_of"]) for meta in made] == [("cosine", 1), ("agreement", 1), ("agreement", 2)]
