@@ -16,11 +16,13 @@ for set in ${SETS:-shapes shapes_small emoji}; do
     config=configs/quickstart.yaml
     [ "$set" = shapes ] || config=configs/$set.yaml
     for seed in ${SEEDS:-0 1 2 3 4 5}; do prepare "$set" "$seed"; done
+    unpoisoned=runs/reproduce/$set/unpoisoned
+    train_unpoisoned $config "$set" "$unpoisoned"
     for preset in ${PRESETS:-clip default paper}; do
         for seed in ${SEEDS:-0 1 2 3 4 5}; do echo "$config $set $preset $seed runs/reproduce/$set/seed$seed 1"; done
     done | xargs -P "$JOBS" -L 1 bash -euc 'train_run "$@" 2> >(sed -u "s|^|$2 $3 seed $4: |" >&2)' train_run
     for seed in ${SEEDS:-0 1 2 3 4 5}; do
-        for preset in ${PRESETS:-clip default paper}; do evaluate_run "$preset" "runs/reproduce/$set/seed$seed"; done
+        for preset in ${PRESETS:-clip default paper}; do evaluate_run "$preset" "runs/reproduce/$set/seed$seed" "$unpoisoned"; done
     done
 done
 python -m pipeline.evaluation.table runs/reproduce | tee runs/reproduce/table.md

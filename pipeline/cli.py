@@ -115,7 +115,7 @@ def train_until(stop, args):
 def evaluate(args):
     from pipeline.evaluation.report import evaluate_run
 
-    result = evaluate_run(args.run, args.baseline, args.overrides)
+    result = evaluate_run(args.run, args.baseline, args.overrides, args.unpoisoned)
     print(f"{args.run}: clean top-1 {result['clean_top1']:.1%}")
     for kind, figures in result["attacks"].items():
         note = "  (attack did not take)" if figures["took"] is False else ""
@@ -260,6 +260,7 @@ def parser():
     sub.add_argument("run")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
     sub.add_argument("--baseline", help="run of plain CLIP on the same poison: tells whether the attacks took")
+    sub.add_argument("--unpoisoned", help="run on the same data without poison: tells what the triggers do unlearnt")
     sub = command(compare, "table, result.json and result.png of a plain CLIP run and a SafeCLIP run")
     sub.add_argument("clip_run")
     sub.add_argument("safeclip_run")

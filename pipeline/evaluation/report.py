@@ -21,11 +21,13 @@ from shards.masks import SafeMask
 from shards.storage import write_json
 
 
-def evaluate_run(run_dir, baseline=None, overrides=()):
+def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=None):
     """Evaluate the newest complete checkpoint of `run_dir` and write RUN/eval.json; returns it as a dict.
 
     `took` (the undefended attack reaches 80 %) is judged by plain CLIP on the same poison: this run
-    if it is one, else the run directory `baseline`; without either it is null: unknown. Raises UserError.
+    if it is one, else the run directory `baseline`; without either it is null: unknown. `unpoisoned`: a run on the same data without
+    poison; its success is what a trigger does by spoiling pictures, without having been learnt, for it is read as something.
+    Raises UserError.
     """
     run_dir = Path(run_dir)
     config, folder, towers = load_run(run_dir, overrides)
@@ -33,7 +35,16 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
         raise UserError("evaluation.test: missing; name a folder in the CLIP_benchmark layout with evaluation.test=DIR")
     index = open_index(config.data)
     overlay = open_overlay(config.data, index)
-    figures = ZeroShot(config.evaluation, overlay)(towers, make_views(config), comm.device())
+    judge = ZeroShot(config.evaluation, overlay)
+    figures = judge(towers, make_views(config), comm.device())
+    innocent = {}
+    if unpoisoned:
+        other, _, towers = load_run(unpoisoned)
+        if other.data.overlay:
+            raise UserError(
+                f"--unpoisoned {unpoisoned}: was trained with data.overlay={other.data.overlay}; name a run without"
+            )
+        innocent = judge(towers, make_views(other), comm.device())["attacks"]
     state = checkpoint.load_state(folder)
     undefended = None
     if config.train.method == "clip":
@@ -45,6 +56,7 @@ def evaluate_run(run_dir, baseline=None, overrides=()):
     diagnoses = [json.loads((folder / "mask.json").read_text())["diagnosis"] for folder in folders]
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
+        attack["unpoisoned"] = innocent[kind]["success"] if innocent else None
         attack.update(poison_in_splits(overlay, index, splits, kind))
     result = {
         "preset": config.preset,

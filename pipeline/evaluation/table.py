@@ -40,7 +40,7 @@ def table(result):
 
 
 def percent(share):
-    return f"{share:.1%}"
+    return "?" if share is None else f"{share:.1%}"
 
 
 def draw(result, clip_metrics, safe_metrics, path):
@@ -124,7 +124,7 @@ def summary_table(root):
     runs, kinds = read_runs(root)
     lines = [
         "| data | preset | seeds | clean top-1, mean / worst | "
-        + " | ".join(f"{k}, mean / worst (base)" for k in kinds)
+        + " | ".join(f"{k}, mean / worst (unpoisoned)" for k in kinds)
         + " |"
     ]
     lines.append("|---" * (4 + len(kinds)) + "|")
@@ -137,7 +137,7 @@ def summary_table(root):
             for kind in kinds:
                 attack, worst = mean["attacks"][kind], max(run["attacks"][kind]["success"] for run in group)
                 void = "" if attack["took"] else " did not take"
-                cells.append(f"{percent(attack['success'])} / {percent(worst)} ({percent(attack['base'])}){void}")
+                cells.append(f"{percent(attack['success'])} / {percent(worst)} ({percent(attack['unpoisoned'])}){void}")
             head = f"| {name} | {preset} | {low} to {high} | {percent(mean['clean_top1'])} / {percent(min(clean))} | "
             lines.append(head + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -146,13 +146,13 @@ def summary_table(root):
 def runs_table(root):
     """Markdown: a row for each run."""
     runs, kinds = read_runs(root)
-    attacks = " | ".join(f"{kind} success (base; true class)" for kind in kinds)
+    attacks = " | ".join(f"{kind} success (base; unpoisoned; true class)" for kind in kinds)
     lines = [f"| data | preset | seed | clean top-1 | {attacks} | poison in the last safe set | views |"]
     lines.append("|---" * (6 + len(kinds)) + "|")
     for (name, preset), found in runs.items():
         for seed, run in found:
             cells = [
-                f"{percent(a['success'])} ({percent(a['base'])}; {percent(a['true_class'])})"
+                f"{percent(a['success'])} ({percent(a['base'])}; {percent(a['unpoisoned'])}; {percent(a['true_class'])})"
                 + ("" if a["took"] else " did not take")
                 for a in (run["attacks"][kind] for kind in kinds)
             ]
@@ -169,7 +169,7 @@ def mean_of(values):
         return {key: mean_of([value[key] for value in values]) for key in first}
     if isinstance(first, bool):
         return all(values)
-    return sum(values) / len(values) if isinstance(first, (int, float)) else None
+    return sum(values) / len(values) if all(isinstance(value, (int, float)) for value in values) else None
 
 
 if __name__ == "__main__":

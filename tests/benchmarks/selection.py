@@ -65,7 +65,13 @@ def judged(name, seed, variant):
                 )
 
         command("train", CONFIGS[name], f"run.dir={run}", *words)
-        command("evaluate", str(run), "--baseline", f"runs/reproduce/{name}/seed{seed}/clip")
+        known = (
+            "--baseline",
+            f"runs/reproduce/{name}/seed{seed}/clip",
+            "--unpoisoned",
+            f"runs/reproduce/{name}/unpoisoned",
+        )
+        command("evaluate", str(run), *known)
     found = json.loads((run / "eval.json").read_text())
     about = {"set": name, "seed": seed, "variant": variant, "overrides": VARIANTS[variant], "config": config.hash()}
     write_json(RESULTS / name / f"seed{seed}" / f"{variant}.json", about | found)

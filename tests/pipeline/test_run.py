@@ -176,7 +176,15 @@ def test_evaluate_and_export(world):
     for attack in result["attacks"].values():
         assert attack["took"] is None and len(attack["share_in_safe_set"]) == len(attack["auroc"]) == 2
         assert all(0 <= attack[rate] <= 1 for rate in ("success", "base", "true_class"))
-    safeclip("export", "whole", "exported", cwd=world)
+    overrides = ("preset=clip", "data.overlay=null", "train.epochs=1", "evaluation.every=0")
+    safeclip("train", "config.yaml", "run.dir=innocent", *overrides, cwd=world)
+    safeclip("evaluate", "whole", "--unpoisoned", "innocent", cwd=world)
+    again = json.loads((world / "whole" / "eval.json").read_text())
+    assert all(attack["unpoisoned"] is None for attack in result["attacks"].values())
+    assert all(0 <= attack["unpoisoned"] <= 1 for attack in again["attacks"].values())
+    assert again["clean_top1"] == result["clean_top1"]
+    done = safeclip("evaluate", "whole", "--unpoisoned", "whole", cwd=world, check=False)
+    assert done.returncode == 2 and "was trained with data.overlay=attack" in done.stderr
 
 
 def test_the_export_is_the_runs_model_in_open_clip(world):
