@@ -33,7 +33,9 @@ VARIANTS = {
     "posterise-0.2": [f"{AUGMENT}.posterise=0.2"],
     "cosine": ["selection.score=cosine"],
     "copies-allowed": ["selection.copies=null"],
+    "cap-0.8": ["selection.cap=0.8"],
     "cap-0.9": ["selection.cap=0.9"],
+    "crop-0.5": [f"{AUGMENT}.crop_min=0.5"],
     "built-in": [
         f"{AUGMENT}.posterise=0",
         "selection.score=cosine",
