@@ -11,6 +11,7 @@ import numpy as np
 from shards.errors import UserError
 
 ROUNDS = 8  # of the Feistel network: four (Luby and Rackoff 1988) still show on domains as small as a window
+ALL = (1 << 64) - 1
 
 
 class EpochPlan:
@@ -68,6 +69,20 @@ class EpochPlan:
         before_B = np.where(place_B > 0, self.ends_P[place_B - 1], 0)
         return self.shard_P[place_B], line_B - before_B, self.again_P[place_B]
 
+    def slot(self, step, slot):
+        """(shard, nth, again), ints: one row of global batch `step`. As of `batch`, which is slower for one and faster for many."""
+        if not (0 <= step < self.steps and 0 <= slot < self.batch_size):
+            raise IndexError(f"step {step} of {self.steps}, slot {slot} of {self.batch_size}")
+        each = self.batch_size // self.streams
+        stream, within = divmod(slot, each)
+        window, at = divmod(step * each + within, self.window)
+        length = min(self.window, self.stream_length - window * self.window)
+        shuffled = permute_one(at, length, self.key, stream * (1 << 32) + window)
+        line = stream * self.stream_length + window * self.window + shuffled
+        place = int(self.ends_P.searchsorted(line, side="right"))
+        before = int(self.ends_P[place - 1]) if place else 0
+        return int(self.shard_P[place]), line - before, int(self.again_P[place])
+
 
 def permute(at_B, length_B, key, tweak_B):
     """int64 (B,): where a pseudorandom permutation of 0 .. length - 1, chosen by (key, tweak), sends `at`. Elementwise.
@@ -81,12 +96,28 @@ def permute(at_B, length_B, key, tweak_B):
     result_B, todo = at_B.astype(np.uint64), np.arange(len(at_B))
     while len(todo):
         half, low = half_B[todo], low_B[todo]
-        left, right = result_B[todo] >> half, result_B[todo] & low
-        for number in range(ROUNDS):
-            left, right = right, left ^ (mix(right ^ (tweak_B[todo] + np.uint64(number))) & low)
+        left, right = feistel(result_B[todo] >> half, result_B[todo] & low, low, tweak_B[todo], mix)
         result_B[todo] = (left << half) | right
         todo = todo[result_B[todo] >= length_B[todo].astype(np.uint64)]
     return result_B.astype(np.int64)
+
+
+def permute_one(at, length, key, tweak):
+    """`permute` of one, in ints."""
+    half = (max(length - 1, 1).bit_length() + 1) // 2
+    low, tweak = (1 << half) - 1, mix_one(tweak ^ key)
+    while True:
+        left, right = feistel(at >> half, at & low, low, tweak, mix_one)
+        at = left << half | right
+        if at < length:
+            return at
+
+
+def feistel(left, right, low, tweak, mix):
+    """The halves after all rounds; ints or uint64 arrays, as `mix` is for."""
+    for number in range(ROUNDS):
+        left, right = right, left ^ (mix(right ^ (tweak + number)) & low)
+    return left, right
 
 
 def mix(x):
@@ -95,3 +126,11 @@ def mix(x):
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def mix_one(x):
+    """`mix` of an int, of which the lowest 64 bits count."""
+    x = (x + 0x9E3779B97F4A7C15) & ALL
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & ALL
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & ALL
+    return x ^ x >> 31

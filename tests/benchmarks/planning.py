@@ -70,7 +70,7 @@ def main():
         "build_s": round(build_s, 3),
         "rows": rows,
         "slot_us": round(median_us(read, steps) / rows, 2),
-        "one_slot_us": round(median_us(lambda step: whole.batch(step, 7, args.batch), steps), 1),
+        "one_slot_us": round(median_us(lambda step: whole.slot(step, 7), steps), 1),
         "mask_megabytes": round(bits.nbytes / 1e6),
         "peak_megabytes": round(peak()),
         "above_mask_megabytes": round(peak() - bits.nbytes / (1 << 20)),

@@ -30,6 +30,16 @@ def test_each_sample_once_but_for_the_last_partial_batch(counts_S, seed, streams
     assert all(0 <= nth < counts_S[shard] for shard, nth in rows)
 
 
+@given(counts, st.integers(0, 1000), st.sampled_from([1, 3, 8]), st.sampled_from([1, 7, 32, 5000, 1 << 20]), st.data())
+def test_one_slot_is_as_in_its_batch(counts_S, seed, streams, window, data):
+    repeats_S = data.draw(st.lists(st.integers(1, 3), min_size=len(counts_S), max_size=len(counts_S)))
+    p = plan(counts_S, seed=seed, streams=streams, window=window, repeats_S=repeats_S)
+    for step in range(p.steps):
+        assert [p.slot(step, slot) for slot in range(24)] == list(zip(*(part.tolist() for part in p.batch(step))))
+    with pytest.raises(IndexError):
+        p.slot(p.steps, 0)
+
+
 @given(counts, st.integers(0, 1000), st.data())
 def test_safe_and_risky_are_disjoint_and_together_all(counts_S, seed, data):
     flags = np.random.default_rng(seed).random(sum(counts_S)) < data.draw(st.floats(0, 1))
