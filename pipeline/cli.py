@@ -192,7 +192,7 @@ def score(args):
 def audit(args):
     from pipeline.audit.audit import audit as audit_pairs
 
-    print(audit_pairs(args.source, args.out, args.scores, args.truth, args.detectors, args.worst))
+    print(audit_pairs(args.source, args.out, args.scores, args.truth, args.detectors, args.worst, args.sample))
 
 
 def parser():
@@ -336,6 +336,13 @@ def parser():
     sub.add_argument("--detectors", nargs="+", metavar="NAME", help="only these (default: all that the data allow)")
     sub.add_argument(
         "--worst", type=float, default=0.01, help="share of the pairs that a ranking detector flags (0.01)"
+    )
+    sub.add_argument(
+        "--sample",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="random pictures among which kdistance, slof and dao look for neighbours (1024; above 65,536 faiss's IVF searches them)",
     )
     sub.add_argument("--out", required=True, metavar="DIR")
     return top

@@ -10,18 +10,21 @@ from shards.errors import UserError
 from shards.storage import write_json
 
 
-def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, say=print):
+def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, sample=1024, say=print):
     """Write OUT/findings.parquet, findings.csv, audit.json and report.html; returns a line. Raises UserError.
 
     source: run directory, or folder of `safeclip score`. scores: with a run, what `safeclip score --model RUN` wrote. truth: folder of
-    an attack manifest (default: the one that the run or the scores were read with). worst: see detectors.Detector.find.
+    an attack manifest (default: the one that the run or the scores were read with). worst: see detectors.Detector.find. sample: pictures
+    in which the neighbourhood detectors look for neighbours.
     """
     if not 0 < worst < 1:
         raise UserError(f"--worst: got {worst}, expected a share between 0 and 1")
+    if sample < 3:
+        raise UserError(f"--sample: got {sample}, expected 3 pictures or more")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
-    data = AuditData(source, scores, truth)
+    data = AuditData(source, scores, truth, sample)
     out.mkdir(parents=True, exist_ok=True)
     say(f"{source}: {data.N:,} pairs in {len(data.counts_S)} shards, {len(data.splits)} splits")
     found, about = run_detectors(data, worst, detectors, say)

@@ -22,13 +22,13 @@ from shards.samples import Samples
 class AuditData:
     """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; splits: all of the run's, in order.
 
-    None where it is not there: images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or
+    sample: pictures in which neighbours are looked for. None where it is not there: images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or
     None), samples (shards.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict). `cache`: what detectors share.
     """
 
-    def __init__(self, source, scores=None, truth=None):
+    def __init__(self, source, scores=None, truth=None, sample=1024):
         """`source`: run directory, folder of `safeclip score`, or a mask's folder. Raises UserError."""
-        self.source, self.cache = Path(source), {}
+        self.source, self.sample, self.cache = Path(source), sample, {}
         self.run_dir = self.source if (self.source / "masks").is_dir() else None
         self.scores = Path(scores) if scores else self.source if (self.source / "score.json").exists() else None
         self.splits = []

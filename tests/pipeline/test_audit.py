@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.audit.apply import apply_mask
 from pipeline.audit.audit import audit
-from pipeline.audit.detectors import REGISTRY
+from pipeline.audit.detectors import REGISTRY, neighbourhood
 from pipeline.audit.report import render
 from pipeline.audit.score import score
 from shards.errors import UserError
@@ -108,10 +108,21 @@ def test_nothing_but_the_scores_is_needed(audited, tmp_path):
     assert "no embeddings" in found["dao"]["skipped"] and found["mismatch"]["issues"] <= 1 and "webp" not in page
 
 
+def test_a_large_sample_of_neighbours_is_searched_by_ivf(audited, tmp_path, monkeypatch):
+    made, build_index = [], neighbourhood.build_index
+    monkeypatch.setattr(neighbourhood, "EXACT", 20)
+    monkeypatch.setattr(neighbourhood, "build_index", lambda rows: made.append(build_index(rows)) or made[-1])
+    audit(audited[0] / "scores", tmp_path / "out", detectors=["slof"], sample=60, say=lambda line: None)
+    score_N = pq.read_table(tmp_path / "out/findings.parquet")["slof_score"].to_numpy()
+    assert [(type(index).__name__, index.ntotal) for index in made] == [("IndexIVFFlat", 59)]
+    assert np.isnan(score_N).sum() == 1 and len(np.unique(score_N[~np.isnan(score_N)])) == 59
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         ({"worst": 0}, "--worst"),
+        ({"sample": 2}, "--sample: got 2"),
         ({"detectors": ["nothing"]}, "expected some of"),
         ({"detectors": ["history"]}, "none of"),
     ],

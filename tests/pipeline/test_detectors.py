@@ -24,7 +24,7 @@ class Data:
     def __init__(self, folder, image_ND, score_N=None):
         np.save(folder / "part.npy", image_ND.astype(np.float32))
         self.images, self.N, self.cache = Rows({0: folder / "part.npy"}, [len(image_ND)]), len(image_ND), {}
-        self.score_N = np.zeros(self.N, np.float32) if score_N is None else score_N
+        self.score_N, self.sample = np.zeros(self.N, np.float32) if score_N is None else score_N, 1024
 
 
 def brute(rows, k):

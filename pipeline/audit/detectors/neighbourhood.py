@@ -9,7 +9,6 @@ import numpy as np
 
 from pipeline.audit.detectors import Detector, Finding, detector, lowest
 
-SAMPLE = 1024  # pictures, the reference in which neighbours are looked for
 NEIGHBOURS = 16
 EXACT = 1 << 16  # references up to this size are searched exactly, larger ones by IVF
 
@@ -46,21 +45,21 @@ def search(index, rows_BD, own_B, k):
     return distance_BK, number_BK[keep_BK].reshape(shape)
 
 
-def neighbourhoods(data, sample=SAMPLE, k=NEIGHBOURS):
-    """(distance_NK, number_NK, distance_RK): of every pair's picture the nearest of the sample, and of those theirs. Made once."""
-    key = ("neighbourhoods", sample, k)
-    if key not in data.cache:
+def neighbourhoods(data):
+    """(distance_NK, number_NK, distance_RK): of every pair's picture the nearest of data.sample random ones, and of those theirs. Made once."""
+    if "neighbourhoods" not in data.cache:
         usable = np.flatnonzero(~np.isnan(data.score_N))
-        k = min(k, max(1, min(sample, len(usable)) - 2))
-        reference_R = np.sort(np.random.default_rng(0).choice(usable, min(sample, len(usable)), replace=False))
+        size = min(data.sample, len(usable))
+        k = min(NEIGHBOURS, max(1, size - 2))
+        reference_R = np.sort(np.random.default_rng(0).choice(usable, size, replace=False))
         rows_RD = unit(data.images.take(reference_R))
         index = build_index(rows_RD)
         own_N = np.full(data.N, -1, np.int64)
         own_N[reference_R] = np.arange(len(reference_R))
         found = [search(index, unit(rows), own_N[at : at + len(rows)], k) for at, rows in data.images.blocks()]
         distance_NK, number_NK = (np.concatenate(part) for part in zip(*found))
-        data.cache[key] = distance_NK, number_NK, distance_NK[reference_R]
-    return data.cache[key]
+        data.cache["neighbourhoods"] = distance_NK, number_NK, distance_NK[reference_R]
+    return data.cache["neighbourhoods"]
 
 
 class Neighbourhood(Detector):
@@ -68,10 +67,9 @@ class Neighbourhood(Detector):
 
     needs = ("images",)
     family = "neighbourhood"
-    sample = SAMPLE
 
     def find(self, data, worst):
-        factor_N = self.factor(*neighbourhoods(data, self.sample))
+        factor_N = self.factor(*neighbourhoods(data))
         there = np.flatnonzero(~np.isnan(data.score_N))
         score_N = np.full(data.N, np.nan, np.float32)
         score_N[there[np.argsort(-factor_N[there], kind="stable")]] = np.arange(len(there)) / data.N
