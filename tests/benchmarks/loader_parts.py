@@ -50,6 +50,16 @@ def by_simplejpeg(data):
     return simplejpeg.decode_jpeg(data, "RGB")
 
 
+def pillow_picture(data):
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def simplejpeg_picture(data):
+    return Image.fromarray(by_simplejpeg(data))
+
+
 def by_spdl(data):
     import spdl.io
 
@@ -60,6 +70,8 @@ def by_spdl(data):
 
 
 DECODERS = {"pillow": by_pillow, "torchvision": by_torchvision, "simplejpeg": by_simplejpeg, "spdl": by_spdl}
+# As what is cropped and resized by Pillow next, which keeps 4 bytes a pixel.
+DECODERS |= {"pillow_picture": pillow_picture, "simplejpeg_picture": simplejpeg_picture}
 
 
 def measure(ways, rounds):
