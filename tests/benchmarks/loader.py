@@ -11,6 +11,7 @@ samples over those of a whole one, all reads of the process counted; growth: of 
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -71,12 +72,19 @@ def make_steps(index, batch, mask=None):
 
 
 def raw(folder, rounds):
-    """Microseconds a sample in this process, bytes only: webdataset's sequential iterator, and ours in the epoch's order."""
+    """Microseconds a sample in this process, bytes only: webdataset's sequential iterator, ours in the epoch's order, and the floor,
+    os.pread of the same bytes with nothing around it."""
     import webdataset
 
     index = ShardIndex.load(folder / "index")
     reader, urls = Samples(index).reader, [shard.path for shard in index.shards]
-    found = {"webdataset": [], "ours": []}
+    ranges = []
+    for step in make_steps(index, 256):
+        for shard, position in zip(*(part.tolist() for part in step.plan.batch(step.number)[:2])):
+            table, file = index.table(shard), reader.descriptor(shard)
+            ranges.append((file, int(table.image_size[position]), int(table.image_offset[position])))
+            ranges.append((file, int(table.text_size[position]), int(table.text_offset[position])))
+    found = {"webdataset": [], "ours": [], "pread": []}
     for turn in range(rounds + 1):  # the first warms up
         started = time.perf_counter()
         count = sum(len(sample["txt"]) > 0 for sample in webdataset.WebDataset(urls, shardshuffle=False))
@@ -87,6 +95,10 @@ def raw(folder, rounds):
             for shard, position in zip(shard_B.tolist(), nth_B.tolist()):
                 count += len(reader.image_bytes(shard, position)) > 0 and len(reader.text_bytes(shard, position)) > 0
         found["ours"].append((time.perf_counter() - started) / count)
+        started = time.perf_counter()
+        for file, size, offset in ranges:
+            os.pread(file, size, offset)
+        found["pread"].append((time.perf_counter() - started) / count)
     us = {name: round(statistics.median(values[1:]) * 1e6, 2) for name, values in found.items()}
     return {"us_a_sample": us, "over_webdataset": round(us["webdataset"] / us["ours"], 1)}
 
