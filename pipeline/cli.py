@@ -19,199 +19,28 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import Counter
 
-# Heavy packages are imported in the commands that use them: `safeclip --help` answers at once.
+from pipeline import commands
 from shards.errors import RunFailed, Unreachable, UserError
-
-
-def data(args):
-    if args.name == "shapes":
-        from shards.demo import shapes
-
-        shapes(args.out, pairs=args.pairs or 18_000, seed=args.seed)
-    else:
-        from shards.emoji import emoji
-
-        if args.pairs:
-            raise UserError("--pairs: the number of emoji pairs follows from the packages; leave it out")
-        emoji(args.out, seed=args.seed)
-    print(f"{args.out}: train/, test/, index/, labels/ and test_index/ are ready")
-
-
-def index(args):
-    from shards.index import build_index
-
-    built = build_index(
-        args.shards, args.out, args.text, args.workers, args.report, args.remote_timeout, args.allow_pipe
-    )
-    print(f"{args.out}: {built.samples:,} samples in {len(built.shards)} shards, fingerprint {built.fingerprint}")
-    for reason, count in Counter(finding.kind for finding in built.findings).most_common():
-        print(f"  {count:,} x {reason}" + ("" if args.report else " (--report FILE lists them)"))
-
-
-def shards_csv(args):
-    from shards.ingest import from_csv
-
-    print(from_csv(args.file, args.out, args.root, args.path, args.caption, args.separator, args.per_shard))
-
-
-def shards_folder(args):
-    from shards.ingest import from_folder
-
-    print(from_folder(args.folder, args.out, args.classes, args.per_shard))
-
-
-def attack(args):
-    from pipeline.config import override, read_yaml
-    from pipeline.evaluation.attacks import make_attack
-
-    config = read_yaml(args.config)
-    override(config, args.overrides)
-    print(make_attack(config))
-
-
-def doctor(args):
-    from pipeline.config import load_config
-
-    config = load_config(args.config, args.overrides)
-    from pipeline import comm
-    from pipeline.doctor import examine
-
-    found = examine(config, args.ranks, args.content)
-    if comm.is_main():
-        for level, about, text in found:
-            print(f"{level:8s}{about}: {text}")
-    if any(level == "fatal" for level, *_ in found):
-        sys.exit(2)
-
-
-def train(args):
-    from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal
-
-    try:
-        # From the first moment: the imports that follow take seconds, minutes on a cluster's file system.
-        with StopSignal() as stop:
-            train_until(stop, args)
-    except Preempted:
-        sys.exit(EXIT_CODE)
-
-
-def train_until(stop, args):
-    from pipeline.config import load_config
-
-    config = load_config(args.config, args.overrides)
-    from pipeline.data import open_index, open_overlay
-    from pipeline.evaluation.evaluators import ZeroShot
-    from pipeline.training.run import train as train_run
-
-    evaluators = {}
-    if config.evaluation.test:
-        overlay = open_overlay(config.data, open_index(config.data))
-        evaluators["eval"] = ZeroShot(config.evaluation, overlay)
-    train_run(config, evaluators, stop)
-
-
-def evaluate(args):
-    from pipeline.evaluation.report import evaluate_run
-
-    result = evaluate_run(args.run, args.baseline, args.overrides, args.unpoisoned)
-    print(f"{args.run}: clean top-1 {result['clean_top1']:.1%}")
-    for kind, figures in result["attacks"].items():
-        note = "  (attack did not take)" if figures["took"] is False else ""
-        print(
-            f"  {kind:9s} success {figures['success']:6.1%}  base {figures['base']:6.1%}  read as the true class "
-            f"{figures['true_class']:6.1%}{note}"
-        )
-
-
-def compare(args):
-    from pipeline.evaluation.table import compare as compare_runs
-
-    print(compare_runs(args.clip_run, args.safeclip_run, args.out))
-
-
-def export(args):
-    from pipeline.config import load_config
-    from pipeline.training.export import export_run
-
-    export_run(args.run, load_config(f"{args.run}/config.yaml"), args.out)
-    print(f'{args.out}: open_clip.create_model_and_transforms("local-dir:{args.out}")')
-
-
-def mask_show(args):
-    from pipeline.audit.masks import show
-
-    print(show(args.mask, args.json))
-
-
-def mask_export(args):
-    from pipeline.audit.export import export_mask
-
-    print(f"{args.out}: {export_mask(args.mask, args.format, args.out, args.shards):,} rows, {args.format}")
-
-
-def mask_diff(args):
-    from pipeline.audit.masks import diff
-
-    print(diff(args.a, args.b, args.out))
-
-
-def mask_replay(args):
-    from pipeline.audit.masks import replay, what_if
-
-    other = args.posterior is not None or args.share is not None
-    if other != bool(args.out):
-        raise UserError(
-            "mask replay: --posterior or --share make another mask in --out; give both, or neither to check"
-        )
-    if other:
-        print(what_if(args.mask, args.out, args.posterior, args.share))
-        return
-    same, text = replay(args.mask)
-    print(text)
-    sys.exit(0 if same else 1)
-
-
-def mask_apply(args):
-    from pipeline.audit.apply import apply_mask
-
-    print(apply_mask(args.mask, args.shards, args.out, args.keep, args.review))
-
-
-def score(args):
-    from pipeline import comm
-    from pipeline.audit.score import score as score_pairs
-
-    rest = (args.overlay, args.embeddings, args.lean, args.batch_size, args.workers)
-    line = score_pairs(args.out, args.model, args.pretrained, args.data, *rest)
-    if comm.is_main():
-        print(line)
-
-
-def audit(args):
-    from pipeline.audit.audit import audit as audit_pairs
-
-    print(audit_pairs(args.source, args.out, args.scores, args.truth, args.detectors, args.worst, args.sample))
 
 
 def parser():
     top = argparse.ArgumentParser(
         prog="safeclip", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    groups = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(run, text, under=commands, name=None):
+    def command(run, text, under=groups, name=None):
         sub = under.add_parser(name or run.__name__.rpartition("_")[2], help=text, description=text)
         sub.set_defaults(run_command=run)
         return sub
 
-    sub = command(data, "build demo data as shards")
+    sub = command(commands.data, "build demo data as shards")
     sub.add_argument("name", choices=["shapes", "emoji"])
     sub.add_argument("out")
     sub.add_argument("--pairs", type=int, help="shapes: number of training pairs (default 18000)")
     sub.add_argument("--seed", type=int, default=0)
-    sub = command(index, "index shards: what each holds, and where")
+    sub = command(commands.index, "index shards: what each holds, and where")
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")
     sub.add_argument("--out", required=True, help="folder for the index")
     sub.add_argument(
@@ -224,10 +53,13 @@ def parser():
     sub.add_argument("--remote-timeout", type=float, default=120.0, help="seconds to wait for a server (default 120)")
     sub.add_argument("--allow-pipe", action="store_true", help="run the commands of shards named pipe:COMMAND")
     text = "make shards of a list or a folder of pictures; a bad row is listed beside its shard, and the rest is kept"
-    makers = commands.add_parser("shards", help=text, description=text)
+    makers = groups.add_parser("shards", help=text, description=text)
     makers = makers.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
     sub = command(
-        shards_csv, "CSV or TSV of paths and captions, as published for SafeCLIP and open_clip", makers, "from-csv"
+        commands.shards_csv,
+        "CSV or TSV of paths and captions, as published for SafeCLIP and open_clip",
+        makers,
+        "from-csv",
     )
     sub.add_argument("file", metavar="FILE")
     sub.add_argument("--out", required=True, metavar="DIR")
@@ -236,45 +68,47 @@ def parser():
     sub.add_argument("--caption", metavar="COLUMN", help="default: caption or title")
     sub.add_argument("--separator", help="default: a TAB if the header has one, else a comma")
     sub.add_argument("--per-shard", type=int, default=10_000)
-    sub = command(shards_folder, "pictures with KEY.txt beside, or a folder a class", makers, "from-folder")
+    sub = command(commands.shards_folder, "pictures with KEY.txt beside, or a folder a class", makers, "from-folder")
     sub.add_argument("folder", metavar="FOLDER")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument(
         "--classes", action="store_true", help="the name of a picture's folder is its class, and its caption"
     )
     sub.add_argument("--per-shard", type=int, default=10_000)
-    sub = command(attack, "write an attack manifest (overlay) for indexed shards")
+    sub = command(commands.attack, "write an attack manifest (overlay) for indexed shards")
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
-    sub = command(doctor, "check data, config, run directory, disk, memory and network before a run; trains nothing")
+    sub = command(
+        commands.doctor, "check data, config, run directory, disk, memory and network before a run; trains nothing"
+    )
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
     sub.add_argument(
         "--ranks", type=int, help="processes that the run will have (default: those that are started here)"
     )
     sub.add_argument("--content", action="store_true", help="read all shards and compare their fingerprints")
-    sub = command(train, "train from a config; goes on from the newest complete checkpoint of run.dir")
+    sub = command(commands.train, "train from a config; goes on from the newest complete checkpoint of run.dir")
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
-    sub = command(evaluate, "clean accuracy and attack success of a run's model; writes RUN/eval.json")
+    sub = command(commands.evaluate, "clean accuracy and attack success of a run's model; writes RUN/eval.json")
     sub.add_argument("run")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
     sub.add_argument("--baseline", help="run of plain CLIP on the same poison: tells whether the attacks took")
     sub.add_argument("--unpoisoned", help="run on the same data without poison: tells what the triggers do unlearnt")
-    sub = command(compare, "table, result.json and result.png of a plain CLIP run and a SafeCLIP run")
+    sub = command(commands.compare, "table, result.json and result.png of a plain CLIP run and a SafeCLIP run")
     sub.add_argument("clip_run")
     sub.add_argument("safeclip_run")
     sub.add_argument("--out", required=True)
-    sub = command(export, "write a run's model as an open_clip local directory")
+    sub = command(commands.export, "write a run's model as an open_clip local directory")
     sub.add_argument("run")
     sub.add_argument("out")
     text = "a saved mask as an artefact of its own: MASK is RUN/masks/epoch_NNN, and no other file of the run is needed"
-    masks = commands.add_parser("mask", help=text, description=text)
+    masks = groups.add_parser("mask", help=text, description=text)
     masks = masks.add_subparsers(dest="mask_command", required=True, metavar="COMMAND")
-    sub = command(mask_show, "what a mask is, in a few lines", masks)
+    sub = command(commands.mask_show, "what a mask is, in a few lines", masks)
     sub.add_argument("mask", metavar="MASK")
     sub.add_argument("--json", action="store_true", help="the same as JSON")
-    sub = command(mask_export, "write a mask in another format", masks)
+    sub = command(commands.mask_export, "write a mask in another format", masks)
     sub.add_argument("mask", metavar="MASK")
     sub.add_argument(
         "--format",
@@ -285,19 +119,21 @@ def parser():
     )
     sub.add_argument("--out", required=True, metavar="FILE")
     sub.add_argument("--shards", nargs="+", default=(), help="datacomp: the shards, whose .json members hold the uids")
-    sub = command(mask_diff, "how the safe set of mask B differs from that of A", masks)
+    sub = command(commands.mask_diff, "how the safe set of mask B differs from that of A", masks)
     sub.add_argument("a", metavar="A")
     sub.add_argument("b", metavar="B")
     sub.add_argument("--out", metavar="FILE", help="CSV of the pairs that moved in or out")
     sub = command(
-        mask_replay, "rebuild a mask from its scores; exit code 1 if it is not the saved one, bit for bit", masks
+        commands.mask_replay,
+        "rebuild a mask from its scores; exit code 1 if it is not the saved one, bit for bit",
+        masks,
     )
     sub.add_argument("mask", metavar="MASK")
     rule = sub.add_mutually_exclusive_group()
     rule.add_argument("--posterior", type=float, help="instead, make the mask of the pairs above this posterior")
     rule.add_argument("--share", type=float, help="instead, make the mask of this share of the pairs")
     sub.add_argument("--out", metavar="DIR", help="new folder for that other mask")
-    sub = command(mask_apply, "write filtered copies of shards; goes on where it was cut off", masks)
+    sub = command(commands.mask_apply, "write filtered copies of shards; goes on where it was cut off", masks)
     sub.add_argument("mask", metavar="MASK")
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")
     sub.add_argument("--out", required=True, metavar="DIR")
@@ -305,7 +141,9 @@ def parser():
     sub.add_argument(
         "--review", metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is"
     )
-    sub = command(score, "the cosine of every pair by any CLIP, and a mask by posterior; under torchrun too; goes on")
+    sub = command(
+        commands.score, "the cosine of every pair by any CLIP, and a mask by posterior; under torchrun too; goes on"
+    )
     sub.add_argument("--model", help="a run, an open_clip local directory, or an open_clip name (with --pretrained)")
     sub.add_argument("--pretrained", metavar="PATH", help="checkpoint for an open_clip name")
     sub.add_argument(
@@ -322,7 +160,8 @@ def parser():
     sub.add_argument("--workers", type=int, default=2, help="reading processes of each rank")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub = command(
-        audit, "find what is wrong with the data; writes DIR/findings.parquet, findings.csv, audit.json, report.html"
+        commands.audit,
+        "find what is wrong with the data; writes DIR/findings.parquet, findings.csv, audit.json, report.html",
     )
     sub.add_argument("source", metavar="RUN_OR_SCORES", help="a run directory, or a folder written by `safeclip score`")
     sub.add_argument(
