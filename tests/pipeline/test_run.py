@@ -253,7 +253,8 @@ def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
     members = [m for m in members if m[0] not in ("07.txt", "09.png")]
     build_index([str(write_tar(tmp_path / "bad.tar", members))], tmp_path / "index")
     words = [f"run.dir={tmp_path}/run", f"data.index={tmp_path}/index", "data.overlay=", "train.batch_size=4"]
-    words += ["evaluation.test=", "selection.first_share=0.5", "wandb.mode=disabled", "data.max_bad_fraction=0.3"]
+    words += ["evaluation.test=", "selection.first_share=0.5", "selection.live_canaries=0"]
+    words += ["wandb.mode=disabled", "data.max_bad_fraction=0.3"]
     done = safeclip("train", "config.yaml", *words, processes=2, cwd=world)
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert {(r["position"], r["reason"]) for r in rows} == {
