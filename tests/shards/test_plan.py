@@ -79,19 +79,21 @@ def test_weights_of_one_change_nothing():
 
 @given(counts, st.integers(0, 50), st.sampled_from([1, 2, 3]), st.sampled_from([1, 7, 32, 5000]), st.integers(1, 3))
 def test_a_slot_is_a_row_of_its_batch(counts_S, seed, streams, window, times):
-    p = plan(counts_S, 6, seed=seed, streams=streams, window=window, repeats_S=[times] * len(counts_S))
+    p = plan(counts_S, seed=seed, streams=streams, window=window, repeats_S=[times] * len(counts_S))
     for step in range(p.steps):
-        assert [p.slot(step, slot) for slot in range(6)] == list(zip(*(a.tolist() for a in p.batch(step))))
-    for step, slot in ((p.steps, 0), (0, 6), (-1, 0), (0, -1)):
+        assert [p.slot(step, slot) for slot in range(24)] == list(zip(*(a.tolist() for a in p.batch(step))))
+    for step, slot in ((p.steps, 0), (0, 24), (-1, 0), (0, -1)):
         with pytest.raises(IndexError):
             p.slot(step, slot)
 
 
-@given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.integers(0, 2**62), st.data())
-def test_one_element_is_permuted_as_an_array_is(length, key, tweak, data):
-    at = data.draw(st.integers(0, length - 1))
-    (found,) = permute(*(np.array([x]) for x in (at, length)), key, np.array([tweak])).tolist()
-    assert permute_one(at, length, key, tweak) == found < length
+@given(st.lists(st.integers(1, 2**40), min_size=1, max_size=40), st.integers(0, 2**64 - 1), st.integers(0, 2**62))
+def test_one_element_is_permuted_as_among_others(lengths, key, tweak):
+    at_B = np.array([length * 2 // 3 for length in lengths])
+    found = permute(at_B, np.array(lengths), key, tweak + np.arange(len(lengths))).tolist()
+    alone = [permute_one(at, length, key, tweak + i) for i, (at, length) in enumerate(zip(at_B.tolist(), lengths))]
+    assert found == alone
+    assert all(place < length for place, length in zip(found, lengths))
 
 
 def test_the_order_stays_what_it_was():
