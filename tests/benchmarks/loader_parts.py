@@ -100,8 +100,8 @@ def parts(folder, size, rounds):
         "read ours": (lambda n: (samples.reader.image_bytes(0, n), samples.reader.text_bytes(0, n)), numbers),
         "decode theirs": (by_pillow, data),
         "decode ours": (decode_image, data),
-        "crop and resize theirs": (crop, images),
-        "crop and resize ours": (lambda image: resized(image, size, random_box(*image.size, 0.9, rng)), images),
+        "crop and resize theirs": (crop, [Image.fromarray(image) for image in images]),
+        "crop and resize ours": (lambda image: resized(image, size, random_box(*image.shape[1::-1], 0.9, rng)), images),
         "colour theirs": (ColorJitter(*JITTER), small),
         "colour ours": (lambda image: jittered(image, draw_jitter(colours, rng)), small),
         "to the batch theirs": (
