@@ -16,6 +16,7 @@ except ImportError:  # it has no wheel for some platforms
     simplejpeg = None
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+JPEG = ("JPEG", "MPO")  # the second: several in one file
 MAX_SCANS = 200  # of a JPEG; a few bytes make the decoder go once more over all its pixels
 ORIENTATION = 0x0112  # EXIF
 TURNS = {
@@ -46,8 +47,9 @@ def decode_image(data, limits=Limits(), least=None):
     """uint8 (H, W, 3): RGB, first frame, upright (EXIF), transparency on white. Raises BadSample with a short reason.
 
     `least`: a JPEG may come out at a half, a quarter or an eighth of its size, while its shorter side keeps so many pixels; that
-    much less is decoded. Pillow opens every picture; a JPEG is then decoded by simplejpeg where that is installed, which gives the
-    same pixels and saves two copies of them: both are libjpeg-turbo.
+    much less is decoded. Pillow opens every picture; a JPEG is then decoded by simplejpeg where that is installed, which saves two
+    copies of the pixels. They are the same, for both are libjpeg-turbo; only a Pillow that was built on another libjpeg may round
+    otherwise.
     """
     if len(data) > limits.max_bytes:
         raise BadSample(f"picture of {len(data)} bytes, at most {limits.max_bytes}")
@@ -55,19 +57,17 @@ def decode_image(data, limits=Limits(), least=None):
         check_size(webp_size(data), limits)  # PIL's WebP reader takes memory for the whole canvas when it opens
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(image.size, limits)
-        pixels_HWC = None
-        if image.format in ("JPEG", "MPO"):
+        if image.format in JPEG:
             scans = data.count(b"\xff\xda")
             if scans > MAX_SCANS:
                 raise BadSample(f"JPEG of {scans} scans, at most {MAX_SCANS}")
             if least:
                 image.draft(None, (math.ceil(least),) * 2)
-            pixels_HWC = jpeg_pixels(data, image)
+        pixels_HWC = jpeg_pixels(data, image)
         if pixels_HWC is None:
             image.load()
-        turn = TURNS.get(orientation(image))
-        if pixels_HWC is None:
             pixels_HWC = np.array(rgb(image))
+        turn = TURNS.get(orientation(image))
         return pixels_HWC if turn is None else np.array(Image.fromarray(pixels_HWC).transpose(turn))
     except BadSample:
         raise
@@ -78,11 +78,13 @@ def decode_image(data, limits=Limits(), least=None):
 def jpeg_pixels(data, image):
     """uint8 (H, W, 3): what loading the opened `image` would give, by simplejpeg; None where only Pillow can say what that is.
 
-    That is: CMYK, anything that libjpeg would warn of, and pictures so small that several scales have the size of the draft.
+    That is: what is no JPEG, CMYK, anything that libjpeg would warn of, and pictures so small that several scales have the size of
+    the draft.
     """
     width, height = image.size
     scale = image.decoderconfig[0] if image.decoderconfig else 1
-    if simplejpeg is None or image.mode not in ("L", "RGB") or (scale > 1 and min(width, height) < 16):
+    known = image.format in JPEG and image.mode in ("L", "RGB") and (scale == 1 or min(width, height) >= 16)
+    if simplejpeg is None or not known:
         return None
     least = {"min_width": width, "min_height": height, "min_factor": scale} if scale > 1 else {}
     try:

@@ -120,10 +120,8 @@ class PlainBatches(Dataset):
         size, least = self.views.size, least_side(self.views.size)
 
         def read(row, shard, position):
-            pixels_HWC, caption = (
-                self.samples.pixels(shard, position, least),
-                self.samples.caption(*caption_place_B[row]),
-            )
+            pixels_HWC = self.samples.pixels(shard, position, least)
+            caption = self.samples.caption(*caption_place_B[row])
             view = probe_view(pixels_HWC, size, self.views.clip) if self.probe else plain_view(pixels_HWC, size)
             return [(view, caption)]
 

@@ -133,18 +133,17 @@ def jpegs(draw):
     """bytes: a JPEG of any size, colours, sampling and order of its data, perhaps turned."""
     width, height = draw(st.integers(1, 300)), draw(st.integers(1, 300))
     coarse = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    image = (
-        Image.fromarray(coarse)
-        .resize((width, height), Image.BICUBIC)
-        .convert(draw(st.sampled_from(["RGB", "RGB", "L", "CMYK"])))
-    )
+    mode = draw(st.sampled_from(["RGB", "RGB", "L", "CMYK"]))
+    image = Image.fromarray(coarse).resize((width, height), Image.BICUBIC).convert(mode)
     exif = Image.Exif()
     exif[ORIENTATION] = draw(st.integers(0, 9))
     options = {"quality": draw(st.sampled_from([5, 75, 100])), "progressive": draw(st.booleans()), "exif": exif}
-    if image.mode == "RGB":
+    if mode == "RGB":
         options |= draw(
             st.sampled_from([{"keep_rgb": True}, *({"subsampling": s} for s in ("4:4:4", "4:2:2", "4:2:0", "4:1:1"))])
         )
+        if draw(st.booleans()):
+            return encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)], **options)
     return encoded(image, "JPEG", **options)
 
 
