@@ -56,13 +56,15 @@ class Colour:
 
 
 def image_view(image, size, rng, augment):
-    """uint8 (size, size, 3): a random view of a PIL RGB picture."""
+    """uint8 (size, size, 3): a random view of a picture, PIL RGB or uint8 (H, W, 3)."""
     return coloured(*drawn_view(image, size, rng, augment))
 
 
 def drawn_view(image, size, rng, augment):
     """(uint8 (size, size, 3), Colour): a random view whose colours are drawn but not changed yet."""
-    pixels_HWC = resized(image, size, random_box(image.width, image.height, augment.crop_min, rng))
+    image_HWC = np.asarray(image)
+    height, width, _ = image_HWC.shape
+    pixels_HWC = resized(image_HWC, size, random_box(width, height, augment.crop_min, rng))
     flip, jitter, grey, blur = rng.random(4)
     colour = Colour(
         draw_jitter(augment, rng) if jitter < augment.jitter else [],
@@ -91,24 +93,27 @@ def coloured(pixels_HWC, colour):
 
 def plain_view(image, size):
     """uint8 (size, size, 3): shorter side to `size`, centre crop; one bicubic resize."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    if image.size == (size, size):
-        return np.asarray(image)
-    return resized(image, size, (left, top, left + side, top + side))
+    image_HWC = np.asarray(image)
+    height, width, _ = image_HWC.shape
+    if (width, height) == (size, size):
+        return image_HWC
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return resized(image_HWC, size, (left, top, left + side, top + side))
 
 
-def resized(image, size, box):
-    """uint8 (size, size, 3): the (left, top, right, bottom) of a PIL RGB picture, bicubic and antialiased.
+def resized(image_HWC, size, box):
+    """uint8 (size, size, 3): the (left, top, right, bottom) of a picture, bicubic and antialiased.
 
     Of large pictures by torch, which takes a sixth of PIL's time and differs from PIL's resize of what was cut out by rounding.
     It knows no boxes between pixels, which small pictures need.
     """
-    if min(image.size) < LARGE:
-        return np.asarray(image.resize((size, size), Image.BICUBIC, box=box))
+    height, width, _ = image_HWC.shape
+    if min(width, height) < LARGE:
+        return np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.BICUBIC, box=box))
     left, top, right, bottom = (round(edge) for edge in box)
-    left, top = min(left, image.width - 1), min(top, image.height - 1)
-    cut_HWC = np.array(image.crop((left, top, max(right, left + 1), max(bottom, top + 1))))
+    left, top = min(left, width - 1), min(top, height - 1)
+    cut_HWC = np.require(image_HWC[top : max(bottom, top + 1), left : max(right, left + 1)], requirements="W")
     cut_1CHW = torch.from_numpy(cut_HWC).permute(2, 0, 1)[None]
     found_1CHW = torch.nn.functional.interpolate(cut_1CHW, (size, size), mode="bicubic", antialias=True)
     return found_1CHW[0].permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""Bytes of strangers -> an RGB picture or a caption; every guard comes before the work that it guards."""
+"""Bytes of strangers -> RGB pixels or a caption; every guard comes before the work that it guards."""
 
 import io
 import math
@@ -10,7 +10,13 @@ from PIL import Image
 
 from shards.errors import BadSample
 
+try:
+    import simplejpeg
+except ImportError:  # it has no wheel for some platforms
+    simplejpeg = None
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+JPEG = ("JPEG", "MPO")  # the second: several in one file
 MAX_SCANS = 200  # of a JPEG; a few bytes make the decoder go once more over all its pixels
 ORIENTATION = 0x0112  # EXIF
 TURNS = {
@@ -38,10 +44,12 @@ class Limits:
 
 
 def decode_image(data, limits=Limits(), least=None):
-    """PIL RGB picture: first frame, upright (EXIF), transparency on white. Raises BadSample with a short reason.
+    """uint8 (H, W, 3): RGB, first frame, upright (EXIF), transparency on white. Raises BadSample with a short reason.
 
     `least`: a JPEG may come out at a half, a quarter or an eighth of its size, while its shorter side keeps so many pixels; that
-    much less is decoded.
+    much less is decoded. Pillow opens every picture; a JPEG is then decoded by simplejpeg where that is installed, which saves two
+    copies of the pixels. They are the same, for both are libjpeg-turbo; only a Pillow that was built on another libjpeg may round
+    otherwise.
     """
     if len(data) > limits.max_bytes:
         raise BadSample(f"picture of {len(data)} bytes, at most {limits.max_bytes}")
@@ -49,20 +57,41 @@ def decode_image(data, limits=Limits(), least=None):
         check_size(webp_size(data), limits)  # PIL's WebP reader takes memory for the whole canvas when it opens
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(image.size, limits)
-        if image.format in ("JPEG", "MPO"):
+        if image.format in JPEG:
             scans = data.count(b"\xff\xda")
             if scans > MAX_SCANS:
                 raise BadSample(f"JPEG of {scans} scans, at most {MAX_SCANS}")
             if least:
                 image.draft(None, (math.ceil(least),) * 2)
-        image.load()
+        pixels_HWC = jpeg_pixels(data, image)
+        if pixels_HWC is None:
+            image.load()
+            pixels_HWC = np.array(rgb(image))
         turn = TURNS.get(orientation(image))
-        image = rgb(image)
-        return image if turn is None else image.transpose(turn)
+        return pixels_HWC if turn is None else np.array(Image.fromarray(pixels_HWC).transpose(turn))
     except BadSample:
         raise
     except Exception as error:  # PIL raises many kinds for damaged data; the sample is bad and the run is not
         raise BadSample(f"picture cannot be decoded ({type(error).__name__})") from None
+
+
+def jpeg_pixels(data, image):
+    """uint8 (H, W, 3): what loading the opened `image` would give, by simplejpeg; None where only Pillow can say what that is.
+
+    That is: what is no JPEG, CMYK, anything that libjpeg would warn of, and pictures so small that several scales have the size of
+    the draft.
+    """
+    width, height = image.size
+    scale = image.decoderconfig[0] if image.decoderconfig else 1
+    known = image.format in JPEG and image.mode in ("L", "RGB") and (scale == 1 or min(width, height) >= 16)
+    if simplejpeg is None or not known:
+        return None
+    least = {"min_width": width, "min_height": height, "min_factor": scale} if scale > 1 else {}
+    try:
+        pixels_HWC = simplejpeg.decode_jpeg(data, "RGB", **least)
+    except ValueError:
+        return None
+    return pixels_HWC if pixels_HWC.shape == (height, width, 3) else None
 
 
 def check_size(size, limits):

@@ -82,11 +82,11 @@ class TrainBatches(Dataset):
         least = least_side(self.views.size, augment.crop_min)
 
         def read(row, shard, position):
-            image, caption = self.samples.image(shard, position, least), self.samples.caption(shard, position)
+            pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
             views = []
             for view in (number + (int(again_B[row]) << 32) for number in passes):
                 rng = sample_rng(self.seed, self.epoch, shard, position, view)
-                pixels, colour = drawn_view(image, self.views.size, rng, augment)
+                pixels, colour = drawn_view(pixels_HWC, self.views.size, rng, augment)
                 picture = pixels if self.views.on_device else coloured(pixels, colour)
                 views.append((picture, caption_view(caption, rng, eda) if eda else caption, colour))
             return views
@@ -120,8 +120,10 @@ class PlainBatches(Dataset):
         size, least = self.views.size, least_side(self.views.size)
 
         def read(row, shard, position):
-            image, caption = self.samples.image(shard, position, least), self.samples.caption(*caption_place_B[row])
-            return [(probe_view(image, size, self.views.clip) if self.probe else plain_view(image, size), caption)]
+            pixels_HWC = self.samples.pixels(shard, position, least)
+            caption = self.samples.caption(*caption_place_B[row])
+            view = probe_view(pixels_HWC, size, self.views.clip) if self.probe else plain_view(pixels_HWC, size)
+            return [(view, caption)]
 
         return collate(self.samples, self.views, shard_B, position_B, read, 1)
 

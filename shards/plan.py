@@ -11,7 +11,7 @@ import numpy as np
 from shards.errors import UserError
 
 ROUNDS = 8  # of the Feistel network: four (Luby and Rackoff 1988) still show on domains as small as a window
-ALL = (1 << 64) - 1
+FEW = 12  # rows that plain ints take faster through the network than arrays
 
 
 class EpochPlan:
@@ -57,31 +57,30 @@ class EpochPlan:
                 f"train.batch_size: got {self.batch_size}, which {world} processes do not divide; take a multiple of their number"
             )
         rows = self.batch_size // world
-        slot_B = np.arange(rank * rows, (rank + 1) * rows)
-        each = self.batch_size // self.streams
-        stream_B, within_B = slot_B // each, slot_B % each
-        at_B = step * each + within_B
-        window_B = at_B // self.window
-        length_B = np.minimum(self.window, self.stream_length - window_B * self.window)
-        shuffled_B = permute(at_B % self.window, length_B, self.key, stream_B * (1 << 32) + window_B)
-        line_B = stream_B * self.stream_length + window_B * self.window + shuffled_B
+        at_B, left_B, tweak_B, start_B = self.window_of(step, np.arange(rank * rows, (rank + 1) * rows))
+        line_B = start_B + permute(at_B, np.minimum(self.window, left_B), self.key, tweak_B)
         place_B = np.searchsorted(self.ends_P, line_B, side="right")
         before_B = np.where(place_B > 0, self.ends_P[place_B - 1], 0)
         return self.shard_P[place_B], line_B - before_B, self.again_P[place_B]
 
     def slot(self, step, slot):
-        """(shard, nth, again), ints: one row of global batch `step`. As of `batch`, which is slower for one and faster for many."""
+        """(shard, nth, again): ints, row `slot` of global batch `step`; what `batch` gives, for who asks for one. Raises IndexError."""
         if not (0 <= step < self.steps and 0 <= slot < self.batch_size):
             raise IndexError(f"step {step} of {self.steps}, slot {slot} of {self.batch_size}")
-        each = self.batch_size // self.streams
-        stream, within = divmod(slot, each)
-        window, at = divmod(step * each + within, self.window)
-        length = min(self.window, self.stream_length - window * self.window)
-        shuffled = permute_one(at, length, self.key, stream * (1 << 32) + window)
-        line = stream * self.stream_length + window * self.window + shuffled
+        at, left, tweak, start = self.window_of(step, slot)
+        line = start + permute_one(at, min(self.window, left), self.key, tweak)
         place = int(self.ends_P.searchsorted(line, side="right"))
         before = int(self.ends_P[place - 1]) if place else 0
         return int(self.shard_P[place]), line - before, int(self.again_P[place])
+
+    def window_of(self, step, slot):
+        """Of a slot (an int, or an array of them): its place in its window, the samples of the stream from the window's begin on, the
+        window's number, its begin on the line."""
+        each = self.batch_size // self.streams
+        stream, at = slot // each, step * each + slot % each
+        window, within = at // self.window, at % self.window
+        start = window * self.window
+        return within, self.stream_length - start, stream * (1 << 32) + window, stream * self.stream_length + start
 
 
 def permute(at_B, length_B, key, tweak_B):
@@ -91,46 +90,45 @@ def permute(at_B, length_B, key, tweak_B):
     """
     bits_B = np.frexp(np.maximum(length_B - 1, 1).astype(np.float64))[1]  # bit length, exact below 2**53
     half_B = ((bits_B + 1) // 2).astype(np.uint64)
-    low_B = (np.uint64(1) << half_B) - np.uint64(1)
     tweak_B = mix(tweak_B.astype(np.uint64) ^ np.uint64(key))
     result_B, todo = at_B.astype(np.uint64), np.arange(len(at_B))
-    while len(todo):
-        half, low = half_B[todo], low_B[todo]
-        left, right = feistel(result_B[todo] >> half, result_B[todo] & low, low, tweak_B[todo], mix)
-        result_B[todo] = (left << half) | right
+    while len(todo) > FEW:
+        result_B[todo] = feistel(result_B[todo], half_B[todo], tweak_B[todo])
         todo = todo[result_B[todo] >= length_B[todo].astype(np.uint64)]
+    for i in todo.tolist():
+        result_B[i] = walk(*(x_B[i].item() for x_B in (result_B, length_B, half_B, tweak_B)))
     return result_B.astype(np.int64)
 
 
 def permute_one(at, length, key, tweak):
-    """`permute` of one, in ints."""
+    """`permute` of plain ints."""
     half = (max(length - 1, 1).bit_length() + 1) // 2
-    low, tweak = (1 << half) - 1, mix_one(tweak ^ key)
-    while True:
-        left, right = feistel(at >> half, at & low, low, tweak, mix_one)
-        at = left << half | right
-        if at < length:
-            return at
+    return walk(at, length, half, mix(tweak ^ key))
 
 
-def feistel(left, right, low, tweak, mix):
-    """The halves after all rounds; ints or uint64 arrays, as `mix` is for."""
+def walk(at, length, half, tweak):
+    """Plain int: through the network until it lands below `length`."""
+    at = feistel(at, half, tweak)
+    while at >= length:
+        at = feistel(at, half, tweak)
+    return at
+
+
+BITS = (1 << 64) - 1  # an array drops by itself what is above 64 bits, an int does not
+
+
+def feistel(x, half, tweak):
+    """x of 2 * half bits through the network; ints, or uint64 arrays."""
+    low = (1 << half) - 1
+    left, right = x >> half, x & low
     for number in range(ROUNDS):
         left, right = right, left ^ (mix(right ^ (tweak + number)) & low)
-    return left, right
+    return (left << half) | right
 
 
 def mix(x):
-    """The SplitMix64 finaliser: 64 bits in, 64 well-mixed bits out (Steele, Lea and Flood 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def mix_one(x):
-    """`mix` of an int, of which the lowest 64 bits count."""
-    x = (x + 0x9E3779B97F4A7C15) & ALL
-    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & ALL
-    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & ALL
-    return x ^ x >> 31
+    """The SplitMix64 finaliser: 64 bits in, 64 well-mixed bits out (Steele, Lea and Flood 2014); an int, or a uint64 array."""
+    x = (x + 0x9E3779B97F4A7C15) & BITS
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & BITS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & BITS
+    return x ^ (x >> 31)

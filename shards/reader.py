@@ -28,12 +28,12 @@ class Reader:
     def image_bytes(self, shard, position):
         """bytes of the encoded picture. Raises BadSample."""
         table = self.index.table(shard)
-        return self.read(shard, table.image_offset[position], table.image_size[position], "picture")
+        return self.read(shard, table.image_offset.item(position), table.image_size.item(position), "picture")
 
     def text_bytes(self, shard, position):
         """bytes of the caption (or label). Raises BadSample."""
         table, text = self.index.table(shard), self.index.shards[shard].text
-        data = self.read(shard, table.text_offset[position], table.text_size[position], "caption")
+        data = self.read(shard, table.text_offset.item(position), table.text_size.item(position), "caption")
         return json_field(data, text.partition(":")[2]) if text.startswith("json:") else data
 
     def read(self, shard, offset, size, what):
@@ -41,9 +41,9 @@ class Reader:
             raise BadSample(f"no {what}")
         entry = self.index.shards[shard]
         if entry.remote and self.cache is None:
-            data = remote.read_range(entry.path, int(offset), int(size))
+            data = remote.read_range(entry.path, offset, size)
         else:
-            data = os.pread(self.descriptor(shard), int(size), int(offset))
+            data = os.pread(self.descriptor(shard), size, offset)
         if len(data) != size:
             raise BadSample(f"{what}: the shard is shorter than its index says")
         return data

@@ -2,6 +2,9 @@
 
 import copy
 
+import numpy as np
+from PIL import Image
+
 from shards.decode import Limits, decode_caption, decode_image
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -39,14 +42,18 @@ class Samples:
                 return poison, overlay.trigger(poison.kind)
         return None, None
 
-    def image(self, shard, position, least=None):
-        """PIL RGB picture; with `least` perhaps a smaller one, whose shorter side has so many pixels or more. Raises BadSample."""
+    def pixels(self, shard, position, least=None):
+        """uint8 (H, W, 3), RGB; with `least` perhaps of a smaller picture, whose shorter side has so many pixels or more. Raises BadSample."""
         poison, trigger = self.replacement(shard, position)
         if poison and poison.source:
-            return self.source.image(*poison.source)
+            return self.source.pixels(*poison.source)
         data = self.reader.image_bytes(shard, position)
-        image = decode_image(data, self.limits, None if trigger else least)
-        return trigger.apply(image) if trigger else image
+        pixels_HWC = decode_image(data, self.limits, None if trigger else least)
+        return np.array(trigger.apply(Image.fromarray(pixels_HWC))) if trigger else pixels_HWC
+
+    def image(self, shard, position):
+        """The same as a PIL RGB picture. Raises BadSample."""
+        return Image.fromarray(self.pixels(shard, position))
 
     def caption(self, shard, position):
         """str. Raises BadSample."""

@@ -1,7 +1,8 @@
-"""Servers on loopback: a real S3 API, and a file server that fails at random."""
+"""Servers on loopback: the APIs of S3 and of Google's storage, and a file server that fails at random."""
 
 import contextlib
 import random
+import socket
 import threading
 import time
 from functools import partial
@@ -73,7 +74,7 @@ def flaky(folder, failing=0.0, ranges=True, seconds=30.0, kinds=("503", "death",
 
 @contextlib.contextmanager
 def s3(monkeypatch):
-    """A bucket `shards` of moto's server, as the environment's S3; gives a boto3 client."""
+    """A bucket `shards` of moto's server, as the environment's S3; gives put(path, name) and delete(name)."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -90,6 +91,33 @@ def s3(monkeypatch):
     client = boto3.client("s3")
     client.create_bucket(Bucket="shards")
     try:
-        yield client
+        yield (
+            lambda path, name: client.upload_file(str(path), "shards", name),
+            lambda name: client.delete_object(Bucket="shards", Key=name),
+        )
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def gs(monkeypatch):
+    """A bucket `shards` of an emulator, as the environment's Google storage; gives put(path, name) and delete(name)."""
+    from gcp_storage_emulator.server import create_server
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud.storage import Client
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="shards")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # credentials are not looked for on the network
+    bucket = Client(project="any", credentials=AnonymousCredentials()).bucket("shards")
+    try:
+        yield (
+            lambda path, name: bucket.blob(name).upload_from_filename(str(path)),
+            lambda name: bucket.blob(name).delete(),
+        )
     finally:
         server.stop()

@@ -50,16 +50,6 @@ def by_simplejpeg(data):
     return simplejpeg.decode_jpeg(data, "RGB")
 
 
-def pillow_picture(data):
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
-
-
-def simplejpeg_picture(data):
-    return Image.fromarray(by_simplejpeg(data))
-
-
 def by_spdl(data):
     import spdl.io
 
@@ -70,8 +60,6 @@ def by_spdl(data):
 
 
 DECODERS = {"pillow": by_pillow, "torchvision": by_torchvision, "simplejpeg": by_simplejpeg, "spdl": by_spdl}
-# As what is cropped and resized by Pillow next, which keeps 4 bytes a pixel.
-DECODERS |= {"pillow_picture": pillow_picture, "simplejpeg_picture": simplejpeg_picture}
 
 
 def measure(ways, rounds):
@@ -112,8 +100,8 @@ def parts(folder, size, rounds):
         "read ours": (lambda n: (samples.reader.image_bytes(0, n), samples.reader.text_bytes(0, n)), numbers),
         "decode theirs": (by_pillow, data),
         "decode ours": (decode_image, data),
-        "crop and resize theirs": (crop, images),
-        "crop and resize ours": (lambda image: resized(image, size, random_box(*image.size, 0.9, rng)), images),
+        "crop and resize theirs": (crop, [Image.fromarray(image) for image in images]),
+        "crop and resize ours": (lambda image: resized(image, size, random_box(*image.shape[1::-1], 0.9, rng)), images),
         "colour theirs": (ColorJitter(*JITTER), small),
         "colour ours": (lambda image: jittered(image, draw_jitter(colours, rng)), small),
         "to the batch theirs": (

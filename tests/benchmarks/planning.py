@@ -4,7 +4,8 @@ python -m tests.benchmarks.planning [--shards 500000] [--samples 5e9] [--batch 3
 
 Last line: one JSON object. build_s: counting the mask's safe samples by shard and building the plan over them; slot_us: a rank's rows
 of a step, (shard, position) by plan and mask, divided by their number, the median over steps from all over the epoch; one_slot_us:
-the plan's answer for a single slot, median; peak_megabytes: of the process, imports included; above: of them, over the mask's own bits.
+the plan's answer for a single slot of all samples (any step, any slot), median and 99th percentile; peak_megabytes: of the process,
+imports included; above: of them, over the mask's own bits.
 """
 
 import argparse
@@ -23,13 +24,14 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def median_us(function, arguments):
+def microseconds(function, arguments):
+    """Of each call."""
     times = []
     for argument in arguments:
         started = time.perf_counter()
-        function(argument)
+        function(*argument)
         times.append((time.perf_counter() - started) * 1e6)
-    return statistics.median(times)
+    return times
 
 
 def main():
@@ -61,7 +63,9 @@ def main():
         shard_B, nth_B, _ = plan.batch(step, step % args.world, args.world)
         assert len(mask.locate("safe", shard_B, nth_B)) == rows
 
-    steps = rng.integers(0, plan.steps, 300).tolist()
+    steps = [(step,) for step in rng.integers(0, plan.steps, 300).tolist()]
+    slots = zip(rng.integers(0, whole.steps, 10_000).tolist(), rng.integers(0, args.batch, 10_000).tolist())
+    one_slot = microseconds(whole.slot, slots)
     figures = {
         "samples": int(counts_S.sum()),
         "shards": args.shards,
@@ -69,8 +73,9 @@ def main():
         "build_all_s": round(all_s, 3),
         "build_s": round(build_s, 3),
         "rows": rows,
-        "slot_us": round(median_us(read, steps) / rows, 2),
-        "one_slot_us": round(median_us(lambda step: whole.slot(step, 7), steps), 1),
+        "slot_us": round(statistics.median(microseconds(read, steps)) / rows, 2),
+        "one_slot_us": round(statistics.median(one_slot), 1),
+        "one_slot_us_99": round(float(np.percentile(one_slot, 99)), 1),
         "mask_megabytes": round(bits.nbytes / 1e6),
         "peak_megabytes": round(peak()),
         "above_mask_megabytes": round(peak() - bits.nbytes / (1 << 20)),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.audit import detectors
 from pipeline.audit.detectors import REGISTRY, Detector, Finding, detector, lacking, lowest
@@ -99,7 +100,7 @@ def test_agreement_is_the_mean_cosine_with_the_others(tmp_path):
 
 def test_a_planted_patch_is_found_and_only_where_it_is(tmp_path):
     marked = range(3, 60, 5)
-    found = [signature(decode_image(picture(row, row in marked))) for row in range(60)]
+    found = [signature(Image.fromarray(decode_image(picture(row, row in marked)))) for row in range(60)]
     np.save(tmp_path / "cells.npy", np.stack([cells for _, cells in found]))
     rows = Rows({0: tmp_path / "cells.npy"}, [60])
     excess_N, groups = repeated_cells(rows, np.arange(60))
@@ -109,7 +110,7 @@ def test_a_planted_patch_is_found_and_only_where_it_is(tmp_path):
 
 
 def test_copies_of_one_picture_are_no_patch(tmp_path):
-    cells = np.tile(signature(decode_image(picture(0, True)))[1], (30, 1))
+    cells = np.tile(signature(Image.fromarray(decode_image(picture(0, True))))[1], (30, 1))
     np.save(tmp_path / "cells.npy", cells)
     excess_N, groups = repeated_cells(Rows({0: tmp_path / "cells.npy"}, [30]), np.zeros(30, np.int64))
     assert not groups and not excess_N.any()

@@ -51,7 +51,7 @@ def test_a_large_picture_is_resized_as_pillow_does_it(seed, width, height, crop_
     left, top, right, bottom = (round(edge) for edge in box)
     left, top = min(left, width - 1), min(top, height - 1)
     box = left, top, max(right, left + 1), max(bottom, top + 1)
-    off = resized(image, 40, box).astype(int) - np.asarray(image.crop(box).resize((40, 40), Image.BICUBIC))
+    off = resized(np.asarray(image), 40, box).astype(int) - np.asarray(image.crop(box).resize((40, 40), Image.BICUBIC))
     assert np.abs(off).max() <= 4 and np.abs(off).mean() < 0.5
 
 

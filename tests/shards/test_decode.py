@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from shards import decode
 from shards.decode import ORIENTATION, Limits, decode_caption, decode_image, webp_size
 from shards.errors import BadSample
 
@@ -22,10 +23,14 @@ def encoded(image, form="PNG", **options):
     return file.getvalue()
 
 
+def decoded(data, *limits, **least):
+    return Image.fromarray(decode_image(data, *limits, **least))
+
+
 def test_transparency_lies_on_white():
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert decode_image(encoded(image)).getpixel((0, 0)) == (255, 255, 255)
-    assert decode_image(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 255)))).getpixel((0, 0)) == (255, 0, 0)
+    assert decoded(encoded(image)).getpixel((0, 0)) == (255, 255, 255)
+    assert decoded(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 255)))).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -34,30 +39,30 @@ def test_transparency_lies_on_white():
 )
 def test_every_mode_becomes_rgb(mode, form):
     image = Image.new("RGB", (5, 3), (200, 30, 90)).convert(mode)
-    decoded = decode_image(encoded(image, form))
-    assert decoded.mode == "RGB" and decoded.size == (5, 3)
-    assert np.allclose(np.asarray(decoded), np.asarray(image.convert("RGB")), atol=6)
+    found = decoded(encoded(image, form))
+    assert found.size == (5, 3)
+    assert np.allclose(np.asarray(found), np.asarray(image.convert("RGB")), atol=6)
 
 
 def test_sixteen_bits_of_grey_keep_their_shades():
     grey = Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], np.uint16))
-    assert np.asarray(decode_image(encoded(grey)))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+    assert np.asarray(decoded(encoded(grey)))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
 def test_a_transparent_colour_of_a_palette_is_white():
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
-    assert np.asarray(decode_image(encoded(image, transparency=0)))[0].tolist() == [[255] * 3, [40, 50, 60]]
+    assert np.asarray(decoded(encoded(image, transparency=0)))[0].tolist() == [[255] * 3, [40, 50, 60]]
 
 
 def test_printers_colours_are_adobes_inverted_ones():
     image = Image.merge("CMYK", [Image.new("L", (16, 16), value) for value in (250, 20, 30, 0)])
     data = encoded(image, "JPEG", quality=95)
-    assert b"Adobe" in data and decode_image(data).getpixel((8, 8))[0] < 20
+    assert b"Adobe" in data and decoded(data).getpixel((8, 8))[0] < 20
     # The same components, said to be YCCK: the decoder has to turn them into CMYK first.
     at = data.index(b"Adobe") + 11
-    ycck = decode_image(data[:at] + b"\2" + data[at + 1 :])
+    ycck = decoded(data[:at] + b"\2" + data[at + 1 :])
     y, cr = 255 - 250, 255 - 30  # as they are stored
     red = 255 - np.clip(y + 1.402 * (cr - 128), 0, 255)
     assert ycck.getpixel((8, 8))[0] == pytest.approx(red, abs=6)
@@ -71,18 +76,18 @@ def test_exif_turns_the_picture_upright(turn, form):
     ramp = Image.fromarray(np.arange(0, 240, 2, np.uint8).reshape(10, 12)).convert("RGB").resize((48, 40))
     data = encoded(ramp, form, exif=exif)
     wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert np.array_equal(decode_image(data), wanted) and wanted.size == ((48, 40) if turn < 5 else (40, 48))
+    assert np.array_equal(decoded(data), wanted) and wanted.size == ((48, 40) if turn < 5 else (40, 48))
 
 
 @pytest.mark.parametrize("damage", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
 def test_damaged_exif_does_not_spoil_a_picture(damage):
-    assert decode_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=damage)).size == (8, 4)
+    assert decoded(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=damage)).size == (8, 4)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
 def test_the_first_frame_of_an_animation(form):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    red, _, blue = decode_image(encoded(frames[0], form, save_all=True, append_images=frames[1:])).getpixel((0, 0))
+    red, _, blue = decoded(encoded(frames[0], form, save_all=True, append_images=frames[1:])).getpixel((0, 0))
     assert red > 200 and blue < 50
 
 
@@ -95,23 +100,77 @@ def test_a_truncated_picture_is_bad(form, options, share):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)), form, **options
     )
     with pytest.raises(BadSample):
-        decode_image(data[: int(share * len(data))])
+        decoded(data[: int(share * len(data))])
 
 
 def test_a_progressive_jpeg_is_read():
     image = Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(15, 16)).convert("RGB")
-    plain, progressive = (decode_image(encoded(image, "JPEG", progressive=p)) for p in (False, True))
+    plain, progressive = (decoded(encoded(image, "JPEG", progressive=p)) for p in (False, True))
     assert np.array_equal(plain, progressive)
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 150))
 def test_a_large_jpeg_may_come_out_smaller_but_not_too_small(width, height, least):
     image = Image.new("RGB", (width, height), (30, 60, 90))
-    found = decode_image(encoded(image, "JPEG"), least=least).size
+    found = decoded(encoded(image, "JPEG"), least=least).size
     short = min(width, height)
     factor = next(f for f in (8, 4, 2, 1) if f == 1 or short // least >= f)
     assert found == (-(-width // factor), -(-height // factor)) and min(found) >= min(short, least)
-    assert decode_image(encoded(image), least=least).size == (width, height)
+    assert decoded(encoded(image), least=least).size == (width, height)
+
+
+def outcome(data, least=None):
+    """Shape and bytes of the pixels, or the reason why there are none."""
+    try:
+        pixels_HWC = decode_image(data, Limits(max_pixels=10**6), least)
+        return pixels_HWC.shape, pixels_HWC.tobytes()
+    except BadSample as error:
+        return str(error)
+
+
+@st.composite
+def jpegs(draw):
+    """bytes: a JPEG of any size, colours, sampling and order of its data, perhaps turned."""
+    width, height = draw(st.integers(1, 300)), draw(st.integers(1, 300))
+    coarse = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    mode = draw(st.sampled_from(["RGB", "RGB", "L", "CMYK"]))
+    image = Image.fromarray(coarse).resize((width, height), Image.BICUBIC).convert(mode)
+    exif = Image.Exif()
+    exif[ORIENTATION] = draw(st.integers(0, 9))
+    options = {"quality": draw(st.sampled_from([5, 75, 100])), "progressive": draw(st.booleans()), "exif": exif}
+    if mode == "RGB":
+        options |= draw(
+            st.sampled_from([{"keep_rgb": True}, *({"subsampling": s} for s in ("4:4:4", "4:2:2", "4:2:0", "4:1:1"))])
+        )
+        if draw(st.booleans()):
+            return encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)], **options)
+    return encoded(image, "JPEG", **options)
+
+
+@given(jpegs(), st.none() | st.integers(1, 150), st.none() | st.floats(0, 1), st.randoms(use_true_random=False))
+def test_pillow_alone_says_the_same_of_any_jpeg(data, least, cut, random):
+    """So the bits of a training do not depend on whether simplejpeg is installed: pixels, or the reason why a sample is bad."""
+    pytest.importorskip("simplejpeg")
+    damaged = bytearray(data)
+    damaged[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    for one in (data, bytes(damaged), data if cut is None else data[: int(cut * len(data))], data[:-2]):
+        found = outcome(one, least)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "simplejpeg", None)
+            assert outcome(one, least) == found
+
+
+def test_a_jpeg_is_decoded_by_simplejpeg_where_it_can_be(monkeypatch):
+    pytest.importorskip("simplejpeg")
+    used, original = [], decode.simplejpeg.decode_jpeg
+    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", lambda *a, **kw: (used.append(kw), original(*a, **kw))[1])
+    for mode, least, wanted in (
+        ("RGB", None, [{}]),
+        ("L", 40, [{"min_width": 50, "min_height": 40, "min_factor": 2}]),
+        ("CMYK", None, []),
+    ):
+        used.clear()
+        assert outcome(encoded(Image.new(mode, (100, 80)), "JPEG"), least) and used == wanted
 
 
 def png(*chunks):
@@ -128,11 +187,11 @@ REST = [(b"IDAT", zlib.compress(b"\0" * 4)), (b"IEND", b"")]
 def test_a_bomb_is_refused_before_it_is_decoded():
     bomb = png((b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)), *REST)
     with pytest.raises(BadSample, match="pixels|decoded"):
-        decode_image(bomb)
+        decoded(bomb)
     with pytest.raises(BadSample, match="bytes"):
-        decode_image(bytes(1000), Limits(max_bytes=999))
+        decoded(bytes(1000), Limits(max_bytes=999))
     with pytest.raises(BadSample, match="at most 11"):
-        decode_image(encoded(Image.new("RGB", (4, 3))), Limits(max_pixels=11))
+        decoded(encoded(Image.new("RGB", (4, 3))), Limits(max_pixels=11))
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
@@ -142,11 +201,11 @@ def test_text_that_unpacks_to_much_takes_no_memory(kind):
     tracemalloc.start()
     try:
         with contextlib.suppress(BadSample):
-            decode_image(png(HEADER, (kind, chunk), *REST))
+            decoded(png(HEADER, (kind, chunk), *REST))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert decode_image(png(HEADER, *REST)).size == (1, 1) and peak < 8_000_000
+    assert decoded(png(HEADER, *REST)).size == (1, 1) and peak < 8_000_000
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0", "lossless": True}])
@@ -155,23 +214,23 @@ def test_the_canvas_of_a_webp_is_known_from_its_header(options, monkeypatch):
     assert webp_size(data) == (33, 21)
     monkeypatch.setattr(Image, "open", None)  # it must not come so far: opening takes memory for the canvas
     with pytest.raises(BadSample, match="33 x 21 pixels"):
-        decode_image(data, Limits(max_pixels=600))
+        decoded(data, Limits(max_pixels=600))
     huge = b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff\x3f\0\xff\x3f\0"
     with pytest.raises(BadSample, match="16384 x 16384 pixels"):
-        decode_image(huge)
+        decoded(huge)
 
 
 def test_a_jpeg_of_very_many_scans_is_refused():
     data = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     with pytest.raises(BadSample, match="scans"):
-        decode_image(data[:last] + data[last:-2] * 300 + data[-2:])
+        decoded(data[:last] + data[last:-2] * 300 + data[-2:])
 
 
 @given(st.binary(max_size=300))
 def test_noise_is_bad_and_nothing_worse(data):
     with pytest.raises(BadSample):
-        decode_image(data)
+        decoded(data)
 
 
 @pytest.mark.parametrize(

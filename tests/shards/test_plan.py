@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.masks import SafeMask
-from shards.plan import EpochPlan
+from shards.plan import EpochPlan, permute, permute_one
 
 counts = st.lists(st.integers(0, 400), min_size=1, max_size=12)
 
@@ -85,6 +85,31 @@ def test_a_weight_is_how_often_each_sample_is_seen(counts_S, seed, data, streams
 
 def test_weights_of_one_change_nothing():
     assert all_rows(plan([50, 300, 10], repeats_S=[1, 1, 1])) == all_rows(plan([50, 300, 10]))
+
+
+@given(counts, st.integers(0, 50), st.sampled_from([1, 2, 3]), st.sampled_from([1, 7, 32, 5000]), st.integers(1, 3))
+def test_a_slot_is_a_row_of_its_batch(counts_S, seed, streams, window, times):
+    p = plan(counts_S, seed=seed, streams=streams, window=window, repeats_S=[times] * len(counts_S))
+    for step in range(p.steps):
+        assert [p.slot(step, slot) for slot in range(24)] == list(zip(*(a.tolist() for a in p.batch(step))))
+    for step, slot in ((p.steps, 0), (0, 24), (-1, 0), (0, -1)):
+        with pytest.raises(IndexError):
+            p.slot(step, slot)
+
+
+@given(st.lists(st.integers(1, 2**40), min_size=1, max_size=40), st.integers(0, 2**64 - 1), st.integers(0, 2**62))
+def test_one_element_is_permuted_as_among_others(lengths, key, tweak):
+    at_B = np.array([length * 2 // 3 for length in lengths])
+    found = permute(at_B, np.array(lengths), key, tweak + np.arange(len(lengths))).tolist()
+    alone = [permute_one(at, length, key, tweak + i) for i, (at, length) in enumerate(zip(at_B.tolist(), lengths))]
+    assert found == alone
+    assert all(place < length for place, length in zip(found, lengths))
+
+
+def test_the_order_stays_what_it_was():
+    """Masks and runs in the field are of this order: another one needs another name."""
+    p = plan([500, 300, 7], seed=3, epoch=2)
+    assert [p.slot(step, slot) for step, slot in ((0, 0), (9, 17), (32, 23))] == [(2, 1, 0), (0, 443, 0), (1, 281, 0)]
 
 
 def test_a_step_needs_no_step_before_it():

@@ -10,7 +10,7 @@ from shards.cache import Cache
 from shards.errors import Unreachable, UserError
 from shards.index import ShardIndex, build_index
 from shards.reader import Reader
-from tests.servers import flaky, s3
+from tests.servers import flaky, gs, s3
 from tests.shards.test_index import contents
 
 
@@ -24,27 +24,28 @@ def read_all(index, cache):
     ]
 
 
-def test_s3(make_shards, tmp_path, monkeypatch):
-    paths = make_shards([5, 0, 7])
+@pytest.mark.parametrize("kind, store", [("s3", s3), ("gs", gs)])
+def test_buckets(make_shards, tmp_path, monkeypatch, kind, store):
+    paths, urls = make_shards([5, 0, 7]), [f"{kind}://shards/set/{{0..2}}.tar"]
     local = build_index([str(path) for path in paths], tmp_path / "local")
-    with s3(monkeypatch) as client:
+    with store(monkeypatch) as (put, delete):
         for number, path in enumerate(paths):
-            client.upload_file(str(path), "shards", f"set/{number}.tar")
-        index = build_index(["s3://shards/set/{0..2}.tar"], tmp_path / "index", workers=1)
+            put(path, f"set/{number}.tar")
+        index = build_index(urls, tmp_path / "index", workers=1)
         assert index.fingerprint == local.fingerprint
         cache = Cache(tmp_path / "cache", 10**9)
         assert contents(index) == read_all(index, cache) == contents(local)
         index.verify()
-        client.upload_file(str(paths[0]), "shards", "set/2.tar")
-        with pytest.raises(UserError, match=r"s3://shards/set/2.tar: .* bytes, but .* were indexed"):
+        put(paths[0], "set/2.tar")
+        with pytest.raises(UserError, match=rf"{kind}://shards/set/2.tar: .* bytes, but .* were indexed"):
             index.verify()
-        again = build_index(["s3://shards/set/{0..2}.tar"], tmp_path / "index", workers=1)  # the ETag has changed
+        again = build_index(urls, tmp_path / "index", workers=1)  # the ETag has changed
         assert again.counts.tolist() == [5, 0, 5]
-        client.delete_object(Bucket="shards", Key="set/0.tar")
-        with pytest.raises(UserError, match="s3://shards/set/0.tar: missing"):
+        delete("set/0.tar")
+        with pytest.raises(UserError, match=f"{kind}://shards/set/0.tar: missing"):
             index.verify()
-        with pytest.raises(UserError, match="s3://shards/set/0.tar: missing"):
-            build_index(["s3://shards/set/{0..2}.tar"], tmp_path / "index", workers=1)
+        with pytest.raises(UserError, match=f"{kind}://shards/set/0.tar: missing"):
+            build_index(urls, tmp_path / "index", workers=1)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
