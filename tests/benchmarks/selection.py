@@ -31,12 +31,17 @@ VARIANTS = {
     "default": [],
     "no-posterise": [f"{AUGMENT}.posterise=0"],
     "posterise-0.2": [f"{AUGMENT}.posterise=0.2"],
-    "cosine": ["selection.score=cosine"],
-    "copies-allowed": ["selection.copies=null"],
-    "cap-0.8": ["selection.cap=0.8"],
+    "cosine": ["selection.score=cosine", "selection.copies=null"],
+    "cosine-cap-0.9": ["selection.score=cosine", "selection.copies=null", "selection.cap=0.9"],
+    "agreement": ["selection.score=agreement", "selection.copies=2"],
     "cap-0.9": ["selection.cap=0.9"],
     "crop-0.5": [f"{AUGMENT}.crop_min=0.5"],
+    "crop-0.8": [f"{AUGMENT}.crop_min=0.8"],
+    "crop-0.8-posterise-0.5": [f"{AUGMENT}.crop_min=0.8", f"{AUGMENT}.posterise=0.5"],
+    "crop-0.8-cap-0.8": [f"{AUGMENT}.crop_min=0.8", "selection.cap=0.8"],
+    "crop-0.8-cap-0.9": [f"{AUGMENT}.crop_min=0.8", "selection.cap=0.9"],
     "built-in": [
+        f"{AUGMENT}.crop_min=0.8",
         f"{AUGMENT}.posterise=0",
         "selection.score=cosine",
         "selection.copies=null",
@@ -106,10 +111,21 @@ def plot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(5.5 * len(CONFIGS), 9), sharey=True, layout="constrained")
+    results = {
+        name: [
+            run
+            for path in sorted(RESULTS.glob(f"{name}/seed*/*.json"))
+            if "canaries" in (run := json.loads(path.read_text()))
+        ]
+        for name in CONFIGS
+    }
+    rows = 2 if any(any(run.get("live_canaries") or ()) for found in results.values() for run in found) else 1
+    figure, axes = plt.subplots(
+        rows, len(CONFIGS), figsize=(5.5 * len(CONFIGS), 4.5 * rows), sharey=True, squeeze=False, layout="constrained"
+    )
     looks = {"targeted": ("s", "#2a9d8f"), "patch": ("o", "#e76f51"), "blended": ("^", "#6a4c93")}
     for column, name in enumerate(CONFIGS):
-        found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}/seed*/*.json"))]
+        found = results[name]
         with_live = [run for run in found if any(run.get("live_canaries") or ())]
         for kind, (marker, colour) in looks.items():
             points = [(split["share"], run, at) for run in found for at, split in enumerate(run["canaries"])]
