@@ -22,8 +22,8 @@ from shards.samples import Samples
 class AuditData:
     """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; splits: all of the run's, in order.
 
-    sample: pictures in which neighbours are looked for. None where it is not there: images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or
-    None), samples (shards.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict). `cache`: what detectors share.
+    sample: pictures in which neighbours are looked for. None where it is not there: images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N
+    (uint64), captions (list of str or None), samples (shards.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict). `cache`: what detectors share.
     """
 
     def __init__(self, source, scores=None, truth=None, sample=1024):
