@@ -80,7 +80,7 @@ def test_a_server_lost_in_a_reading_process_is_one_line(folders, tmp_path):
 
 
 FAILS_WHILE_IT_READS = """
-from pipeline import cli
+from pipeline import cli, commands
 from pipeline.training.signals import ignore_in_worker
 from shards.errors import UserError
 from shards.loader import batches
@@ -91,7 +91,7 @@ def index(args):
     next(reading)
     raise UserError("wrong")
 
-cli.index = index
+commands.index = index
 cli.main(["index", "x", "--out", "y"])
 """
 
