@@ -66,6 +66,7 @@ def doctor(args):
     if comm.is_main():
         for level, about, text in found:
             print(f"{level:8s}{about}: {text}")
+    comm.leave()
     if any(level == "fatal" for level, *_ in found):
         sys.exit(2)
 
@@ -85,6 +86,7 @@ def train_until(stop, args):
     from pipeline.config import load_config
 
     config = load_config(args.config, args.overrides)
+    from pipeline import comm
     from pipeline.data import open_index, open_overlay
     from pipeline.evaluation.evaluators import ZeroShot
     from pipeline.training.run import train as train_run
@@ -94,6 +96,7 @@ def train_until(stop, args):
         overlay = open_overlay(config.data, open_index(config.data))
         evaluators["eval"] = ZeroShot(config.evaluation, overlay)
     train_run(config, evaluators, stop)
+    comm.leave()
 
 
 def evaluate(args):
@@ -173,6 +176,7 @@ def score(args):
     line = score_pairs(args.out, args.model, args.pretrained, args.data, *rest)
     if comm.is_main():
         print(line)
+    comm.leave()
 
 
 def audit(args):

@@ -30,4 +30,4 @@ def _rank(rank, world, port, folder, function, args, timeout):
 
     comm.init(timeout)
     torch.save(function(*args), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    comm.leave()

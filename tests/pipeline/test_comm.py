@@ -1,7 +1,10 @@
-"""Arrays that the ranks of a host share: one copy a host, the same on all hosts after they were shared, one line on a full disk."""
+"""Arrays that the ranks of a host share: one copy a host, the same on all hosts after they were shared, one line on a full disk.
+And the groups' end."""
 
 import os
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,3 +71,18 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(comm.tempfile, "tempdir", str(tmp_path))
     assert not comm.host_array(5, np.uint8).any() and len(comm.host_array(0, np.uint8)) == 0
     assert not list(tmp_path.iterdir())
+
+
+ENDS = """
+import atexit, sys, torch.distributed as dist
+atexit.register(lambda: print(dist.is_initialized()))  # runs after what is registered later
+from pipeline import comm
+comm.init()
+sys.exit(75)
+"""
+
+
+def test_no_group_outlives_the_process_whatever_its_exit_code():
+    """One that does aborts the process, in 1 of 9 ends, and its exit code is lost."""
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("False\n", 75), done.stderr
