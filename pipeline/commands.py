@@ -47,7 +47,7 @@ def shards_folder(args):
 
 
 def attack(args):
-    from pipeline.config import override, read_yaml
+    from pipeline.configfile import override, read_yaml
     from pipeline.evaluation.attacks import make_attack
 
     config = read_yaml(args.config)
@@ -56,7 +56,7 @@ def attack(args):
 
 
 def doctor(args):
-    from pipeline.config import load_config
+    from pipeline.configfile import load_config
 
     config = load_config(args.config, args.overrides)
     from pipeline import comm
@@ -83,7 +83,7 @@ def train(args):
 
 
 def train_until(stop, args):
-    from pipeline.config import load_config
+    from pipeline.configfile import load_config
 
     config = load_config(args.config, args.overrides)
     from pipeline import comm
@@ -121,7 +121,7 @@ def compare(args):
 
 
 def export(args):
-    from pipeline.config import load_config
+    from pipeline.configfile import load_config
     from pipeline.training.export import export_run
 
     export_run(args.run, load_config(f"{args.run}/config.yaml"), args.out)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
+from pipeline import cli
 from pipeline.config import Selection
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.split import save_split, split_pairs
@@ -14,6 +15,7 @@ from tests.conftest import picture
 from tests.shards.test_index import write_tar
 
 NAMES = ["a/00000.tar", "a/00001.tar", "a/00002.tar", "b/00000.tar"]  # base names repeat, and one shard is empty
+ALL = ["data/a/{00000..00002}.tar", "data/b/00000.tar"]  # the same, as one types them
 
 
 def save_mask(folder, index, cos_N, share=0.5, step=30, bad=()):
@@ -64,3 +66,20 @@ def samples(urls):
 def safe_samples(folder, keep=True):
     flags = SavedMask(folder / "masks" / "one").mask.flags()
     return [s for s, flag in zip(samples(folder / "data" / name for name in NAMES), flags) if flag == keep]
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr) of the command line."""
+    try:
+        cli.main([str(word) for word in words])
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+def refused(capsys, *words):
+    """The one line with which the command line refuses."""
+    code, _, error = run(capsys, *words)
+    assert code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
+    return error

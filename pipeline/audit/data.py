@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 
 from pipeline.audit.embeddings import EmbeddingFolder, Rows, parts
 from pipeline.audit.masks import require_same_shards
-from pipeline.config import Data, load_config
+from pipeline.config import Data
+from pipeline.configfile import load_config
 from pipeline.data import open_index, open_overlay
 from pipeline.safety.mixture import DegenerateFit, Mixture, upper_cut
 from pipeline.safety.selection import RANGES
@@ -22,8 +23,9 @@ from shards.samples import Samples
 class AuditData:
     """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; splits: all of the run's, in order.
 
-    sample: pictures in which neighbours are looked for. None where it is not there: images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N
-    (uint64), captions (list of str or None), samples (shards.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict). `cache`: what detectors share.
+    sample: pictures in which neighbours are looked for. cache: what detectors share. None where it is not there: images, texts
+    (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or None), samples (shards.samples.Samples,
+    for pictures), overlay (the ground truth), metrics (list of dict).
     """
 
     def __init__(self, source, scores=None, truth=None, sample=1024):

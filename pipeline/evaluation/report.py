@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from pipeline import comm
-from pipeline.config import load_config
+from pipeline.configfile import load_config
 from pipeline.data import open_index, open_overlay
 from pipeline.evaluation.evaluators import TOOK, ZeroShot
 from pipeline.safety.scores import load_scores

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from pipeline import comm
-from pipeline.config import load_config
+from pipeline.configfile import load_config
 from pipeline.data import open_index
 from pipeline.safety.selection import select_top
 from pipeline.training import run as running

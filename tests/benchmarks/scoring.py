@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pipeline import comm
-from pipeline.config import load_config
+from pipeline.configfile import load_config
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import assign_shards, score_all_pairs, shard_batches
 from pipeline.training.curriculum import Step

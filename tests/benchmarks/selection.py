@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.config import load_config
+from pipeline.configfile import load_config
 from shards.storage import write_bytes, write_json
 
 CONFIGS = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
+from pipeline.configfile import load_config
 from shards.errors import UserError
 
 BASE = "data: {index: here, streams: 2}\nmodel: {name: RN50}\ntrain: {batch_size: 8}\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline import doctor
+from pipeline import doctor, footprint
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from shards.demo import shapes
@@ -120,28 +120,28 @@ def test_a_mask_that_is_gone_in_mid_epoch_is_fatal(world):
 
 def test_the_disk_must_hold_a_checkpoint_beside_the_last(world, monkeypatch):
     made, usage = config(world, "run"), namedtuple("usage", "total used free")
-    index, size = ShardIndex.load(made.data.index), doctor.measure(made)
-    one = doctor.checkpoint_bytes(made, size)
+    index, size = ShardIndex.load(made.data.index), footprint.measure(made)
+    one = footprint.checkpoint_bytes(made, size)
     for free, expected in ((1.9 * one, "fatal"), (2.1 * one, "warning"), (100 * one, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
-        assert doctor.check_disk(made, index, size, 1)[0][0] == expected
+        assert footprint.check_disk(made, index, size, 1)[0][0] == expected
 
 
 def test_a_model_that_no_rank_can_hold_is_fatal(world):
     made = config(world, "run")
     index, size = ShardIndex.load(made.data.index), {"parameters": 10**12, "embed_dim": 512}
-    (level, _, text), _ = doctor.check_memory(made, index, size, 1)
+    (level, _, text), _ = footprint.check_memory(made, index, size, 1)
     assert level == "fatal" and "train.zero_stage" in text
     made.train.zero_stage = 3
-    assert doctor.check_memory(made, index, size, 100_000)[0][0] == "ok"
+    assert footprint.check_memory(made, index, size, 100_000)[0][0] == "ok"
 
 
 def test_a_temporary_folder_that_cannot_hold_the_scores_is_fatal(world, monkeypatch):
     made, usage = config(world, "run"), namedtuple("usage", "total used free")
-    index, size = ShardIndex.load(made.data.index), doctor.measure(made)
+    index, size = ShardIndex.load(made.data.index), footprint.measure(made)
     for free, expected in ((989, "fatal"), (991, "ok")):  # 240 pairs
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
-        level, _, text = doctor.check_memory(made, index, size, 1)[1]
+        level, _, text = footprint.check_memory(made, index, size, 1)[1]
         assert level == expected and "one copy a host" in text
 
 
@@ -149,7 +149,7 @@ def test_a_temporary_folder_that_cannot_hold_the_scores_is_fatal(world, monkeypa
 def test_a_checkpoint_is_as_large_as_was_said(folder, name):
     made = config(folder, name, **KINDS[name])
     newest = checkpoint.newest_complete(folder / name)[0]
-    said = doctor.checkpoint_bytes(made, doctor.measure(made))
+    said = footprint.checkpoint_bytes(made, footprint.measure(made))
     found = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     assert said == pytest.approx(found, rel=0.05)
 
