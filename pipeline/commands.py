@@ -107,7 +107,7 @@ def evaluate(args):
     for kind, figures in result["attacks"].items():
         note = "  (attack did not take)" if figures["took"] is False else ""
         if figures["unpoisoned"] is not None:
-            note = f", without poison {figures['unpoisoned']:.1%}{note}"
+            note = f"; without poison {figures['unpoisoned']:.1%} and {figures['unpoisoned_true_class']:.1%}{note}"
         print(
             f"  {kind:9s} success {figures['success']:6.1%}  base {figures['base']:6.1%}  read as the true class "
             f"{figures['true_class']:6.1%}{note}"

@@ -26,7 +26,8 @@ def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=None):
 
     `took` (the undefended attack reaches 80 %) is judged by plain CLIP on the same poison: this run
     if it is one, else the run directory `baseline`; without either it is null: unknown. `unpoisoned`: a run on the same data without
-    poison; its success is what a trigger does by spoiling pictures, without having been learnt, for it is read as something.
+    poison; its success is what a trigger does by spoiling pictures, without having been learnt, for it is read as something, and its rate
+    of true classes is what the trigger leaves of them.
     Raises UserError.
     """
     run_dir = Path(run_dir)
@@ -57,6 +58,7 @@ def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=None):
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
         attack["unpoisoned"] = innocent[kind]["success"] if innocent else None
+        attack["unpoisoned_true_class"] = innocent[kind]["true_class"] if innocent else None
         attack.update(poison_in_splits(overlay, index, splits, kind))
     result = {
         "preset": config.preset,

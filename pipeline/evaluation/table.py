@@ -146,13 +146,14 @@ def summary_table(root):
 def runs_table(root):
     """Markdown: a row for each run."""
     runs, kinds = read_runs(root)
-    attacks = " | ".join(f"{kind} success (base; unpoisoned; true class)" for kind in kinds)
+    attacks = " | ".join(f"{kind} success (base; unpoisoned), true class (unpoisoned)" for kind in kinds)
     lines = [f"| data | preset | seed | clean top-1 | {attacks} | poison in the last safe set | views |"]
     lines.append("|---" * (6 + len(kinds)) + "|")
     for (name, preset), found in runs.items():
         for seed, run in found:
             cells = [
-                f"{percent(a['success'])} ({percent(a['base'])}; {percent(a['unpoisoned'])}; {percent(a['true_class'])})"
+                f"{percent(a['success'])} ({percent(a['base'])}; {percent(a['unpoisoned'])}), "
+                f"{percent(a['true_class'])} ({percent(a['unpoisoned_true_class'])})"
                 + ("" if a["took"] else " did not take")
                 for a in (run["attacks"][kind] for kind in kinds)
             ]

@@ -181,7 +181,8 @@ def test_evaluate_and_export(world):
     safeclip("evaluate", "whole", "--unpoisoned", "innocent", cwd=world)
     again = json.loads((world / "whole" / "eval.json").read_text())
     assert all(attack["unpoisoned"] is None for attack in result["attacks"].values())
-    assert all(0 <= attack["unpoisoned"] <= 1 for attack in again["attacks"].values())
+    rates = [attack[rate] for attack in again["attacks"].values() for rate in ("unpoisoned", "unpoisoned_true_class")]
+    assert all(0 <= rate <= 1 for rate in rates)
     assert again["clean_top1"] == result["clean_top1"]
     done = safeclip("evaluate", "whole", "--unpoisoned", "whole", cwd=world, check=False)
     assert done.returncode == 2 and "was trained with data.overlay=attack" in done.stderr
