@@ -39,24 +39,26 @@ class Reader:
     def read(self, shard, offset, size, what):
         if size < 0:
             raise BadSample(f"no {what}")
-        entry = self.index.shards[shard]
-        if entry.remote and self.cache is None:
-            data = remote.read_range(entry.path, offset, size)
+        file = self.descriptor(shard)
+        if file is None:
+            data = remote.read_range(self.index.shards[shard].path, offset, size)
         else:
-            data = os.pread(self.descriptor(shard), size, offset)
+            data = os.pread(file, size, offset)
         if len(data) != size:
             raise BadSample(f"{what}: the shard is shorter than its index says")
         return data
 
     def descriptor(self, shard):
-        """File descriptor of a shard; the least recently used is closed when too many are open."""
+        """File descriptor of a shard, None behind a URL without a cache; the least recently used is closed when too many are open."""
         if shard in self.files:
             self.files.move_to_end(shard)
-        else:
-            entry = self.index.shards[shard]
-            self.files[shard] = self.cache.open(entry) if entry.remote else os.open(entry.path, os.O_RDONLY)
-            while len(self.files) > (OPEN_COPIES if entry.remote else OPEN_FILES):
-                os.close(self.files.popitem(last=False)[1])
+            return self.files[shard]
+        entry = self.index.shards[shard]
+        if entry.remote and self.cache is None:
+            return None
+        self.files[shard] = self.cache.open(entry) if entry.remote else os.open(entry.path, os.O_RDONLY)
+        while len(self.files) > (OPEN_COPIES if entry.remote else OPEN_FILES):
+            os.close(self.files.popitem(last=False)[1])
         return self.files[shard]
 
     def __del__(self):

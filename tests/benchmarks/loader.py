@@ -1,6 +1,6 @@
 """The loader beside open_clip's training loader and megatron-energon: the same shards, transforms and workers, in one run.
 
-python -m tests.benchmarks.loader [--energon VENV/bin/python] [--rounds 5] [--workers 1] [--dir runs/loader]
+python -m tests.benchmarks.loader [--energon VENV/bin/python] [--rounds 5] [--workers 1] [--only raw ...] [--dir runs/loader]
 
 --energon names the Python of a virtual environment in which `pip install megatron-energon==7.4.1 open_clip_torch` was run.
 Rounds are interleaved; figures are medians. Last line: one JSON object. Samples/s and ratios at 32 px (rendered PNG) and 224 px
@@ -32,6 +32,7 @@ from tests.benchmarks.loader_data import data_sets
 from tests.benchmarks.loader_sides import STREAMS, WINDOW, our_augment
 
 BATCH = {32: 256, 224: 64}
+PARTS = ("speed", "raw", "start", "view", "growth")
 
 
 class Side:
@@ -155,27 +156,32 @@ def main():
     parser.add_argument("--energon", help="Python of the virtual environment that has megatron-energon")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dir", type=Path, default=Path("runs/loader"))
     args = parser.parse_args()
     folders = data_sets(args.dir, args.energon)
     figures = {"workers": args.workers, "rounds": args.rounds}
-    log = args.dir / "log.txt"
-    sides = {"ours": Side(sys.executable, "ours", log), "open_clip": Side(sys.executable, "open_clip", log)}
-    if args.energon:
-        sides["energon"] = Side(args.energon, "energon", log)
-    for size in (32, 224):
-        for colour in (False, True):
-            name = f"{size}_px" + ("_colour" if colour else "")
-            figures[name] = compare(sides, folders[size], size, colour, args.workers, args.rounds)
-            print(name, figures[name], flush=True)
-    figures["raw"] = {f"{size}_px": raw(folders[size], args.rounds) for size in (32, 224)}
-    print("raw", figures["raw"], flush=True)
+    if "speed" in args.only:
+        log = args.dir / "log.txt"
+        sides = {"ours": Side(sys.executable, "ours", log), "open_clip": Side(sys.executable, "open_clip", log)}
+        if args.energon:
+            sides["energon"] = Side(args.energon, "energon", log)
+        for size in (32, 224):
+            for colour in (False, True):
+                name = f"{size}_px" + ("_colour" if colour else "")
+                figures[name] = compare(sides, folders[size], size, colour, args.workers, args.rounds)
+                print(name, figures[name], flush=True)
     plain = our_augment(False)
-    index = ShardIndex.load(folders["large"] / "index")
-    views = Views(32, Tokenizer(), plain, plain, 0.0, 0.0)
-    figures["start"] = start(index, views, args.rounds)
-    figures["view"] = view(index, views)
-    figures["growth"] = growth(ShardIndex.load(folders[224] / "index"), Views(224, Tokenizer(), plain, plain, 0.0, 0.0))
+    index, views = ShardIndex.load(folders["large"] / "index"), Views(32, Tokenizer(), plain, plain, 0.0, 0.0)
+    if "raw" in args.only:
+        figures["raw"] = {f"{size}_px": raw(folders[size], args.rounds) for size in (32, 224)}
+    if "start" in args.only:
+        figures["start"] = start(index, views, args.rounds)
+    if "view" in args.only:
+        figures["view"] = view(index, views)
+    if "growth" in args.only:
+        views = Views(224, Tokenizer(), plain, plain, 0.0, 0.0)
+        figures["growth"] = growth(ShardIndex.load(folders[224] / "index"), views)
     print(json.dumps(figures))
 
 

@@ -98,7 +98,9 @@ def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(file):
     assert load_config(path, ["data.clip_augment.flip=0.1"]).hash() != same
 
 
-@pytest.mark.parametrize("name", ["quickstart", "emoji", "shapes_small", "cc3m_rn50", "cc12m_vitb32", "laion400m_vitb16"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "emoji", "shapes_small", "cc3m_rn50", "cc12m_vitb32", "laion400m_vitb16"]
+)
 @pytest.mark.parametrize("preset", ["clip", "paper", "default"])
 def test_the_shipped_recipes_load(name, preset):
     root = Path(__file__).parents[2]
