@@ -11,18 +11,18 @@ cd "$(dirname "$0")/.."
 install ""
 if nvidia-smi -L >/dev/null 2>&1; then JOBS=${JOBS:-1}; fi
 export JOBS=${JOBS:-$(nproc)}
-export -f train_run
+export -f train_run train_unpoisoned
 for set in ${SETS:-shapes shapes_small emoji}; do
     config=configs/quickstart.yaml
     [ "$set" = shapes ] || config=configs/$set.yaml
     for seed in ${SEEDS:-0 1 2 3 4 5}; do prepare "$set" "$seed"; done
-    unpoisoned=runs/reproduce/$set/unpoisoned
-    train_unpoisoned $config "$set" "$unpoisoned"
+    unpoisoned=$(echo runs/reproduce/$set/unpoisoned/seed{0,1,2})
+    for run in $unpoisoned; do echo "$config $set $run"; done | xargs -P "$JOBS" -L 1 bash -euc 'train_unpoisoned "$@"' train_unpoisoned
     for preset in ${PRESETS:-clip default paper}; do
         for seed in ${SEEDS:-0 1 2 3 4 5}; do echo "$config $set $preset $seed runs/reproduce/$set/seed$seed 1"; done
     done | xargs -P "$JOBS" -L 1 bash -euc 'train_run "$@" 2> >(sed -u "s|^|$2 $3 seed $4: |" >&2)' train_run
     for seed in ${SEEDS:-0 1 2 3 4 5}; do
-        for preset in ${PRESETS:-clip default paper}; do evaluate_run "$preset" "runs/reproduce/$set/seed$seed" "$unpoisoned"; done
+        for preset in ${PRESETS:-clip default paper}; do evaluate_run "$preset" "runs/reproduce/$set/seed$seed" $unpoisoned; done
     done
 done
 python -m pipeline.evaluation.table runs/reproduce | tee runs/reproduce/table.md

@@ -22,16 +22,18 @@ train_run() {
         data.overlay="data/${data}_attack_seed$seed" data.workers=$(( cores > 1 ? 1 : 0 ))
 }
 
-# train_unpoisoned CONFIG DATA OUT: plain CLIP on the data as they are, into OUT.
+# train_unpoisoned CONFIG DATA OUT: plain CLIP on the data as they are, into OUT, whose name ends with the seed.
 train_unpoisoned() {
     [ ! -e "$3/finished" ] || return 0
-    echo "== $2: training clip without poison" >&2
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} safeclip train "$1" preset=clip run.dir="$3" data.workers=0 evaluation.every=0
+    echo "== $2: training clip without poison, $(basename "$3")" >&2
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} safeclip train "$1" preset=clip run.dir="$3" run.seed="${3##*seed}" data.workers=0 evaluation.every=0
     touch "$3/finished"
 }
 
-# evaluate_run PRESET OUT [UNPOISONED]: write OUT/PRESET/eval.json. The run of plain CLIP beside it tells whether the attacks took,
-# the run UNPOISONED what a trigger does to a model that has not learnt it.
+# evaluate_run PRESET OUT [UNPOISONED...]: write OUT/PRESET/eval.json. The run of plain CLIP beside it tells whether the attacks took,
+# the runs UNPOISONED what a trigger does to models that have not learnt it.
 evaluate_run() {
-    [ -e "$2/$1/eval.json" ] || safeclip evaluate "$2/$1" --baseline "$2/clip" ${3:+--unpoisoned "$3"}
+    local preset=$1 out=$2
+    shift 2
+    [ -e "$out/$preset/eval.json" ] || safeclip evaluate "$out/$preset" --baseline "$out/clip" ${1:+--unpoisoned "$@"}
 }

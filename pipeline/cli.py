@@ -94,7 +94,13 @@ def parser():
     sub.add_argument("run")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
     sub.add_argument("--baseline", help="run of plain CLIP on the same poison: tells whether the attacks took")
-    sub.add_argument("--unpoisoned", help="run on the same data without poison: tells what the triggers do unlearnt")
+    sub.add_argument(
+        "--unpoisoned",
+        nargs="+",
+        default=(),
+        metavar="RUN",
+        help="runs on the same data without poison: tell what the triggers do unlearnt, on average",
+    )
     sub = command(commands.compare, "table, result.json and result.png of a plain CLIP run and a SafeCLIP run")
     sub.add_argument("clip_run")
     sub.add_argument("safeclip_run")

@@ -21,13 +21,13 @@ from shards.masks import SafeMask
 from shards.storage import write_json
 
 
-def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=None):
+def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=()):
     """Evaluate the newest complete checkpoint of `run_dir` and write RUN/eval.json; returns it as a dict.
 
     `took` (the undefended attack reaches 80 %) is judged by plain CLIP on the same poison: this run
-    if it is one, else the run directory `baseline`; without either it is null: unknown. `unpoisoned`: a run on the same data without
-    poison; its success is what a trigger does by spoiling pictures, without having been learnt, for it is read as something, and its rate
-    of true classes is what the trigger leaves of them.
+    if it is one, else the run directory `baseline`; without either it is null: unknown. `unpoisoned`: runs on the same data without
+    poison; their success is what a trigger does by spoiling pictures, without having been learnt, for they are read as something, and
+    their rate of true classes is what the trigger leaves. Models differ in what they read: the mean over the runs is kept.
     Raises UserError.
     """
     run_dir = Path(run_dir)
@@ -38,14 +38,7 @@ def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=None):
     overlay = open_overlay(config.data, index)
     judge = ZeroShot(config.evaluation, overlay)
     figures = judge(towers, make_views(config), comm.device())
-    innocent = {}
-    if unpoisoned:
-        other, _, towers = load_run(unpoisoned)
-        if other.data.overlay:
-            raise UserError(
-                f"--unpoisoned {unpoisoned}: was trained with data.overlay={other.data.overlay}; name a run without"
-            )
-        innocent = judge(towers, make_views(other), comm.device())["attacks"]
+    innocent = [judge_innocent(run, judge) for run in unpoisoned]
     state = checkpoint.load_state(folder)
     undefended = None
     if config.train.method == "clip":
@@ -57,8 +50,8 @@ def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=None):
     diagnoses = [json.loads((folder / "mask.json").read_text())["diagnosis"] for folder in folders]
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
-        attack["unpoisoned"] = innocent[kind]["success"] if innocent else None
-        attack["unpoisoned_true_class"] = innocent[kind]["true_class"] if innocent else None
+        for name, rate in (("unpoisoned", "success"), ("unpoisoned_true_class", "true_class")):
+            attack[name] = float(np.mean([found[kind][rate] for found in innocent])) if innocent else None
         attack.update(poison_in_splits(overlay, index, splits, kind))
     result = {
         "preset": config.preset,
@@ -75,6 +68,16 @@ def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=None):
     }
     write_json(run_dir / "eval.json", result)
     return result
+
+
+def judge_innocent(run_dir, judge):
+    """What `judge` finds in a run without poison, by kind of attack. Raises UserError."""
+    config, _, towers = load_run(run_dir)
+    if config.data.overlay:
+        raise UserError(
+            f"--unpoisoned {run_dir}: was trained with data.overlay={config.data.overlay}; name a run without"
+        )
+    return judge(towers, make_views(config), comm.device())["attacks"]
 
 
 def poison_rows(overlay, index, kind=None):

@@ -178,7 +178,7 @@ def test_evaluate_and_export(world):
         assert all(0 <= attack[rate] <= 1 for rate in ("success", "base", "true_class"))
     overrides = ("preset=clip", "data.overlay=null", "train.epochs=1", "evaluation.every=0")
     safeclip("train", "config.yaml", "run.dir=innocent", *overrides, cwd=world)
-    safeclip("evaluate", "whole", "--unpoisoned", "innocent", cwd=world)
+    safeclip("evaluate", "whole", "--unpoisoned", "innocent", "innocent", cwd=world)
     again = json.loads((world / "whole" / "eval.json").read_text())
     assert all(attack["unpoisoned"] is None for attack in result["attacks"].values())
     rates = [attack[rate] for attack in again["attacks"].values() for rate in ("unpoisoned", "unpoisoned_true_class")]
