@@ -144,9 +144,10 @@ def plot():
                 if these:
                     axis.scatter(shares, passed, s=18, alpha=0.5, marker=marker, color=colour, label=kind)
         for axis, runs, whose in zip(axes[:, column], (found, with_live), ("canaries", "live canaries of the kind")):
+            axis.set_visible(bool(runs))
             axis.axline((0, 0), slope=1, color="#888888", lw=1, ls="--", label="as many as canaries")
             axis.set(
-                title=f"{name}, {len(runs)} runs, all splits", xlabel=f"{whose} that would pass, %", ylim=(-3, 103)
+                title=f"{name}, {len(runs)} run{'s' * (len(runs) != 1)}, all splits", xlabel=f"{whose} that would pass, %", ylim=(-3, 103)
             )
             axis.grid(alpha=0.25)
     for axis in axes[:, 0]:
