@@ -147,11 +147,14 @@ def plot():
             axis.set_visible(bool(runs))
             axis.axline((0, 0), slope=1, color="#888888", lw=1, ls="--", label="as many as canaries")
             axis.set(
-                title=f"{name}, {len(runs)} run{'s' * (len(runs) != 1)}, all splits", xlabel=f"{whose} that would pass, %", ylim=(-3, 103)
+                title=f"{name}, {len(runs)} run{'s' * (len(runs) != 1)}, all splits",
+                xlabel=f"{whose} that would pass, %",
+                ylim=(-3, 103),
             )
             axis.grid(alpha=0.25)
-    for axis in axes[:, 0]:
+    for axis in axes.flat:  # the first of a row may be empty
         axis.set_ylabel("poison in the safe set, % of its kind")
+        axis.tick_params(labelleft=True)
     axes[0, 0].legend(loc="center right")
     figure.savefig(RESULTS.with_name("canaries.png"), dpi=110)
 
