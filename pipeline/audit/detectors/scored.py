@@ -25,7 +25,7 @@ class Mismatch(Detector):
 class History(Detector):
     name = "history"
     title = "never fitted during the run"
-    text = "Pairs whose cosine stood low among all others at every split, also where it rose later."
+    text = "Pairs whose score stood low among all others at every split, also where it rose later."
     source = "as Dataset Cartography, Swayamdipta et al., EMNLP 2020"
     needs = ("splits",)
     family = "cosine"
