@@ -64,6 +64,10 @@ class Data:
     """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up to rounding."""
     clip_eda: float = 0.0
     """Share of a caption's words that EDA changes for the CLIP loss."""
+    clip_mix: float = 0.0
+    """Probability that another picture of the batch lies faintly over one for the CLIP loss (shards/mixing.py)."""
+    clip_paste: float = 0.0
+    """Probability that a square of another picture of the batch stands in one for the CLIP loss."""
     unimodal_eda: float = 0.1
     """The same for the unimodal loss."""
 
@@ -125,6 +129,10 @@ class Selection:
     """The safe set grows no larger than this share."""
     score: str = "cosine"
     """What pairs are ranked by: cosine, or agreement, for which other pairs are asked too (pipeline/safety/agreement.py)."""
+    coarse: float = 1.0
+    """Pairs are scored also by their picture at this share of its resolution; 1 = not (pipeline/safety/views.py)."""
+    crop: float = 1.0
+    """Pairs are scored also by the middle of their picture: the share of its area; 1 = not."""
     copies: int | None = None
     """A pair whose picture stands in more pairs than this is never safe; null: it may be."""
     voters: int = 4096
@@ -204,7 +212,17 @@ PRESETS = {
     "paper": {},
     "clip": {"train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0}},
     "default": {
+        "data": {"clip_mix": 0.3, "clip_paste": 0.3},
         "train": {"unimodal_epochs": 1},
-        "selection": {"first_share": 0.6, "growth": 0.05, "cap": 0.9, "risky": "skip", "refill": True},
+        "selection": {
+            "first_share": 0.6,
+            "growth": 0.05,
+            "cap": 0.9,
+            "coarse": 0.1875,
+            "crop": 0.6,
+            "copies": 2,
+            "risky": "skip",
+            "refill": True,
+        },
     },
 }

@@ -124,18 +124,6 @@ def least_side(size, crop_min=1.0):
     return max(LARGE, size / (crop_min * 3 / 4) ** 0.5 if crop_min < 1 else size)
 
 
-def probe_view(image, size, augment):
-    """uint8 (size, size, 3): a plain view that the CLIP loss, with `augment`, does not train on, where a trigger is not what it was.
-
-    Mirrored if the CLIP loss mirrors nothing, so that no place is as it was learnt; posterised if that posterises (a model that does not
-    knows no such pictures).
-    """
-    picture = Image.fromarray(plain_view(image, size))
-    if not augment.flip:
-        picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
-    return np.asarray(posterised(picture, levels=3, shift=0.0) if augment.posterise else picture)
-
-
 def random_box(width, height, crop_min, rng):
     """(left, top, right, bottom) of a random crop: a share of the area from crop_min to 1, sides in a ratio from 3/4 to 4/3."""
     if crop_min >= 1:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards.augment import caption_view, coloured, drawn_view, least_side, plain_view, probe_view, sample_rng
+from shards.augment import caption_view, coloured, drawn_view, least_side, plain_view, sample_rng
 from shards.colour import NUMBERS, as_numbers, coloured_batch
 from shards.errors import BadSample
+from shards.mixing import Mixing, mixed
 
 
 @dataclass
@@ -28,18 +29,26 @@ class Batch:
     colours: torch.Tensor | None = (
         None  # float32 (V*B, P): drawn, and yet to be changed on the device (shards/colour.py)
     )
+    mixing: torch.Tensor | None = None  # float32 (B, 4): drawn, and yet to be done on the device (shards/mixing.py)
 
     def to(self, device):
-        """The same batch with its tensors on `device`, the colours changed."""
+        """The same batch with its tensors on `device`, the colours changed and the views mixed."""
         images, tokens, valid = (x.to(device, non_blocking=True) for x in (self.images, self.tokens, self.valid))
         if self.colours is not None:
             images = coloured_batch(images, self.colours.to(device, non_blocking=True))
+        if self.mixing is not None:
+            images = mixed(images, self.mixing.to(device, non_blocking=True), valid)
         return Batch(images, tokens, valid, self.rows, self.bad)
 
     def pin_memory(self):
         """For torch's DataLoader, which pins only what it knows: else a copy to the GPU waits for the step before."""
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: x.pin_memory() if torch.is_tensor(x) else x for name, x in pinned.items()})
+
+
+def as_they_are(images_BCHW):
+    """[the pictures]: one view of each, its own."""
+    return [images_BCHW]
 
 
 @dataclass
@@ -53,6 +62,8 @@ class Views:
     eda: float  # share of the words that EDA changes; 0 = captions as they are
     clip_eda: float
     on_device: bool = False  # the colours are changed where the batch goes to, not where it is read
+    clip_mixing: Mixing = Mixing()
+    scored: object = as_they_are  # pictures to the list of views in which they are scored (pipeline/safety/views.py)
 
 
 class TrainBatches(Dataset):
@@ -80,6 +91,8 @@ class TrainBatches(Dataset):
         # A lap is another pass over the same samples in the same epoch, and `again` another time in the same pass: other views.
         passes = [step.lap * 4 + view + 1 for view in range(2 if unimodal else 1)]
         least = least_side(self.views.size, augment.crop_min)
+        mixing = None if unimodal else self.views.clip_mixing
+        mixing_B4 = np.zeros((len(shard_B), 4), np.float32)
 
         def read(row, shard, position):
             pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
@@ -89,21 +102,24 @@ class TrainBatches(Dataset):
                 pixels, colour = drawn_view(pixels_HWC, self.views.size, rng, augment)
                 picture = pixels if self.views.on_device else coloured(pixels, colour)
                 views.append((picture, caption_view(caption, rng, eda) if eda else caption, colour))
+                if mixing:
+                    mixing_B4[row] = mixing.draw(rng)
             return views
 
         drawn = self.views.on_device
-        return collate(self.samples, self.views, shard_B, position_B, read, len(passes), drawn)
+        batch = collate(self.samples, self.views, shard_B, position_B, read, len(passes), drawn)
+        batch.mixing = torch.from_numpy(mixing_B4) if mixing else None
+        return batch
 
 
 class PlainBatches(Dataset):
     """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the captions of the second.
 
-    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row. Un-augmented, or
-    with `probe` as augment.probe_view of the CLIP loss's augmentation.
+    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row. Un-augmented.
     """
 
-    def __init__(self, samples, batches, views, probe=False):
-        self.samples, self.batches, self.views, self.probe = samples, batches, views, probe
+    def __init__(self, samples, batches, views):
+        self.samples, self.batches, self.views = samples, batches, views
 
     def __len__(self):
         return len(self.batches)
@@ -122,8 +138,7 @@ class PlainBatches(Dataset):
         def read(row, shard, position):
             pixels_HWC = self.samples.pixels(shard, position, least)
             caption = self.samples.caption(*caption_place_B[row])
-            view = probe_view(pixels_HWC, size, self.views.clip) if self.probe else plain_view(pixels_HWC, size)
-            return [(view, caption)]
+            return [(plain_view(pixels_HWC, size), caption)]
 
         return collate(self.samples, self.views, shard_B, position_B, read, 1)
 

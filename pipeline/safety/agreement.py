@@ -7,8 +7,8 @@ caption, s the logit scale, and x_V, t_V those of the voters, three terms are ta
     captions  mean of t.t_V over the NEAREST voters by picture                   is it called what such pictures are called?
 each is standardised by its mean and deviation over the voters, and their mean is the score. A pair is not its own voter, and near copies
 of its picture are none either: a poisoned picture stands under several captions, and would vouch for itself (METHOD). Poison finds few to
-vouch for it as long as its pictures are near other pictures of what they show, not near each other: hence shards.augment.probe_view.
-Legend: B pairs, V voters, D embedding, 3 terms.
+vouch for it as long as its pictures are near other pictures of what they show, not near each other.
+A picture's embedding is the mean over its views (pipeline/safety/views.py), and shorter the less they agree. Legend: B pairs, V voters, D embedding, 3 terms.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ COPY = 0.995  # pictures of a higher cosine are copies of one another
 
 @dataclass
 class Voters:
-    """row_V: int64 rows over all shards; image_VD, text_VD: unit float32; scale: the logit scale; mean_3, std_3: float32, of the terms."""
+    """row_V: int64 rows over all shards; image_VD, text_VD: float32, the captions' of length 1; scale: the logit scale; mean_3, std_3: float32, of the terms."""
 
     row_V: torch.Tensor
     image_VD: torch.Tensor
@@ -38,7 +38,8 @@ class Voters:
         by_image_BV, by_text_BV = image_BD @ self.image_VD.T, text_BD @ self.text_VD.T
         own_BV = row_B[:, None] == self.row_V
         near_text_BK = self.nearest(by_text_BV.masked_fill(own_BV, -2))
-        near_image_BK = self.nearest(by_image_BV.masked_fill(own_BV | (by_image_BV > COPY), -2))
+        length_BV = image_BD.norm(dim=1)[:, None] * self.image_VD.norm(dim=1)
+        near_image_BK = self.nearest(by_image_BV.masked_fill(own_BV | (by_image_BV > COPY * length_BV), -2))
         contrast_B = self.scale * (image_BD * text_BD).sum(1) - 0.5 * (
             torch.logsumexp(self.scale * image_BD @ self.text_VD.T, 1)
             + torch.logsumexp(self.scale * text_BD @ self.image_VD.T, 1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from pipeline.safety.scoring import cosines, embed
+from pipeline.safety.scoring import embed, scores
 from shards.errors import BadSample, UserError
 from shards.overlay import Poison, Trigger
 
@@ -36,14 +36,11 @@ def score_canaries(engine, samples, views, batch_size, device, count, seed, vote
     """float32 (C,): the scores as of scoring.score_all_pairs, NaN where a sample cannot be read. Every rank scores all of them; there are few."""
     picture_C, caption_C = choose(samples.index.samples, count, seed)
     parts = [slice(at, at + batch_size) for at in range(0, len(picture_C), batch_size)]
-    pairs, scores = [(picture_C[part], caption_C[part]) for part in parts], []
-    for batch, image_BD, text_BD, _ in embed(
-        engine, samples.scattered(), views, pairs, device, probe=voters is not None
-    ):
+    pairs, found = [(picture_C[part], caption_C[part]) for part in parts], []
+    for batch, image_BD, text_BD, _, _ in embed(engine, samples.scattered(), views, pairs, device):
         nobody_B = torch.full((len(batch.rows),), -1, device=device)  # a canary is no voter
-        score_B = voters.score(nobody_B, image_BD, text_BD) if voters else cosines(batch, image_BD, text_BD)
-        scores.append(score_B.masked_fill(~batch.valid, float("nan")).cpu().numpy())
-    return np.concatenate(scores) if scores else np.zeros(0, np.float32)
+        found.append(scores(batch, image_BD, text_BD, nobody_B, voters).cpu().numpy())
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
 def passing(score_C, cut):

@@ -30,20 +30,30 @@ def shard_batches(offsets_S, shards, batch_size):
 
 
 @torch.no_grad()
-def embed(engine, samples, views, pairs, device, workers=0, probe=False):
-    """Yield (batch, image_BD, text_BD, scale) of loader.PlainBatches, with the batch on `device` and the model in eval mode."""
+def embed(engine, samples, views, pairs, device, workers=0):
+    """Yield (batch, image_BD, text_BD, scale, cos_B) of loader.PlainBatches, with the batch on `device` and the model in eval mode.
+
+    image_BD is the mean over views.scored, of length 1 where there is one view: times text_BD it gives the mean of their cosines.
+    cos_B is the cosine of the first of them, NaN where the pair could not be read.
+    """
     was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
     engine.eval()
-    dataset = PlainBatches(samples, pairs, views, probe)
+    dataset = PlainBatches(samples, pairs, views)
     for batch in fetched_ahead(batches(dataset, workers=workers), dataset):
         here = batch.to(device)
-        yield here, *engine(here.images, here.tokens)
+        plain, *others = views.scored(here.images)
+        image_BD, text_BD, scale = engine(plain, here.tokens)
+        cos_B = (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan"))
+        if others:
+            image_BD = torch.stack([image_BD, *(engine(view, None)[0] for view in others)]).mean(0)
+        yield here, image_BD, text_BD, scale, cos_B
     engine.train(was_training)
 
 
-def cosines(batch, image_BD, text_BD):
-    """float32 (B,), NaN where the pair could not be read."""
-    return (image_BD * text_BD).sum(1).float().masked_fill(~batch.valid, float("nan"))
+def scores(batch, image_BD, text_BD, row_B, voters=None):
+    """float32 (B,), NaN where the pair could not be read: the agreement with `voters`, or the (mean) cosine without. row_B: int64, on the device."""
+    score_B = voters.score(row_B, image_BD, text_BD) if voters else (image_BD * text_BD).sum(1).float()
+    return score_B.masked_fill(~batch.valid, float("nan"))
 
 
 def gather_voters(engine, samples, views, batch_size, device, count, seed):
@@ -56,7 +66,7 @@ def gather_voters(engine, samples, views, batch_size, device, count, seed):
     pairs = [
         (part, part) for part in mine + [parts[0]] * (rounds - len(mine))
     ]  # equal passes: ZeRO-3 gathers weights in each
-    for batch, image_BD, text_BD, scale in embed(engine, samples.scattered(), views, pairs, device, probe=True):
+    for batch, image_BD, text_BD, scale, _ in embed(engine, samples.scattered(), views, pairs, device):
         rows.append(torch.cat([image_BD.float(), text_BD.float(), batch.valid[:, None].float()], 1))
     counts = [sum(map(len, parts)) for parts in by_rank]
     found_VE = comm.all_gather_rows(torch.cat(rows)[: counts[comm.rank()]], counts)
@@ -95,13 +105,13 @@ def score_all_pairs(
     filler = next((batch for batches in todo for batch in batches), None)
     parts, found = [], []  # of the shard that is being scored
     pairs = [(rows, rows) for _, rows in mine + [filler] * (rounds - len(mine))]
-    reading = embed(engine, samples, views, pairs, device, workers, probe=voters is not None)
-    for number, (batch, image_BD, text_BD, _) in enumerate(reading):
-        cos_B = cosines(batch, image_BD, text_BD)
-        score_B = voters.score(batch.rows.to(device), image_BD, text_BD) if voters else cos_B
+    for number, (batch, image_BD, text_BD, _, cos_B) in enumerate(
+        embed(engine, samples, views, pairs, device, workers)
+    ):
+        score_B = scores(batch, image_BD, text_BD, batch.rows.to(device), voters)
         if number < len(mine):
             shard, rows = mine[number]
-            parts.append(torch.stack([cos_B, score_B.masked_fill(~batch.valid, float("nan"))]))
+            parts.append(torch.stack([cos_B, score_B]))
             found += batch.bad
             if rows.stop == index.offsets[shard + 1]:  # only now are they copied: the GPU is not waited for in between
                 cos_S, score_S = torch.cat(parts, 1).cpu().numpy()

@@ -12,6 +12,7 @@ from pipeline import comm
 from pipeline.config import differences
 from pipeline.data import describe, open_index, open_samples
 from pipeline.safety.canaries import LiveCanaries
+from pipeline.safety.views import ScoredViews
 from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
 from pipeline.training.journal import Journal
@@ -20,6 +21,7 @@ from pipeline.training.neighbors import NeighborPool
 from shards.errors import UserError
 from shards.ledger import Ledger
 from shards.loader import Views
+from shards.mixing import Mixing
 from shards.storage import write_bytes
 
 FRESH = {
@@ -100,6 +102,11 @@ def steps_per_epoch(config, index, world):
         raise UserError(
             f"train.batch_size: got {batch}, which {world} processes do not divide; take a multiple of their number"
         )
+    if (config.data.clip_mix or config.data.clip_paste) and batch // world % 2:
+        raise UserError(
+            f"train.batch_size: got {batch}, of which each of {world} process(es) has {batch // world}; data.clip_mix and data.clip_paste "
+            "take pictures two and two, and need an even number"
+        )
     if index.views < batch:
         raise UserError(
             f"train.batch_size: got {batch}, but an epoch over the data has only {index.views} pairs; take a smaller batch"
@@ -176,4 +183,6 @@ def make_views(config):
         data.unimodal_eda,
         data.clip_eda,
         data.augment_on == "device",
+        Mixing(data.clip_mix, data.clip_paste),
+        ScoredViews(config.selection.coarse, config.selection.crop, bool(data.clip_augment.posterise)),
     )

@@ -4,7 +4,8 @@ python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants 
 
 The data and attacks are those of launch/reproduce.sh, which also trains plain CLIP: run it first (PRESETS=clip). A run whose config has
 been run is used again. Writes tests/benchmarks/selection/SET/seedN/VARIANT.json (the fields of eval.json, and the overrides)
-and, from all that is there, tests/benchmarks/selection.md and canaries.png (canaries that pass beside poison that passes);
+and, from all that is there and what earlier rules gave (tests/benchmarks/selection/earlier), tests/benchmarks/selection.md and canaries.png
+(canaries that pass beside poison that passes);
 selection.json holds the presets' results of tests/benchmarks/reproduce, an object each.
 """
 
@@ -26,35 +27,36 @@ CONFIGS = {
 }
 RESULTS = Path(__file__).parent / "selection"
 AUGMENT = "data.clip_augment"
+MIXING = "data.clip_mix=0", "data.clip_paste=0"
+VIEWS = "selection.coarse=1", "selection.crop=1"
 # What each changes in the preset `default` of the set's config.
 VARIANTS = {
     "default": [],
-    "no-posterise": [f"{AUGMENT}.posterise=0"],
-    "posterise-0.2": [f"{AUGMENT}.posterise=0.2"],
-    "cosine": ["selection.score=cosine", "selection.copies=null"],
-    "cosine-cap-0.9": ["selection.score=cosine", "selection.copies=null", "selection.cap=0.9"],
-    "agreement": ["selection.score=agreement", "selection.copies=2"],
-    "agreement-cap-0.75": ["selection.score=agreement", "selection.copies=2", "selection.cap=0.75"],
+    "no-mixing": [*MIXING],
+    "no-views": [*VIEWS],
+    "neither": [*MIXING, *VIEWS],
+    "mix-alone": ["data.clip_paste=0"],
+    "paste-alone": ["data.clip_mix=0"],
+    "mixing-0.5": ["data.clip_mix=0.5", "data.clip_paste=0.5"],
+    "cosine": ["selection.score=cosine"],
+    "agreement": ["selection.score=agreement"],
     "cap-0.9": ["selection.cap=0.9"],
-    "crop-0.5": [f"{AUGMENT}.crop_min=0.5"],
-    "crop-0.8": [f"{AUGMENT}.crop_min=0.8"],
-    "crop-0.8-posterise-0.5": [f"{AUGMENT}.crop_min=0.8", f"{AUGMENT}.posterise=0.5"],
-    "crop-0.8-cap-0.8": [f"{AUGMENT}.crop_min=0.8", "selection.cap=0.8"],
-    "crop-0.8-cap-0.9": [f"{AUGMENT}.crop_min=0.8", "selection.cap=0.9"],
-    "built-in": [
-        f"{AUGMENT}.crop_min=0.8",
-        f"{AUGMENT}.posterise=0",
-        "selection.score=cosine",
-        "selection.copies=null",
-        "selection.first_share=0.6",
-        "selection.growth=0.05",
-        "selection.cap=0.9",
-    ],
-    "oracle": [],  # a split that knows the poison: what no rule can better
+    "unimodal-on-risky": ["selection.risky=unimodal"],
+    "no-refill": ["selection.refill=false"],
+    "slow-rate-halved": ["train.slow_lr=3e-4"],
+    "slow-epochs-2": ["train.slow_epochs=2"],
+    "cross-fit": [],
+    "oracle": [],
     "live-canaries": ["selection.live_canaries=40"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
 }
+# Variants that are no setting of a config: the program that trains them, and what it does.
+PROGRAMS = {
+    "oracle": ("tests.benchmarks.oracle", "the split knows the poison: what no rule can better"),
+    "cross-fit": ("tests.benchmarks.crossfit", "each pair is scored only after an epoch that left it out"),
+}
+EARLIER = "5de40d9"  # the last commit whose default had neither views nor mixing, and whose agreement looked at mirrored pictures
 
 
 def judged(name, seed, variant):
@@ -73,7 +75,7 @@ def judged(name, seed, variant):
                     [sys.executable, "-m", program, *parts], env=environment, stdout=log, stderr=log, check=True
                 )
 
-        program = "tests.benchmarks.oracle" if variant == "oracle" else "pipeline.cli"
+        program, _ = PROGRAMS.get(variant, ("pipeline.cli", ""))
         command("train", CONFIGS[name], f"run.dir={run}", *words, program=program)
         known = (
             "--baseline",
@@ -88,14 +90,19 @@ def judged(name, seed, variant):
     print(f"{name} seed {seed} {variant}: clean {found['clean_top1']:.1%}", flush=True)
 
 
-def table():
+def results(folder, pattern="*/seed*/*.json"):
+    """[(path, its run)] of a folder of results, by set, variant and seed."""
+    paths = sorted(folder.glob(pattern), key=lambda path: (path.parts[-3], path.stem, path.parts[-2]))
+    return [(path, json.loads(path.read_text())) for path in paths]
+
+
+def table(found):
     """Markdown: a row for each result; AUROC and passed are those of the first, the third and the last split."""
     lines = [
         "| data | variant | seed | clean top-1 | kind | success (base) | AUROC at splits 1, 3, last | passed | seconds |",
         "|---" * 9 + "|",
     ]
-    for path in sorted(RESULTS.glob("*/seed*/*.json"), key=lambda path: (path.parts[-3], path.stem, path.parts[-2])):
-        run = json.loads(path.read_text())
+    for _, run in found:
         head = f"| {run['set']} | {run['variant']} | {run['seed']} | {run['clean_top1']:.1%} "
         for kind, attack in run["attacks"].items():
             auroc, passed = attack["auroc"], attack["share_in_safe_set"]
@@ -107,6 +114,14 @@ def table():
     return "\n".join(lines) + "\n"
 
 
+def described(variants):
+    """Markdown: a line for each variant of {name: overrides}."""
+    return "\n".join(
+        f"- {name}: {' '.join(words) or PROGRAMS.get(name, (None, 'as it is'))[1]}"
+        for name, words in sorted(variants.items())
+    )
+
+
 def plot():
     """One point a split of every result: above, canaries and the poison that passes; below, live canaries and poison of their kind."""
     import matplotlib
@@ -114,21 +129,22 @@ def plot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = {
+    by_set = {
         name: [
             run
-            for path in sorted(RESULTS.glob(f"{name}/seed*/*.json"))
-            if "canaries" in (run := json.loads(path.read_text()))
+            for folder in (RESULTS, RESULTS / "earlier")
+            for _, run in results(folder, f"{name}/seed*/*.json")
+            if "canaries" in run
         ]
         for name in CONFIGS
     }
-    rows = 2 if any(any(run.get("live_canaries") or ()) for found in results.values() for run in found) else 1
+    rows = 2 if any(any(run.get("live_canaries") or ()) for found in by_set.values() for run in found) else 1
     figure, axes = plt.subplots(
         rows, len(CONFIGS), figsize=(5.5 * len(CONFIGS), 4.5 * rows), sharey=True, squeeze=False, layout="constrained"
     )
     looks = {"targeted": ("s", "#2a9d8f"), "patch": ("o", "#e76f51"), "blended": ("^", "#6a4c93")}
     for column, name in enumerate(CONFIGS):
-        found = results[name]
+        found = by_set[name]
         with_live = [run for run in found if any(run.get("live_canaries") or ())]
         for kind, (marker, colour) in looks.items():
             points = [(split["share"], run, at) for run in found for at, split in enumerate(run["canaries"])]
@@ -169,15 +185,11 @@ def main():
     todo = [(name, seed, variant) for name in args.sets for variant in args.variants for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda one: judged(*one), todo))
-    changes = "\n".join(
-        f"- {name}: {' '.join(words) or 'as it is'}" for name, words in VARIANTS.items() if name != "oracle"
-    )
-    changes += (
-        "\n- oracle: as it is, but the split knows the poison (tests/benchmarks/oracle.py): what no rule can better"
-    )
+    now, earlier = results(RESULTS), results(RESULTS / "earlier")
     text = (
         "# Rules of selection\n\nMade by `python -m tests.benchmarks.selection` (its text says how). Each variant is the preset `default` of the set's config with:\n\n"
-        f"{changes}\n\n{table()}"
+        f"{described({run['variant']: run['overrides'] for _, run in now})}\n\n{table(now)}\n## Earlier\n\nThe same of commit {EARLIER}, whose preset scored no coarse and middle "
+        f"views and mixed no pictures, and whose agreement looked at mirrored pictures:\n\n{described({run['variant']: run['overrides'] for _, run in earlier})}\n\n{table(earlier)}"
     )
     write_bytes(RESULTS.with_suffix(".md"), text.encode())
     presets = []

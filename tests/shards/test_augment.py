@@ -15,7 +15,6 @@ from shards.augment import (
     least_side,
     plain_view,
     posterised,
-    probe_view,
     random_box,
     resized,
     sample_rng,
@@ -106,11 +105,3 @@ def test_all_four_operations_happen():
 
 def test_no_word_is_its_own_synonym():
     assert all(word not in others and others for word, others in synonyms().items())
-
-
-def test_the_probe_view_is_one_that_the_clip_loss_does_not_train_on():
-    plain = plain_view(PICTURE, 40)
-    assert np.array_equal(probe_view(PICTURE, 40, ImageAugment(flip=0.5)), plain)
-    assert np.array_equal(probe_view(PICTURE, 40, ImageAugment(flip=0.0)), plain[:, ::-1])
-    few = probe_view(PICTURE, 40, ImageAugment(flip=0.0, posterise=0.5))
-    assert np.array_equal(few, posterised(Image.fromarray(plain[:, ::-1]), 3, 0.0)) and len(np.unique(few)) <= 3
