@@ -133,6 +133,8 @@ class Selection:
     """Pairs are scored also by their picture at this share of its resolution; 1 = not (pipeline/safety/views.py)."""
     crop: float = 1.0
     """Pairs are scored also by the middle of their picture: the share of its area; 1 = not."""
+    mirror: bool = False
+    """Pairs are scored by their pictures mirrored."""
     copies: int | None = None
     """A pair whose picture stands in more pairs than this is never safe; null: it may be."""
     voters: int = 4096

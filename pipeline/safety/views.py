@@ -16,14 +16,17 @@ LEVELS = 3  # of a channel, where views are posterised
 @dataclass(frozen=True)
 class ScoredViews:
     """coarse: share of its pixels a side that the picture is brought down to and back from, 1 = no such view; crop: share of the area that the middle keeps,
-    1 = no such view; posterise: all views are, for a model whose CLIP loss trains on such pictures (shards.augment.posterised)."""
+    1 = no such view; mirror: all views are mirrored, so that no place is as it was learnt where the CLIP loss mirrors nothing; posterise: all
+    views are, for a model whose CLIP loss trains on such pictures (shards.augment.posterised)."""
 
     coarse: float = 1.0
     crop: float = 1.0
+    mirror: bool = False
     posterise: bool = False
 
     def __call__(self, images_BCHW):
-        """List of uint8 (B, C, H, W), the pictures as they are first."""
+        """List of uint8 (B, C, H, W), the whole pictures at their resolution first."""
+        images_BCHW = images_BCHW.flip(-1) if self.mirror else images_BCHW
         found, side = [images_BCHW], images_BCHW.shape[-1]
         if self.coarse < 1:
             few = max(2, round(side * self.coarse))  # torch cannot resize to a single pixel

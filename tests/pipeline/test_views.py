@@ -49,9 +49,15 @@ def test_the_middle_is_what_is_in_the_middle():
     assert (ScoredViews(crop=0.5)(flat)[1] == 77).all()
 
 
+def test_mirrored_views_are_the_views_of_the_mirrored_pictures():
+    images = pictures()
+    for view, same in zip(ScoredViews(0.25, 0.6, mirror=True)(images), ScoredViews(0.25, 0.6)(images.flip(-1))):
+        assert (view == same).all()
+
+
 def test_posterised_views_are_those_that_the_clip_loss_trains_on():
     images = pictures()
-    for view, plain in zip(ScoredViews(0.25, 0.5, True)(images), ScoredViews(0.25, 0.5)(images)):
+    for view, plain in zip(ScoredViews(0.25, 0.5, posterise=True)(images), ScoredViews(0.25, 0.5)(images)):
         for one, picture in zip(view, plain):
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
             expected = np.asarray(augment.posterised(image, LEVELS, 0.0))
@@ -61,7 +67,7 @@ def test_posterised_views_are_those_that_the_clip_loss_trains_on():
 @given(st.floats(0.01, 1), st.floats(0.01, 1), st.booleans(), st.integers(2, 40))
 def test_views_are_pictures_of_the_same_size_and_a_row_knows_no_other(coarse, crop, posterise, side):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, side, side), np.uint8))
-    views = ScoredViews(coarse, crop, posterise)
+    views = ScoredViews(coarse, crop, False, posterise)
     together, alone = views(images), views(images[1:])
     assert len(together) == 1 + (coarse < 1) + (crop < 1)
     for both, one in zip(together, alone):
@@ -71,7 +77,7 @@ def test_views_are_pictures_of_the_same_size_and_a_row_knows_no_other(coarse, cr
 def test_views_stay_on_the_gpu():
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8, device="cuda")
-        assert {view.device.type for view in ScoredViews(0.2, 0.6, True)(images)} == {"cuda"}
+        assert {view.device.type for view in ScoredViews(0.2, 0.6, True, True)(images)} == {"cuda"}
 
 
 class Means(torch.nn.Module):
