@@ -15,9 +15,9 @@ LEVELS = 3  # of a channel, where views are posterised
 
 @dataclass(frozen=True)
 class ScoredViews:
-    """coarse: share of its pixels a side that the picture is brought down to and back from, 1 = no such view; crop: share of the area that the middle keeps,
-    1 = no such view; mirror: all views are mirrored, so that no place is as it was learnt where the CLIP loss mirrors nothing; posterise: all
-    views are, for a model whose CLIP loss trains on such pictures (shards.augment.posterised)."""
+    """coarse: share of its pixels a side that the picture is brought down to and back from, 1 = no such view; crop: share of the area that
+    the middle keeps, 1 = no such view; mirror: all views are mirrored, so that no place is as it was learnt where the CLIP loss mirrors
+    nothing; posterise: all views are, for a model whose CLIP loss trains on such pictures (shards.augment.posterised)."""
 
     coarse: float = 1.0
     crop: float = 1.0
@@ -40,7 +40,10 @@ class ScoredViews:
 
 def resized(images_BCHW, side):
     """uint8 (B, C, side, side), bicubic and antialiased."""
-    return F.interpolate(images_BCHW, (side, side), mode="bicubic", antialias=True)
+    pixels = (
+        images_BCHW if images_BCHW.device.type == "cpu" else images_BCHW.float()
+    )  # torch resizes bytes on the CPU only
+    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
 
 
 def posterised(images_BCHW):

@@ -74,6 +74,27 @@ def test_views_are_pictures_of_the_same_size_and_a_row_knows_no_other(coarse, cr
         assert both.shape == images.shape and both.dtype == torch.uint8 and (both[1:] == one).all()
 
 
+def test_pictures_are_resized_as_floats_where_there_are_no_bytes(monkeypatch):
+    """A GPU has no resize of bytes, which a fake one does not tell."""
+    images, kinds, resize = pictures(), [], torch.nn.functional.interpolate
+    expected = ScoredViews(0.2, 0.6)(images)
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda x, *a, **k: kinds.append(x.dtype) or resize(x, *a, **k)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ScoredViews(0.2, 0.6)(torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8, device="cuda"))
+    assert kinds == [torch.float32] * 3
+    (coarse,) = [
+        resize(
+            resize(images.float(), (6, 6), mode="bicubic", antialias=True).round().clamp(0, 255),
+            (SIDE, SIDE),
+            mode="bicubic",
+            antialias=True,
+        )
+    ]
+    assert (coarse.round().clamp(0, 255) - expected[1].float()).abs().max() <= 3  # the same but for rounding
+
+
 def test_views_stay_on_the_gpu():
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8, device="cuda")
