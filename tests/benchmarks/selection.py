@@ -101,9 +101,9 @@ def judged(name, seed, variant):
 
 
 def results(folder, pattern="*/seed*/*.json"):
-    """[(path, its run)] of a folder of results, by set, variant and seed."""
+    """The runs of a folder of results, by set, variant and seed."""
     paths = sorted(folder.glob(pattern), key=lambda path: (path.parts[-3], path.stem, path.parts[-2]))
-    return [(path, json.loads(path.read_text())) for path in paths]
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def table(found):
@@ -112,7 +112,7 @@ def table(found):
         "| data | variant | seed | clean top-1 | kind | success (base) | AUROC at splits 1, 3, last | passed | seconds |",
         "|---" * 9 + "|",
     ]
-    for _, run in found:
+    for run in found:
         head = f"| {run['set']} | {run['variant']} | {run['seed']} | {run['clean_top1']:.1%} "
         for kind, attack in run["attacks"].items():
             auroc, passed = attack["auroc"], attack["share_in_safe_set"]
@@ -143,7 +143,7 @@ def plot():
         name: [
             run
             for folder in (RESULTS, RESULTS / "earlier")
-            for _, run in results(folder, f"{name}/seed*/*.json")
+            for run in results(folder, f"{name}/seed*/*.json")
             if "canaries" in run
         ]
         for name in CONFIGS
@@ -198,8 +198,8 @@ def main():
     now, earlier = results(RESULTS), results(RESULTS / "earlier")
     text = (
         "# Rules of selection\n\nMade by `python -m tests.benchmarks.selection` (its text says how). Each variant is the preset `default` of the set's config with:\n\n"
-        f"{described({run['variant']: run['overrides'] for _, run in now})}\n\n{table(now)}\n## Earlier\n\nThe same of commit {EARLIER}, whose built-in preset scored one view and mixed no "
-        f"pictures, and whose agreement looked at mirrored pictures, as emoji's still does:\n\n{described({run['variant']: run['overrides'] for _, run in earlier})}\n\n{table(earlier)}"
+        f"{described({run['variant']: run['overrides'] for run in now})}\n\n{table(now)}\n## Earlier\n\nThe same of commit {EARLIER}, whose built-in preset scored one view and mixed no "
+        f"pictures, and whose agreement looked at mirrored pictures, as emoji's still does:\n\n{described({run['variant']: run['overrides'] for run in earlier})}\n\n{table(earlier)}"
     )
     write_bytes(RESULTS.with_suffix(".md"), text.encode())
     presets = []
