@@ -49,7 +49,7 @@ def init(timeout=600.0):
     env.setdefault("LOCAL_RANK", "0")
     env.setdefault("MASTER_PORT", "29500")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(env["LOCAL_RANK"]))
+        torch.cuda.set_device(own_gpu(int(env["LOCAL_RANK"]), torch.cuda.device_count(), env))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     patience = datetime.timedelta(seconds=timeout)
     if env["RANK"] != "0" and "TORCHELASTIC_RUN_ID" not in env:
@@ -58,6 +58,21 @@ def init(timeout=600.0):
     if backend != "gloo":
         _control = dist.new_group(backend="gloo", timeout=patience)
     atexit.register(leave, False)
+
+
+def own_gpu(local_rank, count, env):
+    """int: which of the `count` GPUs that this process sees is its own. Raises UserError where there are too few.
+
+    A process that sees a single GPU was given it by SLURM (--gpus-per-task, --gpu-bind); torchrun shows all of the host's to each.
+    """
+    if count == 1 and "SLURM_PROCID" in env and "TORCHELASTIC_RUN_ID" not in env:
+        return 0
+    if local_rank >= count:
+        raise UserError(
+            f"LOCAL_RANK: got {local_rank} on {host()}, where {count} GPU(s) can be seen; start no more processes a host than it has GPUs "
+            "(--nproc-per-node, --ntasks-per-node), or hide them with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    return local_rank
 
 
 def leave(well=True):

@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +12,19 @@ from hypothesis import settings
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def gpus():
+    """Names for CUDA_VISIBLE_DEVICES, of all that nvidia-smi lists or of those that this process may see."""
+    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    count = listed.stdout.count("GPU ") if listed and listed.returncode == 0 else 0
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name for name in (allowed.split(",") if allowed is not None else map(str, range(count))) if count and name]
+
+
+# The suite runs on CPUs, two to four processes on any host; tests/gpu gives its processes the GPUs back.
+GPUS = gpus()
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def picture(seed, size=16):

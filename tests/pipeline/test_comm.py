@@ -86,3 +86,12 @@ def test_no_group_outlives_the_process_whatever_its_exit_code():
     """One that does aborts the process, in 1 of 9 ends, and its exit code is lost."""
     done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("False\n", 75), done.stderr
+
+
+def test_every_process_has_a_gpu_of_its_own_or_says_what_to_start():
+    assert [comm.own_gpu(rank, 4, {"TORCHELASTIC_RUN_ID": "1"}) for rank in range(4)] == [0, 1, 2, 3]
+    assert [comm.own_gpu(rank, 4, {"SLURM_PROCID": str(rank)}) for rank in range(4)] == [0, 1, 2, 3]
+    assert comm.own_gpu(3, 1, {"SLURM_PROCID": "3"}) == 0
+    for env in ({"TORCHELASTIC_RUN_ID": "1", "SLURM_PROCID": "0"}, {}):
+        with pytest.raises(UserError, match="LOCAL_RANK: got 1 .*1 GPU.*nproc-per-node"):
+            comm.own_gpu(1, 1, env)

@@ -1,0 +1,137 @@
+"""On real GPUs, where there are any: NCCL, every ZeRO stage in fp32 and bf16, resume, and the same numbers as on the CPU.
+
+The rest of the suite never sees a GPU (tests/conftest.py); these give it back to the processes they start, on up to two of them.
+"""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import comm
+from pipeline.safety.scores import ScoreFiles
+from pipeline.safety.scoring import gather_voters, score_all_pairs
+from pipeline.safety.views import ScoredViews
+from pipeline.training import run as running
+from pipeline.training.start import Run
+from shards.augment import ImageAugment, drawn_view, sample_rng
+from shards.colour import as_numbers, coloured_batch
+from shards.demo import shapes
+from shards.mixing import mixed
+from tests.conftest import GPUS
+from tests.pipeline.test_resume import config, cut_off, metrics, weights
+from tests.ranks import run_ranks
+from tests.shards.test_colour import picture
+
+pytestmark = pytest.mark.skipif(not GPUS, reason="no GPU here")
+WORLD = min(len(GPUS), 2)
+
+
+@pytest.fixture(autouse=True)
+def seen(monkeypatch):
+    """Processes that are started from here see the GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(GPUS[:WORLD]))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    shapes(folder / "shapes", pairs=240, test=36)
+    return folder
+
+
+def whole_and_cut(folder, precision, stage, augment_on):
+    assert comm.device().type == "cuda" and torch.distributed.get_backend() == "nccl"
+    for name in ("whole", "cut"):
+        made = on_gpu(folder, name, precision, stage, augment_on)
+        if name == "cut":
+            cut_off(made, 7)  # in the unimodal epoch
+            cut_off(made, 14, times=2)  # in the first epoch with a split
+        running.train(made)
+
+
+def on_gpu(folder, name, precision, stage, augment_on):
+    name = f"{name}_{precision}_{stage}_{augment_on}"
+    changes = {"train__precision": precision, "train__zero_stage": stage, "data__augment_on": augment_on}
+    return config(folder, name, **changes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage, augment_on", [(0, "device"), (1, "worker"), (2, "device"), (3, "worker")])
+def test_a_run_that_was_asked_to_stop_twice_ends_bit_for_bit_as_one_that_was_not(data, precision, stage, augment_on):
+    words = precision, stage, augment_on
+    run_ranks(whole_and_cut, WORLD, data, *words, timeout=120)
+    whole, cut = (on_gpu(data, name, *words) for name in ("whole", "cut"))
+    assert metrics(whole) == metrics(cut)
+    assert weights(whole) == weights(cut)
+
+
+def scored(folder, name, score):
+    """(float32 (N,) scores of a fresh model's pairs, where they were made)."""
+    made = config(folder, name, selection__score=score)
+    run = Run(made)
+    run.saver.wait()
+    run.engine.eval()
+    arguments = run.engine, run.samples, run.views, 32, run.device
+    files = ScoreFiles(run.run_dir / "masks" / "scores", run.index, 0)
+    voters = gather_voters(*arguments, 128, 0) if score == "agreement" else None
+    with torch.no_grad():
+        score_N, _ = score_all_pairs(*arguments, 0, files, voters=voters)
+    return np.array(score_N), run.device.type
+
+
+@pytest.mark.parametrize("score", ["cosine", "agreement"])
+def test_pairs_get_the_scores_that_they_get_on_the_cpu(data, score, monkeypatch):
+    (here, place), *_ = run_ranks(scored, WORLD, data, f"here_{score}", score)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (there, other), *_ = run_ranks(scored, WORLD, data, f"there_{score}", score)
+    assert (place, other) == ("cuda", "cpu")
+    assert np.ptp(there) > 0.01 and np.abs(here - there).max() < 2e-3  # TF32's mantissa has 10 bits
+
+
+def pixels(device):
+    """{what: uint8 (N, C, H, W)}: every change of pixels that is made on the device."""
+    augment = ImageAugment(posterise=0.3)
+    drawn = [drawn_view(picture(n), 32, sample_rng(0, 0, 0, n, 1), augment) for n in range(64)]
+    images = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for image, _ in drawn])).to(device)
+    numbers = torch.from_numpy(np.stack([as_numbers(colour) for _, colour in drawn])).to(device)
+    mixing = torch.rand(64, 4, generator=torch.Generator().manual_seed(0)).to(device) / 2
+    found = {f"view {n}": view for n, view in enumerate(ScoredViews(0.2, 0.6, True)(images))}
+    found |= {"colours": coloured_batch(images, numbers)}
+    found |= {"mixed": mixed(images, mixing, torch.ones(64, dtype=torch.bool, device=device))}
+    return {name: image.cpu() for name, image in found.items()}
+
+
+def pixels_on_gpu():
+    return pixels(comm.device())
+
+
+def test_pictures_are_changed_as_on_the_cpu():
+    here, there = run_ranks(pixels_on_gpu, WORLD)[0], pixels("cpu")
+    for name, image in there.items():
+        off = (image.int() - here[name].int()).abs()
+        # Hue is discontinuous, and a posterised channel jumps by levels: a rounding may move single pixels far.
+        assert (off > 1).float().mean() < 2e-3, name
+
+
+def on_the_cpu(folder):
+    made = config(folder, "moved", train__zero_stage=0)
+    cut_off(made, 14)
+
+
+def on_the_gpu(folder):
+    running.train(config(folder, "moved", train__zero_stage=0))
+
+
+def test_a_run_begun_on_the_cpu_goes_on_on_the_gpu(data, monkeypatch):
+    with monkeypatch.context() as hidden:
+        hidden.setenv("CUDA_VISIBLE_DEVICES", "")
+        run_ranks(on_the_cpu, WORLD, data)
+        shutil.copytree(data / "moved", data / "stayed")
+    run_ranks(on_the_gpu, WORLD, data)
+    rows = [json.loads(line) for line in open(data / "moved" / "metrics.jsonl")]
+    assert os.path.exists(data / "moved" / "checkpoints" / "step_00000040") and rows[-1]["step"] == 40
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
