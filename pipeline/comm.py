@@ -54,7 +54,8 @@ def init(timeout=600.0):
     patience = datetime.timedelta(seconds=timeout)
     if env["RANK"] != "0" and "TORCHELASTIC_RUN_ID" not in env:
         await_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout)
-    dist.init_process_group(backend, timeout=patience)
+    # Without its device NCCL guesses one from the rank, which hangs where ranks and GPUs are not in step.
+    dist.init_process_group(backend, timeout=patience, device_id=device() if backend == "nccl" else None)
     if backend != "gloo":
         _control = dist.new_group(backend="gloo", timeout=patience)
     atexit.register(leave, False)

@@ -15,16 +15,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def gpus():
-    """Names for CUDA_VISIBLE_DEVICES, of all that nvidia-smi lists or of those that this process may see."""
+    """Names for CUDA_VISIBLE_DEVICES, of all that nvidia-smi lists or of those that this process may see, joined by commas."""
     listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     count = listed.stdout.count("GPU ") if listed and listed.returncode == 0 else 0
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [name for name in (allowed.split(",") if allowed is not None else map(str, range(count))) if count and name]
+    return (",".join(map(str, range(count))) if allowed is None else allowed) if count else ""
 
 
 # The suite runs on CPUs, two to four processes on any host; tests/gpu gives its processes the GPUs back.
-GPUS = gpus()
+os.environ.setdefault("SAFECLIP_TEST_GPUS", gpus())  # kept for processes that a test runner starts
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+GPUS = [name for name in os.environ["SAFECLIP_TEST_GPUS"].split(",") if name]
 
 
 def picture(seed, size=16):
