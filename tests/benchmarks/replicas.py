@@ -155,7 +155,10 @@ def main():
 
     def one(preset, attack, seed):
         if time.monotonic() < until:
-            make(args.set, preset, attack, seed, args.attacks)
+            try:
+                make(args.set, preset, attack, seed, args.attacks)
+            except subprocess.CalledProcessError as error:  # the others are worth having
+                print(f"{run_dir(args.set, preset, attack, seed)}: failed ({error.returncode}), its .log says why")
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: one(*job), todo))
