@@ -23,8 +23,8 @@ def gpus():
 
 
 # The suite runs on CPUs, two to four processes on any host; tests/gpu gives its processes the GPUs back.
-os.environ.setdefault("SAFECLIP_TEST_GPUS", gpus())  # kept for processes that a test runner starts
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "SAFECLIP_TEST_GPUS" not in os.environ:  # processes that a test starts import this too
+    os.environ.update(SAFECLIP_TEST_GPUS=gpus(), CUDA_VISIBLE_DEVICES="")
 GPUS = [name for name in os.environ["SAFECLIP_TEST_GPUS"].split(",") if name]
 
 
