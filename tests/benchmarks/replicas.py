@@ -5,7 +5,7 @@ python -m tests.benchmarks.replicas shapes_small [--attacks 0 1 2 3 4 5] [--seed
 Trains run.seed = each of SEEDS on every attack of launch/train_run.sh's `prepare`, and without poison, and asks every model with every
 attack's triggers. What is finished is used again; after `--minutes` nothing new is begun. Writes tests/benchmarks/replicas/SET.json (an
 object a model and attack) and, from all that are there, tests/benchmarks/replicas.md: the mean success with poison less that without,
-with its 95 % interval (Welch 1947, over models; a targeted picture counts with its model).
+with its 95 % interval (Welch 1947, over models).
 """
 
 import argparse
@@ -81,47 +81,59 @@ def judge(run, name, attacks):
 
 
 def difference(with_poison, without):
-    """(mean, half the width of its 95 % interval) of the difference of two means (Welch); the width is nan with fewer than two of each."""
-    a, b = np.array(with_poison), np.array(without)
-    if min(len(a), len(b)) < 2:
-        return a.mean() - b.mean(), float("nan")
-    parts = np.array([a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)])
-    if not parts.sum():
-        return a.mean() - b.mean(), 0.0
-    freedom = parts.sum() ** 2 / (parts**2 / np.array([len(a) - 1, len(b) - 1])).sum()
-    return a.mean() - b.mean(), stats.t.ppf(0.975, freedom) * parts.sum() ** 0.5
+    """(mean, half the width of its 95 % interval): the mean over groups of runs with poison less the mean without (Welch, over the parts).
+
+    `with_poison`: list of the groups' values; `without`: values. The width is nan where a part has fewer than two.
+    """
+    parts = [*map(np.asarray, with_poison), np.asarray(without)]
+    mean = np.mean([part.mean() for part in parts[:-1]]) - parts[-1].mean()
+    if min(map(len, parts)) < 2:
+        return mean, float("nan")
+    share = np.array([1 / len(with_poison)] * len(with_poison) + [1])  # of each part's mean in the difference
+    variance = share**2 * [part.var(ddof=1) / len(part) for part in parts]
+    if not variance.sum():
+        return mean, 0.0
+    freedom = variance.sum() ** 2 / (variance**2 / [len(part) - 1 for part in parts]).sum()
+    return mean, stats.t.ppf(0.975, freedom) * variance.sum() ** 0.5
 
 
 def table(found):
     """Markdown: a row for each set, preset and attack, and one over the attacks of a set."""
     lines = [
-        "| data | preset | attack | runs with poison, without | clean top-1, mean ± deviation | "
+        "| data | preset | attack | runs with poison, without | clean top-1 with, without: mean ± deviation | "
         + " | ".join(f"{kind}: with, without, what poison adds" for kind in KINDS)
         + " |",
         "|---" * (5 + len(KINDS)) + "|",
     ]
     for name, preset in sorted({(row["set"], row["preset"]) for row in found}):
         rows = [row for row in found if (row["set"], row["preset"]) == (name, preset)]
-        attacks = sorted({row["attack"] for row in rows if row["poisoned"]})
-        for attack in [*attacks, None]:
-            these = [row for row in rows if row["attack"] == attack or attack is None and row["attack"] in attacks]
-            pair = [[row for row in these if row["poisoned"] is poisoned] for poisoned in (True, False)]
-            if not all(pair):
-                continue
-            clean = 100 * np.array([row["clean_top1"] for row in pair[0]])
-            models = [len({(row["seed"], row["attack"] if row["poisoned"] else None) for row in rows}) for rows in pair]
-            cells = [f"{clean.mean():.1f} ± {clean.std(ddof=1) if len(clean) > 1 else 0:.1f} %"]
+        groups = {attack: [r for r in rows if r["poisoned"] and r["attack"] == attack] for attack in range(99)}
+        groups = {attack: group for attack, group in groups.items() if group}
+        # A model without poison was asked with every attack: over all of them it counts once.
+        models = {}
+        for row in rows:
+            if not row["poisoned"] and row["attack"] in groups:
+                models.setdefault(row["seed"], {})[row["attack"]] = row
+        if not models:
+            continue
+        clean = [np.mean([100 * row["clean_top1"] for row in asked.values()]) for asked in models.values()]
+        for attacks in [*([attack] for attack in groups), list(groups)]:
+            these = [groups[attack] for attack in attacks]
+            cells = []
+            poisoned = [100 * row["clean_top1"] for group in these for row in group]
+            cells.append(", ".join(f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}" for x in (poisoned, clean)))
             for kind in KINDS:
-                success = [[100 * row["attacks"][kind]["success"] for row in rows] for rows in pair]
-                if attack is None:  # a model without poison was asked with every attack: one mean a model
-                    by_model = {}
-                    for row, value in zip(pair[1], success[1]):
-                        by_model.setdefault(row["seed"], []).append(value)
-                    success[1] = [np.mean(values) for values in by_model.values()]
-                more, width = difference(*success)
-                cells.append(f"{np.mean(success[0]):.1f}, {np.mean(success[1]):.1f}, {more:+.1f} ± {width:.1f}")
-            label = "all" if attack is None else attack
-            lines.append(f"| {name} | {preset} | {label} | {models[0]}, {models[1]} | " + " | ".join(cells) + " |")
+                success = [[100 * row["attacks"][kind]["success"] for row in group] for group in these]
+                without = [
+                    np.mean([100 * asked[attack]["attacks"][kind]["success"] for attack in attacks])
+                    for asked in models.values()
+                ]
+                more, width = difference(success, without)
+                mean = np.mean([np.mean(group) for group in success])
+                cells.append(f"{mean:.1f}, {np.mean(without):.1f}, {more:+.1f} ± {width:.1f}")
+            label = "all" if len(attacks) > 1 else attacks[0]
+            head = f"| {name} | {preset} | {label} | {sum(map(len, these))}, {len(models)} | "
+            lines.append(head + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.configfile import load_config
 from shards.storage import write_bytes, write_json
+from tests.benchmarks.rules import RULES
 
 CONFIGS = {
     "shapes": "configs/quickstart.yaml",
@@ -55,16 +56,15 @@ VARIANTS = {
     "no-refill": ["selection.refill=false"],
     "slow-rate-halved": ["train.slow_lr=3e-4"],
     "slow-epochs-2": ["train.slow_epochs=2"],
-    "cross-fit": [],
-    "oracle": [],
+    "no-copies": ["selection.copies=null"],
     "live-canaries": ["selection.live_canaries=40"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
-}
-# Variants that are no setting of a config: the program that trains them, and what it does.
-PROGRAMS = {
-    "oracle": ("tests.benchmarks.oracle", "the split knows the poison: what no rule can better"),
-    "cross-fit": ("tests.benchmarks.crossfit", "each pair is scored only after an epoch that left it out"),
+    # Rules that are no setting of a config, with the settings that they need.
+    **{rule: [] for rule in RULES},
+    "nce": ["selection.score=agreement"],
+    "frozen": ["selection.score=agreement"],
+    "live-canary-brake": ["selection.live_canaries=40"],
 }
 EARLIER = "5de40d9"  # the last commit whose built-in default had neither views nor mixing
 
@@ -78,22 +78,20 @@ def judged(name, seed, variant):
     if not (run / "eval.json").exists():
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-        def command(*parts, program="pipeline.cli"):
+        def command(*parts):
             run.parent.mkdir(parents=True, exist_ok=True)
             with open(f"{run}.log", "a") as log:
-                subprocess.run(
-                    [sys.executable, "-m", program, *parts], env=environment, stdout=log, stderr=log, check=True
-                )
+                subprocess.run([sys.executable, "-m", *parts], env=environment, stdout=log, stderr=log, check=True)
 
-        program, _ = PROGRAMS.get(variant, ("pipeline.cli", ""))
-        command("train", CONFIGS[name], f"run.dir={run}", *words, program=program)
+        program = ["tests.benchmarks.rules", variant] if variant in RULES else ["pipeline.cli"]
+        command(*program, "train", CONFIGS[name], f"run.dir={run}", *words)
         known = (
             "--baseline",
             f"runs/reproduce/{name}/seed{seed}/clip",
             "--unpoisoned",
             *(f"runs/reproduce/{name}/unpoisoned/seed{n}" for n in range(3)),
         )
-        command("evaluate", str(run), *known)
+        command("pipeline.cli", "evaluate", str(run), *known)
     found = json.loads((run / "eval.json").read_text())
     about = {"set": name, "seed": seed, "variant": variant, "overrides": VARIANTS[variant], "config": config.hash()}
     write_json(RESULTS / name / f"seed{seed}" / f"{variant}.json", about | found)
@@ -126,8 +124,9 @@ def table(found):
 
 def described(variants):
     """Markdown: a line for each variant of {name: overrides}."""
+    ruled = {name: RULES[name].__doc__ if name in RULES else "" for name in variants}
     return "\n".join(
-        f"- {name}: {' '.join(words) or PROGRAMS.get(name, (None, 'as it is'))[1]}"
+        f"- {name}: {'; '.join(filter(None, (ruled[name], ' '.join(words)))) or 'as it is'}"
         for name, words in sorted(variants.items())
     )
 

@@ -1,0 +1,240 @@
+"""The command line with another rule of selection: python -m tests.benchmarks.rules RULE train CONFIG ...
+
+Each rule is a variant of `tests.benchmarks.selection` (RULES says what it does): what was tried beside the preset `default` and is no
+setting of a config. In one process and one piece only: what a rule remembers between splits is not on disk.
+"""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.stats import binom, binomtest
+from sklearn.cluster import KMeans
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from pipeline import cli
+from pipeline.evaluation.report import poison_rows
+from pipeline.safety import agreement, split
+from pipeline.safety.canaries import passing
+from pipeline.training import run as running
+from shards.augment import plain_view
+from shards.masks import SafeMask
+
+honest_scores, honest_mask, honest_split = running.scores_for, running.mask_for, running.split_pairs
+ALLOWED = 0.05  # of the canaries may pass: Wilson's lower bound
+CLUSTERS = 64  # of pictures, and of captions
+SURPRISE = 1e-6  # probability below which pairs of one group come in together
+
+
+def oracle():
+    """the split knows the poison: what no rule can better"""
+
+    def scores_for(run, *rest):
+        score_N, *others = honest_scores(run, *rest)
+        score_N[poison_rows(run.samples.overlay, run.index)] = np.nanmin(score_N)
+        return score_N, *others
+
+    running.scores_for = scores_for
+
+
+def cross_fit():
+    """each pair is scored only after an epoch that left it out"""
+    kept = {}
+
+    def fold_of(run):
+        return np.random.default_rng(run.config.run.seed).random(run.index.samples) < 0.5
+
+    def scores_for(run, epoch, *rest):
+        cos_N, canary_C, mean_of = honest_scores(run, epoch, *rest)
+        fold_N, first = fold_of(run), not kept
+        for fold in (False, True):
+            if not first and fold != bool(epoch.number % 2):
+                continue  # trained on in the last epoch: what stood before stays
+            here = cos_N[fold_N == fold]
+            kept[fold] = (here - np.nanmean(here)) / np.nanstd(here)  # two models' cosines are not on one scale
+        score_N = np.empty_like(cos_N)
+        for fold, score in kept.items():
+            score_N[fold_N == fold] = score
+        canary_C = (canary_C - np.nanmean(cos_N)) / np.nanstd(cos_N)
+        return np.clip(score_N / 8, -1, 1), np.clip(canary_C / 8, -1, 1), mean_of  # the cosine's range
+
+    def mask_for(run, epoch, stop):
+        mask = honest_mask(run, epoch, stop)
+        return SafeMask.from_flags(run.index.counts, mask.flags() & (fold_of(run) == bool(epoch.number % 2)))
+
+    running.scores_for, running.mask_for = scores_for, mask_for
+
+
+def nce():
+    """the score is the contrast with 4,096 voters' captions and pictures alone"""
+
+    def score(self, row_B, image_BD, text_BD):
+        return (self.terms(row_B, image_BD, text_BD)[:, 0] / 4 + 3).clamp(-6, 6)  # into the range, in the same order
+
+    agreement.Voters.score = score
+
+
+def frozen():
+    """the neighbours' two terms of the agreement, in the towers' spaces as the unimodal epoch left them"""
+    before, honest_evaluate = {}, running.evaluate
+
+    def evaluate(run, epoch, *rest):
+        if epoch.stage == "unimodal":
+            before.update({name: value.clone() for name, value in run.engine.module.state_dict().items()})
+        return honest_evaluate(run, epoch, *rest)
+
+    def score(self, row_B, image_BD, text_BD):
+        by_image_BV, by_text_BV = image_BD @ self.image_VD.T, text_BD @ self.text_VD.T
+        own_BV = row_B[:, None] == self.row_V
+        copy_BV = own_BV | (by_image_BV > agreement.COPY * image_BD.norm(dim=1)[:, None] * self.image_VD.norm(dim=1))
+        near_text_BK, near_image_BK = (
+            self.nearest(x.masked_fill(no, -2)) for x, no in ((by_text_BV, own_BV), (by_image_BV, copy_BV))
+        )
+        pictures_B = by_image_BV.gather(1, near_text_BK).mean(1) - by_image_BV.mean(1)
+        captions_B = by_text_BV.gather(1, near_image_BK).mean(1) - by_text_BV.mean(1)
+        return ((pictures_B + captions_B) * 3).clamp(-6, 6)
+
+    def scores_for(run, *rest):
+        now = {name: value.clone() for name, value in run.engine.module.state_dict().items()}
+        run.engine.module.load_state_dict(before)
+        found = honest_scores(run, *rest)
+        run.engine.module.load_state_dict(now)
+        return found
+
+    agreement.Voters.score, running.evaluate, running.scores_for = score, evaluate, scores_for
+
+
+def weight_cap():
+    """the safe share is at most the weight of the mixture's higher component"""
+    honest = split.decide
+
+    def decide(*words):
+        mixture, share, *rest = honest(*words)
+        return mixture, min(share, mixture.weight[1]) if mixture else share, *rest
+
+    split.decide = decide
+
+
+def canary_brake():
+    """the safe share shrinks until Wilson's lower bound of the static canaries that pass is 5 %"""
+
+    def split_pairs(score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), live=None):
+        low = [passing(canary_C, cut)["low"] for cut in np.sort(canary_C)]
+        cut = np.sort(canary_C)[np.argmax(np.array(low) <= ALLOWED)]
+        cap = min(selection.cap, float(np.mean(score_N >= cut)))
+        first_share = None if first_share is None else min(first_share, cap)
+        return honest_split(score_N, counts_S, replace(selection, cap=cap), number, first_share, before, canary_C, live)
+
+    running.split_pairs = split_pairs
+
+
+def live_canary_brake():
+    """the safe share goes back, split by split, until Wilson's lower bound of each kind of live canaries that pass is 5 %"""
+
+    def split_pairs(score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), live=None):
+        share = min(selection.cap, (first_share or selection.first_share) + number * selection.growth)
+        while True:
+            cut = np.sort(score_N)[::-1][round(share * len(score_N)) - 1]
+            low = [
+                binomtest(int((score_N[row_L] >= cut).sum()), len(row_L)).proportion_ci(method="wilson").low
+                for row_L in live.values()
+            ]
+            if max(low) <= ALLOWED or share <= selection.growth:
+                break
+            share -= selection.growth
+        return honest_split(
+            score_N, counts_S, replace(selection, cap=share), number, first_share, before, canary_C, live
+        )
+
+    running.split_pairs = split_pairs
+
+
+def groups(run):
+    """int64 (N,): a number for each pair, the same for those whose pictures, at 8 x 8 pixels, and whose captions' words are in one cluster."""
+    samples, index = run.samples, run.index
+    shard_N, position_N = index.place(np.arange(index.samples))
+    places = list(zip(shard_N.tolist(), position_N.tolist()))
+    words_NW = TfidfVectorizer().fit_transform([samples.caption(*place) for place in places])
+    pixels_NP = np.stack([plain_view(samples.image(*place), 8).ravel() for place in places]) / 255
+    by_word, by_pixel = (KMeans(CLUSTERS, n_init=1, random_state=0).fit_predict(x) for x in (words_NW, pixels_NP))
+    return by_pixel * CLUSTERS + by_word
+
+
+def alarms(flags_N, before_N, group_N):
+    """bool (N,): pairs that come in with more of their group than chance brings (binomial, of all that come in)."""
+    new_N = flags_N & ~before_N
+    free_G = np.bincount(group_N, ~before_N, CLUSTERS**2)
+    new_G = np.bincount(group_N, new_N, CLUSTERS**2)
+    odds = new_N.sum() / max(1, (~before_N).sum())
+    return new_N & (binom.sf(new_G - 1, free_G, odds) < SURPRISE)[group_N]
+
+
+def flip_brake():
+    """the safe set stays as it is where a group of pairs would come in at once"""
+    watch(lambda alarmed_N, flags_N, before_N: before_N if alarmed_N.any() else flags_N)
+
+
+def cluster_alarm():
+    """groups of pairs that come in at once are held back, until they come in one by one"""
+    watch(lambda alarmed_N, flags_N, before_N: flags_N & ~alarmed_N)
+
+
+def watch(rule):
+    """Let `rule` change every split's flags, knowing those of the last one and what would come in in groups since."""
+    kept = {}
+
+    def scores_for(run, *rest):
+        if not kept:
+            kept["group"] = groups(run)
+        return honest_scores(run, *rest)
+
+    def split_pairs(score_N, counts_S, *rest):
+        found = honest_split(score_N, counts_S, *rest)
+        flags_N = found.mask.flags()
+        if "before" in kept:
+            alarmed_N = alarms(flags_N, kept["before"], kept["group"])
+            flags_N = rule(alarmed_N, flags_N, kept["before"])
+            found.note += f"{alarmed_N.sum()} pairs would come in in groups"
+            found.mask = SafeMask.from_flags(counts_S, flags_N)
+            found.share = found.mask.share
+        kept["before"] = flags_N
+        return found
+
+    running.scores_for, running.split_pairs = scores_for, split_pairs
+
+
+def continuous_rate():
+    """after the slow epoch the learning rate rises in an epoch's steps, instead of at once"""
+    honest = running.learning_rate
+
+    def learning_rate(step, epoch, steps_per_epoch, train):
+        rate = honest(step, epoch, steps_per_epoch, train)
+        first = (train.unimodal_epochs + train.slow_epochs) * steps_per_epoch
+        if epoch.stage == "safeclip" and step < first + steps_per_epoch:
+            rate = train.slow_lr + (rate - train.slow_lr) * (step - first + 1) / steps_per_epoch
+        return rate
+
+    running.learning_rate = learning_rate
+
+
+RULES = {
+    rule.__name__.replace("_", "-"): rule
+    for rule in (
+        oracle,
+        cross_fit,
+        nce,
+        frozen,
+        weight_cap,
+        canary_brake,
+        live_canary_brake,
+        flip_brake,
+        cluster_alarm,
+        continuous_rate,
+    )
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    RULES[sys.argv.pop(1)]()
+    cli.main()
