@@ -100,7 +100,13 @@ def decide(counts_K, score_N, selection, number, first_share):
             if first_share != found:
                 note = note or f"posterior > {selection.posterior} holds for {found:.1%}"
                 note += f"; the first share is {first_share:.1%}"
-    share = growth(first_share, number, selection.growth, selection.cap)
+    share, scored = growth(first_share, number, selection.growth, selection.cap), counts_K.sum() / len(score_N)
+    if share > scored:
+        parts = [
+            note,
+            f"{scored:.1%} of the pairs have a score: others cannot be read, or are copies (selection.copies)",
+        ]
+        note = "; ".join(filter(None, parts))
     return (
         mixture,
         share,

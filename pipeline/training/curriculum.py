@@ -86,7 +86,7 @@ def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
     if not safe.steps:
         raise UserError(
             f"selection: the safe set of epoch {epoch.number} has {int(mask.counts('safe').sum())} pairs, less than one batch of "
-            f"{train.batch_size}; set selection.first_share, or a smaller train.batch_size"
+            f"{train.batch_size}; set selection.first_share, selection.copies=null where pictures repeat, or a smaller train.batch_size"
         )
     risky_steps = min(risky.steps, total - safe.steps) if chosen.risky == "unimodal" else 0
     safe_steps = total - risky_steps if chosen.refill else safe.steps
