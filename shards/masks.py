@@ -44,6 +44,11 @@ class SafeMask:
         """bool (n,): safe or not, of one shard."""
         return np.unpackbits(self.shard_bits(shard), count=int(self.counts_S[shard])).astype(bool)
 
+    def at(self, shard_B, position_B):
+        """bool (B,): safe or not, of single samples."""
+        byte_B = self.bits[self.starts[shard_B] + position_B // 8]
+        return (byte_B >> (7 - position_B % 8) & 1).astype(bool)
+
     def flags(self):
         """bool (N,) in (shard, position) order."""
         return np.concatenate([self.shard_flags(s) for s in range(len(self.counts_S))] or [np.zeros(0, bool)])

@@ -12,9 +12,10 @@ from shards.storage import write_bytes
 
 
 class ScoreFiles:
-    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair has no score.
+    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, lowered, and the reason where a pair has no score.
 
-    The score is what pairs are ranked by (selection.score): of this split alone, or with `before` the mean over the splits up to this one.
+    The score is what pairs are ranked by (selection.score): of this split alone, or with `before` the mean over the splits up to this one,
+    in either case lowered by suspicion, by as much as `lowered` says.
     Files of another step of the model, made by another config, or with means of another number, are not used.
     """
 
@@ -49,12 +50,13 @@ class ScoreFiles:
         ]
         return table["score"].to_numpy().astype(np.float32), bad
 
-    def write(self, shard, cos_B, score_B, bad):
-        """Put a whole shard's cosines and scores, float32 (n,), and why some have none on disk; returns the scores, meant where they are.
+    def write(self, shard, cos_B, score_B, bad, lowered_B=None):
+        """Put a whole shard's cosines and scores, float32 (n,), and why some have none on disk; returns the scores, meant and lowered.
 
         Raises UserError when the scores of the split before are gone.
         """
-        score_B = self.mean(shard, score_B) if self.before else score_B
+        lowered_B = np.zeros_like(score_B) if lowered_B is None else lowered_B
+        score_B = (self.mean(shard, score_B) if self.before else score_B) - lowered_B
         reasons = [None] * len(cos_B)
         for _, position, _, reason in bad:
             reasons[position] = reason
@@ -63,6 +65,7 @@ class ScoreFiles:
             "key": self.index.table(shard).keys,
             "cosine": cos_B,
             "score": score_B,
+            "lowered": lowered_B,
             "reason": pa.array(reasons, pa.string()),
         }
         file = io.BytesIO()
@@ -73,10 +76,12 @@ class ScoreFiles:
         return score_B
 
     def mean(self, shard, score_B):
-        """The mean of these scores and of those of the splits before; a pair that none of them could read has this score."""
+        """The mean of these scores and of those of the splits before, as they were before suspicion lowered them; a pair that none of
+        them could read has this score."""
         path = self.before / f"{shard:05d}.parquet"
         try:
-            before_B = pq.read_table(path, columns=["score"])["score"].to_numpy()
+            table = pq.read_table(path, columns=["score", "lowered"])
+            before_B = table["score"].to_numpy() + table["lowered"].to_numpy()
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"scores {path}: cannot be read ({error}), and selection.score=agreement goes on from them; bring them back"

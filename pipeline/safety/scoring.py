@@ -83,12 +83,22 @@ def gather_voters(engine, samples, views, batch_size, device, count, seed):
 
 
 def score_all_pairs(
-    engine, samples, views, batch_size, device, workers=0, files=None, each_round=None, voters=None, singles=None
+    engine,
+    samples,
+    views,
+    batch_size,
+    device,
+    workers=0,
+    files=None,
+    each_round=None,
+    voters=None,
+    singles=None,
+    suspicion=None,
 ):
     """(score_N, bad): float32 scores of all pairs in (shard, position) order, the same vector on every rank.
 
     The score is the cosine, or with `voters` (agreement.Voters) the agreement. With `singles` (copies.Singles) a pair that
-    is not among them has a cosine but no score, and is never safe. The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same
+    is not among them has a cosine but no score, and is never safe; with `suspicion` (suspicion.Suspicion) scores are lowered. The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same
     number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer. With `files` (scores.ScoreFiles) a
     shard is written as soon as it is scored, what is there is not scored again, and the scores are those that the files hold.
     `each_round(done, rounds)` is called by all ranks after every pass.
@@ -108,16 +118,21 @@ def score_all_pairs(
     for number, (batch, image_BD, text_BD, _, cos_B) in enumerate(
         embed(engine, samples, views, pairs, device, workers)
     ):
-        score_B = scores(batch, image_BD, text_BD, batch.rows.to(device), voters)
+        row_B = batch.rows.to(device)
+        score_B = scores(batch, image_BD, text_BD, row_B, voters)
+        lowered_B = suspicion.lowered_by(row_B, batch.images) if suspicion else torch.zeros_like(score_B)
         if number < len(mine):
             shard, rows = mine[number]
-            parts.append(torch.stack([cos_B, score_B]))
+            parts.append(torch.stack([cos_B, score_B, lowered_B]))
             found += batch.bad
             if rows.stop == index.offsets[shard + 1]:  # only now are they copied: the GPU is not waited for in between
-                cos_S, score_S = torch.cat(parts, 1).cpu().numpy()
+                cos_S, score_S, lowered_S = torch.cat(parts, 1).cpu().numpy()
                 copies = singles.copies(shard, index) if singles else []
                 score_S[[position for _, position, _, _ in copies]] = np.nan
-                score_S = files.write(shard, cos_S, score_S, found + copies) if files else score_S
+                if files:
+                    score_S = files.write(shard, cos_S, score_S, found + copies, lowered_S)
+                else:
+                    score_S = score_S - lowered_S
                 score_N[index.offsets[shard] : rows.stop] = score_S
                 bad += found
                 parts, found = [], []

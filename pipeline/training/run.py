@@ -14,9 +14,12 @@ import torch
 from pipeline import comm
 from pipeline.safety.canaries import score_canaries
 from pipeline.safety.copies import singles_of_run
+from pipeline.safety.mixture import deviation
 from pipeline.safety.scores import ScoreFiles, running_mean
 from pipeline.safety.scoring import gather_voters, score_all_pairs
+from pipeline.safety.selection import RANGES
 from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
+from pipeline.safety.suspicion import Suspicion, sample_of_run
 from pipeline.training import engine as engines
 from pipeline.training.bad import bad_so_far, record, stop_where_bad
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
@@ -124,8 +127,10 @@ def mask_for(run, epoch, stop):
         split = split_pairs(
             score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
         )
+        if config.selection.suspicion:
+            learn_suspicion(run, folder, split)
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
-        made |= {"score": config.selection.score, "mean_of": mean_of}
+        made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
         comm.on_main(save_split, folder, split, index, made)
     else:
         split = load_split(folder, index)
@@ -160,13 +165,35 @@ def scores_for(run, epoch, folder, before, stop, meter):
     if config.selection.copies:
         where, size = folder.with_name("singles"), config.selection.batch_size
         singles = singles_of_run(where, run.samples, run.views, size, config.data.workers, config.selection.copies)
-    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles)
+    suspicion = comm.on_main(suspicion_of, before, state, config) if before and config.selection.suspicion else None
+    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles, suspicion)
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
     before_C = np.load(before / "canaries.npy") if splits else ()
     if len(before_C) == len(canary_C):  # their number may have been changed
         canary_C = running_mean(before_C, canary_C, splits)
     return score_N, canary_C, splits + 1
+
+
+def learn_suspicion(run, folder, split):
+    """Learn from this split what the next one is suspicious of, and put it into this one's folder. All ranks call."""
+    settings, workers, seed = run.config.selection, run.config.data.workers, run.config.run.seed
+    sample = sample_of_run(folder.with_name("sample"), run.samples, run.views, settings.batch_size, workers, seed)
+
+    def learn():
+        safe_S = split.mask.at(*run.index.place(sample.row_S))
+        sample.learn(safe_S, settings.suspicion, deviation(split.counts_K, *RANGES[settings.score])).save(folder)
+
+    comm.on_main(learn)
+
+
+def suspicion_of(before, state, config):
+    """Suspicion that the split in the folder `before` left; None where it left none, as selection.suspicion was switched on since.
+
+    Raises UserError if it is gone."""
+    is_split(before, False, state, config)
+    meta = json.loads((before / "mask.json").read_text())
+    return Suspicion.load(before) if meta.get("suspicion") else None
 
 
 def splits_so_far(before, state, config):
