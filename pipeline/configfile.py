@@ -152,6 +152,8 @@ def check(config):
     for key in SHARES:
         if value(key) is not None and not 0 <= value(key) <= 1:
             raise UserError(f"{key}: got {value(key)}, expected a share from 0 to 1")
+    if not config.selection.suspicion >= 0:
+        raise UserError(f"selection.suspicion: got {config.selection.suspicion}, expected 0 or more")
     if not config.data.index and not config.data.sources:
         raise UserError("data.index: missing; make one with `safeclip index SHARDS... --out DIR` and name DIR")
     check_sources(config.data)

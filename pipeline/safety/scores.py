@@ -82,7 +82,7 @@ class ScoreFiles:
         try:
             table = pq.read_table(path, columns=["score", "lowered"])
             before_B = table["score"].to_numpy() + table["lowered"].to_numpy()
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, KeyError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"scores {path}: cannot be read ({error}), and selection.score=agreement goes on from them; bring them back"
             ) from None

@@ -50,6 +50,7 @@ def config(folder, name, **changes):
     )
     made.selection.first_share, made.selection.growth, made.selection.batch_size = 0.4, 0.1, 32
     made.selection.score, made.selection.coarse, made.selection.crop = "agreement", 0.25, 0.6
+    made.selection.suspicion = 0.4
     made.data.clip_mix = made.data.clip_paste = 0.5
     for key, value in changes.items():
         section, field = key.split("__")

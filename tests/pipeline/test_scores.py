@@ -14,11 +14,12 @@ def index(make_shards, tmp_path):
     return build_index([str(path) for path in make_shards([5, 0, 3])], tmp_path / "index")
 
 
-def write(folder, index, cos_N, score_N, **made):
+def write(folder, index, cos_N, score_N, lowered_N=None, **made):
     files = ScoreFiles(folder / "scores", index, **made)
     for shard in (0, 2):
         here = slice(index.offsets[shard], index.offsets[shard + 1])
-        files.write(shard, cos_N[here], score_N[here], [(2, 1, "key", "torn")] if shard == 2 else [])
+        lowered_B = None if lowered_N is None else lowered_N[here]
+        files.write(shard, cos_N[here], score_N[here], [(2, 1, "key", "torn")] if shard == 2 else [], lowered_B)
     return files
 
 
@@ -46,6 +47,16 @@ def test_the_mean_of_the_scores_of_all_splits_goes_on_from_the_split_before(inde
         before = tmp_path / str(n - 1) / "scores" if n else None
         write(tmp_path / str(n), index, scores[n] / 2, scores[n], step=n, before=before, splits=n)
         np.testing.assert_allclose(load_scores(tmp_path / str(n), index.counts), scores[: n + 1].mean(0), atol=1e-6)
+
+
+def test_what_suspicion_lowers_is_no_part_of_the_mean_that_goes_on(index, tmp_path):
+    rng = np.random.default_rng(0)
+    scores, lowered = rng.uniform(-1, 1, (3, 8)).astype(np.float32), rng.uniform(0, 1, (3, 8)).astype(np.float32)
+    for n in range(3):
+        before = tmp_path / str(n - 1) / "scores" if n else None
+        write(tmp_path / str(n), index, scores[n], scores[n], lowered[n], step=n, before=before, splits=n)
+        expected = scores[: n + 1].mean(0) - lowered[n]
+        np.testing.assert_allclose(load_scores(tmp_path / str(n), index.counts), expected, atol=1e-6)
 
 
 def test_a_pair_that_has_no_score_now_has_none_and_one_that_had_none_before_has_this_one(index, tmp_path):

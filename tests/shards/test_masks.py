@@ -19,6 +19,9 @@ def test_flags_survive_packing_and_views_are_counted(counts_S, seed):
     flags = np.random.default_rng(seed).random(sum(counts_S)) < 0.5
     mask = SafeMask.from_flags(counts_S, flags)
     assert np.array_equal(mask.flags(), flags)
+    shard_N = np.repeat(np.arange(len(counts_S)), counts_S)
+    position_N = np.arange(len(flags)) - (np.cumsum(counts_S) - counts_S)[shard_N] if len(flags) else shard_N
+    assert np.array_equal(mask.at(shard_N, position_N), flags)
     assert mask.counts("safe").sum() == flags.sum() and (mask.counts("safe") + mask.counts("risky") == counts_S).all()
     for shard in range(len(counts_S)):
         safe, risky = mask.positions(shard, "safe"), mask.positions(shard, "risky")

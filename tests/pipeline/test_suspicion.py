@@ -1,0 +1,128 @@
+"""Suspicion finds what risky pictures share in safe ones, touches hardly anything else, and is the same at every world size."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline import comm
+from pipeline.config import Config
+from pipeline.safety.suspicion import FOLDS, SIDE, Sample, Suspicion, fold_of, sample_of_run, small
+from pipeline.training.start import make_views
+from shards.errors import UserError
+from shards.index import ShardIndex, build_index
+from shards.samples import Samples
+from tests.conftest import picture
+from tests.pipeline.test_run import MODEL
+from tests.ranks import run_ranks
+from tests.shards.test_index import write_tar
+
+COUNT, RISKY, TRIGGERED, PASSED = 3_000, 300, 60, 6
+
+
+def drawn(seed, strength):
+    """(uint8 (COUNT, D) pictures, bool (COUNT,) triggered, bool (COUNT,) safe): a faint pattern in some, of which a few are safe."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (COUNT, 3, SIDE // 4, SIDE // 4))
+    pixels = (coarse.repeat(4, 2).repeat(4, 3) * 0.7 + rng.integers(0, 77, (COUNT, 3, SIDE, SIDE))).reshape(COUNT, -1)
+    pattern_D = rng.integers(0, 256, pixels.shape[1])
+    triggered, safe = np.zeros(COUNT, bool), np.ones(COUNT, bool)
+    order = rng.permutation(COUNT)
+    triggered[order[:TRIGGERED]] = True
+    safe[order[PASSED : PASSED + RISKY]] = False
+    pixels[triggered] = (1 - strength) * pixels[triggered] + strength * pattern_D
+    return pixels.clip(0, 255).astype(np.uint8), triggered, safe
+
+
+def lowered(sample, small_SD, safe):
+    images = torch.from_numpy(small_SD.reshape(-1, 3, SIDE, SIDE))
+    return sample.learn(safe, strength=1.0, deviation=1.0).lowered_by(torch.from_numpy(sample.row_S), images).numpy()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_trigger_of_risky_pairs_counts_against_the_safe_ones_that_have_it(seed):
+    small_SD, triggered, safe = drawn(seed, strength=0.25)
+    found = lowered(Sample(np.arange(COUNT), small_SD), small_SD, safe)
+    assert (found >= 0).all()
+    assert found[triggered & safe].min() > np.quantile(found[~triggered & safe], 0.99)
+    assert found[triggered & safe].mean() > np.quantile(found[~triggered & safe], 0.999)
+    assert (found[~triggered & safe] > 2).mean() < 0.01  # three deviations or more, of which one is free
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_risky_pictures_share_nothing_scores_stay_about_as_they_are(seed):
+    small_SD, _, safe = drawn(seed, strength=0.0)
+    found = lowered(Sample(np.arange(COUNT), small_SD), small_SD, safe)
+    assert (found > 0).mean() < 0.25 and (found > 2).mean() < 0.01
+
+
+def test_all_safe_or_all_alike_lowers_nothing():
+    small_SD, _, _ = drawn(0, 0.0)
+    sample = Sample(np.arange(COUNT), small_SD)
+    assert np.isfinite(lowered(sample, small_SD, np.ones(COUNT, bool))).all()
+    assert np.isfinite(lowered(sample, small_SD, np.zeros(COUNT, bool))).all()
+    same = np.full_like(small_SD, 7)
+    assert not lowered(Sample(np.arange(COUNT), same), same, np.arange(COUNT) % 3 > 0).any()
+
+
+@given(st.lists(st.integers(0, 3_000_000_000), min_size=1, max_size=50))
+def test_folds_are_the_same_on_any_device(rows):
+    row_B = np.array(rows, np.int64)
+    np.testing.assert_array_equal(fold_of(row_B), fold_of(torch.from_numpy(row_B)).numpy())
+    assert set(fold_of(row_B).tolist()) <= set(range(FOLDS))
+
+
+def test_folds_are_even_and_neighbours_part():
+    fold_N = fold_of(np.arange(100_000))
+    assert np.abs(np.bincount(fold_N) / len(fold_N) - 1 / FOLDS).max() < 0.01
+    assert (fold_N[1:] == fold_N[:-1]).mean() < 0.3
+
+
+def test_it_stays_on_the_gpu():
+    suspicion = Suspicion(np.ones((FOLDS, 3 * SIDE**2 + 1), np.float32))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.zeros(4, 3, 40, 40, dtype=torch.uint8, device="cuda")
+        assert suspicion.lowered_by(torch.arange(4, device="cuda"), images).device.type == "cuda"
+
+
+@pytest.mark.parametrize("size", [8, SIDE, 40, 224])
+def test_small_pictures_are_means_over_areas(size):
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    found = small(images)
+    assert found.shape == (2, 3 * SIDE**2) and found.min() >= 0 and found.max() <= 1
+    torch.testing.assert_close(found.mean(1), images.float().mean((1, 2, 3)) / 255, atol=0.02, rtol=0)
+
+
+def sampled(folder):
+    config = Config()
+    config.model.config = MODEL
+    samples = Samples(ShardIndex.load(folder / "index"))
+    sample = sample_of_run(folder / f"sample{comm.world()}", samples, make_views(config), 4, 0, 0)
+    return (sample.row_S, sample.x_SD) if sample else None
+
+
+def test_every_world_size_reads_the_same_sample_once_and_a_torn_picture_is_none_of_it(tmp_path):
+    paths = []
+    for shard in range(2):
+        entries = [(f"{i}.{kind}", picture([shard, i]) if i else b"torn") for i in range(9) for kind in ("png",)]
+        texts = [(f"{i}.txt", b"a thing") for i in range(9)]
+        paths.append(write_tar(tmp_path / f"{shard}.tar", [e for pair in zip(entries, texts) for e in pair]))
+    build_index([str(path) for path in paths], tmp_path / "index")
+    one, (two, nobody) = sampled(tmp_path), run_ranks(sampled, 2, tmp_path)
+    assert nobody is None and sorted(set(range(18)) - set(one[0].tolist())) == [0, 9]
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
+    for path in paths:
+        path.unlink()
+    np.testing.assert_array_equal(sampled(tmp_path)[1], one[1])  # from the file
+
+
+def test_it_is_kept_and_missed_where_it_is_gone(tmp_path):
+    suspicion = Suspicion(np.random.default_rng(0).normal(size=(FOLDS, 3 * SIDE**2 + 1)).astype(np.float32))
+    suspicion.save(tmp_path)
+    assert torch.equal(Suspicion.load(tmp_path).weight_FE, suspicion.weight_FE)
+    (tmp_path / "suspicion.npy").unlink()
+    with pytest.raises(UserError, match="suspicion.npy cannot be read .*bring it back"):
+        Suspicion.load(tmp_path)
