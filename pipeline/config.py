@@ -226,6 +226,7 @@ PRESETS = {
             "coarse": 0.1875,
             "crop": 0.6,
             "copies": 2,
+            "suspicion": 0.4,
             "risky": "skip",
             "refill": True,
         },
