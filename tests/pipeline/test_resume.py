@@ -336,3 +336,25 @@ def test_the_mean_of_scores_begins_anew_where_the_kind_of_score_was_changed(data
     masks = [data / "other_score" / "masks" / f"epoch_{epoch:03d}" / "mask.json" for epoch in (2, 3, 4)]
     made = [json.loads(path.read_text()) for path in masks]
     assert [(meta["score"], meta["mean_of"]) for meta in made] == [("cosine", 1), ("agreement", 1), ("agreement", 2)]
+
+
+def without_suspicion(folder):
+    """Two epochs with a split more than the run had, the last split's suspicion being gone; and with a run that had none."""
+    found = []
+    for name, before in (("lost", 0.4), ("switched", 0.0)):
+        running.train(config(folder, name, selection__suspicion=before))
+        lost = folder / name / "masks" / "epoch_003" / "suspicion.npy"
+        if before:
+            lost.unlink()
+        made = config(folder, name, train__epochs=5, run__accept_changes=True)
+        try:
+            running.train(made)
+            found.append((folder / name / "masks" / "epoch_004" / "suspicion.npy").exists())
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_suspicion_that_is_gone_is_named_and_may_be_switched_on_in_mid_run(data):
+    ((message, switched),) = run_ranks(without_suspicion, 1, data)
+    assert "suspicion.npy cannot be read" in message and "\n" not in message and switched is True
