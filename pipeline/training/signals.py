@@ -4,6 +4,7 @@ import signal
 
 EXIT_CODE = 75  # EX_TEMPFAIL: "try again later"; launch/slurm.sbatch requeues on it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AGREE_EVERY = 10  # steps after which the ranks ask each other whether to save or stop
 
 
 class Preempted(Exception):

@@ -18,6 +18,7 @@ from pipeline.training.engine import start_engine
 from pipeline.training.journal import Journal
 from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
 from pipeline.training.neighbors import NeighborPool
+from pipeline.training.signals import Preempted
 from shards.errors import UserError
 from shards.ledger import Ledger
 from shards.loader import Views
@@ -79,6 +80,15 @@ class Run:
         self.journal.say(self.headline(found))
         if not found:
             self.saver.save(self.state)
+
+    def leave(self):
+        """Wait until the state is on disk, say so, and raise Preempted on every rank."""
+        self.saver.wait()
+        self.journal.say(
+            f"{self.run_dir}: asked to stop; saved, start it again to go on after step {self.state['step']}"
+        )
+        self.journal.close()
+        raise Preempted
 
     def headline(self, found):
         config, state = self.config, self.state

@@ -19,6 +19,7 @@ from pipeline.configfile import load_config
 from pipeline.data import open_index
 from pipeline.safety.selection import select_top
 from pipeline.training import run as running
+from pipeline.training import splitting
 from shards.overlay import Overlay
 
 
@@ -33,7 +34,7 @@ def main():
     is_poison_N = np.zeros(index.samples, bool)
     is_poison_N[[index.offsets[shard] + position for shard, position in places]] = True
     trained_N, found = np.full(index.samples, np.nan, np.float32), []
-    step, split_pairs = running.train_step, running.split_pairs
+    step, split_pairs = running.train_step, splitting.split_pairs
 
     def noting_step(engine, pools, batch, kind):
         def noting(images, tokens):
@@ -50,8 +51,8 @@ def main():
 
         return step(Noting(), pools, batch, kind)
 
-    def comparing_split(cos_N, counts_S, selection, number, first_share, before, canary_C):
-        split = split_pairs(cos_N, counts_S, selection, number, first_share, before, canary_C)
+    def comparing_split(cos_N, counts_S, selection, number, first_share, before, canary_C, live):
+        split = split_pairs(cos_N, counts_S, selection, number, first_share, before, canary_C, live)
         seen_N = ~np.isnan(trained_N)
         safe = {"pass": select_top(cos_N, round(split.share * len(cos_N)))}
         safe["trained"] = select_top(np.where(seen_N, trained_N, cos_N), round(split.share * len(cos_N)))
@@ -79,7 +80,7 @@ def main():
         return split
 
     mask_before = []
-    running.train_step, running.split_pairs = noting_step, comparing_split
+    running.train_step, splitting.split_pairs = noting_step, comparing_split
     comm.init()
     running.train(config)
     print(json.dumps(found))

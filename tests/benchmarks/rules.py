@@ -18,10 +18,11 @@ from pipeline.evaluation.report import poison_rows
 from pipeline.safety import agreement, split
 from pipeline.safety.canaries import passing
 from pipeline.training import run as running
+from pipeline.training import splitting
 from shards.augment import plain_view
 from shards.masks import SafeMask
 
-honest_scores, honest_mask, honest_split = running.scores_for, running.mask_for, running.split_pairs
+honest_scores, honest_mask, honest_split = splitting.scores_for, running.mask_for, splitting.split_pairs
 ALLOWED = 0.05  # of the canaries may pass: Wilson's lower bound
 CLUSTERS = 64  # of pictures, and of captions
 SURPRISE = 1e-6  # probability below which pairs of one group come in together
@@ -35,7 +36,7 @@ def oracle():
         score_N[poison_rows(run.samples.overlay, run.index)] = np.nanmin(score_N)
         return score_N, *others
 
-    running.scores_for = scores_for
+    splitting.scores_for = scores_for
 
 
 def cross_fit():
@@ -63,7 +64,7 @@ def cross_fit():
         mask = honest_mask(run, epoch, stop)
         return SafeMask.from_flags(run.index.counts, mask.flags() & (fold_of(run) == bool(epoch.number % 2)))
 
-    running.scores_for, running.mask_for = scores_for, mask_for
+    splitting.scores_for, running.mask_for = scores_for, mask_for
 
 
 def nce():
@@ -102,7 +103,7 @@ def frozen():
         run.engine.module.load_state_dict(now)
         return found
 
-    agreement.Voters.score, running.evaluate, running.scores_for = score, evaluate, scores_for
+    agreement.Voters.score, running.evaluate, splitting.scores_for = score, evaluate, scores_for
 
 
 def weight_cap():
@@ -126,7 +127,7 @@ def canary_brake():
         first_share = None if first_share is None else min(first_share, cap)
         return honest_split(score_N, counts_S, replace(selection, cap=cap), number, first_share, before, canary_C, live)
 
-    running.split_pairs = split_pairs
+    splitting.split_pairs = split_pairs
 
 
 def live_canary_brake():
@@ -147,7 +148,7 @@ def live_canary_brake():
             score_N, counts_S, replace(selection, cap=share), number, first_share, before, canary_C, live
         )
 
-    running.split_pairs = split_pairs
+    splitting.split_pairs = split_pairs
 
 
 def groups(run):
@@ -201,7 +202,7 @@ def watch(rule):
         kept["before"] = flags_N
         return found
 
-    running.scores_for, running.split_pairs = scores_for, split_pairs
+    splitting.scores_for, splitting.split_pairs = scores_for, split_pairs
 
 
 def continuous_rate():

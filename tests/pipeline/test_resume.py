@@ -13,7 +13,7 @@ from pipeline import comm
 from pipeline.config import Config
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, signals
 from pipeline.training import run as running
 from pipeline.training.signals import Preempted
 from pipeline.training.start import Run
@@ -24,7 +24,7 @@ from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
 
 STEPS = 40  # 4 epochs of 10: unimodal, slow, two with a split before them
-running.AGREE_EVERY = 4  # so that a signal is answered in mid-epoch
+signals.AGREE_EVERY = 4  # so that a signal is answered in mid-epoch
 
 
 @pytest.fixture(scope="module")

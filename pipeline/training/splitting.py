@@ -1,0 +1,123 @@
+"""The split before an epoch, as a run makes it: score all pairs, split them, keep what the next split goes on from. What is on disk is used as it is."""
+
+import json
+
+import numpy as np
+
+from pipeline import comm
+from pipeline.safety.canaries import score_canaries
+from pipeline.safety.copies import singles_of_run
+from pipeline.safety.mixture import deviation
+from pipeline.safety.scores import ScoreFiles, running_mean
+from pipeline.safety.scoring import gather_voters, score_all_pairs
+from pipeline.safety.selection import RANGES
+from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
+from pipeline.safety.suspicion import Suspicion, sample_of_run
+from pipeline.training import signals
+from pipeline.training.bad import record, stop_where_bad
+from pipeline.training.journal import Meter
+from shards.errors import UserError
+
+
+def mask_for(run, epoch, stop):
+    """The mask that `epoch` trains with: where it is due, all pairs are scored and split; what is already on disk is used as it is."""
+    folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
+    meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
+    if not comm.on_main(is_split, folder, due, state, config):
+        before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
+        score_N, canary_C, mean_of = scores_for(run, epoch, folder, before, stop, meter)
+        live = run.samples.canaries and run.samples.canaries.rows
+        split = split_pairs(
+            score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
+        )
+        if config.selection.suspicion:
+            learn_suspicion(run, folder, split)
+        made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
+        made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
+        comm.on_main(save_split, folder, split, index, made)
+    else:
+        split = load_split(folder, index)
+    state["first_share"] = split.first_share
+    if due:
+        seconds = round(meter.seconds, 2)
+        run.journal.log(step=state["step"], epoch=epoch.number, stage="split", seconds=seconds, **split.summary())
+        run.journal.say(f"  epoch {epoch.number:3d} split     {split.line()}, {seconds:.1f} s")
+    return split.mask
+
+
+def scores_for(run, epoch, folder, before, stop, meter):
+    """(score_N, canary_C, mean_of) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
+
+    mean_of: number of splits that it is the mean of."""
+    config, index, state = run.config, run.index, run.state
+    agreement = config.selection.score == "agreement"
+    splits = comm.on_main(splits_so_far, before, state, config) if before and agreement else 0
+    before_scores = before / "scores" if splits else None
+    files = ScoreFiles(folder / "scores", index, state["step"], config.hash(), before_scores, splits)
+
+    def each_round(done, rounds):
+        run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
+        if done % signals.AGREE_EVERY == 0 and any(comm.most(stop.received)):
+            run.leave()  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
+
+    arguments = (run.engine, run.samples, run.views, config.selection.batch_size, run.device)
+    seed, voters = config.run.seed, None
+    if agreement:
+        voters = gather_voters(*arguments, config.selection.voters, seed)
+    singles = None
+    if config.selection.copies:
+        where, size = folder.with_name("singles"), config.selection.batch_size
+        singles = singles_of_run(where, run.samples, run.views, size, config.data.workers, config.selection.copies)
+    suspicion = comm.on_main(suspicion_of, before, state, config) if before and config.selection.suspicion else None
+    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles, suspicion)
+    stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
+    canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
+    before_C = np.load(before / "canaries.npy") if splits else ()
+    if len(before_C) == len(canary_C):  # their number may have been changed
+        canary_C = running_mean(before_C, canary_C, splits)
+    return score_N, canary_C, splits + 1
+
+
+def learn_suspicion(run, folder, split):
+    """Learn from this split what the next one is suspicious of, and put it into this one's folder. All ranks call."""
+    settings, workers, seed = run.config.selection, run.config.data.workers, run.config.run.seed
+    sample = sample_of_run(folder.with_name("sample"), run.samples, run.views, settings.batch_size, workers, seed)
+
+    def learn():
+        safe_S = split.mask.at(*run.index.place(sample.row_S))
+        sample.learn(safe_S, settings.suspicion, deviation(split.counts_K, *RANGES[settings.score])).save(folder)
+
+    comm.on_main(learn)
+
+
+def suspicion_of(before, state, config):
+    """Suspicion that the split in the folder `before` left; None where it left none, as selection.suspicion was switched on since.
+
+    Raises UserError if it is gone."""
+    is_split(before, False, state, config)
+    meta = json.loads((before / "mask.json").read_text())
+    return Suspicion.load(before) if meta.get("suspicion") else None
+
+
+def splits_so_far(before, state, config):
+    """Number of splits that the scores in the folder are the mean of; 0 where they are of another kind, as selection.score was changed.
+
+    Raises UserError if the folder is gone."""
+    is_split(before, False, state, config)
+    meta = json.loads((before / "mask.json").read_text())
+    return meta.get("mean_of", 0) if meta["score"] == config.selection.score else 0
+
+
+def is_split(folder, due, state, config):
+    """Whether the mask in `folder` is the one to train with. Where none is `due` it must be: raises UserError if it is gone."""
+    there = (folder / "mask.json").exists()
+    if not due:
+        if not there:
+            raise UserError(
+                f"masks: {folder} is gone, and the run goes on from it; bring it back, or delete the newest checkpoints to go on "
+                "from an earlier one"
+            )
+        return True
+    # A mask of another config, or of a run that was started anew, is made again.
+    meta = json.loads((folder / "mask.json").read_text()) if there else {}
+    return (meta.get("step"), meta.get("config")) == (state["step"], config.hash())
