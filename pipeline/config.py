@@ -136,7 +136,7 @@ class Selection:
     mirror: bool = False
     """Pairs are scored by their pictures mirrored."""
     suspicion: float = 0.0
-    """For each deviation that a picture stands out towards those of the last split's risky pairs, beyond the first, its pair's score is
+    """For each deviation that a picture stands out towards those of the last split's lowest scores, beyond the first, its pair's score is
     lowered by so many deviations of the scores; 0 = not (pipeline/safety/suspicion.py)."""
     copies: int | None = None
     """A pair whose picture stands in more pairs than this is never safe; null: it may be."""

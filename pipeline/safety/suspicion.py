@@ -1,11 +1,12 @@
-"""Suspicion: what the pictures of risky pairs have in common is looked for in the safe ones, and counts against them.
+"""Suspicion: what the pictures of the lowest scores have in common is looked for in all others, and counts against them.
 
-Of the pairs that a trigger poisons most are called risky, and they show what the few that pass show too: the trigger. So after a split a
-linear classifier learns to tell risky pictures from safe ones (ridge regression on small pictures: no model that poison could have taught),
-and at the next split a pair's score is lowered by how far its picture stands out on the risky side. No pair is judged by a classifier
-that has seen it: there are FOLDS, each fitted without one fold of the pairs. What honest pictures are judged is about normal, and hardly
-touches them; a trigger that is the same in all its pictures, a patch in its place or a pattern over the whole, stands out by many deviations.
-One that is elsewhere in each picture is not linear, and does not.
+Of the pairs that a trigger poisons most score low, and they show what the few that pass show too: the trigger. So after a split a linear
+classifier learns to tell the pictures of the lowest scores from the others (ridge regression on small pictures: no model that poison could
+have taught), and at the next split a pair's score is lowered by how far its picture stands out on their side. No pair is judged by a
+classifier that has seen it: there are FOLDS, each fitted without one fold of the pairs. What honest pictures are judged is about normal, and
+hardly touches them; a trigger that is the same in all its pictures, a patch in its place or a pattern over the whole, stands out by many
+deviations. One that is elsewhere in each picture is not linear, and does not. The lowest scores and not the risky pairs: early on half of
+all pairs are risky, and the trigger is lost among them.
 Legend: S sampled pairs, B pairs, D = 3 SIDE^2 numbers of a small picture, F folds.
 """
 
@@ -25,6 +26,11 @@ SAMPLE = 65_536  # pairs that the classifiers learn from, at most
 SIDE = 16
 FOLDS = 5
 RIDGE = 0.01  # of the mean variance of a number, added to the covariance
+LOWEST = 0.15  # of the scores are learnt as low, lowered ones and pairs without a score among them
+FLAT = 1e-6  # variance of a number that is added, so that flat pictures can be fitted: a quarter of a grey level
+NOTHING = (
+    1e-4  # a deviation of what pictures are judged (1 = low, 0 = not) below which the classifier has found nothing
+)
 FREE = 1.0  # deviations on the risky side that cost nothing
 
 
@@ -72,28 +78,31 @@ class Sample:
     def __init__(self, row_S, small_SD):
         self.row_S, self.fold_S = row_S, fold_of(row_S)
         self.x_SD = small_SD.astype(np.float32) / np.float32(255)
-        self.mean_D = self.x_SD.mean(0)
+        self.mean_D = self.x_SD.mean(0, dtype=np.float64).astype(np.float32)
         self.x_SD -= self.mean_D
         self.gram_FDD = np.stack([x.T @ x for x in (self.x_SD[self.fold_S == fold] for fold in range(FOLDS))])
 
-    def learn(self, safe_S, strength, deviation):
-        """Suspicion, of which pairs of the sample are safe: each deviation beyond FREE lowers a score by `strength` times `deviation`.
+    def learn(self, score_S, strength, deviation):
+        """Suspicion, of the sample's scores: each deviation beyond FREE lowers a score by `strength` times `deviation`.
 
-        The deviation of pictures is a robust one, of what those of the safe pairs are judged (1.4826 times the median absolute one);
-        `deviation` is that of the scores.
+        score_S: float32, NaN where there is none. The deviation of pictures is a robust one, of what those of the higher scores are judged
+        (1.4826 times the median absolute one); `deviation` is that of the scores.
         """
-        risky_S = (~safe_S - np.mean(~safe_S)).astype(np.float32)
-        sum_FD = np.stack([self.x_SD[self.fold_S == f].T @ risky_S[self.fold_S == f] for f in range(FOLDS)])
+        score_S = np.where(np.isnan(score_S), -np.inf, score_S)
+        low_S = score_S <= np.quantile(score_S, LOWEST, method="lower")
+        target_S = (low_S - low_S.mean()).astype(np.float32)
+        sum_FD = np.stack([self.x_SD[self.fold_S == f].T @ target_S[self.fold_S == f] for f in range(FOLDS)])
         gram_DD, sum_D = self.gram_FDD.sum(0, dtype=np.float64), sum_FD.sum(0, dtype=np.float64)
-        ridge_DD = RIDGE * (np.trace(gram_DD) / len(gram_DD) + 1e-6) * np.eye(len(gram_DD))
+        variance = np.trace(gram_DD) / len(gram_DD) + FLAT * len(score_S)
+        ridge_DD = RIDGE * variance * np.eye(len(gram_DD))
         weight_FD = np.stack(
             [np.linalg.solve(gram_DD - gram + ridge_DD, sum_D - one) for gram, one in zip(self.gram_FDD, sum_FD)]
         )
-        judged_S = np.empty(len(safe_S))
+        judged_S = np.empty(len(score_S))
         for fold in range(FOLDS):
             judged_S[self.fold_S == fold] = self.x_SD[self.fold_S == fold] @ weight_FD[fold]
-        middle, spread = robust(judged_S[safe_S])
-        scale = strength * deviation / spread if spread > 0 else 0.0
+        middle, spread = robust(judged_S[~low_S])
+        scale = strength * deviation / spread if spread > NOTHING else 0.0  # else rounding would be told apart
         constant_F = -scale * (weight_FD @ self.mean_D + middle) - FREE * strength * deviation
         return Suspicion(np.c_[scale * weight_FD, constant_F].astype(np.float32))
 

@@ -31,7 +31,7 @@ def mask_for(run, epoch, stop):
             score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
         )
         if config.selection.suspicion:
-            learn_suspicion(run, folder, split)
+            learn_suspicion(run, folder, split, score_N)
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
         comm.on_main(save_split, folder, split, index, made)
@@ -78,14 +78,16 @@ def scores_for(run, epoch, folder, before, stop, meter):
     return score_N, canary_C, splits + 1
 
 
-def learn_suspicion(run, folder, split):
+def learn_suspicion(run, folder, split, score_N):
     """Learn from this split what the next one is suspicious of, and put it into this one's folder. All ranks call."""
     settings, workers, seed = run.config.selection, run.config.data.workers, run.config.run.seed
     sample = sample_of_run(folder.with_name("sample"), run.samples, run.views, settings.batch_size, workers, seed)
 
     def learn():
-        safe_S = split.mask.at(*run.index.place(sample.row_S))
-        sample.learn(safe_S, settings.suspicion, deviation(split.counts_K, *RANGES[settings.score])).save(folder)
+        found = sample.learn(
+            score_N[sample.row_S], settings.suspicion, deviation(split.counts_K, *RANGES[settings.score])
+        )
+        found.save(folder)
 
     comm.on_main(learn)
 
