@@ -1,8 +1,8 @@
 """Suspicion: what the pictures of the lowest scores have in common is looked for in all others, and counts against them.
 
 Of the pairs that a trigger poisons most score low, and they show what the few that pass show too: the trigger. So after a split a linear
-classifier learns to tell the pictures of the lowest scores from the others (ridge regression on small pictures: no model that poison could
-have taught), and at the next split a pair's score is lowered by how far its picture stands out on their side. No pair is judged by a
+classifier learns to tell the pictures of the lowest scores from the others (ridge regression on small pictures, not on the embeddings that
+poison teaches), and at the next split a pair's score is lowered by how far its picture stands out on their side. No pair is judged by a
 classifier that has seen it: there are FOLDS, each fitted without one fold of the pairs. What honest pictures are judged is about normal, and
 hardly touches them; a trigger that is the same in all its pictures, a patch in its place or a pattern over the whole, stands out by many
 deviations. One that is elsewhere in each picture is not linear, and does not. The lowest scores and not the risky pairs: early on half of
@@ -13,6 +13,7 @@ Legend: S sampled pairs, B pairs, D = 3 SIDE^2 numbers of a small picture, F fol
 import io
 from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -28,9 +29,7 @@ FOLDS = 5
 RIDGE = 0.01  # of the mean variance of a number, added to the covariance
 LOWEST = 0.15  # of the scores are learnt as low, lowered ones and pairs without a score among them
 FLAT = 1e-6  # variance of a number that is added, so that flat pictures can be fitted: a quarter of a grey level
-NOTHING = (
-    1e-4  # a deviation of what pictures are judged (1 = low, 0 = not) below which the classifier has found nothing
-)
+NOTHING = 1e-4  # deviation of the judgements (1 = low, 0 = not) below which the classifier has found nothing
 FREE = 1.0  # deviations on the risky side that cost nothing
 
 
@@ -153,6 +152,6 @@ def load_sample(path, fingerprint, seed):
         found = np.load(path, allow_pickle=False)
         if str(found["fingerprint"]) == fingerprint and int(found["seed"]) == seed:
             return Sample(found["row_S"], found["small_SD"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, BadZipFile):
         pass
     raise LookupError(path)
