@@ -15,6 +15,8 @@ from shards.errors import UserError
 from shards.masks import SafeMask, byte_starts, shard_list
 from shards.storage import write_bytes
 
+BLUNT = 1 / 3  # of the canaries, by Wilson's lower bound: where more would pass, the split says so
+
 
 @dataclass
 class Split:
@@ -74,6 +76,9 @@ def split_pairs(score_N, counts_S, selection, number, first_share=None, before=N
     cut = score_of(key) if rest else float("inf")
     if not np.isnan(canary_C).all():
         diagnosis |= {"canaries": passing(canary_C, cut)}
+        if diagnosis["canaries"]["low"] > BLUNT:
+            told = "over a third of the canaries would pass: this cut keeps few wrong captions out, lower selection.cap or selection.suspicion"
+            note = "; ".join(filter(None, (note, told)))
     live = {kind: score_N[row_L] for kind, row_L in (live or {}).items() if not np.isnan(score_N[row_L]).all()}
     if live:
         diagnosis |= {"live_canaries": {kind: passing(score_L, cut) for kind, score_L in live.items()}}

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Config
+from pipeline.config import Config, Selection
 from pipeline.safety.canaries import LiveCanaries, choose, passing, score_canaries
+from pipeline.safety.split import split_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.augment import plain_view
@@ -89,3 +90,11 @@ def test_the_share_that_passes_has_wilsons_interval():
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert found["low"] == pytest.approx((middle - half) / (1 + z * z / n), abs=1e-5)
     assert found["high"] == pytest.approx((middle + half) / (1 + z * z / n), abs=1e-5)
+
+
+@pytest.mark.parametrize("shift, blunt", [(-1.0, False), (0.0, True)])
+def test_a_cut_that_keeps_few_canaries_out_is_told(shift, blunt):
+    rng = np.random.default_rng(0)
+    score_N, canary_C = (rng.uniform(0, 0.5, count).astype(np.float32) for count in (1_000, 200))
+    split = split_pairs(score_N, [1_000], Selection(first_share=0.8), 0, canary_C=canary_C + np.float32(shift))
+    assert ("over a third of the canaries would pass" in split.note) == blunt
