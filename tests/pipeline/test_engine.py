@@ -112,9 +112,9 @@ def test_gradients_of_ranks_average_to_those_of_the_whole_batch(config):
     for loss, many in run_ranks(gradients, 2, config, "clip"):
         assert loss == pytest.approx(loss1, rel=1e-5)
         for name in one:
-            torch.testing.assert_close(
-                many[name], one[name], rtol=1e-4, atol=1e-5 * one[name].abs().max().item() + 1e-7, msg=name
-            )
+            # A bias of batch norm sums over all pixels: by the processor float32 was off by 1.7e-5 of the largest.
+            atol = 5e-5 * one[name].abs().max().item() + 1e-7
+            torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=atol, msg=name)
 
 
 def test_bf16_trains_at_every_stage():
