@@ -1,0 +1,89 @@
+"""A split goes on from the one before it: shards that are scored, the mean of scores, suspicion; and says what is gone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline import comm
+from pipeline.safety.scores import ScoreFiles
+from pipeline.safety.scoring import score_all_pairs
+from pipeline.training import run as running
+from pipeline.training.start import Run
+from shards.demo import shapes
+from shards.errors import UserError
+from shards.index import build_index
+from tests.pipeline.test_resume import config
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("splitting")
+    shapes(folder / "shapes", pairs=240, test=36)
+    return folder
+
+
+def cut_off_in_scoring(folder):
+    """(cosines, those of a scoring that was cut off and went on, shards done at the cut, passes after it, shards done at another step)."""
+    made = config(folder, "scoring", data__index=str(folder / "uneven"), train__batch_size=8)
+    run = Run(made)
+    files = ScoreFiles(folder / "scores", run.index, step=5)
+    passes = []
+
+    def each_round(done, rounds):
+        passes.append(done)
+        if len(passes) == 5:
+            raise KeyboardInterrupt
+
+    arguments = run.engine, run.samples, run.views, 16, run.device, 0
+    whole, _ = score_all_pairs(*arguments)
+    with pytest.raises(KeyboardInterrupt):
+        score_all_pairs(*arguments, files, each_round)
+    comm.barrier()
+    done = files.done()
+    comm.barrier()
+    resumed, _ = score_all_pairs(*arguments, files, each_round)
+    return whole, resumed, done, len(passes) - 5, ScoreFiles(folder / "scores", run.index, step=6).done()
+
+
+def test_scoring_goes_on_with_the_shards_that_are_not_scored_yet(tmp_path, make_shards):
+    build_index([str(path) for path in make_shards([50, 0, 7, 33, 90])], tmp_path / "uneven")
+    for whole, resumed, done, passes, other_step in run_ranks(cut_off_in_scoring, 2, tmp_path):
+        np.testing.assert_array_equal(whole, resumed)
+        # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Cut off after 5, it needs no 8 more.
+        assert done == [0, 2] and passes == 6 and other_step == []
+
+
+def change_the_score(folder):
+    running.train(config(folder, "other_score", train__epochs=3, selection__score="cosine"))
+    running.train(config(folder, "other_score", train__epochs=5, run__accept_changes=True))
+
+
+def test_the_mean_of_scores_begins_anew_where_the_kind_of_score_was_changed(data):
+    run_ranks(change_the_score, 1, data)
+    masks = [data / "other_score" / "masks" / f"epoch_{epoch:03d}" / "mask.json" for epoch in (2, 3, 4)]
+    made = [json.loads(path.read_text()) for path in masks]
+    assert [(meta["score"], meta["mean_of"]) for meta in made] == [("cosine", 1), ("agreement", 1), ("agreement", 2)]
+
+
+def without_suspicion(folder):
+    """What an epoch more says where the last split's suspicion is gone, and whether it has one where the run had none."""
+    found = []
+    for name, before in (("lost", 0.4), ("switched", 0.0)):
+        running.train(config(folder, name, selection__suspicion=before))
+        lost = folder / name / "masks" / "epoch_003" / "suspicion.npy"
+        if before:
+            lost.unlink()
+        made = config(folder, name, train__epochs=5, run__accept_changes=True)
+        try:
+            running.train(made)
+            found.append((folder / name / "masks" / "epoch_004" / "suspicion.npy").exists())
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_suspicion_that_is_gone_is_named_and_may_be_switched_on_in_mid_run(data):
+    ((message, switched),) = run_ranks(without_suspicion, 1, data)
+    assert "suspicion.npy cannot be read" in message and "\n" not in message and switched is True
