@@ -78,7 +78,7 @@ def split_pairs(score_N, counts_S, selection, number, first_share=None, before=N
         diagnosis |= {"canaries": passing(canary_C, cut)}
         if diagnosis["canaries"]["low"] > BLUNT:
             told = "over a third of the canaries would pass: this cut keeps few wrong captions out, lower selection.cap or selection.suspicion"
-            note = "; ".join(filter(None, (note, told)))
+            note = f"{note}; {told}" if note else told
     live = {kind: score_N[row_L] for kind, row_L in (live or {}).items() if not np.isnan(score_N[row_L]).all()}
     if live:
         diagnosis |= {"live_canaries": {kind: passing(score_L, cut) for kind, score_L in live.items()}}
@@ -107,11 +107,8 @@ def decide(counts_K, score_N, selection, number, first_share):
                 note += f"; the first share is {first_share:.1%}"
     share, scored = growth(first_share, number, selection.growth, selection.cap), counts_K.sum() / len(score_N)
     if share > scored:
-        parts = [
-            note,
-            f"{scored:.1%} of the pairs have a score: others cannot be read, or are copies (selection.copies)",
-        ]
-        note = "; ".join(filter(None, parts))
+        told = f"{scored:.1%} of the pairs have a score: others cannot be read, or are copies (selection.copies)"
+        note = f"{note}; {told}" if note else told
     return (
         mixture,
         share,
