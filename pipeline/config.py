@@ -136,7 +136,7 @@ class Selection:
     mirror: bool = False
     """Pairs are scored by their pictures mirrored."""
     suspicion: float = 0.0
-    """For each deviation that a picture stands out towards those of the last split's lowest scores, beyond the first, its pair's score is
+    """For each deviation that a picture stands out towards those of the last split's lowest scores, beyond the third, its pair's score is
     lowered by so many deviations of the scores; 0 = not (pipeline/safety/suspicion.py)."""
     copies: int | None = None
     """A pair whose picture stands in more pairs than this is never safe; null: it may be."""
@@ -226,7 +226,7 @@ PRESETS = {
             "coarse": 0.1875,
             "crop": 0.6,
             "copies": 2,
-            "suspicion": 0.4,
+            "suspicion": 0.8,
             "risky": "skip",
             "refill": True,
         },

@@ -4,9 +4,10 @@ Of the pairs that a trigger poisons most score low, and they show what the few t
 classifier learns to tell the pictures of the lowest scores from the others (ridge regression on small pictures, not on the embeddings that
 poison teaches), and at the next split a pair's score is lowered by how far its picture stands out on their side. No pair is judged by a
 classifier that has seen it: there are FOLDS, each fitted without one fold of the pairs. What honest pictures are judged is about normal, and
-hardly touches them; a trigger that is the same in all its pictures, a patch in its place or a pattern over the whole, stands out by many
-deviations. One that is elsewhere in each picture is not linear, and does not. The lowest scores and not the risky pairs: early on half of
-all pairs are risky, and the trigger is lost among them.
+few of them are beyond FREE deviations; a trigger that is the same in all its pictures, a patch in its place or a pattern over the whole,
+stands out by many. One that is elsewhere in each picture is not linear, and does not. The lowest scores and not the risky pairs: early on
+half of all pairs are risky, and the trigger is lost among them. The scores as they were before they were lowered: else suspicion feeds on
+itself, and honest pictures fill the risky set in place of wrong captions.
 Legend: S sampled pairs, B pairs, D = 3 SIDE^2 numbers of a small picture, F folds.
 """
 
@@ -27,10 +28,10 @@ SAMPLE = 65_536  # pairs that the classifiers learn from, at most
 SIDE = 16
 FOLDS = 5
 RIDGE = 0.01  # of the mean variance of a number, added to the covariance
-LOWEST = 0.15  # of the scores are learnt as low, lowered ones and pairs without a score among them
+LOWEST = 0.15  # of the scores are learnt as low, pairs without a score among them
 FLAT = 1e-6  # variance of a number that is added, so that flat pictures can be fitted: a quarter of a grey level
 NOTHING = 1e-4  # deviation of the judgements (1 = low, 0 = not) below which the classifier has found nothing
-FREE = 1.0  # deviations on the risky side that cost nothing
+FREE = 3.0  # deviations on the risky side that cost nothing
 
 
 def small(images_BCHW):
@@ -51,9 +52,13 @@ class Suspicion:
 
     def lowered_by(self, row_B, images_BCHW):
         """float32 (B,): by how much the scores of pairs are lowered, never below 0. row_B: int64, on the pictures' device."""
-        self.weight_FE = self.weight_FE.to(images_BCHW.device)
+        return self.lowered_by_small(row_B, small(images_BCHW))
+
+    def lowered_by_small(self, row_B, small_BD):
+        """The same, of small pictures (float32, 0 to 1)."""
+        self.weight_FE = self.weight_FE.to(small_BD.device)
         weight_BE = self.weight_FE[fold_of(row_B)]
-        return ((small(images_BCHW) * weight_BE[:, :-1]).sum(1) + weight_BE[:, -1]).clamp_min(0)
+        return ((small_BD * weight_BE[:, :-1]).sum(1) + weight_BE[:, -1]).clamp_min(0)
 
     @classmethod
     def load(cls, folder):
@@ -81,10 +86,15 @@ class Sample:
         self.x_SD -= self.mean_D
         self.gram_FDD = np.stack([x.T @ x for x in (self.x_SD[self.fold_S == fold] for fold in range(FOLDS))])
 
+    def raised(self, score_S, suspicion):
+        """float32 (S,): the sample's scores as they were before `suspicion` lowered them (up to the rounding of the small pictures)."""
+        small_SD = torch.from_numpy(self.x_SD + self.mean_D)
+        return score_S + suspicion.lowered_by_small(torch.from_numpy(self.row_S), small_SD).numpy()
+
     def learn(self, score_S, strength, deviation):
         """Suspicion, of the sample's scores: each deviation beyond FREE lowers a score by `strength` times `deviation`.
 
-        score_S: float32, NaN where there is none. The deviation of pictures is a robust one, of what those of the higher scores are judged
+        score_S: float32, not lowered, NaN where there is none. The deviation of pictures is a robust one, of what those of the higher scores are judged
         (1.4826 times the median absolute one); `deviation` is that of the scores.
         """
         score_S = np.where(np.isnan(score_S), -np.inf, score_S)

@@ -25,13 +25,14 @@ def mask_for(run, epoch, stop):
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
         before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
-        score_N, canary_C, mean_of = scores_for(run, epoch, folder, before, stop, meter)
+        suspicion = comm.on_main(suspicion_of, before, state, config) if before and config.selection.suspicion else None
+        score_N, canary_C, mean_of = scores_for(run, epoch, folder, before, suspicion, stop, meter)
         live = run.samples.canaries and run.samples.canaries.rows
         split = split_pairs(
             score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
         )
         if config.selection.suspicion:
-            learn_suspicion(run, folder, split, score_N)
+            learn_suspicion(run, folder, split, score_N, suspicion)
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
         comm.on_main(save_split, folder, split, index, made)
@@ -45,10 +46,10 @@ def mask_for(run, epoch, stop):
     return split.mask
 
 
-def scores_for(run, epoch, folder, before, stop, meter):
+def scores_for(run, epoch, folder, before, suspicion, stop, meter):
     """(score_N, canary_C, mean_of) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
 
-    mean_of: number of splits that it is the mean of."""
+    mean_of: number of splits that it is the mean of. `suspicion` lowers the scores, None does not."""
     config, index, state = run.config, run.index, run.state
     agreement = config.selection.score == "agreement"
     splits = comm.on_main(splits_so_far, before, state, config) if before and agreement else 0
@@ -68,7 +69,6 @@ def scores_for(run, epoch, folder, before, stop, meter):
     if config.selection.copies:
         where, size = folder.with_name("singles"), config.selection.batch_size
         singles = singles_of_run(where, run.samples, run.views, size, config.data.workers, config.selection.copies)
-    suspicion = comm.on_main(suspicion_of, before, state, config) if before and config.selection.suspicion else None
     score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles, suspicion)
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
@@ -78,16 +78,16 @@ def scores_for(run, epoch, folder, before, stop, meter):
     return score_N, canary_C, splits + 1
 
 
-def learn_suspicion(run, folder, split, score_N):
-    """Learn from this split what the next one is suspicious of, and put it into this one's folder. All ranks call."""
+def learn_suspicion(run, folder, split, score_N, suspicion):
+    """Learn from this split, whose scores `suspicion` has lowered, what the next one suspects; kept in this one's folder. All ranks call."""
     settings, workers, seed = run.config.selection, run.config.data.workers, run.config.run.seed
     sample = sample_of_run(folder.with_name("sample"), run.samples, run.views, settings.batch_size, workers, seed)
 
     def learn():
-        found = sample.learn(
-            score_N[sample.row_S], settings.suspicion, deviation(split.counts_K, *RANGES[settings.score])
-        )
-        found.save(folder)
+        score_S = score_N[sample.row_S]
+        if suspicion:
+            score_S = sample.raised(score_S, suspicion)
+        sample.learn(score_S, settings.suspicion, deviation(split.counts_K, *RANGES[settings.score])).save(folder)
 
     comm.on_main(learn)
 

@@ -19,7 +19,7 @@ from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
 from tests.shards.test_index import write_tar
 
-COUNT, LOW, TRIGGERED, PASSED = 3_000, 450, 60, 6
+COUNT, LOW, TRIGGERED, PASSED = 3_000, 450, 120, 6
 
 
 def drawn(seed, strength):
@@ -43,19 +43,30 @@ def lowered(sample, small_SD, score):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_trigger_of_low_scores_counts_against_the_others_that_have_it(seed):
-    small_SD, triggered, score = drawn(seed, strength=0.35)
+    small_SD, triggered, score = drawn(seed, strength=0.5)
     found, safe = lowered(Sample(np.arange(COUNT), small_SD), small_SD, score), score > 0
     assert (found >= 0).all()
     assert found[triggered & safe].min() > np.quantile(found[~triggered & safe], 0.99)
     assert found[triggered & safe].mean() > np.quantile(found[~triggered & safe], 0.999)
-    assert (found[~triggered & safe] > 2).mean() < 0.01  # three deviations or more, of which one is free
+    assert (found[~triggered & safe] > 0).mean() < 0.01
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_where_the_lowest_share_nothing_scores_stay_about_as_they_are(seed):
     small_SD, _, score = drawn(seed, strength=0.0)
     found = lowered(Sample(np.arange(COUNT), small_SD), small_SD, score)
-    assert (found > 0).mean() < 0.25 and (found > 2).mean() < 0.01
+    assert (found > 0).mean() < 0.01
+
+
+def test_it_does_not_feed_on_itself():
+    """What a sample's scores were before they were lowered is found again, but for the rounding of its small pictures."""
+    small_SD, _, score = drawn(0, strength=0.35)
+    sample, images = Sample(np.arange(COUNT), small_SD), torch.from_numpy(small_SD.reshape(-1, 3, SIDE, SIDE))
+    suspicion = sample.learn(score, strength=1.0, deviation=1.0)
+    lowered = score - suspicion.lowered_by(torch.arange(COUNT), images).numpy()
+    assert (lowered < score).sum() >= TRIGGERED // 2
+    np.testing.assert_allclose(sample.raised(lowered, suspicion), score, atol=1e-3)
+    assert np.isnan(sample.raised(np.full(COUNT, np.nan, np.float32), suspicion)).all()
 
 
 def test_equal_scores_none_at_all_or_equal_pictures_lower_nothing_much():
