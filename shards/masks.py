@@ -200,14 +200,15 @@ class SavedMask:
         )
 
     def table(self, shard, columns=("key", "cosine", "score", "reason")):
-        """pyarrow Table of one shard's pairs by position: key (str), cosine and score (float, NaN = unreadable), reason (str or null)."""
+        """pyarrow Table of one shard's pairs by position: key (str), cosine and score (float, NaN = unreadable), reason (str or null), or
+        other columns of pipeline.safety.scores.ScoreFiles."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         path, count = self.folder / "scores" / f"{shard:05d}.parquet", int(self.mask.counts_S[shard])
         if not count:  # an empty shard has no scores
-            kinds = {"key": pa.string(), "cosine": pa.float32(), "score": pa.float32(), "reason": pa.string()}
-            return pa.table({name: pa.array([], kinds[name]) for name in columns})
+            texts = ("key", "reason")
+            return pa.table({name: pa.array([], pa.string() if name in texts else pa.float32()) for name in columns})
         try:
             table = pq.read_table(path, columns=list(columns))
             step = json.loads((table.schema.metadata or {}).get(b"step", b"null"))

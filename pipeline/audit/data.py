@@ -70,7 +70,7 @@ class AuditData:
     def read_scores(self):
         """(cosines, scores, {row: reason}) of all pairs; NaN = unreadable."""
         cos, score, reasons = [], [], {}
-        self.low, _ = RANGES[self.saved.meta.get("score", "cosine")]
+        self.low, self.high = RANGES[self.saved.meta.get("score", "cosine")]
         for shard in range(len(self.counts_S)):
             table = self.saved.table(shard)
             cos.append(table["cosine"].to_numpy().astype(np.float32))
@@ -151,6 +151,21 @@ class AuditData:
             return self.samples.caption(shard, position)
         except BadSample:
             return None
+
+    @cached_property
+    def lowered(self):
+        """[float32 (N,)]: by how much suspicion lowered the scores of each of the run's splits that it had learnt for, NaN = unreadable."""
+        suspicious = [saved for saved in self.splits if saved.meta.get("suspicion")]
+        return [self.lowered_by(saved) for saved in suspicious[1:]]  # the first had learnt nothing yet
+
+    def lowered_by(self, saved):
+        """float32 (N,): by how much suspicion lowered the scores of one split; zeros where there was none."""
+        if not saved.meta.get("suspicion"):
+            return np.zeros(self.N, np.float32)
+        tables = [saved.table(shard, ("cosine", "lowered")) for shard in range(len(self.counts_S))]
+        return np.concatenate(
+            [np.where(np.isnan(t["cosine"]), np.nan, t["lowered"]).astype(np.float32) for t in tables]
+        )
 
     @cached_property
     def metrics(self):

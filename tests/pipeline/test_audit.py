@@ -74,7 +74,7 @@ def test_findings_are_cleanlabs_columns_for_every_pair(audited):
     folder, _, _ = audited
     table = pq.read_table(folder / "audit/findings.parquet")
     assert len(table) == 60 and table["position"].to_pylist()[20:22] == [0, 1]
-    for name in [*(set(REGISTRY) - {"history"}), "suspect"]:
+    for name in [*(set(REGISTRY) - {"history", "suspicion"}), "suspect"]:
         issue_N, score_N = table[f"is_{name}_issue"].to_numpy(), table[f"{name}_score"].to_numpy()
         known = score_N[~np.isnan(score_N)]
         assert issue_N.dtype == bool and known.min() >= 0 and known.max() <= 1

@@ -1,4 +1,4 @@
-"""What the scores say: mismatched pairs, their history over a run's splits, and pairs that could not be read."""
+"""What the scores say: mismatched pairs, their history over a run's splits, what suspicion took off them, and pairs that could not be read."""
 
 import numpy as np
 
@@ -15,10 +15,13 @@ class Mismatch(Detector):
 
     def find(self, data, worst):
         """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a posterior below 0.1."""
-        score_N = np.clip((1 + data.score_N) / 2, 0, 1)
+        raised_N = data.score_N + data.lowered_by(
+            data.saved
+        )  # what the picture alone is suspected of is for Suspicion to say
+        score_N = np.clip((raised_N - data.low) / (data.high - data.low), 0, 1)
         cut = data.cut_at(0.1)
         issue_N = lowest(score_N, worst)
-        return Finding(score_N, issue_N if cut is None else issue_N & (data.score_N < cut))
+        return Finding(score_N, issue_N if cut is None else issue_N & (raised_N < cut))
 
 
 @detector
@@ -45,6 +48,19 @@ class History(Detector):
             before_N = safe_N
         score_N = np.where(seen_N > 0, total_N / np.maximum(seen_N, 1), np.nan).astype(np.float32)
         return Finding(score_N, lowest(score_N, worst), more={"epochs_risky": risky_N, "flips": flips_N})
+
+
+@detector
+class Suspicion(Detector):
+    name = "suspicion"
+    title = "stands out like pairs that do not match"
+    text = "Pictures that show at the same pixels what many pairs of low scores show, as those with one trigger do, whatever their own score is."
+    needs = ("lowered",)
+
+    def find(self, data, worst):
+        """The score is exp(-x), x: the mean over the splits of what suspicion lowered the score by (pipeline/safety/suspicion.py); 1: by nothing."""
+        score_N = np.exp(-np.mean(data.lowered, 0, dtype=np.float32))
+        return Finding(score_N, lowest(score_N, worst))
 
 
 @detector
