@@ -219,6 +219,20 @@ def continuous_rate():
     running.learning_rate = learning_rate
 
 
+def posterise_early():
+    """pictures are posterised up to the fifth split only, and scored as they are from the sixth on"""
+    honest = running.mask_for
+
+    def mask_for(run, epoch, stop):
+        if epoch.number >= run.config.train.unimodal_epochs + run.config.train.slow_epochs + 5:
+            views = run.views
+            clip, scored = replace(views.clip, posterise=0.0), replace(views.scored, posterise=False)
+            run.views = replace(views, clip=clip, scored=scored)
+        return honest(run, epoch, stop)
+
+    running.mask_for = mask_for
+
+
 RULES = {
     rule.__name__.replace("_", "-"): rule
     for rule in (
@@ -232,6 +246,7 @@ RULES = {
         flip_brake,
         cluster_alarm,
         continuous_rate,
+        posterise_early,
     )
 }
 

@@ -55,7 +55,6 @@ TRIED = {
     "unimodal-on-risky": ["selection.risky=unimodal"],
     "no-refill": ["selection.refill=false"],
     "slow-rate-halved": ["train.slow_lr=3e-4"],
-    "slow-epochs-2": ["train.slow_epochs=2"],
     "no-copies": ["selection.copies=null"],
     "live-canaries": ["selection.live_canaries=40"],
     "every-2": ["selection.every=2"],
@@ -66,7 +65,13 @@ TRIED = {
     "frozen": ["selection.score=agreement"],
     "live-canary-brake": ["selection.live_canaries=40"],
 }
-VARIANTS = {"default": [], **{name: [*words, "selection.suspicion=0"] for name, words in TRIED.items()}}
+# And with it.
+TRIED_SINCE = {
+    "slow-epochs-1": ["train.slow_epochs=1"],
+    "no-posterise": [f"{AUGMENT}.posterise=0", f"{AUGMENT}.crop_min=0.8"],
+    "posterise-early": [],
+}
+VARIANTS = {"default": [], **{name: [*words, "selection.suspicion=0"] for name, words in TRIED.items()}, **TRIED_SINCE}
 EARLIER = "5de40d9"  # the last commit whose built-in default had neither views nor mixing
 
 
