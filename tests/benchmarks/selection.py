@@ -70,6 +70,8 @@ TRIED_SINCE = {
     "slow-epochs-1": ["train.slow_epochs=1"],
     "no-posterise": [f"{AUGMENT}.posterise=0", f"{AUGMENT}.crop_min=0.8"],
     "posterise-early": [],
+    "continuous-rate": [],
+    "growth-0.1": ["selection.growth=0.1"],
 }
 VARIANTS = {"default": [], **{name: [*words, "selection.suspicion=0"] for name, words in TRIED.items()}, **TRIED_SINCE}
 EARLIER = "5de40d9"  # the last commit whose built-in default had neither views nor mixing
