@@ -35,7 +35,7 @@ VIEWS = (
     "selection.crop=0.6",
 )  # what the built-in default has, for sets that have not
 COSINE = "selection.score=cosine"
-# What each changes in the preset `default` of the set's config, suspicion being off: they were tried before there was any.
+# What each changes in the preset `default` of the set's config, suspicion being off: they were tried before there was any, or against it.
 TRIED = {
     "no-suspicion": [],
     "no-mixing": [*MIXING],
