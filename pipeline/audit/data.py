@@ -152,14 +152,13 @@ class AuditData:
         except BadSample:
             return None
 
-    @cached_property
-    def lowered(self):
-        """[float32 (N,)]: by how much suspicion lowered the scores of each of the run's splits that it had learnt for, NaN = unreadable."""
-        suspicious = [saved for saved in self.splits if saved.meta.get("suspicion")]
-        return [self.lowered_by(saved) for saved in suspicious[1:]]  # the first had learnt nothing yet
+    @property
+    def suspicious(self):
+        """The run's splits at which suspicion lowered scores."""
+        return [saved for saved in self.splits if saved.meta.get("suspicion")][1:]  # the first had learnt nothing yet
 
     def lowered_by(self, saved):
-        """float32 (N,): by how much suspicion lowered the scores of one split; zeros where there was none."""
+        """float32 (N,): by how much suspicion lowered the scores of one split, NaN = unreadable; zeros where there was none."""
         if not saved.meta.get("suspicion"):
             return np.zeros(self.N, np.float32)
         tables = [saved.table(shard, ("cosine", "lowered")) for shard in range(len(self.counts_S))]

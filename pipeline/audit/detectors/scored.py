@@ -15,9 +15,8 @@ class Mismatch(Detector):
 
     def find(self, data, worst):
         """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a posterior below 0.1."""
-        raised_N = data.score_N + data.lowered_by(
-            data.saved
-        )  # what the picture alone is suspected of is for Suspicion to say
+        # The score as it was before suspicion lowered it: what the picture alone is suspected of is for Suspicion to say.
+        raised_N = data.score_N + data.lowered_by(data.saved)
         score_N = np.clip((raised_N - data.low) / (data.high - data.low), 0, 1)
         cut = data.cut_at(0.1)
         issue_N = lowest(score_N, worst)
@@ -55,11 +54,12 @@ class Suspicion(Detector):
     name = "suspicion"
     title = "stands out like pairs that do not match"
     text = "Pictures that show at the same pixels what many pairs of low scores show, as those with one trigger do, whatever their own score is."
-    needs = ("lowered",)
+    needs = ("suspicious",)
 
     def find(self, data, worst):
         """The score is exp(-x), x: the mean over the splits of what suspicion lowered the score by (pipeline/safety/suspicion.py); 1: by nothing."""
-        score_N = np.exp(-np.mean(data.lowered, 0, dtype=np.float32))
+        lowered_N = sum(map(data.lowered_by, data.suspicious)) / len(data.suspicious)
+        score_N = np.exp(-lowered_N)
         return Finding(score_N, lowest(score_N, worst))
 
 
