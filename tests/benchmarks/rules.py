@@ -9,22 +9,26 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from scipy.sparse.csgraph import connected_components
 from scipy.stats import binom, binomtest
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.neighbors import radius_neighbors_graph
 
 from pipeline import cli
 from pipeline.evaluation.report import poison_rows
 from pipeline.safety import agreement, split
 from pipeline.safety.canaries import passing
+from pipeline.safety.selection import RANGES
 from pipeline.training import run as running
 from pipeline.training import splitting
 from shards.augment import plain_view
 from shards.masks import SafeMask
 
-honest_scores, honest_mask, honest_split = splitting.scores_for, running.mask_for, splitting.split_pairs
+honest_scores, honest_split = splitting.scores_for, splitting.split_pairs
 ALLOWED = 0.05  # of the canaries may pass: Wilson's lower bound
 CLUSTERS = 64  # of pictures, and of captions
+NEAR = 0.02 * 192**0.5  # distance of two pictures of 8 x 8 pixels: 2 % in each number, so that they are near-duplicates
 SURPRISE = 1e-6  # probability below which pairs of one group come in together
 
 
@@ -40,31 +44,81 @@ def oracle():
 
 
 def cross_fit():
-    """each pair is scored only after an epoch that left it out"""
-    kept = {}
+    """each pair is scored only after an epoch that left it out: two folds that take turns"""
+    hold_out(2, lambda run: np.arange(run.index.samples))
+
+
+def cross_fit_ring():
+    """each pair is scored only after an epoch that left it out: four folds in a ring, so that an epoch has three quarters"""
+    hold_out(4, lambda run: np.arange(run.index.samples))
+
+
+def cross_fit_groups():
+    """each pair is scored only after an epoch that left it and those like it out: two folds, of clusters of pictures and captions"""
+    hold_out(2, groups)
+
+
+def hold_out(folds, group_of):
+    """Every epoch leaves one fold of the groups out of the CLIP loss, and only that fold is scored anew after it. What a pair is ranked
+    by is the last such score, or, where the score is a mean over splits, the mean of them."""
+    kept, honest_mask = {}, running.mask_for
 
     def fold_of(run):
-        return np.random.default_rng(run.config.run.seed).random(run.index.samples) < 0.5
+        if "fold" not in kept:
+            group_N = group_of(run)
+            fold_G = np.random.default_rng(run.config.run.seed).integers(folds, size=group_N.max() + 1)
+            kept.update(fold=fold_G[group_N], sum=np.zeros(len(group_N)), times=np.zeros(len(group_N), int))
+        return kept["fold"]
 
     def scores_for(run, epoch, *rest):
-        cos_N, canary_C, mean_of = honest_scores(run, epoch, *rest)
-        fold_N, first = fold_of(run), not kept
-        for fold in (False, True):
-            if not first and fold != bool(epoch.number % 2):
+        raw_N, canary_C, _ = honest_scores(run, epoch, *rest)
+        fold_N, high, mean = (
+            fold_of(run),
+            RANGES[run.config.selection.score][1],
+            run.config.selection.score == "agreement",
+        )
+        for fold in range(folds):
+            if epoch.split and fold != epoch.number % folds:
                 continue  # trained on in the last epoch: what stood before stays
-            here = cos_N[fold_N == fold]
-            kept[fold] = (here - np.nanmean(here)) / np.nanstd(here)  # two models' cosines are not on one scale
-        score_N = np.empty_like(cos_N)
-        for fold, score in kept.items():
-            score_N[fold_N == fold] = score
-        canary_C = (canary_C - np.nanmean(cos_N)) / np.nanstd(cos_N)
-        return np.clip(score_N / 8, -1, 1), np.clip(canary_C / 8, -1, 1), mean_of  # the cosine's range
+            here_N = fold_N == fold
+            # Two models' scores are not on one scale.
+            score = (raw_N[here_N] - np.nanmean(raw_N[here_N])) / np.nanstd(raw_N[here_N])
+            if not mean or epoch.split <= folds:  # at the first split no model had left out anything
+                kept["sum"][here_N], kept["times"][here_N] = 0, 0
+            kept["sum"][here_N] += score
+            kept["times"][here_N] += 1
+        score_N = kept["sum"] / kept["times"]
+        canary_C = (canary_C - np.nanmean(raw_N)) / np.nanstd(raw_N)
+        fit = [np.clip(x * high / 8, -high, high).astype(np.float32) for x in (score_N, canary_C)]
+        return *fit, kept["times"].max()
 
     def mask_for(run, epoch, stop):
         mask = honest_mask(run, epoch, stop)
-        return SafeMask.from_flags(run.index.counts, mask.flags() & (fold_of(run) == bool(epoch.number % 2)))
+        left_out = (epoch.number + 1) % folds
+        return SafeMask.from_flags(run.index.counts, mask.flags() & (fold_of(run) != left_out))
 
+    splitting.splits_so_far = lambda *rest: 0  # the mean is taken here
     splitting.scores_for, running.mask_for = scores_for, mask_for
+
+
+def one_caption():
+    """of pairs whose pictures are near-duplicates only one, another each epoch, is trained on"""
+    kept, honest_mask = {}, running.mask_for
+
+    def mask_for(run, epoch, stop):
+        if not kept:
+            near = radius_neighbors_graph(thumbnails(run), NEAR)
+            kept["of"] = connected_components(near, directed=False)[1]
+        flags_N = honest_mask(run, epoch, stop).flags()
+        row_M = np.random.default_rng([run.config.run.seed, epoch.number]).permutation(np.flatnonzero(flags_N))
+        one_N = np.zeros_like(flags_N)
+        one_N[row_M[np.unique(kept["of"][row_M], return_index=True)[1]]] = True
+        run.journal.say(
+            f"    {flags_N.sum() - one_N.sum():,} safe pairs wait, as their picture is another's near-duplicate"
+        )
+        return SafeMask.from_flags(run.index.counts, one_N)
+
+    running.mask_for = mask_for
 
 
 def nce():
@@ -151,14 +205,19 @@ def live_canary_brake():
     splitting.split_pairs = split_pairs
 
 
+def thumbnails(run):
+    """float64 (N, 192): the pictures at 8 x 8 pixels, 0 to 1."""
+    places = zip(*(x.tolist() for x in run.index.place(np.arange(run.index.samples))))
+    return np.stack([plain_view(run.samples.image(*place), 8).ravel() for place in places]) / 255
+
+
 def groups(run):
     """int64 (N,): a number for each pair, the same for those whose pictures, at 8 x 8 pixels, and whose captions' words are in one cluster."""
     samples, index = run.samples, run.index
-    shard_N, position_N = index.place(np.arange(index.samples))
-    places = list(zip(shard_N.tolist(), position_N.tolist()))
+    places = zip(*(x.tolist() for x in index.place(np.arange(index.samples))))
     words_NW = TfidfVectorizer().fit_transform([samples.caption(*place) for place in places])
-    pixels_NP = np.stack([plain_view(samples.image(*place), 8).ravel() for place in places]) / 255
-    by_word, by_pixel = (KMeans(CLUSTERS, n_init=1, random_state=0).fit_predict(x) for x in (words_NW, pixels_NP))
+    clusters = KMeans(CLUSTERS, n_init=1, random_state=0)
+    by_word, by_pixel = (clusters.fit_predict(x) for x in (words_NW, thumbnails(run)))
     return by_pixel * CLUSTERS + by_word
 
 
@@ -238,6 +297,9 @@ RULES = {
     for rule in (
         oracle,
         cross_fit,
+        cross_fit_ring,
+        cross_fit_groups,
+        one_caption,
         nce,
         frozen,
         weight_cap,

@@ -39,7 +39,6 @@ COSINE = "selection.score=cosine"
 TRIED = {
     "no-suspicion": [],
     "no-mixing": [*MIXING],
-    "no-views": ["selection.coarse=1", "selection.crop=1"],
     "mixing-0.5-copies": ["data.clip_mix=0.5", "data.clip_paste=0.5", "selection.copies=null"],
     "views": [*VIEWS],
     "views-mixing-0.5": [*VIEWS, "data.clip_mix=0.5", "data.clip_paste=0.5"],
@@ -55,7 +54,6 @@ TRIED = {
     "unimodal-on-risky": ["selection.risky=unimodal"],
     "no-refill": ["selection.refill=false"],
     "slow-rate-halved": ["train.slow_lr=3e-4"],
-    "no-copies": ["selection.copies=null"],
     "live-canaries": ["selection.live_canaries=40"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
@@ -72,6 +70,9 @@ TRIED_SINCE = {
     "posterise-early": [],
     "continuous-rate": [],
     "growth-0.1": ["selection.growth=0.1"],
+    "no-views": ["selection.coarse=1", "selection.crop=1"],
+    "no-copies": ["selection.copies=null"],
+    "one-caption": ["selection.copies=null"],
 }
 VARIANTS = {"default": [], **{name: [*words, "selection.suspicion=0"] for name, words in TRIED.items()}, **TRIED_SINCE}
 EARLIER = "5de40d9"  # the last commit whose built-in default had neither views nor mixing
