@@ -68,6 +68,7 @@ TRIED_SINCE = {
     "slow-epochs-1": ["train.slow_epochs=1"],
     "no-posterise": [f"{AUGMENT}.posterise=0", f"{AUGMENT}.crop_min=0.8"],
     "posterise-early": [],
+    "plain-last": [],
     "continuous-rate": [],
     "growth-0.1": ["selection.growth=0.1"],
     "no-views": ["selection.coarse=1", "selection.crop=1"],
