@@ -1,8 +1,9 @@
-"""The cost of safety: seconds of a SafeCLIP epoch, scoring and split included, over those of plain CLIP on the same data.
+"""The cost of safety: seconds of an epoch of one run, scoring and split included, over those of another on the same data.
 
-python -m tests.benchmarks.cost CLIP_RUN SAFECLIP_RUN        both trained on this machine with nothing beside them
+python -m tests.benchmarks.cost BASE_RUN RUN        both trained on this machine with nothing beside them
 
-Reads config.yaml and metrics.jsonl. Last line: one JSON object; medians over the epochs, evaluation left out.
+The epochs are those of the CLIP loss at the full rate: all of plain CLIP's, SafeCLIP's after its warm-up. Reads config.yaml and
+metrics.jsonl. Last line: one JSON object; medians over the epochs, evaluation left out.
 """
 
 import argparse
@@ -31,23 +32,24 @@ def epochs(run):
     return steps, splits, stages
 
 
+def median_epoch(run):
+    """(seconds of an epoch with its split, seconds of the split)"""
+    steps, splits, stages = epochs(run)
+    kept = [epoch for epoch in steps if stages[epoch] in ("clip", "safeclip")]
+    split = [splits.get(epoch, 0.0) for epoch in kept]
+    return statistics.median(steps[epoch] + s for epoch, s in zip(kept, split)), statistics.median(split)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clip_run")
-    parser.add_argument("safeclip_run")
+    parser.add_argument("base_run")
+    parser.add_argument("run")
     args = parser.parse_args()
-    clip, _, _ = epochs(args.clip_run)
-    safe, splits, stages = epochs(args.safeclip_run)
-    kept = [epoch for epoch in safe if stages[epoch] == "safeclip"]
-    plain = statistics.median(clip.values())
-    whole = statistics.median(safe[epoch] + splits.get(epoch, 0.0) for epoch in kept)
-    figures = {
-        "clip_epoch_s": round(plain, 2),
-        "safeclip_epoch_s": round(whole, 2),
-        "of_it_split_s": round(statistics.median(splits.get(epoch, 0.0) for epoch in kept), 2),
-        "ratio": round(whole / plain, 3),
-    }
-    print(json.dumps(figures))
+    figures = {}
+    for name in ("base_run", "run"):
+        whole, split = median_epoch(getattr(args, name))
+        figures[name] = {"epoch_s": round(whole, 2), "of_it_split_s": round(split, 2)}
+    print(json.dumps(figures | {"ratio": round(figures["run"]["epoch_s"] / figures["base_run"]["epoch_s"], 3)}))
 
 
 if __name__ == "__main__":
