@@ -1,9 +1,11 @@
 """Configuration: layers, types, and errors that name the key."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import PRESETS
 from pipeline.configfile import load_config
 from shards.errors import UserError
 
@@ -31,6 +33,13 @@ def test_a_file_can_have_its_own_settings_for_a_preset(file):
     path = file(BASE + "presets: {clip: {train: {lr: 0.5}}}\n")
     assert load_config(path, ["preset=clip"]).train.lr == 0.5
     assert load_config(path, ["preset=paper"]).train.lr == 5e-4
+
+
+@pytest.mark.parametrize("name", ["cc3m_rn50", "cc12m_vitb32", "laion400m_vitb16"])
+def test_the_configs_of_large_sets_leave_a_preset_whole(name):
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml", ["preset=default"])
+    assert PRESETS["default"]["selection"].items() <= asdict(config.selection).items()
+    assert config.train.unimodal_epochs == PRESETS["default"]["train"]["unimodal_epochs"]
 
 
 @pytest.mark.parametrize(
