@@ -35,7 +35,7 @@ VIEWS = (
     "selection.crop=0.6",
 )  # what the built-in default has, for sets that have not
 COSINE = "selection.score=cosine"
-# What each changes in the preset `default` of the set's config, suspicion being off: they were tried before there was any, or against it.
+# What each changes in the preset `default` of the set's config, suspicion being off: tried before there was any, or beside it.
 TRIED = {
     "no-suspicion": [],
     "no-mixing": [*MIXING],
@@ -63,25 +63,47 @@ TRIED = {
     "frozen": ["selection.score=agreement"],
     "live-canary-brake": ["selection.live_canaries=40"],
 }
-# And with it.
+# What was in the presets of the sets' configs then, and until after suspicion had joined the built-in default.
+BEFORE = {
+    "shapes": [],
+    "shapes_small": ["selection.growth=0.05", "selection.voters=4096"],
+    "emoji": ["selection.growth=0.05", "selection.voters=4096", f"{AUGMENT}.crop_min=0.65"],
+}
+# Tried with suspicion, and with that.
 TRIED_SINCE = {
+    "former": [],
     "slow-epochs-1": ["train.slow_epochs=1"],
     "no-posterise": [f"{AUGMENT}.posterise=0", f"{AUGMENT}.crop_min=0.8"],
     "posterise-early": [],
     "plain-last": [],
     "continuous-rate": [],
-    "growth-0.1": ["selection.growth=0.1"],
+}
+# And with the presets as they are.
+TRIED_NOW = {
+    "default": [],
+    "voters-4096": ["selection.voters=4096"],
+    "growth-0.2": ["selection.growth=0.2"],
+    "crop-0.65": [f"{AUGMENT}.crop_min=0.65"],
+    "crop-0.65-posterise-0.5": [f"{AUGMENT}.crop_min=0.65", f"{AUGMENT}.posterise=0.5"],
     "no-views": ["selection.coarse=1", "selection.crop=1"],
     "no-copies": ["selection.copies=null"],
     "one-caption": ["selection.copies=null"],
 }
-VARIANTS = {"default": [], **{name: [*words, "selection.suspicion=0"] for name, words in TRIED.items()}, **TRIED_SINCE}
+VARIANTS = TRIED | TRIED_SINCE | TRIED_NOW
 EARLIER = "5de40d9"  # the last commit whose built-in default had neither views nor mixing
+
+
+def overrides(name, variant):
+    """What a variant changes in the preset `default` of the set's config."""
+    if variant in TRIED_NOW:
+        return TRIED_NOW[variant]
+    return [*BEFORE[name], *([] if variant in TRIED_SINCE else ["selection.suspicion=0"]), *VARIANTS[variant]]
 
 
 def judged(name, seed, variant):
     """Train and evaluate one run unless that is done, and keep its result."""
-    words = [*VARIANTS[variant], f"run.seed={seed}", f"data.overlay=data/{name}_attack_seed{seed}"]
+    changed = overrides(name, variant)
+    words = [*changed, f"run.seed={seed}", f"data.overlay=data/{name}_attack_seed{seed}"]
     words += ["preset=default", "evaluation.every=0", "data.workers=0"]
     config = load_config(CONFIGS[name], words)
     run = Path("runs/selection") / name / f"seed{seed}" / f"{variant}-{config.hash()}"
@@ -103,7 +125,7 @@ def judged(name, seed, variant):
         )
         command("pipeline.cli", "evaluate", str(run), *known)
     found = json.loads((run / "eval.json").read_text())
-    about = {"set": name, "seed": seed, "variant": variant, "overrides": VARIANTS[variant], "config": config.hash()}
+    about = {"set": name, "seed": seed, "variant": variant, "overrides": changed, "config": config.hash()}
     write_json(RESULTS / name / f"seed{seed}" / f"{variant}.json", about | found)
     print(f"{name} seed {seed} {variant}: clean {found['clean_top1']:.1%}", flush=True)
 
@@ -138,6 +160,21 @@ def described(variants):
     return "\n".join(
         f"- {name}: {'; '.join(filter(None, (ruled[name], ' '.join(words)))) or 'as it is'}"
         for name, words in sorted(variants.items())
+    )
+
+
+def groups(found):
+    """Markdown: what the variants that have results change, by what else differed when they were tried."""
+    there = {run["variant"] for run in found}
+    then = "; ".join(f"{name}: {' '.join(words)}" for name, words in BEFORE.items() if words)
+    heads = (
+        ("As the presets are:", TRIED_NOW),
+        (f"Before, with suspicion ({then}):", TRIED_SINCE),
+        ("Before, with selection.suspicion=0 besides:", TRIED),
+    )
+    return "\n\n".join(
+        f"{head}\n\n{described({name: words for name, words in group.items() if name in there})}"
+        for head, group in heads
     )
 
 
@@ -207,7 +244,7 @@ def main():
     now, earlier = results(RESULTS), results(RESULTS / "earlier")
     text = (
         "# Rules of selection\n\nMade by `python -m tests.benchmarks.selection` (its text says how). Each variant is the preset `default` of the set's config with:\n\n"
-        f"{described({run['variant']: run['overrides'] for run in now})}\n\n{table(now)}\n## Earlier\n\nThe same of commit {EARLIER}, whose built-in preset scored one view and mixed no "
+        f"{groups(now)}\n\n{table(now)}\n## Earlier\n\nThe same of commit {EARLIER}, whose built-in preset scored one view and mixed no "
         f"pictures, and whose agreement looked at mirrored pictures, as emoji's still does; there was no suspicion either:\n\n{described({run['variant']: run['overrides'] for run in earlier})}\n\n{table(earlier)}"
     )
     write_bytes(RESULTS.with_suffix(".md"), text.encode())
