@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a CLIP that was not poisoned: install, build the data, poison it, train plain CLIP and SafeCLIP with
 # 2 processes, evaluate both, print one table. Writes runs/quickstart/result.json and result.png.
-# What is finished is used again; delete runs/quickstart to train anew. SEED=1 gives another seed.
+# What is finished is used again; delete runs/quickstart to train anew. SEED=1 gives another seed, PRESETS="clip paper default"
+# trains the published rule too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
@@ -13,7 +14,7 @@ out=runs/quickstart
 processes=2
 if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ]; then processes=1; fi
 prepare shapes "$seed"
-for preset in clip default; do
+for preset in ${PRESETS:-clip default}; do
     train_run configs/quickstart.yaml shapes "$preset" "$seed" "$out" "$processes"
     evaluate_run "$preset" "$out"
 done
