@@ -35,35 +35,7 @@ VIEWS = (
     "selection.crop=0.6",
 )  # what the built-in default has, for sets that have not
 COSINE = "selection.score=cosine"
-# What each changes in the preset `default` of the set's config, suspicion being off: tried before there was any, or beside it.
-TRIED = {
-    "no-suspicion": [],
-    "no-mixing": [*MIXING],
-    "mixing-0.5-copies": ["data.clip_mix=0.5", "data.clip_paste=0.5", "selection.copies=null"],
-    "views": [*VIEWS],
-    "views-mixing-0.5": [*VIEWS, "data.clip_mix=0.5", "data.clip_paste=0.5"],
-    "views-paste-0.5": [*VIEWS, "data.clip_paste=0.5"],
-    "paste-0.1": ["data.clip_paste=0.1"],
-    "paste-0.2": ["data.clip_paste=0.2"],
-    "cosine": [COSINE],
-    "cosine-cap-0.9": [COSINE, "selection.cap=0.9"],
-    "cosine-paste-0.2": [COSINE, "data.clip_paste=0.2"],
-    "cosine-mixing-0.15": [COSINE, "data.clip_mix=0.15", "data.clip_paste=0.15"],
-    "views-cosine-mixing-0.15": [*VIEWS, COSINE, "data.clip_mix=0.15", "data.clip_paste=0.15"],
-    "agreement": ["selection.score=agreement"],
-    "unimodal-on-risky": ["selection.risky=unimodal"],
-    "no-refill": ["selection.refill=false"],
-    "slow-rate-halved": ["train.slow_lr=3e-4"],
-    "live-canaries": ["selection.live_canaries=40"],
-    "every-2": ["selection.every=2"],
-    "every-4": ["selection.every=4"],
-    # Rules that are no setting of a config, with the settings that they need.
-    **{rule: [] for rule in RULES},
-    "nce": ["selection.score=agreement"],
-    "frozen": ["selection.score=agreement"],
-    "live-canary-brake": ["selection.live_canaries=40"],
-}
-# What was in the presets of the sets' configs then, and until after suspicion had joined the built-in default.
+# What a variant changes in the preset `default` of the set's config. Two groups were tried while that had:
 BEFORE = {
     "shapes": [],
     "shapes_small": ["selection.growth=0.05", "selection.voters=4096"],
@@ -88,6 +60,34 @@ TRIED_NOW = {
     "no-views": ["selection.coarse=1", "selection.crop=1"],
     "no-copies": ["selection.copies=null"],
     "one-caption": ["selection.copies=null"],
+}
+# Tried with that but without suspicion, before there was any or beside it.
+TRIED = {
+    "no-suspicion": [],
+    "no-mixing": [*MIXING],
+    "mixing-0.5-copies": ["data.clip_mix=0.5", "data.clip_paste=0.5", "selection.copies=null"],
+    "views": [*VIEWS],
+    "views-mixing-0.5": [*VIEWS, "data.clip_mix=0.5", "data.clip_paste=0.5"],
+    "views-paste-0.5": [*VIEWS, "data.clip_paste=0.5"],
+    "paste-0.1": ["data.clip_paste=0.1"],
+    "paste-0.2": ["data.clip_paste=0.2"],
+    "cosine": [COSINE],
+    "cosine-cap-0.9": [COSINE, "selection.cap=0.9"],
+    "cosine-paste-0.2": [COSINE, "data.clip_paste=0.2"],
+    "cosine-mixing-0.15": [COSINE, "data.clip_mix=0.15", "data.clip_paste=0.15"],
+    "views-cosine-mixing-0.15": [*VIEWS, COSINE, "data.clip_mix=0.15", "data.clip_paste=0.15"],
+    "agreement": ["selection.score=agreement"],
+    "unimodal-on-risky": ["selection.risky=unimodal"],
+    "no-refill": ["selection.refill=false"],
+    "slow-rate-halved": ["train.slow_lr=3e-4"],
+    "live-canaries": ["selection.live_canaries=40"],
+    "every-2": ["selection.every=2"],
+    "every-4": ["selection.every=4"],
+    # Rules that are no setting of a config, with the settings that they need.
+    **{rule: [] for rule in RULES if rule not in TRIED_SINCE | TRIED_NOW},
+    "nce": ["selection.score=agreement"],
+    "frozen": ["selection.score=agreement"],
+    "live-canary-brake": ["selection.live_canaries=40"],
 }
 VARIANTS = TRIED | TRIED_SINCE | TRIED_NOW
 EARLIER = "5de40d9"  # the last commit whose built-in default had neither views nor mixing
