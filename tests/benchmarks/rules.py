@@ -90,7 +90,7 @@ def hold_out(folds, group_of):
         score_N = kept["sum"] / kept["times"]
         canary_C = (canary_C - np.nanmean(raw_N)) / np.nanstd(raw_N)
         fit = [np.clip(x * high / 8, -high, high).astype(np.float32) for x in (score_N, canary_C)]
-        return *fit, kept["times"].max()
+        return *fit, int(kept["times"].max())
 
     def mask_for(run, epoch, stop):
         mask = honest_mask(run, epoch, stop)
