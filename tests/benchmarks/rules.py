@@ -30,6 +30,7 @@ ALLOWED = 0.05  # of the canaries may pass: Wilson's lower bound
 CLUSTERS = 64  # of pictures, and of captions
 NEAR = 0.02 * 192**0.5  # distance of two pictures of 8 x 8 pixels: 2 % in each number, so that they are near-duplicates
 SURPRISE = 1e-6  # probability below which pairs of one group come in together
+ALERT = 1e-3  # the same for the brake, so that it rings at all
 
 
 def oracle():
@@ -221,26 +222,26 @@ def groups(run):
     return by_pixel * CLUSTERS + by_word
 
 
-def alarms(flags_N, before_N, group_N):
+def alarms(flags_N, before_N, group_N, surprise):
     """bool (N,): pairs that come in with more of their group than chance brings (binomial, of all that come in)."""
     new_N = flags_N & ~before_N
     free_G = np.bincount(group_N, ~before_N, CLUSTERS**2)
     new_G = np.bincount(group_N, new_N, CLUSTERS**2)
     odds = new_N.sum() / max(1, (~before_N).sum())
-    return new_N & (binom.sf(new_G - 1, free_G, odds) < SURPRISE)[group_N]
+    return new_N & (binom.sf(new_G - 1, free_G, odds) < surprise)[group_N]
 
 
 def flip_brake():
     """the safe set stays as it is where a group of pairs would come in at once"""
-    watch(lambda alarmed_N, flags_N, before_N: before_N if alarmed_N.any() else flags_N)
+    watch(lambda alarmed_N, flags_N, before_N: before_N if alarmed_N.any() else flags_N, ALERT)
 
 
 def cluster_alarm():
     """groups of pairs that come in at once are held back, until they come in one by one"""
-    watch(lambda alarmed_N, flags_N, before_N: flags_N & ~alarmed_N)
+    watch(lambda alarmed_N, flags_N, before_N: flags_N & ~alarmed_N, SURPRISE)
 
 
-def watch(rule):
+def watch(rule, surprise):
     """Let `rule` change every split's flags, knowing those of the last one and what would come in in groups since."""
     kept = {}
 
@@ -253,7 +254,7 @@ def watch(rule):
         found = honest_split(score_N, counts_S, *rest)
         flags_N = found.mask.flags()
         if "before" in kept:
-            alarmed_N = alarms(flags_N, kept["before"], kept["group"])
+            alarmed_N = alarms(flags_N, kept["before"], kept["group"], surprise)
             flags_N = rule(alarmed_N, flags_N, kept["before"])
             found.note += f"{alarmed_N.sum()} pairs would come in in groups"
             found.mask = SafeMask.from_flags(counts_S, flags_N)
