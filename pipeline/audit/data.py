@@ -155,7 +155,7 @@ class AuditData:
     @property
     def suspicious(self):
         """The run's splits at which suspicion lowered scores."""
-        return [saved for saved in self.splits if saved.meta.get("suspicion")][1:]  # the first had learnt nothing yet
+        return [saved for saved in self.splits if saved.meta.get("suspicion")]
 
     def lowered_by(self, saved):
         """float32 (N,): by how much suspicion lowered the scores of one split, NaN = unreadable; zeros where there was none."""

@@ -61,13 +61,6 @@ def histogram(scores_N, low, high, bins=BINS):
     return counts_K[:-1]
 
 
-def deviation(counts_K, low, high):
-    """float: the standard deviation of the scores behind a `histogram`."""
-    x = low + (np.arange(len(counts_K)) + 0.5) * (high - low) / len(counts_K)
-    share_K = np.asarray(counts_K) / max(1, np.sum(counts_K))
-    return float(np.sqrt((share_K * (x - (share_K * x).sum()) ** 2).sum()))
-
-
 def fit_mixture(counts_K, low, high):
     """Mixture of the scores behind a `histogram`, of the greatest likelihood that several fixed starts lead to.
 

@@ -56,19 +56,35 @@ def scores(batch, image_BD, text_BD, row_B, voters=None):
     return score_B.masked_fill(~batch.valid, float("nan"))
 
 
+def parts_of(row_S, batch_size):
+    """(pairs, counts): this rank's part of some pairs in batches for `embed`, the same batches at any world size and as many on every
+    rank (ZeRO-3 gathers weights in each), the last ones to be thrown away; and how many of the pairs each rank has."""
+    parts = [row_S[at : at + batch_size] for at in range(0, len(row_S), batch_size)]
+    by_rank = [[parts[i] for i in numbers] for numbers in np.array_split(np.arange(len(parts)), comm.world())]
+    mine, rounds = by_rank[comm.rank()], max(map(len, by_rank))
+    pairs = [(part, part) for part in mine + [parts[0]] * (rounds - len(mine))]
+    return pairs, [sum(map(len, parts)) for parts in by_rank]
+
+
+def score_some_pairs(engine, samples, views, batch_size, device, row_S, voters=None):
+    """float32 (S,): the scores of the pairs row_S (int64), NaN where there is none, by all ranks together and on every rank."""
+    if not len(row_S):
+        return np.zeros(0, np.float32)
+    pairs, counts = parts_of(row_S, batch_size)
+    found = [
+        scores(batch, image_BD, text_BD, batch.rows.to(device), voters)
+        for batch, image_BD, text_BD, _, _ in embed(engine, samples.scattered(), views, pairs, device)
+    ]
+    return comm.all_gather_rows(torch.cat(found)[: counts[comm.rank()], None], counts)[:, 0].cpu().numpy()
+
+
 def gather_voters(engine, samples, views, batch_size, device, count, seed):
     """agreement.Voters embedded by all ranks together; every rank gets the same. Raises UserError where none can be read."""
     row_V = choose_voters(samples.index.samples, count, seed)
-    parts = [row_V[at : at + batch_size] for at in range(0, len(row_V), batch_size)]
-    by_rank = [[parts[i] for i in numbers] for numbers in np.array_split(np.arange(len(parts)), comm.world())]
-    mine, rounds = by_rank[comm.rank()], max(map(len, by_rank))
+    pairs, counts = parts_of(row_V, batch_size)
     rows, scale = [], 1.0
-    pairs = [
-        (part, part) for part in mine + [parts[0]] * (rounds - len(mine))
-    ]  # equal passes: ZeRO-3 gathers weights in each
     for batch, image_BD, text_BD, scale, _ in embed(engine, samples.scattered(), views, pairs, device):
         rows.append(torch.cat([image_BD.float(), text_BD.float(), batch.valid[:, None].float()], 1))
-    counts = [sum(map(len, parts)) for parts in by_rank]
     found_VE = comm.all_gather_rows(torch.cat(rows)[: counts[comm.rank()]], counts)
     valid_V, dim = found_VE[:, -1] > 0, found_VE.shape[1] // 2
     if not valid_V.any():

@@ -1,14 +1,16 @@
 """Suspicion: what the pictures of the lowest scores have in common is looked for in all others, and counts against them.
 
-Of the pairs that a trigger poisons most score low, and they show what the few that pass show too: the trigger. So after a split a linear
-classifier learns to tell the pictures of the lowest scores from the others (ridge regression on small pictures, not on the embeddings that
-poison teaches), and at the next split a pair's score is lowered by how far its picture stands out on their side. No pair is judged by a
-classifier that has seen it: there are FOLDS, each fitted without one fold of the pairs. What honest pictures are judged is about normal, and
-few of them are beyond FREE deviations; a trigger that is the same in all its pictures, a patch in its place or a pattern over the whole,
-stands out by many. One that is elsewhere in each picture is not linear, and does not. The lowest scores and not the risky pairs: early on
-half of all pairs are risky, and the trigger is lost among them. The scores as they were before they were lowered: else suspicion feeds on
-itself, and honest pictures fill the risky set in place of wrong captions.
-Legend: S sampled pairs, B pairs, D = 3 SIDE^2 numbers of a small picture, F folds.
+Of the pairs that a trigger poisons more than of others score low, and all show the trigger. So after a split a linear classifier learns to
+tell the pictures of the lowest scores from the others (ridge regression on small pictures, not on the embeddings that poison teaches).
+It learns again from those that it judges most alike (TAILS), and again: honest pictures that scored low share little, and drop out;
+those that share one thing, a patch in its place or a pattern over the whole, are left, and stand out by tens of deviations whatever they
+score. They are a group; if it scores low (LOW_RANK), each split after it holds all against whom the classifier speaks. The next group
+is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
+fitted without one fold of the pairs. What honest pictures are judged is about normal, and few are beyond FREE deviations; some groups are honest
+(a colour, a kind of drawing that the model has not learnt to read yet) and wait until it has. A trigger that is elsewhere in each picture is not linear,
+and is not found. The lowest scores and not the risky pairs: early on half of all pairs are risky, and the trigger is lost among them. The
+scores as they were before they were lowered: else suspicion feeds on itself, and honest pictures fill the risky set in place of wrong captions.
+Legend: S sampled pairs, B pairs, D = 3 SIDE^2 numbers of a small picture, F folds, G groups, E = D + 1.
 """
 
 import io
@@ -18,6 +20,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from scipy.linalg import cho_factor, cho_solve
+from scipy.stats import rankdata
 
 from pipeline import comm
 from shards.errors import UserError
@@ -27,11 +31,17 @@ from shards.storage import write_bytes
 SAMPLE = 65_536  # pairs that the classifiers learn from, at most
 SIDE = 16
 FOLDS = 5
-RIDGE = 0.01  # of the mean variance of a number, added to the covariance
+RIDGE = 0.1  # of the mean variance of a number, added to the covariance
 LOWEST = 0.15  # of the scores are learnt as low, pairs without a score among them
+TAILS = 0.05, 0.03, 0.02  # of the pairs, those that are judged most alike, are learnt next
+APART = 8.0  # deviations from which on a picture is one of the group
+LEAST = 8  # pictures of a group
+LOW_RANK = 0.35  # mean rank of a group's scores, 0 to 1, below which it is held against its pictures
+HIGH_RANK = 0.45  # from which on it no longer is
+GROUPS = 8  # are held against pictures, at most
 FLAT = 1e-6  # variance of a number that is added, so that flat pictures can be fitted: a quarter of a grey level
 NOTHING = 1e-4  # deviation of the judgements (1 = low, 0 = not) below which the classifier has found nothing
-FREE = 3.0  # deviations on the risky side that cost nothing
+FREE = 6.0  # deviations on the group's side that cost nothing
 
 
 def small(images_BCHW):
@@ -45,26 +55,38 @@ def fold_of(row_B):
 
 
 class Suspicion:
-    """What lowers the scores of a split. weight_FE: float32 (F, D + 1), in units of the score; the last is the constant."""
+    """What lowers the scores of a split. weight_GFE: float32, in units of the score, of each group and fold; the last is the constant."""
 
-    def __init__(self, weight_FE):
-        self.weight_FE = torch.as_tensor(weight_FE)
+    def __init__(self, weight_GFE):
+        self.weight_GFE = torch.as_tensor(weight_GFE)
 
     def lowered_by(self, row_B, images_BCHW):
         """float32 (B,): by how much the scores of pairs are lowered, never below 0. row_B: int64, on the pictures' device."""
         return self.lowered_by_small(row_B, small(images_BCHW))
 
     def lowered_by_small(self, row_B, small_BD):
-        """The same, of small pictures (float32, 0 to 1)."""
-        self.weight_FE = self.weight_FE.to(small_BD.device)
-        weight_BE = self.weight_FE[fold_of(row_B)]
-        return ((small_BD * weight_BE[:, :-1]).sum(1) + weight_BE[:, -1]).clamp_min(0)
+        """The same, of small pictures (float32, 0 to 1): the group that says most speaks."""
+        lowered_B = small_BD.new_zeros(len(small_BD))
+        for said_B in self.said(row_B, small_BD):
+            lowered_B = torch.maximum(lowered_B, said_B)
+        return lowered_B
+
+    def said(self, row_B, small_BD):
+        """Yield float32 (B,) for each group: by how much it would lower the scores; negative where it speaks for a picture."""
+        self.weight_GFE = self.weight_GFE.to(small_BD.device)
+        fold_B = fold_of(row_B)
+        for weight_FE in self.weight_GFE:
+            weight_BE = weight_FE[fold_B]
+            yield (small_BD * weight_BE[:, :-1]).sum(1) + weight_BE[:, -1]
 
     @classmethod
     def load(cls, folder):
-        """That of the split in `folder`. Raises UserError where it is gone."""
+        """That of the split in `folder`. Raises UserError where it is gone, or of another version."""
         try:
-            return cls(np.load(Path(folder) / "suspicion.npy", allow_pickle=False))
+            weight_GFE = np.load(Path(folder) / "suspicion.npy", allow_pickle=False)
+            if weight_GFE.ndim != 3:
+                raise ValueError(f"shape {weight_GFE.shape}, expected groups, folds and weights: an earlier version's")
+            return cls(weight_GFE)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"mask {folder}: suspicion.npy cannot be read ({error}), and selection.suspicion goes on from it; bring it back"
@@ -72,7 +94,7 @@ class Suspicion:
 
     def save(self, folder):
         file = io.BytesIO()
-        np.save(file, self.weight_FE.cpu().numpy(), allow_pickle=False)
+        np.save(file, self.weight_GFE.cpu().numpy(), allow_pickle=False)
         write_bytes(Path(folder) / "suspicion.npy", file.getvalue())
 
 
@@ -84,36 +106,81 @@ class Sample:
         self.x_SD = small_SD.astype(np.float32) / np.float32(255)
         self.mean_D = self.x_SD.mean(0, dtype=np.float64).astype(np.float32)
         self.x_SD -= self.mean_D
-        self.gram_FDD = np.stack([x.T @ x for x in (self.x_SD[self.fold_S == fold] for fold in range(FOLDS))])
 
     def raised(self, score_S, suspicion):
         """float32 (S,): the sample's scores as they were before `suspicion` lowered them (up to the rounding of the small pictures)."""
-        small_SD = torch.from_numpy(self.x_SD + self.mean_D)
-        return score_S + suspicion.lowered_by_small(torch.from_numpy(self.row_S), small_SD).numpy()
+        return score_S + suspicion.lowered_by_small(torch.from_numpy(self.row_S), self.small()).numpy()
 
-    def learn(self, score_S, strength, deviation):
-        """Suspicion, of the sample's scores: each deviation beyond FREE lowers a score by `strength` times `deviation`.
+    def small(self):
+        return torch.from_numpy(self.x_SD + self.mean_D)
 
-        score_S: float32, not lowered, NaN where there is none. The deviation of pictures is a robust one, of what those of the higher scores are judged
-        (1.4826 times the median absolute one); `deviation` is that of the scores.
+    def learn(self, score_S, strength, before=None):
+        """Suspicion, of the sample's scores: each deviation of a picture beyond FREE lowers its pair's score by `strength` deviations of the scores.
+
+        score_S: float32, not lowered, NaN where there is none. The deviation of pictures is a robust one (1.4826 times the median absolute
+        one). Groups of `before`, what was suspected so far, stay until their scores are no longer low (HIGH_RANK).
         """
-        score_S = np.where(np.isnan(score_S), -np.inf, score_S)
-        low_S = score_S <= np.quantile(score_S, LOWEST, method="lower")
-        target_S = (low_S - low_S.mean()).astype(np.float32)
-        sum_FD = np.stack([self.x_SD[self.fold_S == f].T @ target_S[self.fold_S == f] for f in range(FOLDS)])
-        gram_DD, sum_D = self.gram_FDD.sum(0, dtype=np.float64), sum_FD.sum(0, dtype=np.float64)
-        variance = np.trace(gram_DD) / len(gram_DD) + FLAT * len(score_S)
+        known_S = ~np.isnan(score_S)
+        deviation = float(np.std(score_S[known_S], dtype=np.float64)) if known_S.any() else 0.0
+        score_S = np.where(known_S, score_S, -np.inf)
+        rank_S = rankdata(score_S) / max(1, len(score_S))
+        rest_S, found = np.ones(len(score_S), bool), []
+        said = before.said(torch.from_numpy(self.row_S), self.small()) if before else ()
+        for number, said_S in enumerate(said):
+            group_S = rest_S & (said_S.numpy() > (APART - FREE) * strength * deviation)
+            if group_S.any() and rank_S[group_S].mean() < HIGH_RANK:
+                found.append(before.weight_GFE[number].numpy())
+                rest_S &= ~group_S
+        for _ in range(GROUPS - len(found)):
+            if not rest_S.any():
+                break
+            ridge = Ridge(self.x_SD, self.fold_S, rest_S)
+            alike_S = rest_S & (score_S <= np.quantile(score_S[rest_S], LOWEST, method="lower"))
+            for tail in TAILS:
+                judged_S = ridge.judged(ridge.fitted(alike_S))
+                alike_S = rest_S & (judged_S > np.quantile(judged_S[rest_S], 1 - tail))
+            weight_FD = ridge.fitted(alike_S)
+            judged_S = ridge.judged(weight_FD)
+            middle, spread = robust(judged_S[rest_S])
+            if spread <= NOTHING:  # else rounding would be told apart
+                break
+            group_S = rest_S & (judged_S > middle + APART * spread)
+            if group_S.sum() < LEAST:
+                break
+            if rank_S[group_S].mean() < LOW_RANK:
+                scale = strength * deviation / spread
+                constant_F = -scale * (weight_FD @ self.mean_D + middle) - FREE * strength * deviation
+                found.append(np.c_[scale * weight_FD, constant_F])
+            rest_S &= ~group_S
+        return Suspicion(np.array(found, np.float32).reshape(-1, FOLDS, self.x_SD.shape[1] + 1))
+
+
+class Ridge:
+    """Ridge regression of yes or no on the pictures of `rest_S`, once without each fold."""
+
+    def __init__(self, x_SD, fold_S, rest_S):
+        self.x_SD, self.fold_S, self.rest_S = x_SD, fold_S, rest_S
+        grams = [x.T @ x for x in (x_SD[rest_S & (fold_S == fold)] for fold in range(FOLDS))]
+        gram_DD = np.sum(grams, 0, dtype=np.float64)
+        variance = np.trace(gram_DD) / len(gram_DD) + FLAT * rest_S.sum()
         ridge_DD = RIDGE * variance * np.eye(len(gram_DD))
-        weight_FD = np.stack(
-            [np.linalg.solve(gram_DD - gram + ridge_DD, sum_D - one) for gram, one in zip(self.gram_FDD, sum_FD)]
+        self.factors = [cho_factor(gram_DD - gram + ridge_DD) for gram in grams]
+
+    def fitted(self, yes_S):
+        """float32 (F, D): what tells the pictures of bool yes_S from the others."""
+        target_S = np.where(self.rest_S, yes_S - yes_S[self.rest_S].mean(), 0).astype(np.float32)
+        sum_FD = np.stack([self.x_SD[self.fold_S == f].T @ target_S[self.fold_S == f] for f in range(FOLDS)])
+        sum_D = sum_FD.sum(0, dtype=np.float64)
+        return np.stack([cho_solve(factor, sum_D - one) for factor, one in zip(self.factors, sum_FD)]).astype(
+            np.float32
         )
-        judged_S = np.empty(len(score_S))
+
+    def judged(self, weight_FD):
+        """float32 (S,): how much each picture is of that kind, by the weights that were fitted without it."""
+        judged_S = np.empty(len(self.x_SD), np.float32)
         for fold in range(FOLDS):
             judged_S[self.fold_S == fold] = self.x_SD[self.fold_S == fold] @ weight_FD[fold]
-        middle, spread = robust(judged_S[~low_S])
-        scale = strength * deviation / spread if spread > NOTHING else 0.0  # else rounding would be told apart
-        constant_F = -scale * (weight_FD @ self.mean_D + middle) - FREE * strength * deviation
-        return Suspicion(np.c_[scale * weight_FD, constant_F].astype(np.float32))
+        return judged_S
 
 
 def robust(values):

@@ -7,10 +7,8 @@ import numpy as np
 from pipeline import comm
 from pipeline.safety.canaries import score_canaries
 from pipeline.safety.copies import singles_of_run
-from pipeline.safety.mixture import deviation
 from pipeline.safety.scores import ScoreFiles, running_mean
-from pipeline.safety.scoring import gather_voters, score_all_pairs
-from pipeline.safety.selection import RANGES
+from pipeline.safety.scoring import gather_voters, score_all_pairs, score_some_pairs
 from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
 from pipeline.safety.suspicion import Suspicion, sample_of_run
 from pipeline.training import signals
@@ -26,13 +24,13 @@ def mask_for(run, epoch, stop):
     if not comm.on_main(is_split, folder, due, state, config):
         before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
         suspicion = comm.on_main(suspicion_of, before, state, config) if before and config.selection.suspicion else None
-        score_N, canary_C, mean_of = scores_for(run, epoch, folder, before, suspicion, stop, meter)
+        score_N, canary_C, mean_of, suspicion = scores_for(run, epoch, folder, before, suspicion, stop, meter)
         live = run.samples.canaries and run.samples.canaries.rows
         split = split_pairs(
             score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
         )
         if config.selection.suspicion:
-            learn_suspicion(run, folder, split, score_N, suspicion)
+            learn_suspicion(run, folder, score_N, suspicion)
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
         comm.on_main(save_split, folder, split, index, made)
@@ -47,9 +45,10 @@ def mask_for(run, epoch, stop):
 
 
 def scores_for(run, epoch, folder, before, suspicion, stop, meter):
-    """(score_N, canary_C, mean_of) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
+    """(score_N, canary_C, mean_of, suspicion) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
 
-    mean_of: number of splits that it is the mean of. `suspicion` lowers the scores, None does not."""
+    mean_of: number of splits that it is the mean of. `suspicion`, what the split before left, lowers the scores; where it left none it
+    is learnt first, from the scores of its sample: what passes the first split is learnt, and stays learnt."""
     config, index, state = run.config, run.index, run.state
     agreement = config.selection.score == "agreement"
     splits = comm.on_main(splits_so_far, before, state, config) if before and agreement else 0
@@ -69,25 +68,32 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
     if config.selection.copies:
         where, size = folder.with_name("singles"), config.selection.batch_size
         singles = singles_of_run(where, run.samples, run.views, size, config.data.workers, config.selection.copies)
+    if config.selection.suspicion and suspicion is None:
+        sample = suspicion_sample(run, folder)
+        score_S = score_some_pairs(*arguments, comm.broadcast_object(sample and sample.row_S), voters)
+        suspicion = comm.on_main(lambda: sample.learn(score_S, config.selection.suspicion))
     score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles, suspicion)
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
     before_C = np.load(before / "canaries.npy") if splits else ()
     if len(before_C) == len(canary_C):  # their number may have been changed
         canary_C = running_mean(before_C, canary_C, splits)
-    return score_N, canary_C, splits + 1
+    return score_N, canary_C, splits + 1, suspicion
 
 
-def learn_suspicion(run, folder, split, score_N, suspicion):
+def suspicion_sample(run, folder):
+    """suspicion.Sample of the run, on rank 0 (None elsewhere). All ranks call."""
+    size, workers, seed = run.config.selection.batch_size, run.config.data.workers, run.config.run.seed
+    return sample_of_run(folder.with_name("sample"), run.samples, run.views, size, workers, seed)
+
+
+def learn_suspicion(run, folder, score_N, suspicion):
     """Learn from this split, whose scores `suspicion` has lowered, what the next one suspects; kept in this one's folder. All ranks call."""
-    settings, workers, seed = run.config.selection, run.config.data.workers, run.config.run.seed
-    sample = sample_of_run(folder.with_name("sample"), run.samples, run.views, settings.batch_size, workers, seed)
+    sample = suspicion_sample(run, folder)
 
     def learn():
-        score_S = score_N[sample.row_S]
-        if suspicion:
-            score_S = sample.raised(score_S, suspicion)
-        sample.learn(score_S, settings.suspicion, deviation(split.counts_K, *RANGES[settings.score])).save(folder)
+        score_S = sample.raised(score_N[sample.row_S], suspicion)
+        sample.learn(score_S, run.config.selection.suspicion, suspicion).save(folder)
 
     comm.on_main(learn)
 

@@ -92,6 +92,9 @@ def test_voters_are_different_rows_in_order(samples, count, seed):
     np.testing.assert_array_equal(row_V, choose_voters(samples, count, seed))
 
 
+SOME = np.arange(3, 130, 3)
+
+
 def scored(folder):
     samples = Samples(ShardIndex.load(folder / "shapes" / "index"))
     config = Config()
@@ -100,14 +103,19 @@ def scored(folder):
     towers = Towers(build_model({"config": MODEL}), *pixel_stats())
     arguments = towers, samples, make_views(config), 16, torch.device("cpu")
     voters = scoring.gather_voters(*arguments, 50, 3)
-    return voters, scoring.score_all_pairs(*arguments, voters=voters)[0].copy()
+    some = [scoring.score_some_pairs(*arguments, row_S, voters) for row_S in (SOME, SOME[:5], SOME[:0])]
+    return voters, scoring.score_all_pairs(*arguments, voters=voters)[0].copy(), some
 
 
 def test_two_ranks_get_the_voters_and_scores_of_one(tmp_path):
     shapes(tmp_path / "shapes", pairs=130, test=36)
-    voters, score_N = scored(tmp_path)
+    voters, score_N, some = scored(tmp_path)
     assert np.isfinite(score_N).all() and len(voters.row_V) == 50
-    for other, other_N in run_ranks(scored, 2, tmp_path):
+    for score_S, rows in zip(some, (SOME, SOME[:5], SOME[:0])):
+        np.testing.assert_allclose(score_S, score_N[rows], atol=1e-5)
+    for other, other_N, others in run_ranks(scored, 2, tmp_path):
+        for one, two in zip(some, others):
+            np.testing.assert_array_equal(one, two)
         assert torch.equal(other.image_VD, voters.image_VD) and torch.equal(other.text_VD, voters.text_VD)
         assert torch.equal(other.mean_3, voters.mean_3) and torch.equal(other.std_3, voters.std_3)
         np.testing.assert_array_equal(other_N, score_N)
