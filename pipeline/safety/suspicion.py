@@ -106,6 +106,11 @@ class Sample:
         self.x_SD = small_SD.astype(np.float32) / np.float32(255)
         self.mean_D = self.x_SD.mean(0, dtype=np.float64).astype(np.float32)
         self.x_SD -= self.mean_D
+        self.gram_FDD = self.grams(np.ones(len(row_S), bool))
+
+    def grams(self, those_S):
+        """float32 (F, D, D): sums of products over the pictures of bool those_S, fold by fold."""
+        return np.stack([x.T @ x for x in (self.x_SD[those_S & (self.fold_S == fold)] for fold in range(FOLDS))])
 
     def raised(self, score_S, suspicion):
         """float32 (S,): the sample's scores as they were before `suspicion` lowered them (up to the rounding of the small pictures)."""
@@ -124,17 +129,17 @@ class Sample:
         deviation = float(np.std(score_S[known_S], dtype=np.float64)) if known_S.any() else 0.0
         score_S = np.where(known_S, score_S, -np.inf)
         rank_S = rankdata(score_S) / max(1, len(score_S))
-        rest_S, found = np.ones(len(score_S), bool), []
+        rest_S, found, gram_FDD = np.ones(len(score_S), bool), [], self.gram_FDD
         said = before.said(torch.from_numpy(self.row_S), self.small()) if before else ()
         for number, said_S in enumerate(said):
             group_S = rest_S & (said_S.numpy() > (APART - FREE) * strength * deviation)
             if group_S.any() and rank_S[group_S].mean() < HIGH_RANK:
                 found.append(before.weight_GFE[number].numpy())
-                rest_S &= ~group_S
+                rest_S, gram_FDD = rest_S & ~group_S, gram_FDD - self.grams(group_S)
         for _ in range(GROUPS - len(found)):
             if not rest_S.any():
                 break
-            ridge = Ridge(self.x_SD, self.fold_S, rest_S)
+            ridge = Ridge(self, rest_S, gram_FDD)
             alike_S = rest_S & (score_S <= np.quantile(score_S[rest_S], LOWEST, method="lower"))
             for tail in TAILS:
                 judged_S = ridge.judged(ridge.fitted(alike_S))
@@ -151,20 +156,19 @@ class Sample:
                 scale = strength * deviation / spread
                 constant_F = -scale * (weight_FD @ self.mean_D + middle) - FREE * strength * deviation
                 found.append(np.c_[scale * weight_FD, constant_F])
-            rest_S &= ~group_S
+            rest_S, gram_FDD = rest_S & ~group_S, gram_FDD - self.grams(group_S)
         return Suspicion(np.array(found, np.float32).reshape(-1, FOLDS, self.x_SD.shape[1] + 1))
 
 
 class Ridge:
     """Ridge regression of yes or no on the pictures of `rest_S`, once without each fold."""
 
-    def __init__(self, x_SD, fold_S, rest_S):
-        self.x_SD, self.fold_S, self.rest_S = x_SD, fold_S, rest_S
-        grams = [x.T @ x for x in (x_SD[rest_S & (fold_S == fold)] for fold in range(FOLDS))]
-        gram_DD = np.sum(grams, 0, dtype=np.float64)
+    def __init__(self, sample, rest_S, gram_FDD):
+        self.x_SD, self.fold_S, self.rest_S = sample.x_SD, sample.fold_S, rest_S
+        gram_DD = gram_FDD.sum(0, dtype=np.float64)
         variance = np.trace(gram_DD) / len(gram_DD) + FLAT * rest_S.sum()
         ridge_DD = RIDGE * variance * np.eye(len(gram_DD))
-        self.factors = [cho_factor(gram_DD - gram + ridge_DD) for gram in grams]
+        self.factors = [cho_factor(gram_DD - gram + ridge_DD) for gram in gram_FDD]
 
     def fitted(self, yes_S):
         """float32 (F, D): what tells the pictures of bool yes_S from the others."""
