@@ -46,7 +46,7 @@ BEFORE = {
 FORMER = (
     "emoji_5.9: emoji under the attack of before, of fainter triggers in more pairs, 5.9 % in all, which took on some seeds only, and "
     "under the presets of then (configs/attack_emoji.yaml and configs/emoji.yaml of commit efc6e35). All rows but emoji's have the "
-    "suspicion of that commit, which looked once, at the lowest scores, and not before the second split"
+    "suspicion of that commit, which looked once, at the lowest scores, and not before the second split; suspicion-by-groups is the default with today's"
 )
 # Tried with suspicion, and with that.
 TRIED_SINCE = {
@@ -57,9 +57,10 @@ TRIED_SINCE = {
     "plain-last": [],
     "continuous-rate": [],
 }
-# And with the presets as they are, but for suspicion in the sets that say so.
+# And with the presets as they are.
 TRIED_NOW = {
     "default": [],
+    "suspicion-by-groups": [],  # the small set's default with today's suspicion; what is called default there had that of FORMER
     "growth-0.1-cap-0.85": ["selection.growth=0.1", "selection.cap=0.85"],
     "voters-4096": ["selection.voters=4096"],
     "growth-0.2": ["selection.growth=0.2"],
