@@ -48,7 +48,7 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
     """(score_N, canary_C, mean_of, suspicion) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
 
     mean_of: number of splits that it is the mean of. `suspicion`, what the split before left, lowers the scores; where it left none it
-    is learnt first, from the scores of its sample: what passes the first split is learnt, and stays learnt."""
+    is learnt first, from the scores of its sample, so that a run's first split holds back what they show."""
     config, index, state = run.config, run.index, run.state
     agreement = config.selection.score == "agreement"
     splits = comm.on_main(splits_so_far, before, state, config) if before and agreement else 0
