@@ -27,6 +27,9 @@ from shards.errors import UserError
 from shards.storage import sync_folder, write_bytes, write_json
 
 MARKER = "COMPLETE"
+ORDER = (
+    2  # of the parameters in the optimizer, by model.param_groups: a checkpoint holds them end to end, without names
+)
 
 
 def fault(folder):
@@ -101,7 +104,9 @@ class Saver:
                     for key, value in pool.state_dict().items()
                 }
             )
-            files[folder / "state.json"] = (json.dumps(state | {"world": comm.world()}, indent=1) + "\n").encode()
+            files[folder / "state.json"] = (
+                json.dumps(state | {"world": comm.world(), "order": ORDER}, indent=1) + "\n"
+            ).encode()
         self.error = None
         self.written.clear()
         self.thread = threading.Thread(target=self.write, args=(folder, files, comm.rank(), comm.world()), daemon=True)
@@ -176,6 +181,12 @@ class Saver:
 
 def load_checkpoint(folder, engine, pools):
     """Restore engine and pools from a complete checkpoint (or from its universal form, by an engine made for that); returns its state."""
+    state = load_state(folder)
+    if state.get("order") != ORDER:
+        raise UserError(
+            f"checkpoint {folder}: made by another version, which laid its parameters in another order (order {state.get('order', 1)}, "
+            f"expected {ORDER}); go on with the version that made it, or start anew in another run.dir"
+        )
     if engine.load_universal_checkpoint():
         engines.load(engine, folder / "universal")
         saved = load_file(folder / "model.safetensors")
@@ -189,7 +200,7 @@ def load_checkpoint(folder, engine, pools):
         pool.load_state_dict(
             {key.split(".", 1)[1]: value for key, value in saved.items() if key.startswith(f"{name}.")}
         )
-    return load_state(folder)
+    return state
 
 
 def load_state(folder):

@@ -22,6 +22,7 @@ from shards.colour import as_numbers, coloured_batch
 from shards.demo import shapes
 from shards.mixing import mixed
 from tests.conftest import GPUS
+from tests.pipeline.test_engine import RESNET
 from tests.pipeline.test_resume import config, cut_off, metrics, weights
 from tests.ranks import run_ranks
 from tests.shards.test_colour import picture
@@ -67,6 +68,21 @@ def test_a_run_that_was_asked_to_stop_twice_ends_bit_for_bit_as_one_that_was_not
     whole, cut = (on_gpu(data, name, *words) for name in ("whole", "cut"))
     assert metrics(whole) == metrics(cut)
     assert weights(whole) == weights(cut)
+
+
+def batch_norm(folder, precision, stage):
+    made = on_gpu(folder, "resnet", precision, stage, "worker")
+    made.model.config = json.loads(json.dumps(RESNET)) | {"text_cfg": made.model.config["text_cfg"]}
+    made.train.batch_size = 96
+    running.train(made)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_batch_norm_trains_at_every_stage(data, precision, stage):
+    run_ranks(batch_norm, WORLD, data, precision, stage, timeout=120)
+    rows = metrics(on_gpu(data, "resnet", precision, stage, "worker"))
+    assert rows and all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
 
 
 def scored(folder, name, score):

@@ -122,6 +122,22 @@ def test_bf16_trains_at_every_stage():
         assert all(0 < loss < 10 for loss in losses) and all(torch.isfinite(w).all() for w in weights.values())
 
 
+def places(stage, precision):
+    """{name: (bytes from its storage's start, numbers)} of a residual network's weights under the engine."""
+    engine = engines.start_engine(
+        towers(RESNET), Train(batch_size=ROWS, zero_stage=stage, precision=precision), comm.device()
+    )
+    return {name: (p.storage_offset() * p.element_size(), p.numel()) for name, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_stand_where_gpu_kernels_read_16_bytes_at_once(precision):
+    for stage in (1, 2):
+        (place,) = run_ranks(places, 1, stage, precision)
+        assert len({offset for offset, _ in place.values()}) > len(place) / 2  # they do lie end to end
+        assert all(offset % 16 == 0 for offset, numbers in place.values() if numbers % 8 == 0), stage
+
+
 def clamp(stage, start):
     """The logit scale after one step that pushes nothing (rate 0), from weights whose scale starts out of bounds."""
     model = towers(VIT)

@@ -208,6 +208,15 @@ def test_a_run_without_a_complete_checkpoint_starts_anew_only_if_told_so(finishe
     )
 
 
+def test_a_checkpoint_with_its_parameters_in_another_order_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "shapes").symlink_to(finished.parent / "shapes")
+    path = checkpoint.newest_complete(tmp_path / "run")[0] / "state.json"
+    path.write_text(path.read_text().replace(f'"order": {checkpoint.ORDER}', '"order": 1'))
+    (message,) = run_ranks(go_on, 1, tmp_path)
+    assert "another order" in message and path.parent.name in message and "\n" not in message
+
+
 def disk_fills(folder):
     """Saves of the last rank fail from the second on, as on a full disk."""
     original = checkpoint.write_bytes
