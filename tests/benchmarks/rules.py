@@ -5,7 +5,7 @@ setting of a config. In one process and one piece only: what a rule remembers be
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pipeline.safety.canaries import passing
 from pipeline.safety.selection import RANGES
 from pipeline.training import run as running
 from pipeline.training import splitting
+from pipeline.training.model import Towers, build_model, pixel_stats
 from shards.augment import plain_view
 from shards.masks import SafeMask
 
@@ -293,6 +294,30 @@ def posterise_early():
     running.mask_for = mask_for
 
 
+def fresh_start():
+    """after the first split the weights are the initial ones again, and pictures are trained on as they are; at train.zero_stage=0"""
+    honest_mask, honest_rate, begun = running.mask_for, running.learning_rate, []
+
+    def mask_for(run, epoch, stop):
+        if begun:
+            run.views = replace(run.views, scored=replace(run.views.scored, posterise=False))
+        mask = honest_mask(run, epoch, stop)
+        if epoch.split == 0:
+            torch.manual_seed(run.config.run.seed)
+            fresh = Towers(build_model(asdict(run.config.model)), *pixel_stats())
+            run.engine.module.load_state_dict(fresh.state_dict())
+            run.engine.optimizer.state.clear()
+            run.views = replace(run.views, clip=replace(run.views.clip, posterise=0.0))
+            begun.append(run.state["step"])
+        return mask
+
+    def learning_rate(step, epoch, steps_per_epoch, train):
+        warm = min(1, (step - begun[0] + 1) / train.warmup_steps) if begun else 1
+        return honest_rate(step, epoch, steps_per_epoch, train) * warm
+
+    running.mask_for, running.learning_rate = mask_for, learning_rate
+
+
 def plain_last():
     """pictures are trained on as they are in the last quarter of the epochs; they are scored posterised all along"""
     honest_mask = running.mask_for
@@ -324,6 +349,7 @@ RULES = {
         continuous_rate,
         posterise_early,
         plain_last,
+        fresh_start,
     )
 }
 

@@ -69,6 +69,41 @@ TRIED_NOW = {
     "no-views": ["selection.coarse=1", "selection.crop=1"],
     "no-copies": ["selection.copies=null"],
     "one-caption": ["selection.copies=null"],
+    "fresh-start": ["train.zero_stage=0"],
+    # On emoji, on one H100, with train.zero_stage=0 (but for `again`): what its schedule costs.
+    "again": [],
+    "no-unimodal": ["train.unimodal_epochs=0"],
+    "plain-views": [f"{AUGMENT}.posterise=0", "selection.cap=0.95"],
+    "plain-views-no-unimodal": [f"{AUGMENT}.posterise=0", "selection.cap=0.95", "train.unimodal_epochs=0"],
+    "plain-views-first-0.7": [
+        f"{AUGMENT}.posterise=0",
+        "selection.cap=0.95",
+        "train.unimodal_epochs=0",
+        "selection.first_share=0.7",
+    ],
+    "plain-views-cap-0.97": [
+        f"{AUGMENT}.posterise=0",
+        "selection.cap=0.97",
+        "train.unimodal_epochs=0",
+        "selection.first_share=0.7",
+        "selection.growth=0.27",
+    ],
+    "posterise-early-cap-0.95": ["selection.cap=0.95"],
+    "posterise-early-no-unimodal": ["selection.cap=0.95", "train.unimodal_epochs=0"],
+    "oracle-0.97": [f"{AUGMENT}.posterise=0", "selection.cap=0.97", "selection.first_share=0.97"],
+    "oracle-0.97-no-unimodal": [
+        f"{AUGMENT}.posterise=0",
+        "selection.cap=0.97",
+        "selection.first_share=0.97",
+        "train.unimodal_epochs=0",
+    ],
+}
+# Variants of a rule that has another name.
+RULED = {
+    "posterise-early-cap-0.95": "posterise-early",
+    "posterise-early-no-unimodal": "posterise-early",
+    "oracle-0.97": "oracle",
+    "oracle-0.97-no-unimodal": "oracle",
 }
 # Tried with that but without suspicion, before there was any or beside it.
 TRIED = {
@@ -112,6 +147,12 @@ def overrides(name, variant):
     return [*BEFORE[name], *([] if variant in TRIED_SINCE else ["selection.suspicion=0"]), *VARIANTS[variant]]
 
 
+def rule_of(variant):
+    """The name of a variant's rule of tests.benchmarks.rules, or None."""
+    rule = RULED.get(variant, variant)
+    return rule if rule in RULES else None
+
+
 def judged(name, seed, variant):
     """Train and evaluate one run unless that is done, and keep its result."""
     changed = overrides(name, variant)
@@ -127,7 +168,8 @@ def judged(name, seed, variant):
             with open(f"{run}.log", "a") as log:
                 subprocess.run([sys.executable, "-m", *parts], env=environment, stdout=log, stderr=log, check=True)
 
-        program = ["tests.benchmarks.rules", variant] if variant in RULES else ["pipeline.cli"]
+        rule = rule_of(variant)
+        program = ["tests.benchmarks.rules", rule] if rule else ["pipeline.cli"]
         command(*program, "train", CONFIGS[name], f"run.dir={run}", *words)
         known = (
             "--baseline",
@@ -168,7 +210,7 @@ def table(found):
 
 def described(variants):
     """Markdown: a line for each variant of {name: overrides}."""
-    ruled = {name: RULES[name].__doc__ if name in RULES else "" for name in variants}
+    ruled = {name: RULES[rule].__doc__ if (rule := rule_of(name)) else "" for name in variants}
     return "\n".join(
         f"- {name}: {'; '.join(filter(None, (ruled[name], ' '.join(words)))) or 'as it is'}"
         for name, words in sorted(variants.items())
