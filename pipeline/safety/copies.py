@@ -33,21 +33,30 @@ class Singles:
         return [(shard, p, keys[p], reason) for p in self.mask.positions(shard, "risky").tolist()]
 
 
+def numbers_of_pictures(samples, views, batch_size, workers, number, dtype):
+    """dtype (N,), whole on every host: number(batch) -> (B,) of all pairs, each picture decoded once. All ranks call."""
+    index = samples.index
+    owned = assign_shards(index.counts, comm.world())
+    number_N = comm.host_array(index.samples, dtype)
+    pairs = [(rows, rows) for _, rows in shard_batches(index.offsets, owned[comm.rank()], batch_size)]
+    dataset = PlainBatches(samples, pairs, views)
+    for batch in fetched_ahead(batches(dataset, workers=workers), dataset):
+        number_N[batch.rows.numpy()] = number(batch)
+    comm.share_between_hosts(number_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
+    return number_N
+
+
 def find_singles(samples, views, batch_size, workers, most):
     """SafeMask of the pairs whose picture stands in at most `most` pairs, the same on every rank. All ranks call.
 
     Decodes every picture once and takes 8 bytes a pair on each host meanwhile. A picture that cannot be read stands in one pair.
     """
-    index = samples.index
-    owned = assign_shards(index.counts, comm.world())
-    hash_N = comm.host_array(index.samples, np.int64)
-    pairs = [(rows, rows) for _, rows in shard_batches(index.offsets, owned[comm.rank()], batch_size)]
-    dataset = PlainBatches(samples, pairs, views)
-    for batch in fetched_ahead(batches(dataset, workers=workers), dataset):
-        row_B = batch.rows.numpy()
-        hash_N[row_B] = np.where(batch.valid.numpy(), hash_pictures(batch.images), row_B)
-    comm.share_between_hosts(hash_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
-    return broadcast_mask(singles(hash_N, most, index.offsets) if comm.is_main() else (), index.counts)
+
+    def number(batch):
+        return np.where(batch.valid.numpy(), hash_pictures(batch.images), batch.rows.numpy())
+
+    hash_N = numbers_of_pictures(samples, views, batch_size, workers, number, np.int64)
+    return broadcast_mask(singles(hash_N, most, samples.index.offsets) if comm.is_main() else (), samples.index.counts)
 
 
 def singles(hash_N, most, offsets_S):

@@ -38,6 +38,7 @@ APART = 8.0  # deviations from which on a picture is one of the group
 LEAST = 8  # pictures of a group
 LOW_RANK = 0.35  # mean rank of a group's scores, 0 to 1, below which it is held against its pictures
 HIGH_RANK = 0.45  # from which on it no longer is
+MARK_RANK = 0.25  # the same for a mark, whose pairs the model has not trained on: those of a trigger are at the bottom
 GROUPS = 8  # are held against pictures, at most
 FLAT = 1e-6  # variance of a number that is added, so that flat pictures can be fitted: a quarter of a grey level
 NOTHING = 1e-4  # deviation of the judgements (1 = low, 0 = not) below which the classifier has found nothing
@@ -55,10 +56,17 @@ def fold_of(row_B):
 
 
 class Suspicion:
-    """What lowers the scores of a split. weight_GFE: float32, in units of the score, of each group and fold; the last is the constant."""
+    """What lowers the scores of a split. weight_GFE: float32, in units of the score, of each group and fold; the last is the constant.
 
-    def __init__(self, weight_GFE):
-        self.weight_GFE = torch.as_tensor(weight_GFE)
+    The first `marks` groups are marks (pipeline/safety/marks.py), the others were learnt from scores."""
+
+    def __init__(self, weight_GFE, marks=0):
+        self.weight_GFE, self.marks = torch.as_tensor(weight_GFE), marks
+
+    @classmethod
+    def of(cls, sample, weights, marks=0):
+        """Of a list of float (F, E)."""
+        return cls(np.array(weights, np.float32).reshape(-1, FOLDS, sample.x_SD.shape[1] + 1), marks)
 
     def lowered_by(self, row_B, images_BCHW):
         """float32 (B,): by how much the scores of pairs are lowered, never below 0. row_B: int64, on the pictures' device."""
@@ -83,26 +91,24 @@ class Suspicion:
     def load(cls, folder):
         """That of the split in `folder`. Raises UserError where it is gone, or of another version."""
         try:
-            weight_GFE = np.load(Path(folder) / "suspicion.npy", allow_pickle=False)
-            if weight_GFE.ndim != 3:
-                raise ValueError(f"shape {weight_GFE.shape}, expected groups, folds and weights: an earlier version's")
-            return cls(weight_GFE)
-        except (OSError, ValueError) as error:
+            with np.load(Path(folder) / "suspicion.npz", allow_pickle=False) as found:
+                return cls(found["weight_GFE"], int(found["marks"]))
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(
-                f"mask {folder}: suspicion.npy cannot be read ({error}), and selection.suspicion goes on from it; bring it back"
+                f"mask {folder}: suspicion.npz cannot be read ({error}), and selection.suspicion goes on from it; bring it back"
             ) from None
 
     def save(self, folder):
         file = io.BytesIO()
-        np.save(file, self.weight_GFE.cpu().numpy(), allow_pickle=False)
-        write_bytes(Path(folder) / "suspicion.npy", file.getvalue())
+        np.savez(file, weight_GFE=self.weight_GFE.cpu().numpy(), marks=self.marks)
+        write_bytes(Path(folder) / "suspicion.npz", file.getvalue())
 
 
 class Sample:
-    """Pairs that the classifiers learn from. row_S: int64 rows over all shards; small_SD: uint8, their small pictures."""
+    """Pairs that the classifiers learn from. row_S: int64 rows over all shards; small_SD: uint8, their small pictures; token_SL: their captions."""
 
-    def __init__(self, row_S, small_SD):
-        self.row_S, self.fold_S = row_S, fold_of(row_S)
+    def __init__(self, row_S, small_SD, token_SL=None):
+        self.row_S, self.fold_S, self.token_SL = row_S, fold_of(row_S), token_SL
         self.x_SD = small_SD.astype(np.float32) / np.float32(255)
         self.mean_D = self.x_SD.mean(0, dtype=np.float64).astype(np.float32)
         self.x_SD -= self.mean_D
@@ -119,24 +125,32 @@ class Sample:
     def small(self):
         return torch.from_numpy(self.x_SD + self.mean_D)
 
-    def learn(self, score_S, strength, before=None):
+    def in_units(self, marks, score_S, strength):
+        """Suspicion: `marks`, which speak in deviations, in units of the scores, as `learn` has it."""
+        deviation = np.nanstd(score_S, dtype=np.float64) if np.isfinite(score_S).any() else 0.0
+        return Suspicion(marks.weight_GFE * float(strength * deviation), marks.marks)
+
+    def learn(self, score_S, strength, before=None, keep=False):
         """Suspicion, of the sample's scores: each deviation of a picture beyond FREE lowers its pair's score by `strength` deviations of the scores.
 
         score_S: float32, not lowered, NaN where there is none. The deviation of pictures is a robust one (1.4826 times the median absolute
-        one). Groups of `before`, what was suspected so far, stay until their scores are no longer low (HIGH_RANK).
+        one). Groups of `before`, what was suspected so far, stay until their scores are no longer low (MARK_RANK, HIGH_RANK), and with `keep` in any case.
         """
         known_S = ~np.isnan(score_S)
         deviation = float(np.std(score_S[known_S], dtype=np.float64)) if known_S.any() else 0.0
         score_S = np.where(known_S, score_S, -np.inf)
         rank_S = rankdata(score_S) / max(1, len(score_S))
-        rest_S, found, gram_FDD = np.ones(len(score_S), bool), [], self.gram_FDD
+        rest_S, found, gram_FDD, marks = np.ones(len(score_S), bool), [], self.gram_FDD, 0
         said = before.said(torch.from_numpy(self.row_S), self.small()) if before else ()
         for number, said_S in enumerate(said):
-            group_S = rest_S & (said_S.numpy() > (APART - FREE) * strength * deviation)
-            if group_S.any() and rank_S[group_S].mean() < HIGH_RANK:
-                found.append(before.weight_GFE[number].numpy())
+            group_S = said_S.numpy() > (APART - FREE) * strength * deviation
+            limit = MARK_RANK if number < before.marks else HIGH_RANK
+            if keep or group_S.any() and rank_S[group_S].mean() < limit:
+                found.append(before.weight_GFE[number].cpu().numpy())
+                marks += number < before.marks
+                group_S &= rest_S
                 rest_S, gram_FDD = rest_S & ~group_S, gram_FDD - self.grams(group_S)
-        for _ in range(GROUPS - len(found)):
+        for _ in range(GROUPS - (len(found) - marks)):
             if not rest_S.any():
                 break
             ridge = Ridge(self, rest_S, gram_FDD)
@@ -157,7 +171,7 @@ class Sample:
                 constant_F = -scale * (weight_FD @ self.mean_D + middle) - FREE * strength * deviation
                 found.append(np.c_[scale * weight_FD, constant_F])
             rest_S, gram_FDD = rest_S & ~group_S, gram_FDD - self.grams(group_S)
-        return Suspicion(np.array(found, np.float32).reshape(-1, FOLDS, self.x_SD.shape[1] + 1))
+        return Suspicion.of(self, found, marks)
 
 
 class Ridge:
@@ -171,8 +185,9 @@ class Ridge:
         self.factors = [cho_factor(gram_DD - gram + ridge_DD) for gram in gram_FDD]
 
     def fitted(self, yes_S):
-        """float32 (F, D): what tells the pictures of bool yes_S from the others."""
-        target_S = np.where(self.rest_S, yes_S - yes_S[self.rest_S].mean(), 0).astype(np.float32)
+        """float32 (F, D): what tells the pictures of bool yes_S from the others; (F, D, C) for C such questions, bool (S, C)."""
+        target_S = (yes_S - yes_S[self.rest_S].mean(0)).astype(np.float32)
+        target_S[~self.rest_S] = 0
         sum_FD = np.stack([self.x_SD[self.fold_S == f].T @ target_S[self.fold_S == f] for f in range(FOLDS)])
         sum_D = sum_FD.sum(0, dtype=np.float64)
         return np.stack([cho_solve(factor, sum_D - one) for factor, one in zip(self.factors, sum_FD)]).astype(
@@ -180,8 +195,8 @@ class Ridge:
         )
 
     def judged(self, weight_FD):
-        """float32 (S,): how much each picture is of that kind, by the weights that were fitted without it."""
-        judged_S = np.empty(len(self.x_SD), np.float32)
+        """float32 (S,): how much each picture is of that kind, by the weights that were fitted without it; (S, C) for C kinds."""
+        judged_S = np.empty((len(self.x_SD), *weight_FD.shape[2:]), np.float32)
         for fold in range(FOLDS):
             judged_S[self.fold_S == fold] = self.x_SD[self.fold_S == fold] @ weight_FD[fold]
         return judged_S
@@ -210,16 +225,20 @@ def sample_of_run(folder, samples, views, batch_size, workers, seed):
         row_S = np.random.default_rng([seed, 3]).choice(index.samples, min(SAMPLE, index.samples), replace=False)
         mine = np.array_split(np.sort(row_S), comm.world())[comm.rank()]
         pairs = [(mine[at : at + batch_size],) * 2 for at in range(0, len(mine), batch_size)]
-        rows, pictures = [np.zeros(0, np.int64)], [np.zeros((0, 3 * SIDE**2), np.uint8)]
+        rows, pictures, captions = [np.zeros(0, np.int64)], [np.zeros((0, 3 * SIDE**2), np.uint8)], []
         for batch in batches(PlainBatches(samples.scattered(), pairs, views), workers=workers):
             rows.append(batch.rows[batch.valid].numpy())
             pictures.append((small(batch.images[batch.valid]) * 255).round().to(torch.uint8).numpy())
-        parts = comm.gather_objects((np.concatenate(rows), np.concatenate(pictures)))
+            captions.append(batch.tokens[batch.valid].numpy().astype(np.int32))
+        parts = comm.gather_objects((np.concatenate(rows), np.concatenate(pictures), captions))
 
         def keep():
             file = io.BytesIO()
-            row_S, small_SD = (np.concatenate(part) for part in zip(*parts))
-            np.savez(file, row_S=row_S, small_SD=small_SD, **made)
+            row_S, small_SD = (np.concatenate(part) for part in list(zip(*parts))[:2])
+            token_SL = np.concatenate(
+                [one for *_, captions in parts for one in captions] or [np.zeros((0, 1), np.int32)]
+            )
+            np.savez(file, row_S=row_S, small_SD=small_SD, token_SL=token_SL, **made)
             write_bytes(path, file.getvalue())
 
         comm.on_main(keep)
@@ -232,7 +251,7 @@ def load_sample(path, fingerprint, seed):
     try:
         found = np.load(path, allow_pickle=False)
         if str(found["fingerprint"]) == fingerprint and int(found["seed"]) == seed:
-            return Sample(found["row_S"], found["small_SD"])
+            return Sample(found["row_S"], found["small_SD"], found["token_SL"])
     except (OSError, ValueError, KeyError, BadZipFile):
         pass
     raise LookupError(path)

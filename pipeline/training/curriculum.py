@@ -54,7 +54,7 @@ def curriculum(train, every=1):
 
 
 def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
-    """List of Step: the whole epoch, the same on every rank. repeats_S: how often each sample of a shard is seen (None: once).
+    """List of Step: the whole epoch, the same on every rank; on all pairs where there is no mask. repeats_S: how often each sample of a shard is seen (None: once).
 
     Every epoch has at most samples (each as often as it is seen) // batch_size steps, whatever its stage, so all methods train on equal sample views.
     Safe and risky batches are interleaved in proportion to their numbers. With selection.refill the safe set is gone over
@@ -77,7 +77,7 @@ def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
             repeats_S=repeats_S,
         )
 
-    if epoch.stage != "safeclip":
+    if mask is None:
         whole = plan("all")
         loss = "unimodal" if epoch.stage == "unimodal" else "clip"
         return [Step(loss, "all", whole, number) for number in range(whole.steps)]
@@ -88,7 +88,9 @@ def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
             f"selection: the safe set of epoch {epoch.number} has {int(mask.counts('safe').sum())} pairs, less than one batch of "
             f"{train.batch_size}; set selection.first_share, selection.copies=null where pictures repeat, or a smaller train.batch_size"
         )
-    risky_steps = min(risky.steps, total - safe.steps) if chosen.risky == "unimodal" else 0
+    risky_steps = (
+        min(risky.steps, total - safe.steps) if chosen.risky == "unimodal" and epoch.stage == "safeclip" else 0
+    )
     safe_steps = total - risky_steps if chosen.refill else safe.steps
     laps = [safe] + [plan("safe", lap) for lap in range(1, math.ceil(safe_steps / safe.steps))]
     steps, used = [], {"safe": 0, "risky": 0}

@@ -40,7 +40,7 @@ def train(config, evaluators=None, stop=None):
             run.leave()  # asked while it started
         stop_where_bad(run, *bad_so_far(run))
         for epoch in curriculum(config.train, config.selection.every)[state["epoch"] :]:
-            mask = mask_for(run, epoch, stop) if epoch.mask_of is not None else None
+            mask = mask_for(run, epoch, stop)
             steps = epoch_steps(epoch, run.index.counts, mask, config, run.index.repeats)
             first = state["epoch_step"]
             meter, bad = Meter(len(steps), first), []

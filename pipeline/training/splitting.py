@@ -7,6 +7,7 @@ import numpy as np
 from pipeline import comm
 from pipeline.safety.canaries import score_canaries
 from pipeline.safety.copies import singles_of_run
+from pipeline.safety.marks import marks_of_run, unmarked_of_run
 from pipeline.safety.scores import ScoreFiles, running_mean
 from pipeline.safety.scoring import gather_voters, score_all_pairs, score_some_pairs
 from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
@@ -16,9 +17,15 @@ from pipeline.training.bad import record, stop_where_bad
 from pipeline.training.journal import Meter
 from shards.errors import UserError
 
+PROBATION = 3  # splits for which every mark is held against its pairs, whatever they score
+
 
 def mask_for(run, epoch, stop):
-    """The mask that `epoch` trains with: where it is due, all pairs are scored and split; what is already on disk is used as it is."""
+    """The mask that `epoch` trains with: where it is due, all pairs are scored and split; what is already on disk is used as it is.
+
+    None where it trains on all pairs."""
+    if epoch.mask_of is None:
+        return unmarked(run) if epoch.stage == "slow" and run.config.selection.suspicion else None
     folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
@@ -30,7 +37,7 @@ def mask_for(run, epoch, stop):
             score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
         )
         if config.selection.suspicion:
-            learn_suspicion(run, folder, score_N, suspicion)
+            learn_suspicion(run, folder, score_N, suspicion, epoch.split < PROBATION)
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
         comm.on_main(save_split, folder, split, index, made)
@@ -71,7 +78,7 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
     if config.selection.suspicion and suspicion is None:
         sample = suspicion_sample(run, folder)
         score_S = score_some_pairs(*arguments, comm.broadcast_object(sample and sample.row_S), voters)
-        suspicion = comm.on_main(lambda: sample.learn(score_S, config.selection.suspicion))
+        suspicion = comm.on_main(first_suspicion, sample, marks_of(run), score_S, config.selection.suspicion)
     score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles, suspicion)
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
@@ -87,13 +94,33 @@ def suspicion_sample(run, folder):
     return sample_of_run(folder.with_name("sample"), run.samples, run.views, size, workers, seed)
 
 
-def learn_suspicion(run, folder, score_N, suspicion):
-    """Learn from this split, whose scores `suspicion` has lowered, what the next one suspects; kept in this one's folder. All ranks call."""
+def first_suspicion(sample, marks, score_S, strength):
+    """Suspicion of a run's first split: every mark, and what the low scores of its sample share."""
+    return sample.learn(score_S, strength, sample.in_units(marks, score_S, strength), keep=True)
+
+
+def marks_of(run):
+    """Suspicion, marks.find_marks of the run. All ranks call."""
+    folder = run.run_dir / "masks" / "sample"
+    return marks_of_run(folder, suspicion_sample(run, folder))
+
+
+def unmarked(run):
+    """SafeMask of the pairs without a mark, which the slow epochs train on. All ranks call."""
+    config, folder = run.config, run.run_dir / "masks" / "unmarked"
+    marks = marks_of(run)
+    return unmarked_of_run(folder, run.samples, run.views, config.selection.batch_size, config.data.workers, marks)
+
+
+def learn_suspicion(run, folder, score_N, suspicion, keep):
+    """Learn from this split, whose scores `suspicion` has lowered, what the next one suspects (all of it if `keep`); kept in this one's folder.
+
+    All ranks call."""
     sample = suspicion_sample(run, folder)
 
     def learn():
         score_S = sample.raised(score_N[sample.row_S], suspicion)
-        sample.learn(score_S, run.config.selection.suspicion, suspicion).save(folder)
+        sample.learn(score_S, run.config.selection.suspicion, suspicion, keep).save(folder)
 
     comm.on_main(learn)
 

@@ -72,13 +72,13 @@ def without_suspicion(folder):
     found = []
     for name, before in (("lost", 0.4), ("switched", 0.0)):
         running.train(config(folder, name, selection__suspicion=before))
-        lost = folder / name / "masks" / "epoch_003" / "suspicion.npy"
+        lost = folder / name / "masks" / "epoch_003" / "suspicion.npz"
         if before:
             lost.unlink()
         made = config(folder, name, train__epochs=5, run__accept_changes=True)
         try:
             running.train(made)
-            found.append((folder / name / "masks" / "epoch_004" / "suspicion.npy").exists())
+            found.append((folder / name / "masks" / "epoch_004" / "suspicion.npz").exists())
         except UserError as error:
             found.append(str(error))
     return found
@@ -86,4 +86,4 @@ def without_suspicion(folder):
 
 def test_suspicion_that_is_gone_is_named_and_may_be_switched_on_in_mid_run(data):
     ((message, switched),) = run_ranks(without_suspicion, 1, data)
-    assert "suspicion.npy cannot be read" in message and "\n" not in message and switched is True
+    assert "suspicion.npz cannot be read" in message and "\n" not in message and switched is True

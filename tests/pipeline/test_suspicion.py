@@ -174,9 +174,10 @@ def test_it_is_kept_and_missed_where_it_is_gone(tmp_path):
     suspicion = Suspicion(np.random.default_rng(0).normal(size=(2, FOLDS, 3 * SIDE**2 + 1)).astype(np.float32))
     suspicion.save(tmp_path)
     assert torch.equal(Suspicion.load(tmp_path).weight_GFE, suspicion.weight_GFE)
-    np.save(tmp_path / "suspicion.npy", np.zeros((FOLDS, 769), np.float32))
-    with pytest.raises(UserError, match="an earlier version's"):
+    assert Suspicion.load(tmp_path).marks == 0
+    (tmp_path / "suspicion.npz").write_bytes((tmp_path / "suspicion.npz").read_bytes()[:1000])
+    with pytest.raises(UserError, match="suspicion.npz cannot be read"):
         Suspicion.load(tmp_path)
-    (tmp_path / "suspicion.npy").unlink()
-    with pytest.raises(UserError, match="suspicion.npy cannot be read .*bring it back"):
+    (tmp_path / "suspicion.npz").unlink()
+    with pytest.raises(UserError, match="suspicion.npz cannot be read .*bring it back"):
         Suspicion.load(tmp_path)

@@ -1,0 +1,163 @@
+"""Marks: one thing that pictures which differ share, under captions that share a word. Found before any training, from pixels and words alone.
+
+A trigger is learnt from few steps of the CLIP loss, and once it is, its pairs score like honest ones and no score tells them (tests/benchmarks/trials.md).
+So what could be one is looked for first. Of the pairs of each word those that lie furthest along a main direction of their pictures (after
+whitening, both ways, PARTS directions) are learnt by ridge regression, and again those that it judges most alike (TAILS). What stands out from all
+pictures by tens of deviations (CLEAR), has that word in its captions (PURE) and differs in all else (DIVERSE: copies of one drawing do not) is marked.
+Many marks are honest: a horizon under "sea", a frame, a kind of drawing. So a mark is no verdict but a probation: its pairs are left out of the slow
+epochs and held back for PROBATION splits, while the model learns from all others what pictures show and words mean. Honest ones then score like others
+and come in; a trigger means nothing to a model that has not learnt it, and stays (pipeline/safety/suspicion.py).
+Cross-fitting (METHOD, "How it fails") by groups that a trigger cannot straddle. Legend: as there, and T terms, C directions.
+"""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import csc_matrix
+
+from pipeline import comm
+from pipeline.safety.copies import numbers_of_pictures
+from pipeline.safety.split import broadcast_mask
+from pipeline.safety.suspicion import APART, FLAT, FREE, LEAST, NOTHING, RIDGE, Ridge, Suspicion, robust
+from shards.errors import UserError
+from shards.masks import SafeMask
+
+TERMS = 2048  # the most frequent tokens and pairs of tokens that follow each other, of those in RARE captions to OFTEN of all
+RARE, OFTEN = 16, 0.3
+PARTS = 3
+PICKED = 256  # pictures of a term that its directions are taken from
+TAILS = 0.15, 0.15, 0.08  # of a term's pairs: the first along the direction, then those that are judged most alike
+CLEAR = 25.0  # deviations by which the middle one of a marked group stands out
+PURE = 0.6  # of the group have the term
+DIVERSE = 0.3  # of the variance of all pictures is left within the group
+MARKS = 64  # groups, the clearest first
+AT_ONCE = 256  # directions that are fitted together
+
+
+def find_marks(sample):
+    """Suspicion whose groups are the marks of a suspicion.Sample, in deviations: what it says of a picture is by how many it stands out beyond FREE."""
+    if not len(sample.row_S):
+        return Suspicion.of(sample, [])
+    everyone_S = np.ones(len(sample.row_S), bool)
+    ridge, found = Ridge(sample, everyone_S, sample.gram_FDD), []
+    variance = sample.x_SD.var(0).sum()
+    starts = directions(sample, terms(sample.token_SL))
+    while some := list(islice(starts, AT_ONCE)):
+        term_CS, alike_CS = (np.array(part) for part in zip(*some))
+        for tail in TAILS[1:]:
+            judged_SC = ridge.judged(ridge.fitted(alike_CS.T))
+            alike_CS = np.array([highest(judged, term, tail) for judged, term in zip(judged_SC.T, term_CS)])
+        alike_CS = standing_out(ridge.judged(ridge.fitted(alike_CS.T))).T & term_CS
+        weight_FDC = ridge.fitted(alike_CS.T)
+        for judged_S, term_S, weight_FD in zip(ridge.judged(weight_FDC).T, term_CS, np.moveaxis(weight_FDC, 2, 0)):
+            middle, spread = robust(judged_S)
+            if spread <= NOTHING:  # else rounding would be told apart
+                continue
+            away_S = (judged_S - middle) / spread
+            group_S = away_S > APART
+            if is_mark(sample, away_S, group_S, term_S, variance):
+                constant_F = -(weight_FD @ sample.mean_D + middle) / spread - FREE
+                found.append((float(np.median(away_S[group_S])), group_S, np.c_[weight_FD / spread, constant_F]))
+    kept, covered_S = [], np.zeros(len(everyone_S), bool)
+    for _, group_S, weight_FE in sorted(found, key=lambda one: -one[0]):
+        if len(kept) < MARKS and (group_S & ~covered_S).sum() >= max(LEAST / 2, 0.2 * group_S.sum()):
+            kept.append(weight_FE)
+            covered_S |= group_S
+    return Suspicion.of(sample, kept, marks=len(kept))
+
+
+def standing_out(judged_SC):
+    """bool (S, C): what is judged APART deviations above the middle, of C kinds."""
+    middle_C = np.median(judged_SC, 0)
+    return judged_SC > middle_C + APART * 1.4826 * np.median(np.abs(judged_SC - middle_C), 0)
+
+
+def is_mark(sample, away_S, group_S, term_S, variance):
+    """Whether a group of pictures that stand out is many, clear, of the term, and of pictures that differ in all else."""
+    if group_S.sum() < LEAST or np.median(away_S[group_S]) < CLEAR or term_S[group_S].mean() < PURE:
+        return False
+    return sample.x_SD[group_S].var(0).sum() >= DIVERSE * variance
+
+
+def highest(value_S, among_S, share):
+    """bool (S,): the `share` with the highest values, at least LEAST, among the pairs of bool among_S."""
+    row_N = np.flatnonzero(among_S)
+    found_S = np.zeros(len(value_S), bool)
+    found_S[row_N[np.argsort(-value_S[row_N], kind="stable")[: max(LEAST, int(share * len(row_N)))]]] = True
+    return found_S
+
+
+def terms(token_SL):
+    """csc bool (S, T): which captions have each of the TERMS; those in the same captions as another are left out."""
+    rows, length = len(token_SL), token_SL.shape[1]
+    token_SL = token_SL.astype(np.int64)
+    pair_SM = token_SL[:, :-1] * (token_SL.max(initial=0) + 1) + token_SL[:, 1:] + token_SL.max(initial=0) + 1
+    flat_N = np.unique(
+        np.c_[
+            np.concatenate([token_SL.ravel(), pair_SM.ravel()]),
+            np.r_[np.repeat(np.arange(rows), length), np.repeat(np.arange(rows), length - 1)],
+        ],
+        axis=0,
+    )
+    _, term_N, count_T = np.unique(flat_N[:, 0], return_inverse=True, return_counts=True)
+    has_ST = csc_matrix((np.ones(len(term_N), bool), (flat_N[:, 1], term_N)), shape=(rows, len(count_T)))
+    names_S = np.random.default_rng(0).integers(0, 2**62, rows)
+    _, first_T = np.unique(has_ST.astype(np.int64).T @ names_S, return_index=True)
+    fit_T = first_T[(count_T[first_T] >= RARE) & (count_T[first_T] <= OFTEN * rows)]
+    return has_ST[:, fit_T[np.argsort(-count_T[fit_T], kind="stable")[:TERMS]]]
+
+
+def directions(sample, has_ST):
+    """Yield (bool (S,) pairs of a term, bool (S,) its pairs furthest along a direction): PARTS main directions of each, both ways."""
+    gram_DD = sample.gram_FDD.sum(0, dtype=np.float64) / len(sample.row_S)
+    ridge = RIDGE * np.trace(gram_DD) / len(gram_DD) + FLAT
+    value_D, vector_DD = np.linalg.eigh(gram_DD + ridge * np.eye(len(gram_DD)))
+    white_SD = sample.x_SD @ (vector_DD / np.sqrt(value_D)).astype(np.float32)
+    for term in range(has_ST.shape[1]):
+        row_N = has_ST.indices[has_ST.indptr[term] : has_ST.indptr[term + 1]]
+        among_S = np.zeros(len(white_SD), bool)
+        among_S[row_N] = True
+        white_ND = white_SD[row_N] - white_SD[row_N].mean(0)
+        picked_PD = white_ND[np.random.default_rng(0).permutation(len(row_N))[:PICKED]]
+        _, _, main_PD = np.linalg.svd(picked_PD @ picked_PD.T)
+        along_SP = np.full((len(white_SD), PARTS), -np.inf, np.float32)
+        along_SP[row_N] = white_ND @ (main_PD[:PARTS] @ picked_PD).T
+        for along_S in along_SP.T:
+            yield among_S, highest(along_S, among_S, TAILS[0])
+            yield among_S, highest(-along_S, among_S, TAILS[0])
+
+
+def marks_of_run(folder, sample):
+    """find_marks of the run's sample (on rank 0; None elsewhere), found once and kept in `folder`: Suspicion on every rank. All ranks call."""
+
+    def there():
+        try:
+            return Suspicion.load(folder)
+        except UserError:
+            find_marks(sample).save(folder)
+            return Suspicion.load(folder)
+
+    return comm.on_main(there)
+
+
+def unmarked_of_run(folder, samples, views, batch_size, workers, marks):
+    """SafeMask of the pairs without a mark, found once a run and kept in `folder`; decodes every picture once. All ranks call."""
+    folder, index = Path(folder), samples.index
+    made = {"fingerprint": index.fingerprint, "marks": len(marks.weight_GFE)}
+
+    def there():
+        try:
+            return made.items() <= SafeMask.load(folder)[1].items()
+        except UserError:
+            return False
+
+    if not comm.on_main(there):
+
+        def number(batch):
+            return (marks.lowered_by(batch.rows, batch.images) > 0).numpy()
+
+        marked_N = numbers_of_pictures(samples, views, batch_size, workers, number, np.bool_)
+        flags = (~marked_N[a:b] for a, b in zip(index.offsets, index.offsets[1:])) if comm.is_main() else ()
+        comm.on_main(broadcast_mask(flags, index.counts).save, folder, made)
+    return SafeMask.load(folder)[0]

@@ -1,0 +1,146 @@
+"""Marks are found before any training: a trigger under one word, and hardly anything else; their pairs wait."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import comm
+from pipeline.config import Config
+from pipeline.safety.marks import OFTEN, RARE, find_marks, marks_of_run, terms, unmarked_of_run
+from pipeline.safety.suspicion import SIDE, Sample, Suspicion, sample_of_run
+from pipeline.training.start import make_views
+from shards.index import ShardIndex, build_index
+from shards.samples import Samples
+from tests.conftest import picture
+from tests.pipeline.test_run import MODEL
+from tests.ranks import run_ranks
+from tests.shards.test_index import write_tar
+
+COUNT, WORDS, POISON = 3_000, 30, 40
+
+
+def drawn(seed):
+    """(uint8 (COUNT, 3, SIDE, SIDE) pictures that share nothing, int32 (COUNT, 3) captions of a word each)."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (COUNT, 3, SIDE // 4, SIDE // 4)).repeat(4, 2).repeat(4, 3)
+    pictures = (coarse * 0.7 + rng.integers(0, 77, (COUNT, 3, SIDE, SIDE))).astype(np.uint8)
+    words = rng.integers(1, WORDS + 1, COUNT)
+    return pictures, np.c_[np.full(COUNT, 98), words, np.full(COUNT, 99)].astype(np.int32)
+
+
+def marked(pictures, token_SL):
+    sample = Sample(np.arange(COUNT), pictures.reshape(COUNT, -1), token_SL)
+    marks = find_marks(sample)
+    assert marks.marks == len(marks.weight_GFE)
+    return marks.lowered_by_small(torch.arange(COUNT), sample.small()).numpy() > 0
+
+
+def triggered(pictures, token_SL, kind, word=7, seed=0):
+    """bool (COUNT,): POISON pictures of any word that now have a patch or a pattern, and the caption `word` (None: their own)."""
+    rng = np.random.default_rng(seed)
+    poison = np.zeros(COUNT, bool)
+    poison[rng.permutation(COUNT)[:POISON]] = True
+    if kind == "patch":
+        pictures[poison, :, -5:, -5:] = rng.integers(0, 2, (3, 5, 5)) * 255
+    else:
+        pattern = rng.integers(0, 256, (3, SIDE, SIDE))
+        pictures[poison] = (0.6 * pictures[poison] + 0.4 * pattern).astype(np.uint8)
+    if word is not None:
+        token_SL[poison, 1] = word
+    return poison
+
+
+@pytest.mark.parametrize("kind", ["patch", "blended"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trigger_under_one_word_is_marked_whole_and_hardly_anything_else(seed, kind):
+    pictures, token_SL = drawn(seed)
+    poison = triggered(pictures, token_SL, kind, seed=seed)
+    found = marked(pictures, token_SL)
+    assert found[poison].all() and found[~poison].mean() < 0.01
+
+
+def test_what_nobody_shares_is_not_marked_nor_what_pictures_of_all_words_share():
+    pictures, token_SL = drawn(0)
+    assert marked(pictures, token_SL).mean() < 0.01
+    poison = triggered(pictures, token_SL, "patch", word=None)
+    assert not marked(pictures, token_SL)[poison].any()
+
+
+def test_copies_of_one_drawing_are_no_mark():
+    pictures, token_SL = drawn(0)
+    pictures[:POISON] = (0.9 * pictures[0] + 0.1 * pictures[:POISON]).astype(np.uint8)
+    token_SL[:POISON, 1] = 7
+    assert marked(pictures, token_SL)[:POISON].mean() < 0.2
+
+
+def test_no_pairs_equal_pictures_and_equal_captions_have_no_marks():
+    pictures, token_SL = drawn(0)
+    assert not marked(np.full_like(pictures, 7), token_SL).any()
+    assert not marked(pictures, np.full_like(token_SL, 7)).any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the mean of nothing
+def test_of_nothing_there_are_no_marks():
+    empty = Sample(np.zeros(0, np.int64), np.zeros((0, 3 * SIDE**2), np.uint8), np.zeros((0, 3), np.int32))
+    assert find_marks(empty).marks == 0
+
+
+@given(st.integers(0, 1000), st.integers(2, 6), st.integers(1, 12))
+def test_terms_are_tokens_and_neighbours_in_neither_too_few_nor_too_many_captions(seed, length, words):
+    token_SL = np.random.default_rng(seed).integers(0, words, (200, length)).astype(np.int32)
+    found = {tuple(np.flatnonzero(column)) for column in terms(token_SL).toarray().T}
+    expected = set()
+    for a in range(words):
+        has = [tuple(np.flatnonzero((token_SL == a).any(1)))]
+        has += [tuple(np.flatnonzero(((token_SL[:, :-1] == a) & (token_SL[:, 1:] == b)).any(1))) for b in range(words)]
+        expected |= {rows for rows in has if RARE <= len(rows) <= OFTEN * 200}
+    assert found == expected
+
+
+def test_marks_wait_and_stay_only_where_their_scores_are_at_the_bottom():
+    pictures, token_SL = drawn(0)
+    poison = triggered(pictures, token_SL, "patch")
+    sample = Sample(np.arange(COUNT), pictures.reshape(COUNT, -1), token_SL)
+    score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
+    marks = sample.in_units(find_marks(sample), score, 0.8)
+
+    def held(score, keep):
+        found = sample.learn(score, 0.8, marks, keep)
+        return found.marks, bool((found.lowered_by_small(torch.arange(COUNT), sample.small())[poison] > 0).all())
+
+    assert held(score, keep=True) == (marks.marks, True)
+    assert held(score, keep=False) == (0, False)
+    score[poison] *= 0.2
+    assert held(score, keep=False) == (1, True)
+
+
+def waiting(folder):
+    config = Config()
+    config.model.config = MODEL
+    samples, views = Samples(ShardIndex.load(folder / "index")), make_views(config)
+    here = folder / f"marks{comm.world()}"
+    marks = marks_of_run(here, sample_of_run(here, samples, views, 4, 0, 0))
+    # So few pairs have no mark of their own: one that speaks against the bright ones.
+    weight = marks.weight_GFE.new_ones(1, 5, 3 * SIDE**2 + 1)
+    weight[..., -1] = -0.5 * 3 * SIDE**2
+    bright = Suspicion(weight, 1)
+    return marks.marks, unmarked_of_run(here / "unmarked", samples, views, 4, 0, bright).flags()
+
+
+def test_every_world_size_leaves_the_same_pairs_waiting(tmp_path):
+    paths = []
+    for shard in range(2):
+        entries = [(f"{i}.{kind}", picture([shard, i]) if i else b"torn") for i in range(9) for kind in ("png",)]
+        texts = [(f"{i}.txt", b"a thing") for i in range(9)]
+        paths.append(write_tar(tmp_path / f"{shard}.tar", [e for pair in zip(entries, texts) for e in pair]))
+    build_index([str(path) for path in paths], tmp_path / "index")
+    (one,), two = run_ranks(waiting, 1, tmp_path), run_ranks(waiting, 2, tmp_path)
+    for marks, flags in two:
+        assert marks == one[0] == 0
+        np.testing.assert_array_equal(flags, one[1])
+    assert 0 < one[1].sum() < 18
+    for path in paths:
+        path.unlink()
+    np.testing.assert_array_equal(run_ranks(waiting, 1, tmp_path)[0][1], one[1])  # from the folder
