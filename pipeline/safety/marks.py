@@ -10,7 +10,7 @@ and come in; a trigger means nothing to a model that has not learnt it, and stay
 Cross-fitting (METHOD, "How it fails") by groups that a trigger cannot straddle. Legend: as there, and T terms, C directions.
 """
 
-from itertools import islice
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -32,39 +32,48 @@ CLEAR = 25.0  # deviations by which the middle one of a marked group stands out
 PURE = 0.6  # of the group have the term
 DIVERSE = 0.3  # of the variance of all pictures is left within the group
 MARKS = 64  # groups, the clearest first
-AT_ONCE = 256  # directions that are fitted together
+TERMS_AT_ONCE = 32  # whose directions are fitted together
 
 
 def find_marks(sample):
-    """Suspicion whose groups are the marks of a suspicion.Sample, in deviations: what it says of a picture is by how many it stands out beyond FREE."""
-    if not len(sample.row_S):
-        return Suspicion.of(sample, [])
-    everyone_S = np.ones(len(sample.row_S), bool)
-    ridge, found = Ridge(sample, everyone_S, sample.gram_FDD), []
-    variance = sample.x_SD.var(0).sum()
-    starts = directions(sample, terms(sample.token_SL))
-    while some := list(islice(starts, AT_ONCE)):
-        term_CS, alike_CS = (np.array(part) for part in zip(*some))
-        for tail in TAILS[1:]:
-            judged_SC = ridge.judged(ridge.fitted(alike_CS.T))
-            alike_CS = np.array([highest(judged, term, tail) for judged, term in zip(judged_SC.T, term_CS)])
-        alike_CS = standing_out(ridge.judged(ridge.fitted(alike_CS.T))).T & term_CS
-        weight_FDC = ridge.fitted(alike_CS.T)
-        for judged_S, term_S, weight_FD in zip(ridge.judged(weight_FDC).T, term_CS, np.moveaxis(weight_FDC, 2, 0)):
-            middle, spread = robust(judged_S)
-            if spread <= NOTHING:  # else rounding would be told apart
-                continue
-            away_S = (judged_S - middle) / spread
-            group_S = away_S > APART
-            if is_mark(sample, away_S, group_S, term_S, variance):
-                constant_F = -(weight_FD @ sample.mean_D + middle) / spread - FREE
-                found.append((float(np.median(away_S[group_S])), group_S, np.c_[weight_FD / spread, constant_F]))
-    kept, covered_S = [], np.zeros(len(everyone_S), bool)
-    for _, group_S, weight_FE in sorted(found, key=lambda one: -one[0]):
-        if len(kept) < MARKS and (group_S & ~covered_S).sum() >= max(LEAST / 2, 0.2 * group_S.sum()):
+    """Suspicion whose groups are the marks of a suspicion.Sample, in deviations: what it says of a picture is by how many it stands out beyond FREE.
+
+    All ranks call, each with the whole sample: they share the terms, in pieces that are the same at every world size, and so are the bits."""
+    found = []
+    if len(sample.row_S):
+        has_ST = terms(sample.token_SL)
+        ridge, white_SD = Ridge(sample, np.ones(len(sample.row_S), bool), sample.gram_FDD), whitened(sample)
+        pieces = range(0, has_ST.shape[1], TERMS_AT_ONCE)[comm.rank() :: comm.world()]
+        mine = [marks_of_terms(sample, ridge, white_SD, has_ST[:, at : at + TERMS_AT_ONCE]) for at in pieces]
+        found = sum(sum(zip_longest(*comm.gather_objects(mine), fillvalue=[]), ()), [])
+    kept, covered_S = [], np.zeros(len(sample.row_S), bool)
+    for _, row_N, weight_FE in sorted(found, key=lambda one: -one[0]):
+        if len(kept) < MARKS and (~covered_S[row_N]).sum() >= max(LEAST / 2, 0.2 * len(row_N)):
             kept.append(weight_FE)
-            covered_S |= group_S
+            covered_S[row_N] = True
     return Suspicion.of(sample, kept, marks=len(kept))
+
+
+def marks_of_terms(sample, ridge, white_SD, has_ST):
+    """[(how clear, int (N,) pictures of the sample, float (F, E) weights)] of the marks of some terms."""
+    found, variance = [], sample.x_SD.var(0).sum()
+    term_CS, alike_CS = (np.array(part) for part in zip(*directions(white_SD, has_ST)))
+    for tail in TAILS[1:]:
+        judged_SC = ridge.judged(ridge.fitted(alike_CS.T))
+        alike_CS = np.array([highest(judged, term, tail) for judged, term in zip(judged_SC.T, term_CS)])
+    alike_CS = standing_out(ridge.judged(ridge.fitted(alike_CS.T))).T & term_CS
+    weight_FDC = ridge.fitted(alike_CS.T)
+    for judged_S, term_S, weight_FD in zip(ridge.judged(weight_FDC).T, term_CS, np.moveaxis(weight_FDC, 2, 0)):
+        middle, spread = robust(judged_S)
+        if spread <= NOTHING:  # else rounding would be told apart
+            continue
+        away_S = (judged_S - middle) / spread
+        group_S = away_S > APART
+        if is_mark(sample, away_S, group_S, term_S, variance):
+            constant_F = -(weight_FD @ sample.mean_D + middle) / spread - FREE
+            clear = float(np.median(away_S[group_S]))
+            found.append((clear, np.flatnonzero(group_S), np.c_[weight_FD / spread, constant_F]))
+    return found
 
 
 def standing_out(judged_SC):
@@ -108,22 +117,26 @@ def terms(token_SL):
     return has_ST[:, fit_T[np.argsort(-count_T[fit_T], kind="stable")[:TERMS]]]
 
 
-def directions(sample, has_ST):
-    """Yield (bool (S,) pairs of a term, bool (S,) its pairs furthest along a direction): PARTS main directions of each, both ways."""
+def whitened(sample):
+    """float32 (S, D): the sample's pictures, in numbers that are not correlated and of about variance 1."""
     gram_DD = sample.gram_FDD.sum(0, dtype=np.float64) / len(sample.row_S)
     ridge = RIDGE * np.trace(gram_DD) / len(gram_DD) + FLAT
     value_D, vector_DD = np.linalg.eigh(gram_DD + ridge * np.eye(len(gram_DD)))
-    white_SD = sample.x_SD @ (vector_DD / np.sqrt(value_D)).astype(np.float32)
+    return sample.x_SD @ (vector_DD / np.sqrt(value_D)).astype(np.float32)
+
+
+def directions(white_SD, has_ST):
+    """Yield (bool (S,) pairs of a term, bool (S,) its pairs furthest along a direction): PARTS main directions of each, both ways."""
     for term in range(has_ST.shape[1]):
         row_N = has_ST.indices[has_ST.indptr[term] : has_ST.indptr[term + 1]]
         among_S = np.zeros(len(white_SD), bool)
         among_S[row_N] = True
         white_ND = white_SD[row_N] - white_SD[row_N].mean(0)
         picked_PD = white_ND[np.random.default_rng(0).permutation(len(row_N))[:PICKED]]
-        _, _, main_PD = np.linalg.svd(picked_PD @ picked_PD.T)
-        along_SP = np.full((len(white_SD), PARTS), -np.inf, np.float32)
-        along_SP[row_N] = white_ND @ (main_PD[:PARTS] @ picked_PD).T
-        for along_S in along_SP.T:
+        _, _, main_PP = np.linalg.svd(picked_PD @ picked_PD.T)
+        for along_D in main_PP[:PARTS] @ picked_PD:
+            along_S = np.full(len(white_SD), -np.inf, np.float32)
+            along_S[row_N] = white_ND @ along_D
             yield among_S, highest(along_S, among_S, TAILS[0])
             yield among_S, highest(-along_S, among_S, TAILS[0])
 
@@ -135,10 +148,13 @@ def marks_of_run(folder, sample):
         try:
             return Suspicion.load(folder)
         except UserError:
-            find_marks(sample).save(folder)
-            return Suspicion.load(folder)
+            return None
 
-    return comm.on_main(there)
+    marks = comm.on_main(there)
+    if marks is None:
+        marks = find_marks(comm.broadcast_object(sample))
+        comm.on_main(marks.save, folder)
+    return marks
 
 
 def unmarked_of_run(folder, samples, views, batch_size, workers, marks):

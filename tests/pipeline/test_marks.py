@@ -116,6 +116,20 @@ def test_marks_wait_and_stay_only_where_their_scores_are_at_the_bottom():
     assert held(score, keep=False) == (1, True)
 
 
+def found_together(seed):
+    pictures, token_SL = drawn(seed)
+    token_SL[:, 2] = np.random.default_rng(seed).integers(100, 160, COUNT)  # so many words that both ranks have some
+    triggered(pictures, token_SL, "patch"), triggered(pictures, token_SL, "blended", word=11, seed=1)
+    return find_marks(Sample(np.arange(COUNT), pictures.reshape(COUNT, -1), token_SL)).weight_GFE
+
+
+def test_every_world_size_finds_the_same_marks_bit_for_bit():
+    (one,), two = run_ranks(found_together, 1, 0), run_ranks(found_together, 2, 0)
+    assert len(one) >= 2
+    for weight_GFE in two:
+        assert torch.equal(one, weight_GFE)
+
+
 def waiting(folder):
     config = Config()
     config.model.config = MODEL
