@@ -14,22 +14,19 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import csc_matrix
 
 from pipeline import comm
 from pipeline.safety.copies import numbers_of_pictures
 from pipeline.safety.split import broadcast_mask
 from pipeline.safety.suspicion import APART, FLAT, FREE, LEAST, NOTHING, RIDGE, Ridge, Suspicion, robust
+from pipeline.safety.words import PURE
 from shards.errors import UserError
 from shards.masks import SafeMask
 
-TERMS = 2048  # the most frequent tokens and pairs of tokens that follow each other, of those in RARE captions to OFTEN of all
-RARE, OFTEN = 16, 0.3
 PARTS = 3
 PICKED = 256  # pictures of a term that its directions are taken from
 TAILS = 0.15, 0.15, 0.08  # of a term's pairs: the first along the direction, then those that are judged most alike
 CLEAR = 25.0  # deviations by which the middle one of a marked group stands out
-PURE = 0.6  # of the group have the term
 DIVERSE = 0.3  # of the variance of all pictures is left within the group
 MARKS = 64  # groups, the clearest first
 TERMS_AT_ONCE = 32  # whose directions are fitted together
@@ -41,7 +38,7 @@ def find_marks(sample):
     All ranks call, each with the whole sample: they share the terms, in pieces that are the same at every world size, and so are the bits."""
     found = []
     if len(sample.row_S):
-        has_ST = terms(sample.token_SL)
+        has_ST = sample.has_ST
         ridge, white_SD = Ridge(sample, np.ones(len(sample.row_S), bool), sample.gram_FDD), whitened(sample)
         pieces = range(0, has_ST.shape[1], TERMS_AT_ONCE)[comm.rank() :: comm.world()]
         mine = [marks_of_terms(sample, ridge, white_SD, has_ST[:, at : at + TERMS_AT_ONCE]) for at in pieces]
@@ -95,26 +92,6 @@ def highest(value_S, among_S, share):
     found_S = np.zeros(len(value_S), bool)
     found_S[row_N[np.argsort(-value_S[row_N], kind="stable")[: max(LEAST, int(share * len(row_N)))]]] = True
     return found_S
-
-
-def terms(token_SL):
-    """csc bool (S, T): which captions have each of the TERMS; those in the same captions as another are left out."""
-    rows, length = len(token_SL), token_SL.shape[1]
-    token_SL = token_SL.astype(np.int64)
-    pair_SM = token_SL[:, :-1] * (token_SL.max(initial=0) + 1) + token_SL[:, 1:] + token_SL.max(initial=0) + 1
-    flat_N = np.unique(
-        np.c_[
-            np.concatenate([token_SL.ravel(), pair_SM.ravel()]),
-            np.r_[np.repeat(np.arange(rows), length), np.repeat(np.arange(rows), length - 1)],
-        ],
-        axis=0,
-    )
-    _, term_N, count_T = np.unique(flat_N[:, 0], return_inverse=True, return_counts=True)
-    has_ST = csc_matrix((np.ones(len(term_N), bool), (flat_N[:, 1], term_N)), shape=(rows, len(count_T)))
-    names_S = np.random.default_rng(0).integers(0, 2**62, rows)
-    _, first_T = np.unique(has_ST.astype(np.int64).T @ names_S, return_index=True)
-    fit_T = first_T[(count_T[first_T] >= RARE) & (count_T[first_T] <= OFTEN * rows)]
-    return has_ST[:, fit_T[np.argsort(-count_T[fit_T], kind="stable")[:TERMS]]]
 
 
 def whitened(sample):

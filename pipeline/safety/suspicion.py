@@ -4,7 +4,7 @@ Of the pairs that a trigger poisons more than of others score low, and all show 
 tell the pictures of the lowest scores from the others (ridge regression on small pictures, not on the embeddings that poison teaches).
 It learns again from those that it judges most alike (TAILS), and again: honest pictures that scored low share little, and drop out;
 those that share one thing, a patch in its place or a pattern over the whole, are left, and stand out by tens of deviations whatever they
-score. They are a group; if it scores low (LOW_RANK), each split after it holds all against whom the classifier speaks. The next group
+score. They are a group; if it scores low (LOW_RANK) and its captions share a word, each split after it holds all against whom the classifier speaks. The next group
 is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
 fitted without one fold of the pairs. What honest pictures are judged is about normal, and few are beyond FREE deviations; some groups are honest
 (a colour, a kind of drawing that the model has not learnt to read yet) and wait until it has. A trigger that is elsewhere in each picture is not linear,
@@ -24,6 +24,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import rankdata
 
 from pipeline import comm
+from pipeline.safety.words import share_a_word, terms
 from shards.errors import UserError
 from shards.loader import PlainBatches, batches
 from shards.storage import write_bytes
@@ -38,7 +39,7 @@ APART = 8.0  # deviations from which on a picture is one of the group
 LEAST = 8  # pictures of a group
 LOW_RANK = 0.35  # mean rank of a group's scores, 0 to 1, below which it is held against its pictures
 HIGH_RANK = 0.45  # from which on it no longer is
-MARK_RANK = 0.25  # the same for a mark, whose pairs the model has not trained on: those of a trigger are at the bottom
+MARK_RANK = 0.35  # the same for a mark, whose pairs the model has not trained on
 GROUPS = 8  # are held against pictures, at most
 FLAT = 1e-6  # variance of a number that is added, so that flat pictures can be fitted: a quarter of a grey level
 NOTHING = 1e-4  # deviation of the judgements (1 = low, 0 = not) below which the classifier has found nothing
@@ -105,10 +106,13 @@ class Suspicion:
 
 
 class Sample:
-    """Pairs that the classifiers learn from. row_S: int64 rows over all shards; small_SD: uint8, their small pictures; token_SL: their captions."""
+    """Pairs that the classifiers learn from. row_S: int64 rows over all shards; small_SD: uint8, their small pictures; token_SL: their captions.
+
+    Without captions a group need share no word."""
 
     def __init__(self, row_S, small_SD, token_SL=None):
-        self.row_S, self.fold_S, self.token_SL = row_S, fold_of(row_S), token_SL
+        self.row_S, self.fold_S = row_S, fold_of(row_S)
+        self.has_ST = None if token_SL is None else terms(token_SL)
         self.x_SD = small_SD.astype(np.float32) / np.float32(255)
         self.mean_D = self.x_SD.mean(0, dtype=np.float64).astype(np.float32)
         self.x_SD -= self.mean_D
@@ -166,7 +170,7 @@ class Sample:
             group_S = rest_S & (judged_S > middle + APART * spread)
             if group_S.sum() < LEAST:
                 break
-            if rank_S[group_S].mean() < LOW_RANK:
+            if rank_S[group_S].mean() < LOW_RANK and (self.has_ST is None or share_a_word(self.has_ST, group_S)):
                 scale = strength * deviation / spread
                 constant_F = -scale * (weight_FD @ self.mean_D + middle) - FREE * strength * deviation
                 found.append(np.c_[scale * weight_FD, constant_F])

@@ -46,7 +46,8 @@ BEFORE = {
 FORMER = (
     "emoji_5.9: emoji under the attack of before, of fainter triggers in more pairs, 5.9 % in all, which took on some seeds only, and "
     "under the presets of then (configs/attack_emoji.yaml and configs/emoji.yaml of commit efc6e35). All rows but emoji's have the "
-    "suspicion of that commit, which looked once, at the lowest scores, and not before the second split; suspicion-by-groups is the default with today's"
+    "suspicion of that commit, which looked once, at the lowest scores, and not before the second split; suspicion-by-groups is the default with that "
+    "of commit 94c4da4, and marks, as emoji's default, with today's"
 )
 # Tried with suspicion, and with that.
 TRIED_SINCE = {
@@ -60,8 +61,8 @@ TRIED_SINCE = {
 # And with the presets as they are.
 TRIED_NOW = {
     "default": [],
-    "suspicion-by-groups": [],  # the small set's default with today's suspicion; what is called default there had that of FORMER
-    "growth-0.1-cap-0.85": ["selection.growth=0.1", "selection.cap=0.85"],
+    "suspicion-by-groups": [],  # the small set's default with the suspicion of commit 94c4da4; what is called default there had that of FORMER
+    "marks": [],  # the same with today's, which has marks
     "voters-4096": ["selection.voters=4096"],
     "growth-0.2": ["selection.growth=0.2"],
     "crop-0.65": [f"{AUGMENT}.crop_min=0.65"],
@@ -69,8 +70,11 @@ TRIED_NOW = {
     "no-views": ["selection.coarse=1", "selection.crop=1"],
     "no-copies": ["selection.copies=null"],
     "one-caption": ["selection.copies=null"],
+}
+# What was changed in emoji's preset of commit 94c4da4, run there: all but the first two on one H100, and those but `again` with train.zero_stage=0.
+OF_94C4DA4 = {
+    "growth-0.1-cap-0.85": ["selection.growth=0.1", "selection.cap=0.85"],
     "fresh-start": ["train.zero_stage=0"],
-    # On emoji, on one H100, with train.zero_stage=0 (but for `again`): what its schedule costs.
     "again": [],
     "no-unimodal": ["train.unimodal_epochs=0"],
     "plain-views": [f"{AUGMENT}.posterise=0", "selection.cap=0.95"],
@@ -128,14 +132,15 @@ TRIED = {
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
     # Rules that are no setting of a config, with the settings that they need.
-    **{rule: [] for rule in RULES if rule not in TRIED_SINCE | TRIED_NOW},
+    **{rule: [] for rule in RULES if rule not in TRIED_SINCE | TRIED_NOW | OF_94C4DA4},
     "nce": ["selection.score=agreement"],
     "frozen": ["selection.score=agreement"],
     "live-canary-brake": ["selection.live_canaries=40"],
 }
 VARIANTS = TRIED | TRIED_SINCE | TRIED_NOW
 # The preset `default` of a commit, with today's data and attacks; run there.
-OF_COMMITS = {"of-efc6e35": []}
+OF_COMMITS = {"of-efc6e35": [], "of-94c4da4": []}
+OF_COMMITS |= OF_94C4DA4
 VARIANTS |= OF_COMMITS
 EARLIER = "5de40d9"  # the last commit whose built-in default had neither views nor mixing
 
@@ -225,7 +230,8 @@ def groups(found):
         ("As the presets are:", TRIED_NOW),
         (f"Before, with suspicion ({then}):", TRIED_SINCE),
         ("Before, with selection.suspicion=0 besides:", TRIED),
-        ("The preset of that commit:", OF_COMMITS),
+        ("The presets of those commits:", {name: OF_COMMITS[name] for name in OF_COMMITS.keys() - OF_94C4DA4}),
+        ("Emoji, beside of-94c4da4:", OF_94C4DA4),
     )
     return "\n\n".join(
         f"{head}\n\n{described({name: words for name, words in group.items() if name in there})}"

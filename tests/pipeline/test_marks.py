@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from pipeline import comm
 from pipeline.config import Config
-from pipeline.safety.marks import OFTEN, RARE, find_marks, marks_of_run, terms, unmarked_of_run
+from pipeline.safety.marks import find_marks, marks_of_run, unmarked_of_run
 from pipeline.safety.suspicion import SIDE, Sample, Suspicion, sample_of_run
+from pipeline.safety.words import OFTEN, RARE, share_a_word, terms
 from pipeline.training.start import make_views
 from shards.index import ShardIndex, build_index
 from shards.samples import Samples
@@ -97,6 +98,18 @@ def test_terms_are_tokens_and_neighbours_in_neither_too_few_nor_too_many_caption
         has += [tuple(np.flatnonzero(((token_SL[:, :-1] == a) & (token_SL[:, 1:] == b)).any(1))) for b in range(words)]
         expected |= {rows for rows in has if RARE <= len(rows) <= OFTEN * 200}
     assert found == expected
+
+
+def test_a_group_learnt_from_scores_must_share_a_word():
+    pictures, token_SL = drawn(0)
+    for word in (7, None):
+        pixels, captions = pictures.copy(), token_SL.copy()
+        poison = triggered(pixels, captions, "patch", word)
+        score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
+        score[poison] *= 0.2
+        sample = Sample(np.arange(COUNT), pixels.reshape(COUNT, -1), captions)
+        found = sample.learn(score, 0.8).lowered_by_small(torch.arange(COUNT), sample.small())[poison] > 0
+        assert bool(found.all()) == (word is not None) == share_a_word(sample.has_ST, poison)
 
 
 def test_marks_wait_and_stay_only_where_their_scores_are_at_the_bottom():
