@@ -136,8 +136,8 @@ class Selection:
     mirror: bool = False
     """Pairs are scored by their pictures mirrored."""
     suspicion: float = 0.0
-    """For each deviation, beyond the sixth, by which a picture stands out towards a group of pictures of low scores that share a mark, its
-    pair's score is lowered by so many deviations of the scores; 0 = not (pipeline/safety/suspicion.py)."""
+    """For each deviation, beyond the sixth, by which a picture stands out towards a group of pictures that share a mark, its pair's score is
+    lowered by so many deviations of the scores; marked pairs wait from the start; 0 = not (pipeline/safety/marks.py, suspicion.py)."""
     copies: int | None = None
     """A pair whose picture stands in more pairs than this is never safe; null: it may be."""
     voters: int = 4096

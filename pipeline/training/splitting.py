@@ -25,7 +25,7 @@ def mask_for(run, epoch, stop):
 
     None where it trains on all pairs."""
     if epoch.mask_of is None:
-        return unmarked(run) if epoch.stage == "slow" and run.config.selection.suspicion else None
+        return unmarked(run, epoch) if epoch.stage == "slow" and run.config.selection.suspicion else None
     folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
@@ -105,11 +105,14 @@ def marks_of(run):
     return marks_of_run(folder, suspicion_sample(run, folder))
 
 
-def unmarked(run):
-    """SafeMask of the pairs without a mark, which the slow epochs train on. All ranks call."""
+def unmarked(run, epoch):
+    """SafeMask of the pairs without a mark, which the slow epoch trains on. All ranks call."""
     config, folder = run.config, run.run_dir / "masks" / "unmarked"
     marks = marks_of(run)
-    return unmarked_of_run(folder, run.samples, run.views, config.selection.batch_size, config.data.workers, marks)
+    mask = unmarked_of_run(folder, run.samples, run.views, config.selection.batch_size, config.data.workers, marks)
+    waiting = int(mask.counts("risky").sum())
+    run.journal.say(f"  epoch {epoch.number:3d} slow      {waiting:,} pairs wait, of {marks.marks} marks")
+    return mask
 
 
 def learn_suspicion(run, folder, score_N, suspicion, keep):
