@@ -27,9 +27,8 @@ from shards.errors import UserError
 from shards.storage import sync_folder, write_bytes, write_json
 
 MARKER = "COMPLETE"
-ORDER = (
-    2  # of the parameters in the optimizer, by model.param_groups: a checkpoint holds them end to end, without names
-)
+# Of the parameters in the optimizer, by model.param_groups: a checkpoint holds them end to end, without names.
+ORDER = 2
 
 
 def fault(folder):
