@@ -70,6 +70,11 @@ def singles(hash_N, most, offsets_S):
 def singles_of_run(folder, samples, views, batch_size, workers, most):
     """Singles, found once a run and kept in `folder` as a mask. All ranks call."""
     made = {"fingerprint": samples.index.fingerprint, "most": most}
+    return Singles(kept_mask(folder, made, lambda: find_singles(samples, views, batch_size, workers, most)), most)
+
+
+def kept_mask(folder, made, find):
+    """The SafeMask in `folder` if its mask.json says `made`, else find(), which is kept there. All ranks call."""
 
     def there():
         try:
@@ -78,6 +83,6 @@ def singles_of_run(folder, samples, views, batch_size, workers, most):
             return False
 
     if not comm.on_main(there):
-        found = find_singles(samples, views, batch_size, workers, most)
+        found = find()
         comm.on_main(found.save, folder, made)
-    return Singles(SafeMask.load(folder)[0], most)
+    return SafeMask.load(folder)[0]

@@ -11,17 +11,15 @@ Cross-fitting (METHOD, "How it fails") by groups that a trigger cannot straddle.
 """
 
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 
 from pipeline import comm
-from pipeline.safety.copies import numbers_of_pictures
+from pipeline.safety.copies import kept_mask, numbers_of_pictures
 from pipeline.safety.split import broadcast_mask
 from pipeline.safety.suspicion import APART, FLAT, FREE, LEAST, NOTHING, RIDGE, Ridge, Suspicion, robust
 from pipeline.safety.words import PURE
 from shards.errors import UserError
-from shards.masks import SafeMask
 
 PARTS = 3
 PICKED = 256  # pictures of a term that its directions are taken from
@@ -136,21 +134,14 @@ def marks_of_run(folder, sample):
 
 def unmarked_of_run(folder, samples, views, batch_size, workers, marks):
     """SafeMask of the pairs without a mark, found once a run and kept in `folder`; decodes every picture once. All ranks call."""
-    folder, index = Path(folder), samples.index
-    made = {"fingerprint": index.fingerprint, "marks": len(marks.weight_GFE)}
+    index = samples.index
 
-    def there():
-        try:
-            return made.items() <= SafeMask.load(folder)[1].items()
-        except UserError:
-            return False
+    def number(batch):
+        return (marks.lowered_by(batch.rows, batch.images) > 0).numpy()
 
-    if not comm.on_main(there):
-
-        def number(batch):
-            return (marks.lowered_by(batch.rows, batch.images) > 0).numpy()
-
+    def find():
         marked_N = numbers_of_pictures(samples, views, batch_size, workers, number, np.bool_)
         flags = (~marked_N[a:b] for a, b in zip(index.offsets, index.offsets[1:])) if comm.is_main() else ()
-        comm.on_main(broadcast_mask(flags, index.counts).save, folder, made)
-    return SafeMask.load(folder)[0]
+        return broadcast_mask(flags, index.counts)
+
+    return kept_mask(folder, {"fingerprint": index.fingerprint, "marks": marks.marks}, find)
