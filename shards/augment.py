@@ -1,6 +1,6 @@
 """Views of a sample. Their randomness is keyed by (seed, epoch, sample, view), never by worker or call order.
 
-Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A), and posterising. Captions: EDA (Wei and Zou 2019).
+Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: EDA (Wei and Zou 2019).
 """
 
 import hashlib
@@ -35,8 +35,6 @@ class ImageAugment:
     """Probability of a grey picture."""
     blur: float = 0.5
     """Probability of a Gaussian blur, of a deviation from 0.1 to 2 pixels at 224 pixels."""
-    posterise: float = 0.0
-    """Probability of a picture with only two or three levels a channel: what a person reads stays, faint patterns go."""
 
 
 def sample_rng(seed, epoch, shard, position, view):
@@ -52,7 +50,6 @@ class Colour:
     jitter: list  # [(step, amount)] in their order: 0 brightness, 1 contrast, 2 saturation (factors), 3 hue (255ths of a turn)
     grey: bool
     blur: float  # deviation in pixels, 0 = none
-    posterise: tuple | None  # (levels, shift)
 
 
 def image_view(image, size, rng, augment):
@@ -70,24 +67,19 @@ def drawn_view(image, size, rng, augment):
         draw_jitter(augment, rng) if jitter < augment.jitter else [],
         bool(grey < augment.grey),
         rng.uniform(0.1, 2.0) * size / 224 if blur < augment.blur else 0.0,
-        None,
     )
-    if augment.posterise and rng.random() < augment.posterise:
-        colour.posterise = int(rng.integers(2, 4)), rng.uniform(-0.25, 0.25)
     return pixels_HWC[:, ::-1] if flip < augment.flip else pixels_HWC, colour
 
 
 def coloured(pixels_HWC, colour):
     """uint8 (H, W, 3) with its colours changed as `colour` says."""
-    if not (colour.jitter or colour.grey or colour.blur or colour.posterise):
+    if not (colour.jitter or colour.grey or colour.blur):
         return pixels_HWC
     image = jittered(Image.fromarray(pixels_HWC), colour.jitter)
     if colour.grey:
         image = image.convert("L").convert("RGB")
     if colour.blur:
         image = image.filter(ImageFilter.GaussianBlur(colour.blur))
-    if colour.posterise:
-        image = posterised(image, *colour.posterise)
     return np.asarray(image)
 
 
@@ -162,16 +154,6 @@ def jittered(image, drawn):
         else:
             image = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step](image).enhance(amount)
     return image
-
-
-def posterised(image, levels, shift):
-    """A PIL picture with `levels` evenly spread values a channel, the thresholds moved by `shift` of their distance.
-
-    AutoAugment's operation (Cubuk et al. 2019); as a defence feature squeezing (Xu, Evans and Qi 2018, there at test time).
-    """
-    step = 256 / levels
-    table = [int(min(levels - 1, max(0, (value / step + shift) // 1)) * 255 / (levels - 1)) for value in range(256)]
-    return image.point(table * 3)
 
 
 def caption_view(text, rng, rate=0.1):

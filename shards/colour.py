@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-NUMBERS = 12  # P: 4 steps of jitter, 4 amounts, grey, blur, levels, shift
+NUMBERS = 10  # P: 4 steps of jitter, 4 amounts, grey, blur
 NO_STEP = -1
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow
 REACH = 7  # pixels of a blur to each side; its deviation is 2 pixels at most at 224 pixels
@@ -18,7 +18,7 @@ def as_numbers(colour):
     """float32 (P,) of an augment.Colour."""
     steps = [step for step, _ in colour.jitter] + [NO_STEP] * (4 - len(colour.jitter))
     amounts = [amount for _, amount in colour.jitter] + [0.0] * (4 - len(colour.jitter))
-    return np.array([*steps, *amounts, colour.grey, colour.blur, *(colour.posterise or (0, 0.0))], np.float32)
+    return np.array([*steps, *amounts, colour.grey, colour.blur], np.float32)
 
 
 def coloured_batch(images_NCHW, numbers_NP):
@@ -28,12 +28,10 @@ def coloured_batch(images_NCHW, numbers_NP):
         step, amount = p[at], p[4 + at]
         changed = torch.where(step == 3, turned(x, amount), blended(x, step, amount))
         x = torch.where(step == NO_STEP, x, changed.round().clamp(0, 255))
-    grey, deviation, levels, shift = p[8:]
+    grey, deviation = p[8:]
     x = torch.where(grey > 0, luma(x).round(), x)
     x = torch.where(deviation > 0, blurred(x, numbers_NP[:, 9].float()).round(), x)
-    level = torch.minimum((x * levels / 256 + shift).floor(), levels - 1).clamp(min=0)
-    few = (level * 255 / (levels - 1).clamp(min=1)).floor()
-    return torch.where(levels > 0, few, x).to(torch.uint8)
+    return x.to(torch.uint8)
 
 
 def luma(x):

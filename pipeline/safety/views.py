@@ -10,19 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-LEVELS = 3  # of a channel, where views are posterised
-
 
 @dataclass(frozen=True)
 class ScoredViews:
     """coarse: share of its pixels a side that the picture is brought down to and back from, 1 = no such view; crop: share of the area that
     the middle keeps, 1 = no such view; mirror: all views are mirrored, so that no place is as it was learnt where the CLIP loss mirrors
-    nothing; posterise: all views are, for a model whose CLIP loss trains on such pictures (shards.augment.posterised)."""
+    nothing."""
 
     coarse: float = 1.0
     crop: float = 1.0
     mirror: bool = False
-    posterise: bool = False
 
     def __call__(self, images_BCHW):
         """List of uint8 (B, C, H, W), the whole pictures at their resolution first."""
@@ -35,7 +32,7 @@ class ScoredViews:
             kept = max(2, round(side * self.crop**0.5))
             start = (side - kept) // 2
             found.append(resized(images_BCHW[:, :, start : start + kept, start : start + kept], side))
-        return [posterised(view_BCHW) for view_BCHW in found] if self.posterise else found
+        return found
 
 
 def resized(images_BCHW, side):
@@ -44,9 +41,3 @@ def resized(images_BCHW, side):
         images_BCHW if images_BCHW.device.type == "cpu" else images_BCHW.float()
     )  # torch resizes bytes on the CPU only
     return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
-
-
-def posterised(images_BCHW):
-    """uint8 pictures with LEVELS evenly spread values a channel."""
-    level = torch.div(images_BCHW.int() * LEVELS, 256, rounding_mode="floor")
-    return (level * 255 // (LEVELS - 1)).to(torch.uint8)

@@ -194,7 +194,5 @@ def make_views(config):
         data.clip_eda,
         data.augment_on == "device",
         Mixing(data.clip_mix, data.clip_paste),
-        ScoredViews(
-            config.selection.coarse, config.selection.crop, config.selection.mirror, bool(data.clip_augment.posterise)
-        ),
+        ScoredViews(config.selection.coarse, config.selection.crop, config.selection.mirror),
     )

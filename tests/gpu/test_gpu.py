@@ -112,7 +112,7 @@ def test_pairs_get_the_scores_that_they_get_on_the_cpu(data, score, monkeypatch)
 
 def pixels(device):
     """{what: uint8 (N, C, H, W)}: every change of pixels that is made on the device."""
-    augment = ImageAugment(posterise=0.3)
+    augment = ImageAugment()
     drawn = [drawn_view(picture(n), 32, sample_rng(0, 0, 0, n, 1), augment) for n in range(64)]
     images = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for image, _ in drawn])).to(device)
     numbers = torch.from_numpy(np.stack([as_numbers(colour) for _, colour in drawn])).to(device)
@@ -131,7 +131,7 @@ def test_pictures_are_changed_as_on_the_cpu():
     here, there = run_ranks(pixels_on_gpu, WORLD)[0], pixels("cpu")
     for name, image in there.items():
         off = (image.int() - here[name].int()).abs()
-        # Hue is discontinuous, and a posterised channel jumps by levels: a rounding may move single pixels far.
+        # Hue is discontinuous: a rounding may move single pixels far.
         assert (off > 1).float().mean() < 2e-2, name
 
 

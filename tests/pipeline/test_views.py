@@ -5,12 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.safety.scoring import embed, scores
-from pipeline.safety.views import LEVELS, ScoredViews
-from shards import augment
+from pipeline.safety.views import ScoredViews
 from shards.index import build_index
 from shards.loader import Views
 from shards.samples import Samples
@@ -55,19 +53,10 @@ def test_mirrored_views_are_the_views_of_the_mirrored_pictures():
         assert (view == same).all()
 
 
-def test_posterised_views_are_those_that_the_clip_loss_trains_on():
-    images = pictures()
-    for view, plain in zip(ScoredViews(0.25, 0.5, posterise=True)(images), ScoredViews(0.25, 0.5)(images)):
-        for one, picture in zip(view, plain):
-            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            expected = np.asarray(augment.posterised(image, LEVELS, 0.0))
-            assert np.array_equal(one.permute(1, 2, 0).numpy(), expected)
-
-
 @given(st.floats(0.01, 1), st.floats(0.01, 1), st.booleans(), st.integers(2, 40))
-def test_views_are_pictures_of_the_same_size_and_a_row_knows_no_other(coarse, crop, posterise, side):
+def test_views_are_pictures_of_the_same_size_and_a_row_knows_no_other(coarse, crop, mirror, side):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, side, side), np.uint8))
-    views = ScoredViews(coarse, crop, False, posterise)
+    views = ScoredViews(coarse, crop, mirror)
     together, alone = views(images), views(images[1:])
     assert len(together) == 1 + (coarse < 1) + (crop < 1)
     for both, one in zip(together, alone):
@@ -92,7 +81,7 @@ def test_pictures_are_resized_as_floats_where_there_are_no_bytes(monkeypatch):
 def test_views_stay_on_the_gpu():
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8, device="cuda")
-        assert {view.device.type for view in ScoredViews(0.2, 0.6, True, True)(images)} == {"cuda"}
+        assert {view.device.type for view in ScoredViews(0.2, 0.6, True)(images)} == {"cuda"}
 
 
 class Means(torch.nn.Module):

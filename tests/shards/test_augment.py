@@ -1,10 +1,8 @@
 """Views: pure functions of their key, in range, never empty."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from shards.augment import (
@@ -14,7 +12,6 @@ from shards.augment import (
     image_view,
     least_side,
     plain_view,
-    posterised,
     random_box,
     resized,
     sample_rng,
@@ -65,22 +62,6 @@ def test_the_least_crop_of_the_least_picture_is_large_enough(size, crop_min):
 def test_everything_off_is_the_resized_picture():
     wanted = np.asarray(PICTURE.resize((24, 24), Image.BICUBIC))
     assert np.array_equal(image_view(PICTURE, 24, sample_rng(0, 0, 0, 0, 0), OFF), wanted)
-
-
-@pytest.mark.parametrize("levels", [2, 3])
-@given(shift=st.floats(-0.25, 0.25), pixels=arrays(np.uint8, (4, 4, 3)))
-def test_a_posterised_picture_has_few_levels_and_keeps_their_order(levels, shift, pixels):
-    few = np.asarray(posterised(Image.fromarray(pixels), levels, shift))
-    assert set(np.unique(few)) <= {0, 255} | ({127} if levels == 3 else set())
-    order = np.argsort(pixels.ravel(), kind="stable")
-    assert (np.diff(few.ravel()[order].astype(int)) >= 0).all()
-
-
-def test_posterising_takes_a_faint_pattern_off_a_plain_ground():
-    ground = np.full((16, 16, 3), 230, np.uint8)
-    pattern = np.random.default_rng(0).integers(0, 256, ground.shape).astype(np.uint8)
-    mixed = Image.blend(Image.fromarray(ground), Image.fromarray(pattern), 0.25)
-    assert np.asarray(mixed).std() > 10 and np.asarray(posterised(mixed, 2, 0.0)).std() == 0
 
 
 def test_the_plain_view_is_the_centre():

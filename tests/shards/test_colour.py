@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from shards.augment import ImageAugment, coloured, drawn_view, sample_rng
 from shards.colour import NUMBERS, as_numbers, coloured_batch
 
-OFF = dict(jitter=0, grey=0, blur=0, posterise=0)
+OFF = dict(jitter=0, grey=0, blur=0)
 ONE = [
     *(
         dict(OFF, jitter=1, brightness=0, contrast=0, saturation=0, hue=0) | {name: 0.5}
@@ -18,7 +18,6 @@ ONE = [
     dict(OFF, jitter=1, brightness=0, contrast=0, saturation=0, hue=0.1),
     dict(OFF, grey=1),
     dict(OFF, blur=1),
-    dict(OFF, posterise=1),
     dict(jitter=0.8, grey=0.2, blur=0.5),
 ]
 
