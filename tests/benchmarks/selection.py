@@ -1,12 +1,12 @@
 """Rules of selection against each other: every variant trained and judged as a user would, on each set and seed.
 
-python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants no-posterise cosine ...] [--jobs 2]
+python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants oracle no-copies ...] [--jobs 2]
 
-The data and attacks are those of launch/reproduce.sh, which also trains plain CLIP: run it first (PRESETS=clip). A run whose config has
-been run is used again. Writes tests/benchmarks/selection/SET/seedN/VARIANT.json (the fields of eval.json, and the overrides)
-and, from all that is there and what earlier rules gave (tests/benchmarks/selection/earlier), tests/benchmarks/selection.md and canaries.png
-(canaries that pass beside poison that passes);
-selection.json holds the presets' results of tests/benchmarks/reproduce, an object each.
+The data and attacks are those of launch/reproduce.sh, which also trains plain CLIP and the presets: run it first. A run whose config has
+been run is used again. Writes tests/benchmarks/selection/now/SET/seedN/VARIANT.json (the fields of eval.json, and the overrides)
+and, from all that is there, the presets' results (tests/benchmarks/reproduce) and what was tried at earlier commits (the folders beside `now`, whose about.json
+says what they were; rules that lost are in the code of 304d2ee, the last commit that has them): tests/benchmarks/selection.md,
+canaries.png (canaries that pass beside poison that passes) and selection.json, the presets' results, an object each.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from pathlib import Path
 
 from pipeline.configfile import load_config
 from shards.storage import write_bytes, write_json
-from tests.benchmarks.rules import RULES
 
 CONFIGS = {
     "shapes": "configs/quickstart.yaml",
@@ -27,140 +26,25 @@ CONFIGS = {
     "emoji": "configs/emoji.yaml",
 }
 RESULTS = Path(__file__).parent / "selection"
-AUGMENT = "data.clip_augment"
-MIXING = "data.clip_mix=0", "data.clip_paste=0"
-VIEWS = (
-    "selection.mirror=false",
-    "selection.coarse=0.1875",
-    "selection.crop=0.6",
-)  # what the built-in default has, for sets that have not
-COSINE = "selection.score=cosine"
-# What a variant changes in the preset `default` of the set's config. Two groups were tried while that had:
-BEFORE = {
-    "shapes": [],
-    "shapes_small": ["selection.growth=0.05", "selection.voters=4096"],
-    "emoji": [],
-    "emoji_5.9": ["selection.growth=0.05", "selection.voters=4096", f"{AUGMENT}.crop_min=0.65"],
-}
-# Emoji under a former attack, of which results alone are left.
-FORMER = (
-    "emoji_5.9: emoji under the attack of before, of fainter triggers in more pairs, 5.9 % in all, which took on some seeds only, and "
-    "under the presets of then (configs/attack_emoji.yaml and configs/emoji.yaml of commit efc6e35). All rows but emoji's have the "
-    "suspicion of that commit, which looked once, at the lowest scores, and not before the second split; suspicion-by-groups is the default with that "
-    "of commit 94c4da4, and marks, as emoji's default, with today's"
-)
-# Tried with suspicion, and with that.
-TRIED_SINCE = {
-    "former": [],
-    "slow-epochs-1": ["train.slow_epochs=1"],
-    "no-posterise": [f"{AUGMENT}.posterise=0", f"{AUGMENT}.crop_min=0.8"],
-    "posterise-early": [],
-    "plain-last": [],
-    "continuous-rate": [],
-}
-# And with the presets as they are.
-TRIED_NOW = {
-    "default": [],
-    "suspicion-by-groups": [],  # the small set's default with the suspicion of commit 94c4da4; what is called default there had that of FORMER
-    "marks": [],  # the same with today's, which has marks
-    "voters-4096": ["selection.voters=4096"],
-    "growth-0.2": ["selection.growth=0.2"],
-    "crop-0.65": [f"{AUGMENT}.crop_min=0.65"],
-    "crop-0.65-posterise-0.5": [f"{AUGMENT}.crop_min=0.65", f"{AUGMENT}.posterise=0.5"],
-    "no-views": ["selection.coarse=1", "selection.crop=1"],
+# What a variant changes in the preset `default` of the set's config.
+VARIANTS = {
+    "oracle": [],  # tests/benchmarks/oracle.py
+    "no-suspicion": ["selection.suspicion=0"],
+    "no-mixing": ["data.clip_mix=0", "data.clip_paste=0"],
+    "no-views": ["selection.coarse=1", "selection.crop=1", "selection.mirror=false"],
     "no-copies": ["selection.copies=null"],
-    "one-caption": ["selection.copies=null"],
-}
-# What was changed in emoji's preset of commit 94c4da4, run there: all but the first two on one H100, and those but `again` with train.zero_stage=0.
-OF_94C4DA4 = {
-    "growth-0.1-cap-0.85": ["selection.growth=0.1", "selection.cap=0.85"],
-    "fresh-start": ["train.zero_stage=0"],
-    "again": [],
-    "no-unimodal": ["train.unimodal_epochs=0"],
-    "plain-views": [f"{AUGMENT}.posterise=0", "selection.cap=0.95"],
-    "plain-views-no-unimodal": [f"{AUGMENT}.posterise=0", "selection.cap=0.95", "train.unimodal_epochs=0"],
-    "plain-views-first-0.7": [
-        f"{AUGMENT}.posterise=0",
-        "selection.cap=0.95",
-        "train.unimodal_epochs=0",
-        "selection.first_share=0.7",
-    ],
-    "plain-views-cap-0.97": [
-        f"{AUGMENT}.posterise=0",
-        "selection.cap=0.97",
-        "train.unimodal_epochs=0",
-        "selection.first_share=0.7",
-        "selection.growth=0.27",
-    ],
-    "posterise-early-cap-0.95": ["selection.cap=0.95"],
-    "posterise-early-no-unimodal": ["selection.cap=0.95", "train.unimodal_epochs=0"],
-    "oracle-0.97": [f"{AUGMENT}.posterise=0", "selection.cap=0.97", "selection.first_share=0.97"],
-    "oracle-0.97-no-unimodal": [
-        f"{AUGMENT}.posterise=0",
-        "selection.cap=0.97",
-        "selection.first_share=0.97",
-        "train.unimodal_epochs=0",
-    ],
-}
-# Variants of a rule that has another name.
-RULED = {
-    "posterise-early-cap-0.95": "posterise-early",
-    "posterise-early-no-unimodal": "posterise-early",
-    "oracle-0.97": "oracle",
-    "oracle-0.97-no-unimodal": "oracle",
-}
-# Tried with that but without suspicion, before there was any or beside it.
-TRIED = {
-    "no-suspicion": [],
-    "no-mixing": [*MIXING],
-    "mixing-0.5-copies": ["data.clip_mix=0.5", "data.clip_paste=0.5", "selection.copies=null"],
-    "views": [*VIEWS],
-    "views-mixing-0.5": [*VIEWS, "data.clip_mix=0.5", "data.clip_paste=0.5"],
-    "views-paste-0.5": [*VIEWS, "data.clip_paste=0.5"],
-    "paste-0.1": ["data.clip_paste=0.1"],
-    "paste-0.2": ["data.clip_paste=0.2"],
-    "cosine": [COSINE],
-    "cosine-cap-0.9": [COSINE, "selection.cap=0.9"],
-    "cosine-paste-0.2": [COSINE, "data.clip_paste=0.2"],
-    "cosine-mixing-0.15": [COSINE, "data.clip_mix=0.15", "data.clip_paste=0.15"],
-    "views-cosine-mixing-0.15": [*VIEWS, COSINE, "data.clip_mix=0.15", "data.clip_paste=0.15"],
-    "agreement": ["selection.score=agreement"],
-    "unimodal-on-risky": ["selection.risky=unimodal"],
     "no-refill": ["selection.refill=false"],
-    "slow-rate-halved": ["train.slow_lr=3e-4"],
+    "unimodal-on-risky": ["selection.risky=unimodal"],
     "live-canaries": ["selection.live_canaries=40"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
-    # Rules that are no setting of a config, with the settings that they need.
-    **{rule: [] for rule in RULES if rule not in TRIED_SINCE | TRIED_NOW | OF_94C4DA4},
-    "nce": ["selection.score=agreement"],
-    "frozen": ["selection.score=agreement"],
-    "live-canary-brake": ["selection.live_canaries=40"],
 }
-VARIANTS = TRIED | TRIED_SINCE | TRIED_NOW
-# The preset `default` of a commit, with today's data and attacks; run there.
-OF_COMMITS = {"of-efc6e35": [], "of-94c4da4": []}
-OF_COMMITS |= OF_94C4DA4
-VARIANTS |= OF_COMMITS
-EARLIER = "5de40d9"  # the last commit whose built-in default had neither views nor mixing
-
-
-def overrides(name, variant):
-    """What a variant changes in the preset `default` of the set's config."""
-    if variant in TRIED_NOW | OF_COMMITS:
-        return VARIANTS[variant]
-    return [*BEFORE[name], *([] if variant in TRIED_SINCE else ["selection.suspicion=0"]), *VARIANTS[variant]]
-
-
-def rule_of(variant):
-    """The name of a variant's rule of tests.benchmarks.rules, or None."""
-    rule = RULED.get(variant, variant)
-    return rule if rule in RULES else None
+GROUPS = "of_94c4da4", "of_efc6e35", "before_efc6e35", "of_5de40d9"  # the newest first
 
 
 def judged(name, seed, variant):
     """Train and evaluate one run unless that is done, and keep its result."""
-    changed = overrides(name, variant)
+    changed = VARIANTS[variant]
     words = [*changed, f"run.seed={seed}", f"data.overlay=data/{name}_attack_seed{seed}"]
     words += ["preset=default", "evaluation.every=0", "data.workers=0"]
     config = load_config(CONFIGS[name], words)
@@ -173,9 +57,8 @@ def judged(name, seed, variant):
             with open(f"{run}.log", "a") as log:
                 subprocess.run([sys.executable, "-m", *parts], env=environment, stdout=log, stderr=log, check=True)
 
-        rule = rule_of(variant)
-        program = ["tests.benchmarks.rules", rule] if rule else ["pipeline.cli"]
-        command(*program, "train", CONFIGS[name], f"run.dir={run}", *words)
+        program = "tests.benchmarks.oracle" if variant == "oracle" else "pipeline.cli"
+        command(program, "train", CONFIGS[name], f"run.dir={run}", *words)
         known = (
             "--baseline",
             f"runs/reproduce/{name}/seed{seed}/clip",
@@ -185,14 +68,25 @@ def judged(name, seed, variant):
         command("pipeline.cli", "evaluate", str(run), *known)
     found = json.loads((run / "eval.json").read_text())
     about = {"set": name, "seed": seed, "variant": variant, "overrides": changed, "config": config.hash()}
-    write_json(RESULTS / name / f"seed{seed}" / f"{variant}.json", about | found)
+    write_json(RESULTS / "now" / name / f"seed{seed}" / f"{variant}.json", about | found)
     print(f"{name} seed {seed} {variant}: clean {found['clean_top1']:.1%}", flush=True)
 
 
-def results(folder, pattern="*/seed*/*.json"):
-    """The runs of a folder of results, by set, variant and seed."""
-    paths = sorted(folder.glob(pattern), key=lambda path: (path.parts[-3], path.stem, path.parts[-2]))
-    return [json.loads(path.read_text()) for path in paths]
+def results(group):
+    """The runs of a group, by set, variant and seed; of `now` also the presets' `default`."""
+    found = [json.loads(path.read_text()) for path in (RESULTS / group).glob("*/seed*/*.json")]
+    if group == "now":
+        found += [{**run, "variant": "default", "overrides": []} for run in presets() if run["preset"] == "default"]
+    return sorted(found, key=lambda run: (run["set"], run["variant"], run["seed"]))
+
+
+def presets():
+    """The results of launch/reproduce.sh that are recorded, an object each."""
+    found = []
+    for path in sorted(RESULTS.with_name("reproduce").glob("*/seed*/*/eval.json")):
+        name, seed, preset = path.parts[-4:-1]
+        found.append({**json.loads(path.read_text()), "set": name, "seed": int(seed[4:]), "preset": preset})
+    return found
 
 
 def table(found):
@@ -213,30 +107,23 @@ def table(found):
     return "\n".join(lines) + "\n"
 
 
-def described(variants):
-    """Markdown: a line for each variant of {name: overrides}."""
-    ruled = {name: RULES[rule].__doc__ if (rule := rule_of(name)) else "" for name in variants}
-    return "\n".join(
-        f"- {name}: {'; '.join(filter(None, (ruled[name], ' '.join(words)))) or 'as it is'}"
-        for name, words in sorted(variants.items())
+def section(group):
+    """Markdown: what an earlier group was, what its variants changed, and its table."""
+    about, found = json.loads((RESULTS / group / "about.json").read_text()), results(group)
+    besides = "; ".join(f"{name}: {' '.join(words)}" for name, words in about["besides"].items())
+    changed = {}
+    for run in found:
+        words = [word for word in run["overrides"] if word not in about["besides"].get(run["set"], ())]
+        changed[run["variant"]] = "; ".join(filter(None, (about["rules"].get(run["variant"]), " ".join(words))))
+    return (
+        f"## {about['title']}\n\n{about['text']}{f' All rows have besides: {besides}.' if besides else ''}\n\n"
+        f"{described(changed)}\n\n{table(found)}"
     )
 
 
-def groups(found):
-    """Markdown: what the variants that have results change, by what else differed when they were tried."""
-    there = {run["variant"] for run in found}
-    then = "; ".join(f"{name}: {' '.join(words)}" for name, words in BEFORE.items() if words)
-    heads = (
-        ("As the presets are:", TRIED_NOW),
-        (f"Before, with suspicion ({then}):", TRIED_SINCE),
-        ("Before, with selection.suspicion=0 besides:", TRIED),
-        ("The presets of those commits:", {name: OF_COMMITS[name] for name in OF_COMMITS.keys() - OF_94C4DA4}),
-        ("Emoji, beside of-94c4da4:", OF_94C4DA4),
-    )
-    return "\n\n".join(
-        f"{head}\n\n{described({name: words for name, words in group.items() if name in there})}"
-        for head, group in heads
-    )
+def described(changed):
+    """Markdown: a line for each variant of {name: what it changes}."""
+    return "\n".join(f"- {name}: {what or 'as it is'}" for name, what in sorted(changed.items()))
 
 
 def plot():
@@ -246,16 +133,8 @@ def plot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    by_set = {
-        name: [
-            run
-            for folder in (RESULTS, RESULTS / "earlier")
-            for data in (name, f"{name}_5.9")
-            for run in results(folder, f"{data}/seed*/*.json")
-            if "canaries" in run
-        ]
-        for name in CONFIGS
-    }
+    found = [run for group in ("now", *GROUPS) for run in results(group) if "canaries" in run]
+    by_set = {name: [run for run in found if run["set"].removesuffix("_5.9") == name] for name in CONFIGS}
     rows = 2 if any(any(run.get("live_canaries") or ()) for found in by_set.values() for run in found) else 1
     figure, axes = plt.subplots(
         rows, len(CONFIGS), figsize=(5.5 * len(CONFIGS), 4.5 * rows), sharey=True, squeeze=False, layout="constrained"
@@ -297,24 +176,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=CONFIGS, default=["emoji"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS.keys() - OF_COMMITS, default=["default"])
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=[])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     todo = [(name, seed, variant) for name in args.sets for variant in args.variants for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda one: judged(*one), todo))
-    now, earlier = results(RESULTS), results(RESULTS / "earlier")
+    now = results("now")
+    there = {run["variant"]: " ".join(run["overrides"]) for run in now}
+    there |= {"oracle": "the split knows the poison: what no rule can better"} if "oracle" in there else {}
     text = (
         "# Rules of selection\n\nMade by `python -m tests.benchmarks.selection` (its text says how). Each variant is the preset `default` of the set's config with:\n\n"
-        f"{groups(now)}\n\n{FORMER}.\n\n{table(now)}\n## Earlier\n\nThe same of commit {EARLIER}, whose built-in preset scored one view and mixed no "
-        f"pictures, and whose agreement looked at mirrored pictures, as emoji's still does; there was no suspicion either:\n\n{described({run['variant']: run['overrides'] for run in earlier})}\n\n{table(earlier)}"
+        f"{described(there)}\n\n{table(now)}\n" + "\n".join(map(section, GROUPS))
     )
     write_bytes(RESULTS.with_suffix(".md"), text.encode())
-    presets = []
-    for path in sorted(RESULTS.with_name("reproduce").glob("*/seed*/*/eval.json")):
-        name, seed, preset = path.parts[-4:-1]
-        presets.append({**json.loads(path.read_text()), "set": name, "seed": int(seed[4:]), "preset": preset})
-    write_json(RESULTS.with_suffix(".json"), presets)
+    write_json(RESULTS.with_suffix(".json"), presets())
     plot()
 
 
