@@ -13,6 +13,7 @@ Cross-fitting (METHOD, "How it fails") by groups that a trigger cannot straddle.
 from itertools import zip_longest
 
 import numpy as np
+from scipy.sparse import csc_matrix
 
 from pipeline import comm
 from pipeline.safety.copies import kept_mask, numbers_of_pictures
@@ -51,14 +52,16 @@ def find_marks(sample):
 
 def marks_of_terms(sample, ridge, white_SD, has_ST):
     """[(how clear, int (N,) pictures of the sample, float (F, E) weights)] of the marks of some terms."""
-    found, variance = [], sample.x_SD.var(0).sum()
-    term_CS, alike_CS = (np.array(part) for part in zip(*directions(white_SD, has_ST)))
+    found, variance = [], np.trace(sample.gram_FDD.sum(0)) / len(white_SD)
+    term_CN, alike_CN = zip(*directions(white_SD, has_ST))
     for tail in TAILS[1:]:
-        judged_SC = ridge.judged(ridge.fitted(alike_CS.T))
-        alike_CS = np.array([highest(judged, term, tail) for judged, term in zip(judged_SC.T, term_CS)])
-    alike_CS = standing_out(ridge.judged(ridge.fitted(alike_CS.T))).T & term_CS
-    weight_FDC = ridge.fitted(alike_CS.T)
-    for judged_S, term_S, weight_FD in zip(ridge.judged(weight_FDC).T, term_CS, np.moveaxis(weight_FDC, 2, 0)):
+        weight_FDC = ridge.fitted(columns(alike_CN, len(white_SD)))
+        judged_CN = [ridge.judged(weight_FDC[:, :, [of]], row_N)[:, 0] for of, row_N in enumerate(term_CN)]
+        alike_CN = [highest(*one, tail) for one in zip(judged_CN, term_CN)]
+    term_SC = columns(term_CN, len(white_SD)).toarray()
+    alike_SC = standing_out(ridge.judged(ridge.fitted(columns(alike_CN, len(white_SD))))) & term_SC
+    weight_FDC = ridge.fitted(alike_SC)
+    for judged_S, term_S, weight_FD in zip(ridge.judged(weight_FDC).T, term_SC.T, np.moveaxis(weight_FDC, 2, 0)):
         middle, spread = robust(judged_S)
         if spread <= NOTHING:  # else rounding would be told apart
             continue
@@ -69,6 +72,12 @@ def marks_of_terms(sample, ridge, white_SD, has_ST):
             clear = float(np.median(away_S[group_S]))
             found.append((clear, np.flatnonzero(group_S), np.c_[weight_FD / spread, constant_F]))
     return found
+
+
+def columns(row_CN, rows):
+    """csc bool (rows, C), true in the rows that int row_CN lists."""
+    ends = np.cumsum([0, *map(len, row_CN)])
+    return csc_matrix((np.ones(ends[-1], bool), np.concatenate(row_CN), ends), shape=(rows, len(row_CN)))
 
 
 def standing_out(judged_SC):
@@ -84,12 +93,9 @@ def is_mark(sample, away_S, group_S, term_S, variance):
     return sample.x_SD[group_S].var(0).sum() >= DIVERSE * variance
 
 
-def highest(value_S, among_S, share):
-    """bool (S,): the `share` with the highest values, at least LEAST, among the pairs of bool among_S."""
-    row_N = np.flatnonzero(among_S)
-    found_S = np.zeros(len(value_S), bool)
-    found_S[row_N[np.argsort(-value_S[row_N], kind="stable")[: max(LEAST, int(share * len(row_N)))]]] = True
-    return found_S
+def highest(value_N, row_N, share):
+    """Those of int row_N with the `share` of the highest values, at least LEAST of them."""
+    return row_N[np.argsort(-value_N, kind="stable")[: max(LEAST, int(share * len(row_N)))]]
 
 
 def whitened(sample):
@@ -101,19 +107,16 @@ def whitened(sample):
 
 
 def directions(white_SD, has_ST):
-    """Yield (bool (S,) pairs of a term, bool (S,) its pairs furthest along a direction): PARTS main directions of each, both ways."""
+    """Yield (int (N,) pairs of a term, those of them furthest along a direction): PARTS main directions of each, both ways."""
     for term in range(has_ST.shape[1]):
         row_N = has_ST.indices[has_ST.indptr[term] : has_ST.indptr[term + 1]]
-        among_S = np.zeros(len(white_SD), bool)
-        among_S[row_N] = True
         white_ND = white_SD[row_N] - white_SD[row_N].mean(0)
         picked_PD = white_ND[np.random.default_rng(0).permutation(len(row_N))[:PICKED]]
         _, _, main_PP = np.linalg.svd(picked_PD @ picked_PD.T)
         for along_D in main_PP[:PARTS] @ picked_PD:
-            along_S = np.full(len(white_SD), -np.inf, np.float32)
-            along_S[row_N] = white_ND @ along_D
-            yield among_S, highest(along_S, among_S, TAILS[0])
-            yield among_S, highest(-along_S, among_S, TAILS[0])
+            along_N = white_ND @ along_D
+            yield row_N, highest(along_N, row_N, TAILS[0])
+            yield row_N, highest(-along_N, row_N, TAILS[0])
 
 
 def marks_of_run(folder, sample):

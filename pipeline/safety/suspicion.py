@@ -10,7 +10,7 @@ fitted without one fold of the pairs. What honest pictures are judged is about n
 (a colour, a kind of drawing that the model has not learnt to read yet) and wait until it has. A trigger that is elsewhere in each picture is not linear,
 and is not found. The lowest scores and not the risky pairs: early on half of all pairs are risky, and the trigger is lost among them. The
 scores as they were before they were lowered: else suspicion feeds on itself, and honest pictures fill the risky set in place of wrong captions.
-Legend: S sampled pairs, B pairs, D = 3 SIDE^2 numbers of a small picture, F folds, G groups, E = D + 1.
+Legend: S sampled pairs, B pairs, D = 3 SIDE^2 numbers of a small picture, F folds, G groups, C kinds of pictures, E = D + 1.
 """
 
 import io
@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve
+from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
 
 from pipeline import comm
@@ -160,10 +161,10 @@ class Sample:
             ridge = Ridge(self, rest_S, gram_FDD)
             alike_S = rest_S & (score_S <= np.quantile(score_S[rest_S], LOWEST, method="lower"))
             for tail in TAILS:
-                judged_S = ridge.judged(ridge.fitted(alike_S))
+                judged_S = ridge.judged(ridge.fitted(alike_S[:, None]))[:, 0]
                 alike_S = rest_S & (judged_S > np.quantile(judged_S[rest_S], 1 - tail))
-            weight_FD = ridge.fitted(alike_S)
-            judged_S = ridge.judged(weight_FD)
+            weight_FDC = ridge.fitted(alike_S[:, None])
+            judged_S, weight_FD = ridge.judged(weight_FDC)[:, 0], weight_FDC[:, :, 0]
             middle, spread = robust(judged_S[rest_S])
             if spread <= NOTHING:  # else rounding would be told apart
                 break
@@ -179,31 +180,36 @@ class Sample:
 
 
 class Ridge:
-    """Ridge regression of yes or no on the pictures of `rest_S`, once without each fold."""
+    """Ridge regression of C questions of yes or no on the pictures of `rest_S`, once without each fold."""
 
     def __init__(self, sample, rest_S, gram_FDD):
-        self.x_SD, self.fold_S, self.rest_S = sample.x_SD, sample.fold_S, rest_S
+        self.x_SD, self.fold_S, self.rest = sample.x_SD, sample.fold_S, rest_S.sum()
         gram_DD = gram_FDD.sum(0, dtype=np.float64)
-        variance = np.trace(gram_DD) / len(gram_DD) + FLAT * rest_S.sum()
+        variance = np.trace(gram_DD) / len(gram_DD) + FLAT * self.rest
         ridge_DD = RIDGE * variance * np.eye(len(gram_DD))
         self.factors = [cho_factor(gram_DD - gram + ridge_DD) for gram in gram_FDD]
+        self.sum_FD = np.stack([self.x_SD[rest_S & (self.fold_S == f)].sum(0, dtype=np.float64) for f in range(FOLDS)])
 
-    def fitted(self, yes_S):
-        """float32 (F, D): what tells the pictures of bool yes_S from the others; (F, D, C) for C such questions, bool (S, C)."""
-        target_S = (yes_S - yes_S[self.rest_S].mean(0)).astype(np.float32)
-        target_S[~self.rest_S] = 0
-        sum_FD = np.stack([self.x_SD[self.fold_S == f].T @ target_S[self.fold_S == f] for f in range(FOLDS)])
-        sum_D = sum_FD.sum(0, dtype=np.float64)
-        return np.stack([cho_solve(factor, sum_D - one) for factor, one in zip(self.factors, sum_FD)]).astype(
-            np.float32
-        )
+    def fitted(self, yes_SC):
+        """float32 (F, D, C): what tells the pictures of bool yes_SC (dense or sparse), some of the rest, from the others."""
+        row_N, of_N = yes_SC.nonzero()
+        kinds = yes_SC.shape[1]
+        place = self.fold_S[row_N] * kinds + of_N, row_N
+        yes_MS = csr_matrix((np.ones(len(row_N), np.float32), place), shape=(FOLDS * kinds, len(self.x_SD)))
+        share_C = np.bincount(of_N, minlength=kinds) / self.rest
+        sum_FCD = (yes_MS @ self.x_SD).reshape(FOLDS, kinds, -1) - share_C[:, None] * self.sum_FD[:, None]
+        sum_CD = sum_FCD.sum(0)
+        return np.stack(
+            [cho_solve(factor, (sum_CD - one_CD).T) for factor, one_CD in zip(self.factors, sum_FCD)]
+        ).astype(np.float32)
 
-    def judged(self, weight_FD):
-        """float32 (S,): how much each picture is of that kind, by the weights that were fitted without it; (S, C) for C kinds."""
-        judged_S = np.empty((len(self.x_SD), *weight_FD.shape[2:]), np.float32)
+    def judged(self, weight_FDC, row_N=slice(None)):
+        """float32 (N, C): how much pictures, all or those of row_N, are of each kind, by the weights that were fitted without them."""
+        x_ND, fold_N = self.x_SD[row_N], self.fold_S[row_N]
+        judged_NC = np.empty((len(x_ND), weight_FDC.shape[2]), np.float32)
         for fold in range(FOLDS):
-            judged_S[self.fold_S == fold] = self.x_SD[self.fold_S == fold] @ weight_FD[fold]
-        return judged_S
+            judged_NC[fold_N == fold] = x_ND[fold_N == fold] @ weight_FDC[fold]
+        return judged_NC
 
 
 def robust(values):

@@ -10,18 +10,15 @@ PURE = 0.6  # of a group's captions have one term
 
 def terms(token_SL):
     """csc bool (S, T): which captions have each of the TERMS; those in the same captions as another are left out."""
-    rows, length = len(token_SL), token_SL.shape[1]
-    token_SL = token_SL.astype(np.int64)
-    pair_SM = token_SL[:, :-1] * (token_SL.max(initial=0) + 1) + token_SL[:, 1:] + token_SL.max(initial=0) + 1
-    flat_N = np.unique(
-        np.c_[
-            np.concatenate([token_SL.ravel(), pair_SM.ravel()]),
-            np.r_[np.repeat(np.arange(rows), length), np.repeat(np.arange(rows), length - 1)],
-        ],
-        axis=0,
-    )
-    _, term_N, count_T = np.unique(flat_N[:, 0], return_inverse=True, return_counts=True)
-    has_ST = csc_matrix((np.ones(len(term_N), bool), (flat_N[:, 1], term_N)), shape=(rows, len(count_T)))
+    rows, token_SL = len(token_SL), token_SL.astype(np.int64)
+    above = token_SL.max(initial=0) + 1
+    all_SN = np.concatenate([token_SL, (token_SL[:, :-1] + 1) * above + token_SL[:, 1:]], 1)
+    _, term_SN = np.unique(all_SN, return_inverse=True)
+    row_SN = np.repeat(np.arange(rows), all_SN.shape[1])
+    shape = rows, term_SN.max(initial=-1) + 1
+    has_ST = csc_matrix((np.ones(all_SN.size, bool), (row_SN, term_SN.ravel())), shape=shape)
+    has_ST.sum_duplicates()
+    count_T = np.diff(has_ST.indptr)
     names_S = np.random.default_rng(0).integers(0, 2**62, rows)
     _, first_T = np.unique(has_ST.astype(np.int64).T @ names_S, return_index=True)
     fit_T = first_T[(count_T[first_T] >= RARE) & (count_T[first_T] <= OFTEN * rows)]
