@@ -1,0 +1,88 @@
+"""Marks: what is marked and held back of honest pairs and of each kind of poison in finished runs, and what finding marks costs.
+
+python -m tests.benchmarks.marks RUN... --out FILE      RUN: runs of `default` on poisoned data, e.g. runs/reproduce/*/seed*/default
+python -m tests.benchmarks.marks --pairs 65536          the cost, on random pictures and words
+
+Writes FILE (recorded: tests/benchmarks/marks.json), an object a run: groups that are marks; shares of the pairs that are marked, held back (lowered by marks or
+suspicion) at the first and the last split, and in the safe set there. `--pairs` prints one JSON object: seconds on this machine.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.configfile import load_config
+from pipeline.data import open_index, open_samples
+from pipeline.evaluation.report import poison_rows
+from pipeline.safety.marks import TERMS_AT_ONCE, marks_of_terms, whitened
+from pipeline.safety.suspicion import SIDE, Ridge, Sample, Suspicion
+from shards.masks import SafeMask, SavedMask
+from shards.storage import write_json
+
+KINDS = "targeted", "patch", "blended"
+
+
+def found_in(run):
+    """The object of a run."""
+    config = load_config(run / "config.yaml")
+    index = open_index(config.data)
+    overlay = open_samples(config.data, index).overlay
+    rows = {kind: poison_rows(overlay, index, kind) for kind in KINDS}
+    rows["honest"] = np.setdiff1d(np.arange(index.samples), poison_rows(overlay, index))
+    splits = [SavedMask(path.parent) for path in sorted(run.glob("masks/epoch_*/mask.json"))]
+    flags = {"marked": ~SafeMask.load(run / "masks/unmarked", index.fingerprint)[0].flags()}
+    for name, saved in (("first", splits[0]), ("last", splits[-1])):
+        tables = [saved.table(shard, ("lowered",)) for shard in range(len(index.counts))]
+        flags[f"held_{name}"] = np.concatenate([table["lowered"].to_numpy() > 0 for table in tables])
+        flags[f"safe_{name}"] = saved.mask.flags()
+    found = {"set": run.parts[-3], "seed": config.run.seed, "marks": Suspicion.load(run / "masks/sample").marks}
+    return found | {what: {kind: float(flag[row].mean()) for kind, row in rows.items()} for what, flag in flags.items()}
+
+
+def cost(pairs):
+    """Seconds of the parts of marks.find_marks on one rank; a piece is TERMS_AT_ONCE of the terms, which ranks share."""
+    rng = np.random.default_rng(0)
+    words_SL = np.minimum(300 + rng.zipf(1.3, (pairs, 77)), 49_000)
+    token_SL = np.where(np.arange(77) < rng.integers(6, 20, (pairs, 1)), words_SL, 0)
+    shapes_KD = rng.normal(size=(60, 3 * SIDE**2)).astype(np.float32)
+    small_SD = 128 + 6 * rng.normal(size=(pairs, 60)).astype(np.float32) @ shapes_KD
+    small_SD = np.clip(small_SD + 8 * rng.normal(size=small_SD.shape), 0, 255).astype(np.uint8)
+    begun = time.perf_counter()
+    sample = Sample(np.arange(pairs), small_SD, token_SL)
+    read = time.perf_counter()
+    ridge, white_SD = Ridge(sample, np.ones(pairs, bool), sample.gram_FDD), whitened(sample)
+    made = time.perf_counter()
+    marks_of_terms(sample, ridge, white_SD, sample.has_ST[:, :TERMS_AT_ONCE])
+    piece, pieces = time.perf_counter() - made, -(-sample.has_ST.shape[1] // TERMS_AT_ONCE)
+    seconds = {"sample": read - begun, "setup": made - read, "piece": piece, "all": made - begun + pieces * piece}
+    return {"pairs": pairs, "terms": sample.has_ST.shape[1], "pieces": pieces} | {
+        k: round(v, 1) for k, v in seconds.items()
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--pairs", type=int)
+    args = parser.parse_args()
+    if bool(args.runs) != bool(args.out) or bool(args.runs) == bool(args.pairs):
+        parser.error("give runs and --out, or --pairs")
+    if args.pairs:
+        return print(json.dumps(cost(args.pairs)))
+    found = [found_in(run) for run in args.runs]
+    write_json(args.out, found)
+    for name in sorted({run["set"] for run in found}):
+        of_set = [run for run in found if run["set"] == name]
+        for what in ("marked", "held_first", "held_last", "safe_first", "safe_last"):
+            shares = {kind: [run[what][kind] for run in of_set] for kind in (*KINDS, "honest")}
+            print(
+                name, what, *(f"{kind} {np.mean(x):.1%} ({min(x):.1%} to {max(x):.1%})" for kind, x in shares.items())
+            )
+
+
+if __name__ == "__main__":
+    main()
