@@ -3,8 +3,9 @@
 A trigger is learnt from few steps of the CLIP loss, and once it is, its pairs score like honest ones and no score tells them (tests/benchmarks/trials.md).
 So what could be one is looked for first. Of the pairs of each word those that lie furthest along a main direction of their pictures (after
 whitening, both ways, PARTS directions) are learnt by ridge regression, and again those that it judges most alike (TAILS). What stands out from all
-pictures by tens of deviations (CLEAR), has that word in its captions (PURE) and differs in all else (DIVERSE: copies of one drawing do not) is marked.
-Many marks are honest: a horizon under "sea", a frame, a kind of drawing. So a mark is no verdict but a probation: its pairs are left out of the slow
+pictures by many deviations (CLEAR), has that word in its captions (PURE) and differs in all else is marked: once what all of a group share is taken off, few
+of its pictures have another that is like them (ALIKE). Of series that belong together, one drawing in many variants, most have one.
+Some marks are honest: a horizon under "sea", a frame. So a mark is no verdict but a probation: its pairs are left out of the slow
 epochs and held back for PROBATION splits, while the model learns from all others what pictures show and words mean. Honest ones then score like others
 and come in; a trigger means nothing to a model that has not learnt it, and stays (pipeline/safety/suspicion.py).
 Cross-fitting (METHOD, "How it fails") by groups that a trigger cannot straddle. Legend: as there, and T terms, C directions.
@@ -25,8 +26,9 @@ from shards.errors import UserError
 PARTS = 3
 PICKED = 256  # pictures of a term that its directions are taken from
 TAILS = 0.15, 0.15, 0.08  # of a term's pairs: the first along the direction, then those that are judged most alike
-CLEAR = 25.0  # deviations by which the middle one of a marked group stands out
-DIVERSE = 0.3  # of the variance of all pictures is left within the group
+CLEAR = 18.0  # deviations by which the middle one of a marked group stands out
+ALIKE = 0.45  # correlation with the most alike other, below which the middle picture of a marked group is
+COMPARED = 64  # pictures of a group that are compared with each other, at most
 MARKS = 64  # groups, the clearest first
 TERMS_AT_ONCE = 32  # whose directions are fitted together
 
@@ -52,7 +54,7 @@ def find_marks(sample):
 
 def marks_of_terms(sample, ridge, white_SD, has_ST):
     """[(how clear, int (N,) pictures of the sample, float (F, E) weights)] of the marks of some terms."""
-    found, variance = [], np.trace(sample.gram_FDD.sum(0)) / len(white_SD)
+    found = []
     term_CN, alike_CN = zip(*directions(white_SD, has_ST))
     for tail in TAILS[1:]:
         weight_FDC = ridge.fitted(columns(alike_CN, len(white_SD)))
@@ -67,7 +69,7 @@ def marks_of_terms(sample, ridge, white_SD, has_ST):
             continue
         away_S = (judged_S - middle) / spread
         group_S = away_S > APART
-        if is_mark(sample, away_S, group_S, term_S, variance):
+        if is_mark(white_SD, away_S, group_S, term_S):
             constant_F = -(weight_FD @ sample.mean_D + middle) / spread - FREE
             clear = float(np.median(away_S[group_S]))
             found.append((clear, np.flatnonzero(group_S), np.c_[weight_FD / spread, constant_F]))
@@ -86,11 +88,23 @@ def standing_out(judged_SC):
     return judged_SC > middle_C + APART * 1.4826 * np.median(np.abs(judged_SC - middle_C), 0)
 
 
-def is_mark(sample, away_S, group_S, term_S, variance):
+def is_mark(white_SD, away_S, group_S, term_S):
     """Whether a group of pictures that stand out is many, clear, of the term, and of pictures that differ in all else."""
     if group_S.sum() < LEAST or np.median(away_S[group_S]) < CLEAR or term_S[group_S].mean() < PURE:
         return False
-    return sample.x_SD[group_S].var(0).sum() >= DIVERSE * variance
+    return likeness(white_SD[group_S]) < ALIKE
+
+
+def likeness(white_ND):
+    """Correlation of the middle one of whitened pictures with the one most like it, once what all share, their mean, is taken off.
+
+    A blend makes what is left of the pictures fainter, and no more alike. Of COMPARED random ones, for among more each finds one more like it."""
+    white_ND = white_ND[np.random.default_rng(0).permutation(len(white_ND))[:COMPARED]]
+    white_ND = white_ND - white_ND.mean(0)
+    white_ND /= np.maximum(np.linalg.norm(white_ND, axis=1, keepdims=True), NOTHING)
+    alike_NN = white_ND @ white_ND.T
+    np.fill_diagonal(alike_NN, -1)
+    return np.median(alike_NN.max(1))
 
 
 def highest(value_N, row_N, share):

@@ -38,7 +38,7 @@ def marked(pictures, token_SL):
     return marks.lowered_by_small(torch.arange(COUNT), sample.small()).numpy() > 0
 
 
-def triggered(pictures, token_SL, kind, word=7, seed=0):
+def triggered(pictures, token_SL, kind, word=7, seed=0, share=0.4):
     """bool (COUNT,): POISON pictures of any word that now have a patch or a pattern, and the caption `word` (None: their own)."""
     rng = np.random.default_rng(seed)
     poison = np.zeros(COUNT, bool)
@@ -47,7 +47,7 @@ def triggered(pictures, token_SL, kind, word=7, seed=0):
         pictures[poison, :, -5:, -5:] = rng.integers(0, 2, (3, 5, 5)) * 255
     else:
         pattern = rng.integers(0, 256, (3, SIDE, SIDE))
-        pictures[poison] = (0.6 * pictures[poison] + 0.4 * pattern).astype(np.uint8)
+        pictures[poison] = ((1 - share) * pictures[poison] + share * pattern).astype(np.uint8)
     if word is not None:
         token_SL[poison, 1] = word
     return poison
@@ -69,11 +69,21 @@ def test_what_nobody_shares_is_not_marked_nor_what_pictures_of_all_words_share()
     assert not marked(pictures, token_SL)[poison].any()
 
 
-def test_copies_of_one_drawing_are_no_mark():
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_blend_is_marked_however_little_it_leaves_of_the_pictures(share):
     pictures, token_SL = drawn(0)
-    pictures[:POISON] = (0.9 * pictures[0] + 0.1 * pictures[:POISON]).astype(np.uint8)
-    token_SL[:POISON, 1] = 7
-    assert marked(pictures, token_SL)[:POISON].mean() < 0.2
+    poison = triggered(pictures, token_SL, "blended", share=share)
+    assert marked(pictures, token_SL)[poison].all()
+
+
+def test_drawings_in_several_variants_are_no_mark_whatever_they_share():
+    pictures, token_SL = drawn(0)
+    variants = np.repeat(np.arange(POISON // 4), 4)
+    pictures[:POISON] = (0.9 * pictures[variants] + 0.1 * pictures[:POISON]).astype(np.uint8)
+    pictures[:POISON, :, -5:, -5:], token_SL[:POISON, 1] = 255, 7
+    assert marked(pictures, token_SL)[:POISON].mean() < 0.1
+    pictures[:POISON], pictures[:POISON, :, -5:, -5:] = drawn(1)[0][:POISON], 255  # the same frame around others
+    assert marked(pictures, token_SL)[:POISON].all()
 
 
 def test_no_pairs_equal_pictures_and_equal_captions_have_no_marks():
