@@ -36,10 +36,11 @@ VARIANTS = {
     "no-refill": ["selection.refill=false"],
     "unimodal-on-risky": ["selection.risky=unimodal"],
     "live-canaries": ["selection.live_canaries=40"],
+    "cap-0.95": ["selection.cap=0.95"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
 }
-GROUPS = "of_94c4da4", "of_efc6e35", "before_efc6e35", "of_5de40d9"  # the newest first
+GROUPS = "of_304d2ee", "of_94c4da4", "of_efc6e35", "before_efc6e35", "of_5de40d9"  # the newest first
 
 
 def judged(name, seed, variant):
