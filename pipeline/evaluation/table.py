@@ -3,6 +3,9 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+from scipy import stats
+
 from pipeline.evaluation.report import read_eval, read_metrics
 from shards.storage import write_json
 
@@ -11,6 +14,7 @@ SEEDS = (
     (3, 5),
     (6, 8),
 )  # those that settings were chosen on, those that they were not, those that nobody had looked at
+WITHIN = 3  # points: what clean accuracy may lose and an attack may gain
 
 
 def compare(clip_run, safe_run, out):
@@ -147,6 +151,46 @@ def summary_table(root):
     return "\n".join(lines)
 
 
+def held_table(root):
+    """Markdown: a row for each set and defended preset: what it costs and what it leaves of each attack, in points, over all seeds.
+
+    Clean accuracy is held against plain CLIP's of the same seed, an attack's success against what models that never saw poison read as its target;
+    mean difference and half of its 95 % interval (Student, over seeds). Last the seeds on which each is within WITHIN points.
+    """
+    runs, kinds = read_runs(root)
+    lines = [
+        "| data | preset | seeds | clean top-1 less plain CLIP's | "
+        + " | ".join(f"{kind} less unpoisoned" for kind in kinds)
+        + f" | seeds with all within {WITHIN} points |",
+        "|---" * (5 + len(kinds)) + "|",
+    ]
+    for (name, preset), found in runs.items():
+        plain = dict(runs.get((name, "clip"), ()))
+        pairs = [(seed, run, plain[seed]) for seed, run in found if seed in plain]
+        if preset == "clip" or not pairs:
+            continue
+        clean_N = np.array([100 * (run["clean_top1"] - clip["clean_top1"]) for _, run, clip in pairs])
+        more_KN = np.array([[more(run["attacks"][kind]) for _, run, _ in pairs] for kind in kinds])
+        held_N = (np.vstack([-clean_N, more_KN]) <= WITHIN).all(0)
+        held = ", ".join(str(seed) for (seed, *_), is_held in zip(pairs, held_N) if is_held) or "none"
+        cells = [interval(values_N) for values_N in (clean_N, *more_KN)]
+        lines.append(f"| {name} | {preset} | {len(pairs)} | " + " | ".join(cells) + f" | {held} |")
+    return "\n".join(lines)
+
+
+def more(attack):
+    """Points by which an attack succeeds more often than on models that never saw poison; nan where none were asked."""
+    return np.nan if attack["unpoisoned"] is None else 100 * (attack["success"] - attack["unpoisoned"])
+
+
+def interval(values_N):
+    """ "+1.2 ± 0.8": the mean and half of its 95 % interval (Student)."""
+    if len(values_N) < 2 or np.isnan(values_N).any():
+        return f"{values_N.mean():+.1f}"
+    half = stats.t.ppf(0.975, len(values_N) - 1) * values_N.std(ddof=1) / len(values_N) ** 0.5
+    return f"{values_N.mean():+.1f} ± {half:.1f}"
+
+
 def runs_table(root):
     """Markdown: a row for each run."""
     runs, kinds = read_runs(root)
@@ -178,4 +222,7 @@ def mean_of(values):
 
 
 if __name__ == "__main__":
-    print(f"{summary_table(sys.argv[1])}\n\nEvery run:\n\n{runs_table(sys.argv[1])}")
+    root = sys.argv[1]
+    print(
+        f"{summary_table(root)}\n\nOver all seeds, in points:\n\n{held_table(root)}\n\nEvery run:\n\n{runs_table(root)}"
+    )

@@ -1,0 +1,30 @@
+"""The tables of many runs: means and worst seeds, and what a preset costs and leaves over all seeds."""
+
+import pytest
+
+from pipeline.evaluation.table import held_table, summary_table
+from shards.storage import write_json
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two seeds of plain CLIP and of a preset that loses 1 and 4 points of clean accuracy, and gains 2 and 0 points of an attack."""
+    for seed, (clean, success) in enumerate([(0.79, 0.03), (0.76, 0.01)]):
+        for preset, top1, hit in (("clip", 0.8, 1.0), ("default", clean, success)):
+            attack = {"success": hit, "base": 0.0, "unpoisoned": 0.01, "true_class": 0.5, "took": True}
+            attack["unpoisoned_true_class"] = 0.5
+            run = {"clean_top1": top1, "attacks": {"patch": attack}, "poison_in_safe_set": [], "sample_views": 10}
+            (tmp_path / f"shapes/seed{seed}/{preset}").mkdir(parents=True)
+            write_json(tmp_path / f"shapes/seed{seed}/{preset}/eval.json", run)
+    return tmp_path
+
+
+def test_the_mean_stands_beside_the_worst_seed(root):
+    row = "| shapes | default | 0 to 2 | 77.5% / 76.0% | 2.0% / 3.0% (1.0%) |"
+    assert summary_table(root).splitlines()[-1] == row
+
+
+def test_each_run_is_held_against_plain_clip_of_its_seed_and_models_without_poison(root):
+    (row,) = held_table(root).splitlines()[2:]
+    # Student's quantile of one degree of freedom is 12.706; the deviations are 2.12 and 1.41.
+    assert row == "| shapes | default | 2 | -2.5 ± 19.1 | +1.0 ± 12.7 | 0 |"
