@@ -18,8 +18,9 @@ from scipy.sparse import csc_matrix
 
 from pipeline import comm
 from pipeline.safety.copies import kept_mask, numbers_of_pictures
+from pipeline.safety.sample import FLAT, RIDGE, Ridge, robust
 from pipeline.safety.split import broadcast_mask
-from pipeline.safety.suspicion import APART, FLAT, FREE, LEAST, NOTHING, RIDGE, Ridge, Suspicion, robust
+from pipeline.safety.suspicion import APART, FREE, LEAST, NOTHING, Suspicion
 from pipeline.safety.words import PURE
 from shards.errors import UserError
 
@@ -34,7 +35,7 @@ TERMS_AT_ONCE = 32  # whose directions are fitted together
 
 
 def find_marks(sample):
-    """Suspicion whose groups are the marks of a suspicion.Sample, in deviations: what it says of a picture is by how many it stands out beyond FREE.
+    """Suspicion whose groups are the marks of a sample.Sample, in deviations: what it says of a picture is by how many it stands out beyond FREE.
 
     All ranks call, each with the whole sample: they share the terms, in pieces that are the same at every world size, and so are the bits."""
     found = []
@@ -49,7 +50,7 @@ def find_marks(sample):
         if len(kept) < MARKS and (~covered_S[row_N]).sum() >= max(LEAST / 2, 0.2 * len(row_N)):
             kept.append(weight_FE)
             covered_S[row_N] = True
-    return Suspicion.of(sample, kept, marks=len(kept))
+    return Suspicion.of(kept, marks=len(kept))
 
 
 def marks_of_terms(sample, ridge, white_SD, has_ST):

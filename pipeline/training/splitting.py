@@ -8,10 +8,11 @@ from pipeline import comm
 from pipeline.safety.canaries import score_canaries
 from pipeline.safety.copies import singles_of_run
 from pipeline.safety.marks import marks_of_run, unmarked_of_run
+from pipeline.safety.sample import sample_of_run
 from pipeline.safety.scores import ScoreFiles, running_mean
 from pipeline.safety.scoring import gather_voters, score_all_pairs, score_some_pairs
 from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
-from pipeline.safety.suspicion import Suspicion, sample_of_run
+from pipeline.safety.suspicion import Suspicion, learn, raised
 from pipeline.training import signals
 from pipeline.training.bad import record, stop_where_bad
 from pipeline.training.journal import Meter
@@ -89,14 +90,14 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
 
 
 def suspicion_sample(run, folder):
-    """suspicion.Sample of the run, on rank 0 (None elsewhere). All ranks call."""
+    """sample.Sample of the run, on rank 0 (None elsewhere). All ranks call."""
     size, workers, seed = run.config.selection.batch_size, run.config.data.workers, run.config.run.seed
     return sample_of_run(folder.with_name("sample"), run.samples, run.views, size, workers, seed)
 
 
 def first_suspicion(sample, marks, score_S, strength):
     """Suspicion of a run's first split: every mark, and what the low scores of its sample share."""
-    return sample.learn(score_S, strength, sample.in_units(marks, score_S, strength), keep=True)
+    return learn(sample, score_S, strength, marks.in_units(score_S, strength), keep=True)
 
 
 def marks_of(run):
@@ -121,11 +122,11 @@ def learn_suspicion(run, folder, score_N, suspicion, keep):
     All ranks call."""
     sample = suspicion_sample(run, folder)
 
-    def learn():
-        score_S = sample.raised(score_N[sample.row_S], suspicion)
-        sample.learn(score_S, run.config.selection.suspicion, suspicion, keep).save(folder)
+    def save():
+        score_S = raised(sample, score_N[sample.row_S], suspicion)
+        learn(sample, score_S, run.config.selection.suspicion, suspicion, keep).save(folder)
 
-    comm.on_main(learn)
+    comm.on_main(save)
 
 
 def suspicion_of(before, state, config):

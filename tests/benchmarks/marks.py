@@ -18,7 +18,8 @@ from pipeline.configfile import load_config
 from pipeline.data import open_index, open_samples
 from pipeline.evaluation.report import poison_rows
 from pipeline.safety.marks import TERMS_AT_ONCE, marks_of_terms, whitened
-from pipeline.safety.suspicion import SIDE, Ridge, Sample, Suspicion
+from pipeline.safety.sample import SIDE, Ridge, Sample
+from pipeline.safety.suspicion import Suspicion
 from shards.masks import SafeMask, SavedMask
 from shards.storage import write_json
 

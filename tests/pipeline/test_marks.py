@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pipeline import comm
 from pipeline.config import Config
 from pipeline.safety.marks import find_marks, marks_of_run, unmarked_of_run
-from pipeline.safety.suspicion import SIDE, Sample, Suspicion, sample_of_run
+from pipeline.safety.sample import SIDE, Sample, sample_of_run
+from pipeline.safety.suspicion import Suspicion, learn
 from pipeline.safety.words import OFTEN, RARE, share_a_word, terms
 from pipeline.training.start import make_views
 from shards.index import ShardIndex, build_index
@@ -118,7 +119,7 @@ def test_a_group_learnt_from_scores_must_share_a_word():
         score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
         score[poison] *= 0.2
         sample = Sample(np.arange(COUNT), pixels.reshape(COUNT, -1), captions)
-        found = sample.learn(score, 0.8).lowered_by_small(torch.arange(COUNT), sample.small())[poison] > 0
+        found = learn(sample, score, 0.8).lowered_by_small(torch.arange(COUNT), sample.small())[poison] > 0
         assert bool(found.all()) == (word is not None) == share_a_word(sample.has_ST, poison)
 
 
@@ -127,10 +128,10 @@ def test_marks_wait_and_stay_only_where_their_scores_are_at_the_bottom():
     poison = triggered(pictures, token_SL, "patch")
     sample = Sample(np.arange(COUNT), pictures.reshape(COUNT, -1), token_SL)
     score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
-    marks = sample.in_units(find_marks(sample), score, 0.8)
+    marks = find_marks(sample).in_units(score, 0.8)
 
     def held(score, keep):
-        found = sample.learn(score, 0.8, marks, keep)
+        found = learn(sample, score, 0.8, marks, keep)
         return found.marks, bool((found.lowered_by_small(torch.arange(COUNT), sample.small())[poison] > 0).all())
 
     assert held(score, keep=True) == (marks.marks, True)

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline import comm
 from pipeline.config import Config
-from pipeline.safety.suspicion import FOLDS, SIDE, Sample, Suspicion, fold_of, sample_of_run, small
+from pipeline.safety.sample import FOLDS, SIDE, Sample, fold_of, sample_of_run, small
+from pipeline.safety.suspicion import Suspicion, learn, raised
 from pipeline.training.start import make_views
 from shards.errors import UserError
 from shards.index import ShardIndex, build_index
@@ -38,7 +39,7 @@ def drawn(seed, strength, passed=6):
 
 def lowered(sample, small_SD, score):
     images = torch.from_numpy(small_SD.reshape(-1, 3, SIDE, SIDE))
-    return sample.learn(score, strength=2.0).lowered_by(torch.from_numpy(sample.row_S), images).numpy()
+    return learn(sample, score, strength=2.0).lowered_by(torch.from_numpy(sample.row_S), images).numpy()
 
 
 @pytest.mark.parametrize("passed", [6, 24])
@@ -86,25 +87,27 @@ def test_it_does_not_feed_on_itself():
     """What a sample's scores were before they were lowered is found again, but for the rounding of its small pictures."""
     small_SD, _, score = drawn(0, strength=0.35)
     sample, images = Sample(np.arange(COUNT), small_SD), torch.from_numpy(small_SD.reshape(-1, 3, SIDE, SIDE))
-    suspicion = sample.learn(score, strength=2.0)
+    suspicion = learn(sample, score, strength=2.0)
     lowered = score - suspicion.lowered_by(torch.arange(COUNT), images).numpy()
     assert (lowered < score).sum() >= TRIGGERED
-    np.testing.assert_allclose(sample.raised(lowered, suspicion), score, atol=1e-3)
-    assert np.isnan(sample.raised(np.full(COUNT, np.nan, np.float32), suspicion)).all()
+    np.testing.assert_allclose(raised(sample, lowered, suspicion), score, atol=1e-3)
+    assert np.isnan(raised(sample, np.full(COUNT, np.nan, np.float32), suspicion)).all()
 
 
 def test_a_group_stays_while_its_scores_are_low_though_it_would_not_be_found_again():
     small_SD, triggered, score = drawn(0, strength=0.3)
     sample, rng = Sample(np.arange(COUNT), small_SD), np.random.default_rng(1)
-    first = sample.learn(score, strength=2.0)
+    first = learn(sample, score, strength=2.0)
     held = [False] * 2
     for number, low in enumerate((0.4, 0.6)):  # mean rank of the group's scores
         later = rng.uniform(0, 1, COUNT).astype(np.float32)
         later[triggered] = rng.uniform(low - 0.1, low + 0.1, TRIGGERED)
         assert (
-            not sample.learn(later, strength=2.0).lowered_by_small(torch.arange(COUNT), sample.small())[triggered].any()
+            not learn(sample, later, strength=2.0)
+            .lowered_by_small(torch.arange(COUNT), sample.small())[triggered]
+            .any()
         )
-        again = sample.learn(later, 2.0, first)
+        again = learn(sample, later, 2.0, first)
         held[number] = bool((again.lowered_by_small(torch.arange(COUNT), sample.small())[triggered] > 0).all())
     assert held == [True, False]
 
