@@ -62,8 +62,9 @@ def marks_of_terms(sample, ridge, white_SD, has_ST):
         judged_CN = [ridge.judged(weight_FDC[:, :, [of]], row_N)[:, 0] for of, row_N in enumerate(term_CN)]
         alike_CN = [highest(*one, tail) for one in zip(judged_CN, term_CN)]
     term_SC = columns(term_CN, len(white_SD)).toarray()
-    alike_SC = standing_out(ridge.judged(ridge.fitted(columns(alike_CN, len(white_SD))))) & term_SC
-    weight_FDC = ridge.fitted(alike_SC)
+    judged_SC = ridge.judged(ridge.fitted(columns(alike_CN, len(white_SD))))
+    middle_C, spread_C = robust(judged_SC)
+    weight_FDC = ridge.fitted((judged_SC > middle_C + APART * spread_C) & term_SC)
     for judged_S, term_S, weight_FD in zip(ridge.judged(weight_FDC).T, term_SC.T, np.moveaxis(weight_FDC, 2, 0)):
         middle, spread = robust(judged_S)
         if spread <= NOTHING:  # else rounding would be told apart
@@ -81,12 +82,6 @@ def columns(row_CN, rows):
     """csc bool (rows, C), true in the rows that int row_CN lists."""
     ends = np.cumsum([0, *map(len, row_CN)])
     return csc_matrix((np.ones(ends[-1], bool), np.concatenate(row_CN), ends), shape=(rows, len(row_CN)))
-
-
-def standing_out(judged_SC):
-    """bool (S, C): what is judged APART deviations above the middle, of C kinds."""
-    middle_C = np.median(judged_SC, 0)
-    return judged_SC > middle_C + APART * 1.4826 * np.median(np.abs(judged_SC - middle_C), 0)
 
 
 def is_mark(white_SD, away_S, group_S, term_S):

@@ -91,11 +91,11 @@ class Ridge:
 
 
 def robust(values):
-    """(median, 1.4826 times the median absolute deviation from it); zeros of nothing."""
+    """(median, 1.4826 times the median absolute deviation from it), of each column where there are some; zeros of nothing."""
     if not len(values):
         return 0.0, 0.0
-    middle = np.median(values)
-    return middle, 1.4826 * np.median(np.abs(values - middle))
+    middle = np.median(values, 0)
+    return middle, 1.4826 * np.median(np.abs(values - middle), 0)
 
 
 def sample_of_run(folder, samples, views, batch_size, workers, seed):
