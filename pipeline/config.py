@@ -89,7 +89,7 @@ class Train:
     unimodal_epochs: int = 5
     """Epochs of unimodal warm-up."""
     slow_epochs: int = 1
-    """Epochs of the CLIP loss on all pairs at slow_lr."""
+    """Epochs of the CLIP loss at slow_lr, on all pairs but marked ones and copies (selection.suspicion, selection.copies)."""
     batch_size: int = 512
     """Pairs of a global batch, over all ranks."""
     lr: float = 5e-4

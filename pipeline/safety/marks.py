@@ -145,16 +145,23 @@ def marks_of_run(folder, sample):
     return marks
 
 
-def unmarked_of_run(folder, samples, views, batch_size, workers, marks):
-    """SafeMask of the pairs without a mark, found once a run and kept in `folder`; decodes every picture once. All ranks call."""
+def unmarked_of_run(folder, samples, views, batch_size, workers, marks, singles=None):
+    """SafeMask of the pairs without a mark, and only of `singles` where there are some, found once a run and kept in `folder`.
+
+    Decodes every picture once. All ranks call."""
     index = samples.index
 
     def number(batch):
         return (marks.lowered_by(batch.rows, batch.images) > 0).numpy()
 
+    def flags(marked_N):
+        for shard, (start, stop) in enumerate(zip(index.offsets, index.offsets[1:])):
+            unmarked = ~marked_N[start:stop]
+            yield unmarked & singles.mask.shard_flags(shard) if singles else unmarked
+
     def find():
         marked_N = numbers_of_pictures(samples, views, batch_size, workers, number, np.bool_)
-        flags = (~marked_N[a:b] for a, b in zip(index.offsets, index.offsets[1:])) if comm.is_main() else ()
-        return broadcast_mask(flags, index.counts)
+        return broadcast_mask(flags(marked_N) if comm.is_main() else (), index.counts)
 
-    return kept_mask(folder, {"fingerprint": index.fingerprint, "marks": marks.marks}, find)
+    made = {"fingerprint": index.fingerprint, "marks": marks.marks, "copies": singles and singles.most}
+    return kept_mask(folder, made, find)

@@ -26,7 +26,7 @@ def mask_for(run, epoch, stop):
 
     None where it trains on all pairs."""
     if epoch.mask_of is None:
-        return unmarked(run, epoch) if epoch.stage == "slow" and run.config.selection.suspicion else None
+        return slow_mask(run, epoch) if epoch.stage == "slow" else None
     folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
@@ -72,12 +72,9 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
     seed, voters = config.run.seed, None
     if agreement:
         voters = gather_voters(*arguments, config.selection.voters, seed)
-    singles = None
-    if config.selection.copies:
-        where, size = folder.with_name("singles"), config.selection.batch_size
-        singles = singles_of_run(where, run.samples, run.views, size, config.data.workers, config.selection.copies)
+    singles = singles_of(run)
     if config.selection.suspicion and suspicion is None:
-        sample = suspicion_sample(run, folder)
+        sample = suspicion_sample(run)
         score_S = score_some_pairs(*arguments, comm.broadcast_object(sample and sample.row_S), voters)
         suspicion = comm.on_main(first_suspicion, sample, marks_of(run), score_S, config.selection.suspicion)
     score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles, suspicion)
@@ -89,10 +86,20 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
     return score_N, canary_C, splits + 1, suspicion
 
 
-def suspicion_sample(run, folder):
+def singles_of(run):
+    """copies.Singles of the run; None without selection.copies. All ranks call."""
+    most = run.config.selection.copies
+    return singles_of_run(run.run_dir / "masks" / "singles", *reading(run), most) if most else None
+
+
+def suspicion_sample(run):
     """sample.Sample of the run, on rank 0 (None elsewhere). All ranks call."""
-    size, workers, seed = run.config.selection.batch_size, run.config.data.workers, run.config.run.seed
-    return sample_of_run(folder.with_name("sample"), run.samples, run.views, size, workers, seed)
+    return sample_of_run(run.run_dir / "masks" / "sample", *reading(run), run.config.run.seed)
+
+
+def reading(run):
+    """Of what reads every pair once a run: (samples, views, batch size, workers)."""
+    return run.samples, run.views, run.config.selection.batch_size, run.config.data.workers
 
 
 def first_suspicion(sample, marks, score_S, strength):
@@ -102,17 +109,22 @@ def first_suspicion(sample, marks, score_S, strength):
 
 def marks_of(run):
     """Suspicion, marks.find_marks of the run. All ranks call."""
-    folder = run.run_dir / "masks" / "sample"
-    return marks_of_run(folder, suspicion_sample(run, folder))
+    return marks_of_run(run.run_dir / "masks" / "sample", suspicion_sample(run))
 
 
-def unmarked(run, epoch):
-    """SafeMask of the pairs without a mark, which the slow epoch trains on. All ranks call."""
-    config, folder = run.config, run.run_dir / "masks" / "unmarked"
-    marks = marks_of(run)
-    mask = unmarked_of_run(folder, run.samples, run.views, config.selection.batch_size, config.data.workers, marks)
-    waiting = int(mask.counts("risky").sum())
-    run.journal.say(f"  epoch {epoch.number:3d} slow      {waiting:,} pairs wait, of {marks.marks} marks")
+def slow_mask(run, epoch):
+    """SafeMask of what the slow epoch trains on: pairs without a mark, whose picture is no copy; None where it trains on all. All ranks call."""
+    singles, mask, waiting = singles_of(run), None, []
+    if singles:
+        mask, copies = singles.mask, int(singles.mask.counts("risky").sum())
+        waiting.append(f"{copies:,} of pictures in more than {singles.most} pairs")
+    if run.config.selection.suspicion:
+        marks = marks_of(run)
+        mask = unmarked_of_run(run.run_dir / "masks" / "slow", *reading(run), marks, singles)
+        waiting.append(f"those of {marks.marks} marks")
+    if mask:
+        risky = int(mask.counts("risky").sum())
+        run.journal.say(f"  epoch {epoch.number:3d} slow      {risky:,} pairs wait: {', '.join(waiting)}")
     return mask
 
 
@@ -120,7 +132,7 @@ def learn_suspicion(run, folder, score_N, suspicion, keep):
     """Learn from this split, whose scores `suspicion` has lowered, what the next one suspects (all of it if `keep`); kept in this one's folder.
 
     All ranks call."""
-    sample = suspicion_sample(run, folder)
+    sample = suspicion_sample(run)
 
     def save():
         score_S = raised(sample, score_N[sample.row_S], suspicion)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline import comm
 from pipeline.config import Config
+from pipeline.safety.copies import singles_of_run
 from pipeline.safety.marks import find_marks, marks_of_run, unmarked_of_run
 from pipeline.safety.sample import SIDE, Sample, sample_of_run
 from pipeline.safety.suspicion import Suspicion, learn
@@ -164,21 +165,29 @@ def waiting(folder):
     weight = marks.weight_GFE.new_ones(1, 5, 3 * SIDE**2 + 1)
     weight[..., -1] = -0.5 * 3 * SIDE**2
     bright = Suspicion(weight, 1)
-    return marks.marks, unmarked_of_run(here / "unmarked", samples, views, 4, 0, bright).flags()
+    unmarked = unmarked_of_run(here / "unmarked", samples, views, 4, 0, bright)
+    singles = singles_of_run(here / "singles", samples, views, 4, 0, 2)
+    both = unmarked_of_run(here / "both", samples, views, 4, 0, bright, singles)
+    return marks.marks, unmarked.flags(), singles.mask.flags(), both.flags()
 
 
 def test_every_world_size_leaves_the_same_pairs_waiting(tmp_path):
     paths = []
     for shard in range(2):
-        entries = [(f"{i}.{kind}", picture([shard, i]) if i else b"torn") for i in range(9) for kind in ("png",)]
+        entries = [
+            (f"{i}.png", picture([shard, min(i, 6)]) if i else b"torn") for i in range(9)
+        ]  # 6, 7 and 8 are copies
         texts = [(f"{i}.txt", b"a thing") for i in range(9)]
         paths.append(write_tar(tmp_path / f"{shard}.tar", [e for pair in zip(entries, texts) for e in pair]))
     build_index([str(path) for path in paths], tmp_path / "index")
     (one,), two = run_ranks(waiting, 1, tmp_path), run_ranks(waiting, 2, tmp_path)
-    for marks, flags in two:
+    _, unmarked, singles, both = one
+    for marks, *flags in two:
         assert marks == one[0] == 0
-        np.testing.assert_array_equal(flags, one[1])
-    assert 0 < one[1].sum() < 18
+        np.testing.assert_array_equal(flags, one[1:])
+    assert 0 < unmarked.sum() < 18 and singles.sum() == 12
+    np.testing.assert_array_equal(both, unmarked & singles)
+    assert both.sum() < unmarked.sum()
     for path in paths:
         path.unlink()
-    np.testing.assert_array_equal(run_ranks(waiting, 1, tmp_path)[0][1], one[1])  # from the folder
+    np.testing.assert_array_equal(run_ranks(waiting, 1, tmp_path)[0][1:], one[1:])  # from the folder

@@ -1,6 +1,7 @@
 """A split goes on from the one before it: shards that are scored, the mean of scores, suspicion; and says what is gone."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from pipeline import comm
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.training import run as running
+from pipeline.training.curriculum import Epoch
+from pipeline.training.splitting import mask_for
 from pipeline.training.start import Run
 from shards.demo import shapes
 from shards.errors import UserError
@@ -53,6 +56,27 @@ def test_scoring_goes_on_with_the_shards_that_are_not_scored_yet(tmp_path, make_
         np.testing.assert_array_equal(whole, resumed)
         # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Cut off after 5, it needs no 8 more.
         assert done == [0, 2] and passes == 6 and other_step == []
+
+
+def masks_of_slow_epochs(folder):
+    """Safe pairs of the slow epoch's mask, by (copies, suspicion); None where there is no mask."""
+    found = {}
+    for copies, suspicion in ((None, 0.0), (1, 0.0), (1, 0.4)):
+        name = f"slow{copies}{suspicion}"
+        run = Run(config(folder, name, selection__copies=copies, selection__suspicion=suspicion))
+        mask = mask_for(run, Epoch(1, "slow", None, None), None)
+        found[copies, suspicion] = mask and mask.flags()
+    return found
+
+
+def test_a_slow_epoch_trains_on_no_picture_that_stands_in_too_many_pairs(tmp_path, make_shards):
+    paths = make_shards([30, 90])
+    paths.append(shutil.copy(paths[0], tmp_path / "again.tar"))
+    build_index([str(path) for path in paths], tmp_path / "shapes" / "index")
+    (found,) = run_ranks(masks_of_slow_epochs, 1, tmp_path)
+    assert found.pop((None, 0.0)) is None
+    for flags in found.values():  # so few pairs have no marks
+        np.testing.assert_array_equal(flags, np.repeat([False, True, False], [30, 90, 30]))
 
 
 def change_the_score(folder):
