@@ -28,7 +28,8 @@ CONFIGS = {
 RESULTS = Path(__file__).parent / "selection"
 # What a variant changes in the preset `default` of the set's config.
 VARIANTS = {
-    "oracle": [],  # tests/benchmarks/oracle.py
+    "oracle": [],
+    "marks-alone": [],
     "no-suspicion": ["selection.suspicion=0"],
     "no-mixing": ["data.clip_mix=0", "data.clip_paste=0"],
     "no-views": ["selection.coarse=1", "selection.crop=1", "selection.mirror=false"],
@@ -39,6 +40,11 @@ VARIANTS = {
     "cap-0.95": ["selection.cap=0.95"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
+}
+# Those that no setting makes (tests/benchmarks/altered.py).
+ALTERED = {
+    "oracle": "the split knows the poison: what no rule can better",
+    "marks-alone": "no groups learnt from scores, only marks",
 }
 GROUPS = "of_304d2ee", "of_94c4da4", "of_efc6e35", "before_efc6e35", "of_5de40d9"  # the newest first
 
@@ -58,8 +64,8 @@ def judged(name, seed, variant):
             with open(f"{run}.log", "a") as log:
                 subprocess.run([sys.executable, "-m", *parts], env=environment, stdout=log, stderr=log, check=True)
 
-        program = "tests.benchmarks.oracle" if variant == "oracle" else "pipeline.cli"
-        command(program, "train", CONFIGS[name], f"run.dir={run}", *words)
+        program = ["tests.benchmarks.altered", variant] if variant in ALTERED else ["pipeline.cli"]
+        command(*program, "train", CONFIGS[name], f"run.dir={run}", *words)
         known = (
             "--baseline",
             f"runs/reproduce/{name}/seed{seed}/clip",
@@ -185,7 +191,7 @@ def main():
         list(pool.map(lambda one: judged(*one), todo))
     now = results("now")
     there = {run["variant"]: " ".join(run["overrides"]) for run in now}
-    there |= {"oracle": "the split knows the poison: what no rule can better"} if "oracle" in there else {}
+    there |= {name: what for name, what in ALTERED.items() if name in there}
     text = (
         "# Rules of selection\n\nMade by `python -m tests.benchmarks.selection` (its text says how). Each variant is the preset `default` of the set's config with:\n\n"
         f"{described(there)}\n\n{table(now)}\n" + "\n".join(map(section, GROUPS))
