@@ -15,6 +15,7 @@ from pipeline.evaluation.evaluators import TOOK, ZeroShot
 from pipeline.safety.scores import load_scores
 from pipeline.training import checkpoint
 from pipeline.training.model import Towers, build_model, pixel_stats
+from pipeline.training.splitting import slow_folder
 from pipeline.training.start import make_views
 from shards.errors import UserError
 from shards.masks import SafeMask
@@ -48,11 +49,13 @@ def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=()):
     folders = [path.parent for path in sorted(run_dir.glob("masks/epoch_*/mask.json"))]
     splits = [(load_scores(folder, index.counts), SafeMask.load(folder, index.fingerprint)[0]) for folder in folders]
     diagnoses = [json.loads((folder / "mask.json").read_text())["diagnosis"] for folder in folders]
+    trained_N = trained_on(run_dir, config, index, splits)
     for kind, attack in figures["attacks"].items():
         attack["took"] = undefended[kind]["success"] >= TOOK if undefended else None
         for name, rate in (("unpoisoned", "success"), ("unpoisoned_true_class", "true_class")):
             attack[name] = float(np.mean([found[kind][rate] for found in innocent])) if innocent else None
         attack.update(poison_in_splits(overlay, index, splits, kind))
+        attack["share_trained_on"] = share_of_poison(trained_N, overlay, index, kind)
     result = {
         "preset": config.preset,
         "seed": config.run.seed,
@@ -62,6 +65,7 @@ def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=()):
         "sample_views": state["sample_views"],
         "safe_share": [mask.share for _, mask in splits],
         "poison_in_safe_set": poison_shares(overlay, index, splits),
+        "poison_trained_on": share_of_poison(trained_N, overlay, index) if overlay else None,
         "canaries": [found.get("canaries") for found in diagnoses],
         "live_canaries": [found.get("live_canaries") for found in diagnoses],
         "attacks": figures["attacks"],
@@ -101,6 +105,25 @@ def poison_in_splits(overlay, index, splits, kind):
         rank_N = np.unique(score_N, return_inverse=True)[1]
         aurocs.append(float(roc_auc_score(truth, np.r_[rank_N[clean_N], rank_N[poison]])))
     return {"share_in_safe_set": shares, "auroc": aurocs}
+
+
+def trained_on(run_dir, config, index, splits):
+    """bool (N,): the pairs that the CLIP loss sees in any epoch; None where that is not known, for a mask is gone."""
+    train = config.train
+    trained_N = np.full(index.samples, train.method == "clip")
+    if train.method != "clip" and train.slow_epochs:
+        folder = slow_folder(run_dir, config.selection)
+        if folder and not (folder / "mask.json").exists():
+            return None
+        trained_N |= SafeMask.load(folder, index.fingerprint)[0].flags() if folder else True
+    for _, mask in splits:
+        trained_N |= mask.flags()
+    return trained_N
+
+
+def share_of_poison(flag_N, overlay, index, kind=None):
+    """Share of the poisoned pairs, of one kind or of all, that are flagged; None without flags."""
+    return None if flag_N is None else float(flag_N[poison_rows(overlay, index, kind)].mean())
 
 
 def poison_shares(overlay, index, splits):

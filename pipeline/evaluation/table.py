@@ -155,14 +155,15 @@ def held_table(root):
     """Markdown: a row for each set and defended preset: what it costs and what it leaves of each attack, in points, over all seeds.
 
     Clean accuracy is held against plain CLIP's of the same seed, an attack's success against what models that never saw poison read as its target;
-    mean difference and half of its 95 % interval (Student, over seeds). Last the seeds on which each is within WITHIN points.
+    mean difference and half of its 95 % interval (Student, over seeds). Last the seeds on which each is within WITHIN points, and the share of the
+    poison that the CLIP loss saw in any epoch.
     """
     runs, kinds = read_runs(root)
     lines = [
         "| data | preset | seeds | clean top-1 less plain CLIP's | "
         + " | ".join(f"{kind} less unpoisoned" for kind in kinds)
-        + f" | seeds with all within {WITHIN} points |",
-        "|---" * (5 + len(kinds)) + "|",
+        + f" | seeds with all within {WITHIN} points | poison ever trained on, mean / worst |",
+        "|---" * (6 + len(kinds)) + "|",
     ]
     for (name, preset), found in runs.items():
         plain = dict(runs.get((name, "clip"), ()))
@@ -174,8 +175,14 @@ def held_table(root):
         held_N = (np.vstack([-clean_N, more_KN]) <= WITHIN).all(0)
         held = ", ".join(str(seed) for (seed, *_), is_held in zip(pairs, held_N) if is_held) or "none"
         cells = [interval(values_N) for values_N in (clean_N, *more_KN)]
-        lines.append(f"| {name} | {preset} | {len(pairs)} | " + " | ".join(cells) + f" | {held} |")
+        cells += [held, mean_and_worst([run.get("poison_trained_on") for _, run, _ in pairs])]
+        lines.append(f"| {name} | {preset} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def mean_and_worst(shares):
+    """ "0.1% / 0.4%"; "?" where one is not known, as of runs that were evaluated by an earlier version."""
+    return "?" if None in shares else f"{percent(np.mean(shares))} / {percent(max(shares))}"
 
 
 def more(attack):
@@ -195,8 +202,10 @@ def runs_table(root):
     """Markdown: a row for each run."""
     runs, kinds = read_runs(root)
     attacks = " | ".join(f"{kind} success (base; unpoisoned), true class (unpoisoned)" for kind in kinds)
-    lines = [f"| data | preset | seed | clean top-1 | {attacks} | poison in the last safe set | views |"]
-    lines.append("|---" * (6 + len(kinds)) + "|")
+    lines = [
+        f"| data | preset | seed | clean top-1 | {attacks} | poison in the last safe set | poison ever trained on | views |"
+    ]
+    lines.append("|---" * (7 + len(kinds)) + "|")
     for (name, preset), found in runs.items():
         for seed, run in found:
             cells = [
@@ -207,7 +216,8 @@ def runs_table(root):
             ]
             poison = percent(run["poison_in_safe_set"][-1]) if run["poison_in_safe_set"] else ""
             head = f"| {name} | {preset} | {seed} | {percent(run['clean_top1'])} | "
-            lines.append(head + " | ".join(cells) + f" | {poison} | {run['sample_views']:,} |")
+            cells += [poison, percent(run.get("poison_trained_on")), f"{run['sample_views']:,}"]
+            lines.append(head + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

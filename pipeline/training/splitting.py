@@ -89,7 +89,7 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
 def singles_of(run):
     """copies.Singles of the run; None without selection.copies. All ranks call."""
     most = run.config.selection.copies
-    return singles_of_run(run.run_dir / "masks" / "singles", *reading(run), most) if most else None
+    return singles_of_run(singles_folder(run.run_dir), *reading(run), most) if most else None
 
 
 def suspicion_sample(run):
@@ -114,18 +114,30 @@ def marks_of(run):
 
 def slow_mask(run, epoch):
     """SafeMask of what the slow epoch trains on: pairs without a mark, whose picture is no copy; None where it trains on all. All ranks call."""
-    singles, mask, waiting = singles_of(run), None, []
+    folder, singles, waiting = slow_folder(run.run_dir, run.config.selection), singles_of(run), []
+    if not folder:
+        return None
     if singles:
         mask, copies = singles.mask, int(singles.mask.counts("risky").sum())
         waiting.append(f"{copies:,} of pictures in more than {singles.most} pairs")
     if run.config.selection.suspicion:
         marks = marks_of(run)
-        mask = unmarked_of_run(run.run_dir / "masks" / "slow", *reading(run), marks, singles)
+        mask = unmarked_of_run(folder, *reading(run), marks, singles)
         waiting.append(f"those of {marks.marks} marks")
-    if mask:
-        risky = int(mask.counts("risky").sum())
-        run.journal.say(f"  epoch {epoch.number:3d} slow      {risky:,} pairs wait: {', '.join(waiting)}")
+    risky = int(mask.counts("risky").sum())
+    run.journal.say(f"  epoch {epoch.number:3d} slow      {risky:,} pairs wait: {', '.join(waiting)}")
     return mask
+
+
+def slow_folder(run_dir, selection):
+    """Where the mask of the slow epochs is kept; None where they train on all pairs."""
+    if selection.suspicion:
+        return run_dir / "masks" / "slow"
+    return singles_folder(run_dir) if selection.copies else None
+
+
+def singles_folder(run_dir):
+    return run_dir / "masks" / "singles"
 
 
 def learn_suspicion(run, folder, score_N, suspicion, keep):

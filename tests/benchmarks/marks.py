@@ -1,9 +1,9 @@
-"""Marks: what is marked and held back of honest pairs and of each kind of poison in finished runs, and what finding marks costs.
+"""Marks: what waits and is held back of honest pairs and of each kind of poison in finished runs, and what finding marks costs.
 
 python -m tests.benchmarks.marks RUN... --out FILE      RUN: runs of `default` on poisoned data, e.g. runs/reproduce/*/seed*/default
 python -m tests.benchmarks.marks --pairs 65536          the cost, on random pictures and words
 
-Writes FILE (recorded: tests/benchmarks/marks.json), an object a run: groups that are marks; shares of the pairs that are marked, held back (lowered by marks or
+Writes FILE (recorded: tests/benchmarks/marks.json), an object a run: groups that are marks; shares of the pairs that wait (left out of the slow epochs: marked, or copies), are held back (lowered by marks or
 suspicion) at the first and the last split, and in the safe set there. `--pairs` prints one JSON object: seconds on this machine.
 """
 
@@ -20,6 +20,7 @@ from pipeline.evaluation.report import poison_rows
 from pipeline.safety.marks import TERMS_AT_ONCE, marks_of_terms, whitened
 from pipeline.safety.sample import SIDE, Ridge, Sample
 from pipeline.safety.suspicion import Suspicion
+from pipeline.training.splitting import slow_folder
 from shards.masks import SafeMask, SavedMask
 from shards.storage import write_json
 
@@ -34,7 +35,7 @@ def found_in(run):
     rows = {kind: poison_rows(overlay, index, kind) for kind in KINDS}
     rows["honest"] = np.setdiff1d(np.arange(index.samples), poison_rows(overlay, index))
     splits = [SavedMask(path.parent) for path in sorted(run.glob("masks/epoch_*/mask.json"))]
-    flags = {"marked": ~SafeMask.load(run / "masks/unmarked", index.fingerprint)[0].flags()}
+    flags = {"waits": ~SafeMask.load(slow_folder(run, config.selection), index.fingerprint)[0].flags()}
     for name, saved in (("first", splits[0]), ("last", splits[-1])):
         tables = [saved.table(shard, ("lowered",)) for shard in range(len(index.counts))]
         flags[f"held_{name}"] = np.concatenate([table["lowered"].to_numpy() > 0 for table in tables])
@@ -78,7 +79,7 @@ def main():
     write_json(args.out, found)
     for name in sorted({run["set"] for run in found}):
         of_set = [run for run in found if run["set"] == name]
-        for what in ("marked", "held_first", "held_last", "safe_first", "safe_last"):
+        for what in ("waits", "held_first", "held_last", "safe_first", "safe_last"):
             shares = {kind: [run[what][kind] for run in of_set] for kind in (*KINDS, "honest")}
             print(
                 name, what, *(f"{kind} {np.mean(x):.1%} ({min(x):.1%} to {max(x):.1%})" for kind, x in shares.items())

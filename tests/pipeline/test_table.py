@@ -1,8 +1,10 @@
 """The tables of many runs: means and worst seeds, and what a preset costs and leaves over all seeds."""
 
+import json
+
 import pytest
 
-from pipeline.evaluation.table import held_table, summary_table
+from pipeline.evaluation.table import held_table, runs_table, summary_table
 from shards.storage import write_json
 
 
@@ -14,6 +16,7 @@ def root(tmp_path):
             attack = {"success": hit, "base": 0.0, "unpoisoned": 0.01, "true_class": 0.5, "took": True}
             attack["unpoisoned_true_class"] = 0.5
             run = {"clean_top1": top1, "attacks": {"patch": attack}, "poison_in_safe_set": [], "sample_views": 10}
+            run["poison_trained_on"] = 0.02 * seed
             (tmp_path / f"shapes/seed{seed}/{preset}").mkdir(parents=True)
             write_json(tmp_path / f"shapes/seed{seed}/{preset}/eval.json", run)
     return tmp_path
@@ -27,4 +30,13 @@ def test_the_mean_stands_beside_the_worst_seed(root):
 def test_each_run_is_held_against_plain_clip_of_its_seed_and_models_without_poison(root):
     (row,) = held_table(root).splitlines()[2:]
     # Student's quantile of one degree of freedom is 12.706; the deviations are 2.12 and 1.41.
-    assert row == "| shapes | default | 2 | -2.5 ± 19.1 | +1.0 ± 12.7 | 0 |"
+    assert row == "| shapes | default | 2 | -2.5 ± 19.1 | +1.0 ± 12.7 | 0 | 1.0% / 2.0% |"
+
+
+def test_what_an_earlier_version_did_not_record_is_not_known(root):
+    path = root / "shapes/seed1/default/eval.json"
+    run = json.loads(path.read_text())
+    del run["poison_trained_on"]
+    write_json(path, run)
+    assert held_table(root).splitlines()[-1].endswith(" | 0 | ? |")
+    assert runs_table(root).splitlines()[-1].endswith(" |  | ? | 10 |")
