@@ -2,9 +2,11 @@
 
 A trigger is learnt from few steps of the CLIP loss, and once it is, its pairs score like honest ones and no score tells them (tests/benchmarks/trials.md).
 So what could be one is looked for first. Of the pairs of each word those that lie furthest along a main direction of their pictures (after
-whitening, both ways, PARTS directions) are learnt by ridge regression, and again those that it judges most alike (TAILS). What stands out from all
-pictures by many deviations (CLEAR), has that word in its captions (PURE) and differs in all else is marked: once what all of a group share is taken off, few
-of its pictures have another that is like them (ALIKE). Of series that belong together, one drawing in many variants, most have one.
+whitening, both ways, PARTS directions) are learnt by ridge regression, and again those that it judges most alike (TAILS). Pictures with one trigger stand out
+about as far as each other, and further than what else the direction has found, a colour or a shape that the word names: those that stand out half as far
+(NEAR) as the clearest are a group. It is marked if it stands out from all pictures by many deviations (CLEAR), has that word in its captions (PURE) and
+differs in all else: once what all of it share is taken off, something is left (SAME), and few of its pictures have another that is like them (ALIKE). Of
+series that belong together, one drawing in many variants, most have one.
 Some marks are honest: a horizon under "sea", a frame. So a mark is no verdict but a probation: its pairs are left out of the slow
 epochs and held back for PROBATION splits, while the model learns from all others what pictures show and words mean. Honest ones then score like others
 and come in; a trigger means nothing to a model that has not learnt it, and stays (pipeline/safety/suspicion.py).
@@ -27,15 +29,17 @@ from shards.errors import UserError
 PARTS = 3
 PICKED = 256  # pictures of a term that its directions are taken from
 TAILS = 0.15, 0.15, 0.08  # of a term's pairs: the first along the direction, then those that are judged most alike
-CLEAR = 18.0  # deviations by which the middle one of a marked group stands out
-ALIKE = 0.45  # correlation with the most alike other, below which the middle picture of a marked group is
+NEAR = 0.5  # of the deviations of the LEAST-th clearest picture: those of a group have more
+CLEAR = 22.0  # deviations by which the middle one of a marked group stands out
+ALIKE = 0.4  # correlation with the most alike other, below which the middle picture of a marked group is
+SAME = 0.01  # of the variance of all pictures: a group that has less is one picture, many times
 COMPARED = 64  # pictures of a group that are compared with each other, at most
 MARKS = 64  # groups, the clearest first
 TERMS_AT_ONCE = 32  # whose directions are fitted together
 
 
 def find_marks(sample):
-    """Suspicion whose groups are the marks of a sample.Sample, in deviations: what it says of a picture is by how many it stands out beyond FREE.
+    """Suspicion whose groups are the marks of a sample.Sample, in deviations: what it says of a picture is by how many it stands out beyond what is free.
 
     All ranks call, each with the whole sample: they share the terms, in pieces that are the same at every world size, and so are the bits."""
     found = []
@@ -70,9 +74,10 @@ def marks_of_terms(sample, ridge, white_SD, has_ST):
         if spread <= NOTHING:  # else rounding would be told apart
             continue
         away_S = (judged_S - middle) / spread
-        group_S = away_S > APART
+        apart = max(APART, NEAR * np.partition(away_S, -LEAST)[-LEAST])
+        group_S = away_S > apart  # its pictures are marked from half as far on: of one trigger some stand out less
         if is_mark(white_SD, away_S, group_S, term_S):
-            constant_F = -(weight_FD @ sample.mean_D + middle) / spread - FREE
+            constant_F = -(weight_FD @ sample.mean_D + middle) / spread - max(FREE, apart / 2)
             clear = float(np.median(away_S[group_S]))
             found.append((clear, np.flatnonzero(group_S), np.c_[weight_FD / spread, constant_F]))
     return found
@@ -88,7 +93,8 @@ def is_mark(white_SD, away_S, group_S, term_S):
     """Whether a group of pictures that stand out is many, clear, of the term, and of pictures that differ in all else."""
     if group_S.sum() < LEAST or np.median(away_S[group_S]) < CLEAR or term_S[group_S].mean() < PURE:
         return False
-    return likeness(white_SD[group_S]) < ALIKE
+    white_ND = white_SD[group_S]
+    return white_ND.var(0).mean() > SAME * white_SD.var(0).mean() and likeness(white_ND) < ALIKE
 
 
 def likeness(white_ND):
