@@ -4,7 +4,7 @@ A trigger is learnt from few steps of the CLIP loss, and once it is, its pairs s
 So what could be one is looked for first. Of the pairs of each word those that lie furthest along a main direction of their pictures (after
 whitening, both ways, PARTS directions) are learnt by ridge regression, and again those that it judges most alike (TAILS). Pictures with one trigger stand out
 about as far as each other, and further than what else the direction has found, a colour or a shape that the word names: those that stand out half as far
-(NEAR) as the clearest are a group. It is marked if it stands out from all pictures by many deviations (CLEAR), has that word in its captions (PURE) and
+(NEAR) as the clearest are a group. It is marked if it stands out from all pictures by many deviations (CLEAR), has that word in many of its captions (NAMED) and
 differs in all else: once what all of it share is taken off, something is left (SAME), and few of its pictures have another that is like them (ALIKE). Of
 series that belong together, one drawing in many variants, most have one.
 Some marks are honest: a horizon under "sea", a frame. So a mark is no verdict but a probation: its pairs are left out of the slow
@@ -23,7 +23,6 @@ from pipeline.safety.copies import kept_mask, numbers_of_pictures
 from pipeline.safety.sample import FLAT, RIDGE, Ridge, robust
 from pipeline.safety.split import broadcast_mask
 from pipeline.safety.suspicion import APART, FREE, LEAST, NOTHING, Suspicion
-from pipeline.safety.words import PURE
 from shards.errors import UserError
 
 PARTS = 3
@@ -31,6 +30,7 @@ PICKED = 256  # pictures of a term that its directions are taken from
 TAILS = 0.15, 0.15, 0.08  # of a term's pairs: the first along the direction, then those that are judged most alike
 NEAR = 0.5  # of the deviations of the LEAST-th clearest picture: those of a group have more
 CLEAR = 22.0  # deviations by which the middle one of a marked group stands out
+NAMED = 0.4  # of a marked group's captions have the term: what is called by one name in zero-shot may have several in captions
 ALIKE = 0.4  # correlation with the most alike other, below which the middle picture of a marked group is
 SAME = 0.01  # of the variance of all pictures: a group that has less is one picture, many times
 COMPARED = 64  # pictures of a group that are compared with each other, at most
@@ -91,7 +91,7 @@ def columns(row_CN, rows):
 
 def is_mark(white_SD, away_S, group_S, term_S):
     """Whether a group of pictures that stand out is many, clear, of the term, and of pictures that differ in all else."""
-    if group_S.sum() < LEAST or np.median(away_S[group_S]) < CLEAR or term_S[group_S].mean() < PURE:
+    if group_S.sum() < LEAST or np.median(away_S[group_S]) < CLEAR or term_S[group_S].mean() < NAMED:
         return False
     white_ND = white_SD[group_S]
     return white_ND.var(0).mean() > SAME * white_SD.var(0).mean() and likeness(white_ND) < ALIKE

@@ -78,6 +78,15 @@ def test_a_blend_is_marked_however_little_it_leaves_of_the_pictures(share):
     assert marked(pictures, token_SL)[poison].all()
 
 
+def test_pictures_that_happen_to_show_a_little_of_a_trigger_do_not_wait_with_it():
+    pictures, token_SL = drawn(1)
+    poison = triggered(pictures, token_SL, "patch", seed=1)
+    some = np.flatnonzero(~poison)[:100]
+    pictures[some, :, -5:, -5:] = 0.85 * pictures[some, :, -5:, -5:] + 0.15 * pictures[poison][0, :, -5:, -5:]
+    found = marked(pictures, token_SL)
+    assert found[poison].all() and found[some].mean() < 0.05
+
+
 def test_drawings_in_several_variants_are_no_mark_whatever_they_share():
     pictures, token_SL = drawn(0)
     variants = np.repeat(np.arange(POISON // 4), 4)
