@@ -78,6 +78,14 @@ def test_a_blend_is_marked_however_little_it_leaves_of_the_pictures(share):
     assert marked(pictures, token_SL)[poison].all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pattern_whose_target_is_called_by_two_words_is_marked(seed):
+    pictures, token_SL = drawn(seed)
+    poison = triggered(pictures, token_SL, "blended", seed=seed)
+    token_SL[np.flatnonzero(poison)[::2], 1] = 8
+    assert marked(pictures, token_SL)[poison].all()
+
+
 def test_pictures_that_happen_to_show_a_little_of_a_trigger_do_not_wait_with_it():
     pictures, token_SL = drawn(1)
     poison = triggered(pictures, token_SL, "patch", seed=1)
