@@ -57,7 +57,7 @@ def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
     """List of Step: the whole epoch, the same on every rank; on all pairs where there is no mask. repeats_S: how often each sample of a shard is seen (None: once).
 
     Every epoch has at most samples (each as often as it is seen) // batch_size steps, whatever its stage, so all methods train on equal sample views.
-    Safe and risky batches are interleaved in proportion to their numbers. With selection.refill the safe set is gone over
+    Safe and risky batches are interleaved in proportion to their numbers. With selection.refill, and in slow epochs, the safe set is gone over
     again (another order, other views) until the epoch is full.
     """
     train, chosen = config.train, config.selection
@@ -91,7 +91,7 @@ def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
     risky_steps = (
         min(risky.steps, total - safe.steps) if chosen.risky == "unimodal" and epoch.stage == "safeclip" else 0
     )
-    safe_steps = total - risky_steps if chosen.refill else safe.steps
+    safe_steps = total - risky_steps if chosen.refill or epoch.stage == "slow" else safe.steps
     laps = [safe] + [plan("safe", lap) for lap in range(1, math.ceil(safe_steps / safe.steps))]
     steps, used = [], {"safe": 0, "risky": 0}
     for i in range(safe_steps + risky_steps):

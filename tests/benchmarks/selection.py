@@ -46,7 +46,15 @@ ALTERED = {
     "oracle": "the split knows the poison: what no rule can better",
     "marks-alone": "no groups learnt from scores, only marks",
 }
-GROUPS = "of_304d2ee", "of_94c4da4", "of_efc6e35", "before_efc6e35", "of_5de40d9"  # the newest first
+GROUPS = (
+    "of_4e94843",
+    "of_1b085b7",
+    "of_304d2ee",
+    "of_94c4da4",
+    "of_efc6e35",
+    "before_efc6e35",
+    "of_5de40d9",
+)  # the newest first
 
 
 def judged(name, seed, variant):

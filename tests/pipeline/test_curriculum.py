@@ -56,10 +56,10 @@ def test_every_epoch_has_at_most_the_views_of_one_over_all_pairs(safe, refill, r
         assert abs(kinds[:i].count("clip") - i * safe_steps / max(1, len(steps))) <= 1
 
 
-@given(unmarked=st.integers(4, 120), risky=st.sampled_from(["unimodal", "skip"]))
-def test_a_slow_epoch_fills_up_with_the_pairs_of_its_mask_alone(unmarked, risky):
+@given(unmarked=st.integers(4, 120), risky=st.sampled_from(["unimodal", "skip"]), refill=st.booleans())
+def test_a_slow_epoch_fills_up_with_the_pairs_of_its_mask_alone(unmarked, risky, refill):
     flags = np.arange(120) < unmarked
-    mask, chosen = SafeMask.from_flags(COUNTS, flags), config(refill=True, risky=risky)
+    mask, chosen = SafeMask.from_flags(COUNTS, flags), config(refill=refill, risky=risky)
     steps = epoch_steps(curriculum(chosen.train)[2], COUNTS, mask, chosen)
     assert {(s.loss, s.view) for s in steps} == {("clip", "safe")} and len(steps) == 30
     assert [(s.lap, s.number) for s in steps] == [divmod(i, unmarked // 4) for i in range(30)]

@@ -173,9 +173,10 @@ def test_evaluate_and_export(world):
     safeclip("evaluate", "whole", cwd=world)
     result = json.loads((world / "whole" / "eval.json").read_text())
     assert result["epochs"] == 4 and result["sample_views"] == 4 * 10 * 24 and 0 <= result["clean_top1"] <= 1
-    assert result["poison_trained_on"] == 1.0  # by the slow epoch, which trains on all pairs where nothing is marked
+    # The slow epoch trains on all pairs but copies where nothing is marked.
+    trained = {kind: attack["share_trained_on"] for kind, attack in result["attacks"].items()}
+    assert trained == {kind: float(kind != "targeted") for kind in trained} and 0 < result["poison_trained_on"] < 1
     for attack in result["attacks"].values():
-        assert attack["share_trained_on"] == 1.0
         assert attack["took"] is None and len(attack["share_in_safe_set"]) == len(attack["auroc"]) == 2
         assert all(0 <= attack[rate] <= 1 for rate in ("success", "base", "true_class"))
     overrides = ("preset=clip", "data.overlay=null", "train.epochs=1", "evaluation.every=0")
