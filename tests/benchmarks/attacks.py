@@ -22,10 +22,10 @@ from pipeline.safety.marks import find_marks
 from pipeline.safety.sample import sample_of_run
 from pipeline.training.start import make_views
 from shards.storage import write_json
+from tests.benchmarks.marks import KINDS
 from tests.benchmarks.selection import CONFIGS
 
 FILE = Path(__file__).with_suffix(".json")
-KINDS = "targeted", "patch", "blended"
 
 
 def marked(name, seed, changes):
