@@ -4,8 +4,8 @@ python -m tests.benchmarks.replicas shapes_small [--attacks 0 1 2 3 4 5] [--seed
 
 Trains run.seed = each of SEEDS on every attack of launch/train_run.sh's `prepare`, and without poison, and asks every model with every
 attack's triggers. What is finished is used again; after `--minutes` nothing new is begun. Writes tests/benchmarks/replicas/SET.json (an
-object a model and attack) and, from all that are there, tests/benchmarks/replicas.md: the mean success with poison less that without,
-with its 95 % interval (Welch 1947, over models).
+object a model and attack) and, from all that are there and the runs of launch/reproduce.sh, tests/benchmarks/replicas.md: the mean success
+with poison less that without, and clean accuracy less plain CLIP's, with 95 % intervals (Welch 1947, over models).
 """
 
 import argparse
@@ -80,61 +80,107 @@ def judge(run, name, attacks):
         write_json(Path(run) / f"attack{attack}.json", found | {"poison_in_safe_set": shares})
 
 
-def difference(with_poison, without):
-    """(mean, half the width of its 95 % interval): the mean over groups of runs with poison less the mean without (Welch, over the parts).
+def mean_of_groups(groups):
+    """(mean over the groups of their means, its variance, degrees of freedom): the groups share one variance within (nan where none has two values)."""
+    groups = [np.asarray(group, float) for group in groups]
+    mean, freedom = np.mean([group.mean() for group in groups]), sum(len(group) - 1 for group in groups)
+    if not freedom:
+        return mean, float("nan"), 0
+    within = sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom
+    return mean, within * sum(1 / len(group) for group in groups) / len(groups) ** 2, freedom
 
-    `with_poison`: list of the groups' values; `without`: values. The width is nan where a part has fewer than two.
+
+def difference(groups, others):
+    """(mean, half the width of its 95 % interval): the mean over `groups` of their means less that over `others` (Welch 1947); nan: unknown.
+
+    `groups`, `others`: lists of lists of values, such as the runs of each attack.
     """
-    parts = [*map(np.asarray, with_poison), np.asarray(without)]
-    mean = np.mean([part.mean() for part in parts[:-1]]) - parts[-1].mean()
-    if min(map(len, parts)) < 2:
-        return mean, float("nan")
-    share = np.array([1 / len(with_poison)] * len(with_poison) + [1])  # of each part's mean in the difference
-    variance = share**2 * [part.var(ddof=1) / len(part) for part in parts]
-    if not variance.sum():
-        return mean, 0.0
-    freedom = variance.sum() ** 2 / (variance**2 / [len(part) - 1 for part in parts]).sum()
-    return mean, stats.t.ppf(0.975, freedom) * variance.sum() ** 0.5
+    (mean, variance, freedom), (other, other_variance, other_freedom) = map(mean_of_groups, (groups, others))
+    both = variance + other_variance
+    if not both > 0:  # nan, or no run differs from its like
+        return mean - other, both
+    freedom = both**2 / (variance**2 / freedom + other_variance**2 / other_freedom)
+    return mean - other, stats.t.ppf(0.975, freedom) * both**0.5
 
 
-def table(found):
-    """Markdown: a row for each set, preset and attack, and one over the attacks of a set."""
+def signed(mean, width):
+    return f"{mean:+.1f}" + ("" if np.isnan(width) else f" ± {width:.1f}")
+
+
+def by_attack(rows, value):
+    """{attack: [value(row), ...]} of runs with poison."""
+    groups = {}
+    for row in rows:
+        if row["poisoned"]:
+            groups.setdefault(row["attack"], []).append(value(row))
+    return dict(sorted(groups.items()))
+
+
+def poison_table(found):
+    """Markdown: a row for each set, preset and attack, and one over the attacks of a set, where models without poison are there to compare with."""
     lines = [
-        "| data | preset | attack | runs with poison, without | clean top-1 with, without: mean ± deviation | "
-        + " | ".join(f"{kind}: with, without, what poison adds" for kind in KINDS)
+        "| data | preset | attack | runs with poison, without | clean top-1: with, without, difference | "
+        + " | ".join(f"{kind}: with, without, difference" for kind in KINDS)
         + " |",
         "|---" * (5 + len(KINDS)) + "|",
     ]
+    values = [lambda row: 100 * row["clean_top1"]]
+    values += [lambda row, kind=kind: 100 * row["attacks"][kind]["success"] for kind in KINDS]
     for name, preset in sorted({(row["set"], row["preset"]) for row in found}):
         rows = [row for row in found if (row["set"], row["preset"]) == (name, preset)]
-        groups = {attack: [r for r in rows if r["poisoned"] and r["attack"] == attack] for attack in range(99)}
-        groups = {attack: group for attack, group in groups.items() if group}
         # A model without poison was asked with every attack: over all of them it counts once.
         models = {}
         for row in rows:
-            if not row["poisoned"] and row["attack"] in groups:
+            if not row["poisoned"]:
                 models.setdefault(row["seed"], {})[row["attack"]] = row
-        if not models:
+        attacks = [attack for attack in by_attack(rows, values[0]) if all(attack in asked for asked in models.values())]
+        if not models or not attacks:
             continue
-        clean = [np.mean([100 * row["clean_top1"] for row in asked.values()]) for asked in models.values()]
-        for attacks in [*([attack] for attack in groups), list(groups)]:
-            these = [groups[attack] for attack in attacks]
+        for asked in [*([attack] for attack in attacks), attacks]:
             cells = []
-            poisoned = [100 * row["clean_top1"] for group in these for row in group]
-            cells.append(", ".join(f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}" for x in (poisoned, clean)))
-            for kind in KINDS:
-                success = [[100 * row["attacks"][kind]["success"] for row in group] for group in these]
-                without = [
-                    np.mean([100 * asked[attack]["attacks"][kind]["success"] for attack in attacks])
-                    for asked in models.values()
-                ]
-                more, width = difference(success, without)
-                mean = np.mean([np.mean(group) for group in success])
-                cells.append(f"{mean:.1f}, {np.mean(without):.1f}, {more:+.1f} ± {width:.1f}")
-            label = "all" if len(attacks) > 1 else attacks[0]
-            head = f"| {name} | {preset} | {label} | {sum(map(len, these))}, {len(models)} | "
+            for value in values:
+                groups = [group for attack, group in by_attack(rows, value).items() if attack in asked]
+                without = [np.mean([value(model[attack]) for attack in asked]) for model in models.values()]
+                mean = np.mean([np.mean(group) for group in groups])
+                cells.append(f"{mean:.1f}, {np.mean(without):.1f}, {signed(*difference(groups, [without]))}")
+            label = "all" if len(asked) > 1 else asked[0]
+            head = f"| {name} | {preset} | {label} | {sum(map(len, groups))}, {len(models)} | "
             lines.append(head + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def cost_table(found):
+    """Markdown: clean accuracy of `default` beside plain CLIP's, on the same poisoned data, by set and attack and over a set's attacks."""
+    lines = ["| data | attack | runs of default, clip | default | clip | difference |", "|---|---|---|---|---|---|"]
+    for name in sorted({row["set"] for row in found}):
+        ours, plain = (
+            by_attack(
+                [row for row in found if (row["set"], row["preset"]) == (name, preset)],
+                lambda row: 100 * row["clean_top1"],
+            )
+            for preset in ("default", "clip")
+        )
+        attacks = sorted(ours.keys() & plain.keys())
+        for asked in [*([attack] for attack in attacks), attacks] if attacks else []:
+            both = [[groups[attack] for attack in asked] for groups in (ours, plain)]
+            counts = ", ".join(str(sum(map(len, groups))) for groups in both)
+            means = " | ".join(f"{mean_of_groups(groups)[0]:.1f}" for groups in both)
+            label = "all" if len(asked) > 1 else asked[0]
+            lines.append(f"| {name} | {label} | {counts} | {means} | {signed(*difference(*both))} |")
+    return "\n".join(lines) + "\n"
+
+
+def recorded():
+    """Rows of the runs of launch/reproduce.sh, which are replicas too: run.seed is the attack's."""
+    rows = []
+    for path in sorted(RESULTS.parent.glob("reproduce/*/seed*/*/eval.json")):
+        name, seed, preset = path.parts[-4:-1]
+        seed, found = int(seed[4:]), json.loads(path.read_text())
+        rows.append(
+            {"set": name, "preset": preset, "poisoned": True, "seed": seed, "attack": seed}
+            | {key: found[key] for key in ("clean_top1", "attacks")}
+        )
+    return rows
 
 
 def collect(name):
@@ -175,8 +221,12 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: one(*job), todo))
     collect(args.set)
-    every = [row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())]
-    text = f"# What poison adds\n\nMade by `python -m tests.benchmarks.replicas` (its text says how); percent, and points.\n\n{table(every)}"
+    every = recorded() + [row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())]
+    text = (
+        "# What poison adds, and what the defence costs\n\nMade by `python -m tests.benchmarks.replicas` (its text says how); percent, and points "
+        f"with half of their 95 % interval.\n\n## Runs with poison beside runs of the same preset without\n\n{poison_table(every)}\n"
+        f"## Clean accuracy beside plain CLIP's\n\n{cost_table(every)}"
+    )
     write_bytes(RESULTS.with_suffix(".md"), text.encode())
 
 

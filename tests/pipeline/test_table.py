@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from pipeline.evaluation.table import held_table, runs_table, summary_table
 from shards.storage import write_json
+from tests.benchmarks import replicas
 
 
 @pytest.fixture
@@ -40,3 +43,15 @@ def test_what_an_earlier_version_did_not_record_is_not_known(root):
     write_json(path, run)
     assert held_table(root).splitlines()[-1].endswith(" | 0 | ? |")
     assert runs_table(root).splitlines()[-1].endswith(" |  | ? | 10 |")
+
+
+def test_a_difference_of_runs_has_welchs_interval():
+    ours, others = [1.0, 2.0, 4.0], [0.0, 0.5, 0.25, 3.0]
+    truth = stats.ttest_ind(ours, others, equal_var=False)
+    mean, half = replicas.difference([ours], [others])
+    assert mean == pytest.approx(np.mean(ours) - np.mean(others))
+    assert mean + half == pytest.approx(truth.confidence_interval().high)
+    # Over attacks each counts once, however many its runs, and what differs between attacks is no chance.
+    mean, half = replicas.difference([[10.0, 12.0], [90.0, 92.0, 91.0]], [[10.0, 10.0], [90.0, 90.0]])
+    assert mean == pytest.approx(1.0) and half < 3
+    assert np.isnan(replicas.difference([[1.0], [2.0]], [[0.0, 1.0]])[1])  # one run of each says nothing of chance
