@@ -47,6 +47,7 @@ ALTERED = {
     "marks-alone": "no groups learnt from scores, only marks",
 }
 GROUPS = (
+    "of_2a43d62",
     "of_4e94843",
     "of_1b085b7",
     "of_304d2ee",
