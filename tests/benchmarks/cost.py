@@ -2,8 +2,9 @@
 
 python -m tests.benchmarks.cost BASE_RUN RUN        both trained on this machine with nothing beside them
 
-The epochs are those of the CLIP loss at the full rate: all of plain CLIP's, SafeCLIP's after its warm-up. Reads config.yaml and
-metrics.jsonl. Last line: one JSON object; medians over the epochs, evaluation left out.
+The epochs are those of the CLIP loss at the full rate: all of plain CLIP's, SafeCLIP's after its warm-up. Reads config.yaml,
+metrics.jsonl and the last checkpoint. Last line: one JSON object; medians over the epochs, evaluation left out, and the whole runs (marks, saving and
+whatever else they did included).
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.evaluation.report import read_metrics
+from pipeline.training import checkpoint
 
 
 def epochs(run):
@@ -48,8 +50,11 @@ def main():
     figures = {}
     for name in ("base_run", "run"):
         whole, split = median_epoch(getattr(args, name))
-        figures[name] = {"epoch_s": round(whole, 2), "of_it_split_s": round(split, 2)}
-    print(json.dumps(figures | {"ratio": round(figures["run"]["epoch_s"] / figures["base_run"]["epoch_s"], 3)}))
+        state = checkpoint.load_state(checkpoint.newest_complete(getattr(args, name))[0])
+        figures[name] = {"epoch_s": round(whole, 2), "of_it_split_s": round(split, 2), "run_s": round(state["seconds"])}
+    for ratio, of in (("ratio", "epoch_s"), ("ratio_of_runs", "run_s")):
+        figures[ratio] = round(figures["run"][of] / figures["base_run"][of], 3)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ def difference(groups, others):
     return mean - other, stats.t.ppf(0.975, freedom) * both**0.5
 
 
-def signed(mean, width):
-    return f"{mean:+.1f}" + ("" if np.isnan(width) else f" ± {width:.1f}")
+def cell(groups, others):
+    """The difference as text, with its interval where it is one over several groups: of a single attack's few runs it would say nothing."""
+    mean, width = difference(groups, others)
+    return f"{mean:+.1f}" + (f" ± {width:.1f}" if len(groups) > 1 and not np.isnan(width) else "")
 
 
 def by_attack(rows, value):
@@ -142,7 +144,7 @@ def poison_table(found):
                 groups = [group for attack, group in by_attack(rows, value).items() if attack in asked]
                 without = [np.mean([value(model[attack]) for attack in asked]) for model in models.values()]
                 mean = np.mean([np.mean(group) for group in groups])
-                cells.append(f"{mean:.1f}, {np.mean(without):.1f}, {signed(*difference(groups, [without]))}")
+                cells.append(f"{mean:.1f}, {np.mean(without):.1f}, {cell(groups, [without])}")
             label = "all" if len(asked) > 1 else asked[0]
             head = f"| {name} | {preset} | {label} | {sum(map(len, groups))}, {len(models)} | "
             lines.append(head + " | ".join(cells) + " |")
@@ -166,7 +168,7 @@ def cost_table(found):
             counts = ", ".join(str(sum(map(len, groups))) for groups in both)
             means = " | ".join(f"{mean_of_groups(groups)[0]:.1f}" for groups in both)
             label = "all" if len(asked) > 1 else asked[0]
-            lines.append(f"| {name} | {label} | {counts} | {means} | {signed(*difference(*both))} |")
+            lines.append(f"| {name} | {label} | {counts} | {means} | {cell(*both)} |")
     return "\n".join(lines) + "\n"
 
 
