@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from pipeline.evaluation.table import read_runs
 from shards.storage import write_bytes, write_json
 from tests.benchmarks.selection import CONFIGS
 
@@ -118,6 +119,11 @@ def by_attack(rows, value):
     return dict(sorted(groups.items()))
 
 
+def each_and_all(attacks):
+    """[(label, attacks)] of a table's rows: one for each attack, and one over all where there are several."""
+    return [(attack, [attack]) for attack in attacks] + ([("all", attacks)] if len(attacks) > 1 else [])
+
+
 def poison_table(found):
     """Markdown: a row for each set, preset and attack, and one over the attacks of a set, where models without poison are there to compare with."""
     lines = [
@@ -136,16 +142,15 @@ def poison_table(found):
             if not row["poisoned"]:
                 models.setdefault(row["seed"], {})[row["attack"]] = row
         attacks = [attack for attack in by_attack(rows, values[0]) if all(attack in asked for asked in models.values())]
-        if not models or not attacks:
+        if not models:
             continue
-        for asked in [*([attack] for attack in attacks), attacks]:
+        for label, asked in each_and_all(attacks):
             cells = []
             for value in values:
                 groups = [group for attack, group in by_attack(rows, value).items() if attack in asked]
                 without = [np.mean([value(model[attack]) for attack in asked]) for model in models.values()]
                 mean = np.mean([np.mean(group) for group in groups])
                 cells.append(f"{mean:.1f}, {np.mean(without):.1f}, {cell(groups, [without])}")
-            label = "all" if len(asked) > 1 else asked[0]
             head = f"| {name} | {preset} | {label} | {sum(map(len, groups))}, {len(models)} | "
             lines.append(head + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -163,26 +168,23 @@ def cost_table(found):
             for preset in ("default", "clip")
         )
         attacks = sorted(ours.keys() & plain.keys())
-        for asked in [*([attack] for attack in attacks), attacks] if attacks else []:
+        for label, asked in each_and_all(attacks):
             both = [[groups[attack] for attack in asked] for groups in (ours, plain)]
             counts = ", ".join(str(sum(map(len, groups))) for groups in both)
             means = " | ".join(f"{mean_of_groups(groups)[0]:.1f}" for groups in both)
-            label = "all" if len(asked) > 1 else asked[0]
             lines.append(f"| {name} | {label} | {counts} | {means} | {cell(*both)} |")
     return "\n".join(lines) + "\n"
 
 
 def recorded():
     """Rows of the runs of launch/reproduce.sh, which are replicas too: run.seed is the attack's."""
-    rows = []
-    for path in sorted(RESULTS.parent.glob("reproduce/*/seed*/*/eval.json")):
-        name, seed, preset = path.parts[-4:-1]
-        seed, found = int(seed[4:]), json.loads(path.read_text())
-        rows.append(
-            {"set": name, "preset": preset, "poisoned": True, "seed": seed, "attack": seed}
-            | {key: found[key] for key in ("clean_top1", "attacks")}
-        )
-    return rows
+    runs, _ = read_runs(RESULTS.parent / "reproduce")
+    return [
+        {"set": name, "preset": preset, "poisoned": True, "seed": seed, "attack": seed}
+        | {key: found[key] for key in ("clean_top1", "attacks")}
+        for (name, preset), seeds in runs.items()
+        for seed, found in seeds
+    ]
 
 
 def collect(name):
