@@ -14,7 +14,7 @@ from pipeline.training import run as running
 from shards.demo import shapes
 from shards.index import ShardIndex, build_index
 from tests.pipeline.test_resume import config
-from tests.pipeline.test_run import safeclip
+from tests.pipeline.test_run import MODEL, safeclip
 from tests.ranks import run_ranks
 from tests.servers import flaky
 
@@ -155,8 +155,7 @@ def test_a_checkpoint_is_as_large_as_was_said(folder, name):
 
 
 def test_the_command_tells_by_its_exit_code(world):
-    made = {"data": {"index": "shapes/index"}, "model": {"name": "RN50"}, "train": {"batch_size": 48}}
-
+    made = {"data": {"index": "shapes/index"}, "model": {"config": MODEL}, "train": {"batch_size": 48}}
     (world / "config.yaml").write_text(yaml.safe_dump(made))
     done = safeclip("doctor", "config.yaml", "run.dir=new", "--ranks", "2", cwd=world)
     assert "ok      memory: about" in done.stdout and not (world / "new").exists()

@@ -41,7 +41,7 @@ def safeclip(*words, processes=1, cwd=None, check=True):
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
