@@ -9,11 +9,9 @@ from scipy import stats
 from pipeline.evaluation.report import read_eval, read_metrics
 from shards.storage import write_json
 
-SEEDS = (
-    (0, 2),
-    (3, 5),
-    (6, 8),
-)  # those that settings were chosen on, those that they were not, those that nobody had looked at
+ALL = ((0, 8),)
+# Seeds that settings were chosen on, those that they were not, those that nobody had looked at.
+GROUPS = ((0, 2), (3, 5), (6, 8))
 WITHIN = 3  # points: what clean accuracy may lose and an attack may gain
 
 
@@ -127,55 +125,65 @@ def read_runs(root):
     return dict(sorted(runs.items())), list(next(iter(runs.values()))[0][1]["attacks"]) if runs else []
 
 
-def summary_table(root):
-    """Markdown: a row for each set, preset and group of seeds: the mean, the worst seed, and the mean base rate."""
+def summary_table(root, groups=ALL):
+    """Markdown: a row for each set, preset and group of seeds: mean and worst seed, beside attacks the mean of what models that never saw poison read
+    as the target, the seeds on which all holds at once (held), and how much of the poison the CLIP loss ever saw."""
     runs, kinds = read_runs(root)
     lines = [
         "| data | preset | seeds | clean top-1, mean / worst | "
         + " | ".join(f"{k}, mean / worst (unpoisoned)" for k in kinds)
-        + " |"
+        + f" | seeds with all within {WITHIN} points | poison ever trained on, mean / worst |"
     ]
-    lines.append("|---" * (4 + len(kinds)) + "|")
+    lines.append("|---" * (6 + len(kinds)) + "|")
     for (name, preset), found in runs.items():
-        for low, high in SEEDS:
-            group = [run for seed, run in found if low <= seed <= high]
+        plain = dict(runs.get((name, "clip"), ()))
+        for low, high in groups:
+            group = {seed: run for seed, run in found if low <= seed <= high}
             if not group:
                 continue
-            mean, clean, cells = mean_of(group), [run["clean_top1"] for run in group], []
+            clean, cells = [run["clean_top1"] for run in group.values()], []
             for kind in kinds:
-                attack, worst = mean["attacks"][kind], max(run["attacks"][kind]["success"] for run in group)
+                attacks = [run["attacks"][kind] for run in group.values()]
+                attack, worst = mean_of(attacks), max(attack["success"] for attack in attacks)
                 void = "" if attack["took"] else " did not take"
                 cells.append(f"{percent(attack['success'])} / {percent(worst)} ({percent(attack['unpoisoned'])}){void}")
-            head = f"| {name} | {preset} | {low} to {high} | {percent(mean['clean_top1'])} / {percent(min(clean))} | "
+            good = [str(seed) for seed, run in group.items() if seed in plain and held(run, plain[seed])]
+            cells.append("" if preset == "clip" else ", ".join(good) or "none")
+            cells.append(mean_and_worst([run.get("poison_trained_on") for run in group.values()]))
+            seeds = f"{min(group)} to {max(group)}" if len(group) > 1 else f"{min(group)}"
+            head = f"| {name} | {preset} | {seeds} | {percent(mean_of(clean))} / {percent(min(clean))} | "
             lines.append(head + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def held_table(root):
+def held(run, clip):
+    """Whether a run loses at most WITHIN points of clean accuracy to plain CLIP of its seed, and each attack gains at most as many over models
+    that never saw poison; False where none were asked."""
+    gains = [more(attack) for attack in run["attacks"].values()]
+    return bool(all(gain <= WITHIN for gain in [100 * (clip["clean_top1"] - run["clean_top1"]), *gains]))
+
+
+def difference_table(root):
     """Markdown: a row for each set and defended preset: what it costs and what it leaves of each attack, in points, over all seeds.
 
     Clean accuracy is held against plain CLIP's of the same seed, an attack's success against what models that never saw poison read as its target;
-    mean difference and half of its 95 % interval (Student, over seeds). Last the seeds on which each is within WITHIN points, and the share of the
-    poison that the CLIP loss saw in any epoch.
+    mean difference and half of its 95 % interval (Student, over seeds).
     """
     runs, kinds = read_runs(root)
     lines = [
         "| data | preset | seeds | clean top-1 less plain CLIP's | "
         + " | ".join(f"{kind} less unpoisoned" for kind in kinds)
-        + f" | seeds with all within {WITHIN} points | poison ever trained on, mean / worst |",
-        "|---" * (6 + len(kinds)) + "|",
+        + " |",
+        "|---" * (4 + len(kinds)) + "|",
     ]
     for (name, preset), found in runs.items():
         plain = dict(runs.get((name, "clip"), ()))
-        pairs = [(seed, run, plain[seed]) for seed, run in found if seed in plain]
+        pairs = [(run, plain[seed]) for seed, run in found if seed in plain]
         if preset == "clip" or not pairs:
             continue
-        clean_N = np.array([100 * (run["clean_top1"] - clip["clean_top1"]) for _, run, clip in pairs])
-        more_KN = np.array([[more(run["attacks"][kind]) for _, run, _ in pairs] for kind in kinds])
-        held_N = (np.vstack([-clean_N, more_KN]) <= WITHIN).all(0)
-        held = ", ".join(str(seed) for (seed, *_), is_held in zip(pairs, held_N) if is_held) or "none"
+        clean_N = np.array([100 * (run["clean_top1"] - clip["clean_top1"]) for run, clip in pairs])
+        more_KN = np.array([[more(run["attacks"][kind]) for run, _ in pairs] for kind in kinds])
         cells = [interval(values_N) for values_N in (clean_N, *more_KN)]
-        cells += [held, mean_and_worst([run.get("poison_trained_on") for _, run, _ in pairs])]
         lines.append(f"| {name} | {preset} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -234,5 +242,6 @@ def mean_of(values):
 if __name__ == "__main__":
     root = sys.argv[1]
     print(
-        f"{summary_table(root)}\n\nOver all seeds, in points:\n\n{held_table(root)}\n\nEvery run:\n\n{runs_table(root)}"
+        f"{summary_table(root)}\n\nBy groups of seeds:\n\n{summary_table(root, GROUPS)}\n\n"
+        f"Differences over all seeds, in points, with their 95 % intervals:\n\n{difference_table(root)}\n\nEvery run:\n\n{runs_table(root)}"
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.evaluation.table import held_table, runs_table, summary_table
+from pipeline.evaluation.table import GROUPS, difference_table, runs_table, summary_table
 from shards.storage import write_json
 from tests.benchmarks import replicas
 
@@ -26,14 +26,23 @@ def root(tmp_path):
 
 
 def test_the_mean_stands_beside_the_worst_seed(root):
-    row = "| shapes | default | 0 to 2 | 77.5% / 76.0% | 2.0% / 3.0% (1.0%) |"
+    row = "| shapes | default | 0 to 1 | 77.5% / 76.0% | 2.0% / 3.0% (1.0%) | 0 | 1.0% / 2.0% |"
     assert summary_table(root).splitlines()[-1] == row
+    assert summary_table(root, GROUPS).splitlines()[-1] == row
+
+
+def test_a_seed_is_held_only_where_its_attacks_are_too(root):
+    path = root / "shapes/seed0/default/eval.json"
+    run = json.loads(path.read_text())
+    run["attacks"]["patch"]["success"] = 0.05
+    write_json(path, run)
+    assert summary_table(root).splitlines()[-1].endswith(" | none | 1.0% / 2.0% |")
 
 
 def test_each_run_is_held_against_plain_clip_of_its_seed_and_models_without_poison(root):
-    (row,) = held_table(root).splitlines()[2:]
+    (row,) = difference_table(root).splitlines()[2:]
     # Student's quantile of one degree of freedom is 12.706; the deviations are 2.12 and 1.41.
-    assert row == "| shapes | default | 2 | -2.5 ± 19.1 | +1.0 ± 12.7 | 0 | 1.0% / 2.0% |"
+    assert row == "| shapes | default | 2 | -2.5 ± 19.1 | +1.0 ± 12.7 |"
 
 
 def test_what_an_earlier_version_did_not_record_is_not_known(root):
@@ -41,7 +50,7 @@ def test_what_an_earlier_version_did_not_record_is_not_known(root):
     run = json.loads(path.read_text())
     del run["poison_trained_on"]
     write_json(path, run)
-    assert held_table(root).splitlines()[-1].endswith(" | 0 | ? |")
+    assert summary_table(root).splitlines()[-1].endswith(" | 0 | ? |")
     assert runs_table(root).splitlines()[-1].endswith(" |  | ? | 10 |")
 
 
