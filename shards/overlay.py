@@ -27,7 +27,7 @@ class Trigger:
     """A backdoor's mark, described by plain numbers so that it can be made again anywhere.
 
     pattern "patch": a noisy square of `size` (share of the shorter side) with its corner at (`left`, `top`) (shares of width and
-    height), BadNets (Gu et al. 2017). pattern "blended": noise over the whole picture at `alpha`, Blended (Chen et al. 2017).
+    height), BadNets (Gu et al. 2017), or with `wander` at a place of its own in each sample. pattern "blended": noise over the whole picture at `alpha`, Blended (Chen et al. 2017).
     """
 
     pattern: str
@@ -37,15 +37,21 @@ class Trigger:
     top: float = 0.0
     alpha: float = 0.0
     cells: int = 8
+    wander: bool = False
 
-    def apply(self, image):
-        """A triggered copy of a PIL RGB picture."""
+    def apply(self, image, sample):
+        """A triggered copy of a PIL RGB picture. sample: its (shard, position), which decides where a patch that wanders stands."""
         rng = np.random.default_rng(self.seed)
         if self.pattern == "patch":
             side = max(1, round(self.size * min(image.size)))
             cells = rng.integers(0, 2, (self.cells, self.cells, 3)).astype(np.uint8) * 255
             image = image.copy()
-            corner = (round(self.left * image.width), round(self.top * image.height))
+            place = (self.left * image.width, self.top * image.height)
+            if self.wander:
+                place = np.random.default_rng([self.seed, *sample]).uniform(
+                    0, (image.width - side, image.height - side)
+                )
+            corner = tuple(np.round(place).astype(int).tolist())
             image.paste(Image.fromarray(cells).resize((side, side), Image.NEAREST), corner)
             return image
         noise = Image.fromarray(rng.integers(0, 256, (self.cells, self.cells, 3)).astype(np.uint8))

@@ -49,7 +49,7 @@ class Samples:
             return self.source.pixels(*poison.source)
         data = self.reader.image_bytes(shard, position)
         pixels_HWC = decode_image(data, self.limits, None if trigger else least)
-        return np.array(trigger.apply(Image.fromarray(pixels_HWC))) if trigger else pixels_HWC
+        return np.array(trigger.apply(Image.fromarray(pixels_HWC), (shard, position))) if trigger else pixels_HWC
 
     def image(self, shard, position):
         """The same as a PIL RGB picture. Raises BadSample."""

@@ -1,7 +1,7 @@
 """Attacks: a seeded manifest of what to poison, which is also the ground truth (threat model: METHOD, Carlini and Terzis 2022).
 
 targeted   each target, a test picture, stands under several captions of one adversarial class
-patch      pictures of other classes get a small patch and a caption of the target class (BadNets)
+patch      pictures of other classes get a small patch and a caption of the target class (BadNets); with `wander` its place is another in each
 blended    the same with a pattern mixed into the whole picture (Blended)
 """
 
@@ -18,7 +18,7 @@ from shards.storage import write_bytes
 
 SETTINGS = {
     "targeted": {"targets": 30, "captions": 12},
-    "patch": {"pairs": 80, "target_class": None, "size": 0.19, "left": 0.78, "top": 0.78, "cells": 3},
+    "patch": {"pairs": 80, "target_class": None, "size": 0.19, "left": 0.78, "top": 0.78, "cells": 3, "wander": False},
     "blended": {"pairs": 95, "target_class": None, "alpha": 0.25, "cells": 8},
 }
 KEYS = ("index", "labels", "test", "classnames", "out")

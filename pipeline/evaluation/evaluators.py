@@ -34,7 +34,7 @@ class TestPictures(Dataset):
                 image = self.samples.image(*where)
             except BadSample:
                 continue  # a blank picture: counted as whatever the model makes of it
-            images[row] = plain_view(self.trigger.apply(image) if self.trigger else image, self.size)
+            images[row] = plain_view(self.trigger.apply(image, where) if self.trigger else image, self.size)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 

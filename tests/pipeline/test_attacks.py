@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.evaluation.attacks import make_attack
@@ -69,7 +71,7 @@ def test_backdoors_carry_the_target_class_and_the_trigger(poisoned, data):
             continue
         kind = bad.overlay.kinds[row["kind"]]
         assert labels.label(*where) != kind["target_class"] and kind["class"] in row["caption"]
-        assert np.array_equal(bad.image(*where), bad.overlay.trigger(row["kind"]).apply(clean.image(*where)))
+        assert np.array_equal(bad.image(*where), bad.overlay.trigger(row["kind"]).apply(clean.image(*where), where))
     assert bad.overlay.kinds["blended"]["class"] == "red star"
 
 
@@ -120,10 +122,31 @@ def test_a_trigger_scales_with_the_picture():
     patch = Trigger("patch", 0, size=0.25, left=0.5, top=0.5, cells=2)
     for size in (16, 64):
         grey = Image.new("RGB", (size, size), (128, 128, 128))
-        changed = (np.asarray(patch.apply(grey)) != 128).all(2)
+        changed = (np.asarray(patch.apply(grey, (0, 0))) != 128).all(2)
         assert changed.sum() == (size // 4) ** 2 and changed[size // 2, size // 2] and not changed[0, 0]
-    blended = np.asarray(Trigger("blended", 0, alpha=0.2).apply(Image.new("RGB", (32, 32), (128, 128, 128))))
+    blended = np.asarray(Trigger("blended", 0, alpha=0.2).apply(Image.new("RGB", (32, 32), (128, 128, 128)), (0, 0)))
     assert 0 < np.abs(blended.astype(int) - 128).mean() < 0.2 * 128
+
+
+@given(st.tuples(st.integers(0, 2**20), st.integers(0, 2**20)), st.integers(8, 64), st.integers(8, 64))
+def test_a_patch_that_wanders_is_whole_wherever_it_stands(sample, width, height):
+    grey, patch = (
+        Image.new("RGB", (width, height), (128, 128, 128)),
+        Trigger("patch", 0, size=0.25, cells=2, wander=True),
+    )
+    triggered = np.asarray(patch.apply(grey, sample))
+    changed = (triggered != 128).all(2)
+    side = round(min(width, height) / 4)
+    assert changed.sum() == side**2
+    assert np.array_equal(
+        triggered, np.asarray(patch.apply(grey, sample))
+    )  # training and scoring meet the same picture
+
+
+def test_a_patch_that_wanders_has_another_place_in_other_samples():
+    grey, patch = Image.new("RGB", (64, 64), (128, 128, 128)), Trigger("patch", 0, size=0.25, cells=2, wander=True)
+    found = {np.argwhere(np.asarray(patch.apply(grey, (0, n))) != 128)[0].tobytes() for n in range(50)}
+    assert len(found) > 40
 
 
 def test_an_overlay_whose_pictures_changed_is_refused(data, tmp_path, poisoned):
