@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of the README: three data sets, six seeds, plain CLIP against SafeCLIP by the presets paper and default.
+# The tables of the README: three data sets (one under a second attack), six seeds, plain CLIP against SafeCLIP by the presets paper and default.
 #   launch/reproduce.sh                 everything (over three hours on 2 cores); what is finished is used again
 #   SETS=shapes SEEDS=0 PRESETS="clip default" launch/reproduce.sh
 # One process a run, JOBS runs at a time (one a core, or one on GPUs).
@@ -12,12 +12,12 @@ install ""
 if nvidia-smi -L >/dev/null 2>&1; then JOBS=${JOBS:-1}; fi
 export JOBS=${JOBS:-$(nproc)}
 export -f train_run train_unpoisoned
-for set in ${SETS:-shapes shapes_small emoji}; do
-    config=configs/quickstart.yaml
-    [ "$set" = shapes ] || config=configs/$set.yaml
+for set in ${SETS:-shapes shapes_small emoji shapes_small_wander}; do
+    data=${set%_wander} config=configs/quickstart.yaml
+    [ "$data" = shapes ] || config=configs/$data.yaml
     for seed in ${SEEDS:-0 1 2 3 4 5}; do prepare "$set" "$seed"; done
-    unpoisoned=$(echo runs/reproduce/$set/unpoisoned/seed{0,1,2})
-    for run in $unpoisoned; do echo "$config $set $run"; done | xargs -P "$JOBS" -L 1 bash -euc 'train_unpoisoned "$@"' train_unpoisoned
+    unpoisoned=$(echo runs/reproduce/$data/unpoisoned/seed{0,1,2})
+    for run in $unpoisoned; do echo "$config $data $run"; done | xargs -P "$JOBS" -L 1 bash -euc 'train_unpoisoned "$@"' train_unpoisoned
     for preset in ${PRESETS:-clip default paper}; do
         for seed in ${SEEDS:-0 1 2 3 4 5}; do echo "$config $set $preset $seed runs/reproduce/$set/seed$seed 1"; done
     done | xargs -P "$JOBS" -L 1 bash -euc 'train_run "$@" 2> >(sed -u "s|^|$2 $3 seed $4: |" >&2)' train_run

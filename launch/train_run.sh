@@ -1,12 +1,12 @@
 # Sourced by quickstart.sh and reproduce.sh. What is finished is used again.
 
-# prepare DATA SEED: build the demo data (shapes, shapes_small or emoji) and the attack manifest of SEED.
+# prepare DATA SEED: build the demo data (shapes, shapes_small or emoji; shapes_small_wander is another attack on shapes_small) and the
+# attack manifest of SEED.
 prepare() {
-    if [ "$1" = shapes_small ]; then
-        safeclip data shapes data/shapes_small --pairs 4500
-    else
-        safeclip data "$1" "data/$1"
-    fi
+    case "$1" in
+        shapes_small*) safeclip data shapes data/shapes_small --pairs 4500 ;;
+        *) safeclip data "$1" "data/$1" ;;
+    esac
     safeclip attack "configs/attack_$1.yaml" seed="$2" out="data/$1_attack_seed$2"
 }
 

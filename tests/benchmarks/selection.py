@@ -24,6 +24,7 @@ CONFIGS = {
     "shapes": "configs/quickstart.yaml",
     "shapes_small": "configs/shapes_small.yaml",
     "emoji": "configs/emoji.yaml",
+    "shapes_small_wander": "configs/shapes_small.yaml",
 }
 RESULTS = Path(__file__).parent / "selection"
 # What a variant changes in the preset `default` of the set's config.
@@ -79,7 +80,7 @@ def judged(name, seed, variant):
             "--baseline",
             f"runs/reproduce/{name}/seed{seed}/clip",
             "--unpoisoned",
-            *(f"runs/reproduce/{name}/unpoisoned/seed{n}" for n in range(3)),
+            *(f"runs/reproduce/{name.removesuffix('_wander')}/unpoisoned/seed{n}" for n in range(3)),
         )
         command("pipeline.cli", "evaluate", str(run), *known)
     found = json.loads((run / "eval.json").read_text())
