@@ -4,15 +4,18 @@ A trigger is learnt from few steps of the CLIP loss, and once it is, its pairs s
 So what could be one is looked for first. Of the pairs of each word those that lie furthest along a main direction of their pictures (after
 whitening, both ways, PARTS directions) are learnt by ridge regression, and again those that it judges most alike (TAILS). Pictures with one trigger stand out
 about as far as each other, and further than what else the direction has found, a colour or a shape that the word names: those that stand out half as far
-(NEAR) as the clearest are a group. It is marked if it stands out from all pictures by many deviations (CLEAR), has that word in many of its captions (NAMED) and
-differs in all else: once what all of it share is taken off, something is left (SAME), and few of its pictures have another that is like them (ALIKE). Of
+(NEAR) as the clearest are a group. It is marked if it stands out from all pictures by many deviations, has that word in many of its captions (NAMED) and
+differs in all else: once what all of it share is taken off, something is left (SAME), and few of its pictures have another that is like them. Of
 series that belong together, one drawing in many variants, most have one.
+A patch that stands elsewhere in each picture is in no direction of the pixels. So the same is done once more with textures (sample.py), which
+do not know where a thing stands: what is found there beside is a mark from other bounds on (LOOKS), for more numbers stand out by more.
 Some marks are honest: a horizon under "sea", a frame. So a mark is no verdict but a probation: its pairs are left out of the slow
 epochs and held back for PROBATION splits, while the model learns from all others what pictures show and words mean. Honest ones then score like others
 and come in; a trigger means nothing to a model that has not learnt it, and stays (pipeline/safety/suspicion.py).
-Cross-fitting (METHOD, "How it fails") by groups that a trigger cannot straddle. Legend: as there, and T terms, C directions.
+Cross-fitting (METHOD, "How it fails") by groups that a trigger cannot straddle. Legend: as in sample.py, and C directions.
 """
 
+from functools import partial
 from itertools import zip_longest
 
 import numpy as np
@@ -22,16 +25,17 @@ from pipeline import comm
 from pipeline.safety.copies import kept_mask, numbers_of_pictures
 from pipeline.safety.sample import FLAT, RIDGE, Ridge, robust
 from pipeline.safety.split import broadcast_mask
-from pipeline.safety.suspicion import APART, FREE, LEAST, NOTHING, Suspicion
+from pipeline.safety.suspicion import APART, FREE, LEAST, NOTHING, Suspicion, weights
 from shards.errors import UserError
 
 PARTS = 3
 PICKED = 256  # pictures of a term that its directions are taken from
 TAILS = 0.15, 0.15, 0.08  # of a term's pairs: the first along the direction, then those that are judged most alike
 NEAR = 0.5  # of the deviations of the LEAST-th clearest picture: those of a group have more
-CLEAR = 22.0  # deviations by which the middle one of a marked group stands out
 NAMED = 0.4  # of a marked group's captions have the term: what is called by one name in zero-shot may have several in captions
-ALIKE = 0.4  # correlation with the most alike other, below which the middle picture of a marked group is
+# Of pixels and of textures: deviations by which the middle one of a marked group stands out (CLEAR), and the correlation with the most alike other,
+# below which its middle picture is (ALIKE).
+LOOKS = (22.0, 0.4), (26.0, 0.55)
 SAME = 0.01  # of the variance of all pictures: a group that has less is one picture, many times
 COMPARED = 64  # pictures of a group that are compared with each other, at most
 MARKS = 64  # groups, the clearest first
@@ -44,21 +48,32 @@ def find_marks(sample):
     All ranks call, each with the whole sample: they share the terms, in pieces that are the same at every world size, and so are the bits."""
     found = []
     if len(sample.row_S):
-        has_ST = sample.has_ST
-        ridge, white_SD = Ridge(sample, np.ones(len(sample.row_S), bool), sample.gram_FDD), whitened(sample)
-        pieces = range(0, has_ST.shape[1], TERMS_AT_ONCE)[comm.rank() :: comm.world()]
-        mine = [marks_of_terms(sample, ridge, white_SD, has_ST[:, at : at + TERMS_AT_ONCE]) for at in pieces]
-        found = sum(sum(zip_longest(*comm.gather_objects(mine), fillvalue=[]), ()), [])
+        white_SD = whitened(sample)
+        for look, bounds in zip(filter(None, (sample, sample.textures)), LOOKS):
+            mine = marks_of_look(sample, look, white_SD, *bounds)
+            there = sum(sum(zip_longest(*comm.gather_objects(mine), fillvalue=[]), ()), [])
+            found += sorted(there, key=lambda one: -one[0])
     kept, covered_S = [], np.zeros(len(sample.row_S), bool)
-    for _, row_N, weight_FE in sorted(found, key=lambda one: -one[0]):
+    for _, row_N, weight_FE in found:
         if len(kept) < MARKS and (~covered_S[row_N]).sum() >= max(LEAST / 2, 0.2 * len(row_N)):
             kept.append(weight_FE)
             covered_S[row_N] = True
     return Suspicion.of(kept, marks=len(kept))
 
 
-def marks_of_terms(sample, ridge, white_SD, has_ST):
-    """[(how clear, int (N,) pictures of the sample, float (F, E) weights)] of the marks of some terms."""
+def marks_of_look(sample, look, white_SD, clear, alike):
+    """[marks_of_terms] of this rank's pieces of the terms, by one look at the pictures: `look` is the sample itself or its textures.
+
+    white_SD: the sample's whitened pixels, by which groups are compared."""
+    ridge = Ridge(look, np.ones(len(look.row_S), bool), look.gram_FDD)
+    white = white_SD if look is sample else whitened(look)
+    pieces = range(0, sample.has_ST.shape[1], TERMS_AT_ONCE)[comm.rank() :: comm.world()]
+    mark = partial(is_mark, white_SD, clear=clear, alike=alike)
+    return [marks_of_terms(look, ridge, white, sample.has_ST[:, at : at + TERMS_AT_ONCE], mark) for at in pieces]
+
+
+def marks_of_terms(sample, ridge, white_SD, has_ST, mark):
+    """[(how clear, int (N,) pictures of the sample, float (F, E) weights)] of the groups of some terms that mark(away_S, group_S, term_S) calls marks."""
     found = []
     term_CN, alike_CN = zip(*directions(white_SD, has_ST))
     for tail in TAILS[1:]:
@@ -76,10 +91,10 @@ def marks_of_terms(sample, ridge, white_SD, has_ST):
         away_S = (judged_S - middle) / spread
         apart = max(APART, NEAR * np.partition(away_S, -LEAST)[-LEAST])
         group_S = away_S > apart  # its pictures are marked from half as far on: of one trigger some stand out less
-        if is_mark(white_SD, away_S, group_S, term_S):
+        if mark(away_S, group_S, term_S):
             constant_F = -(weight_FD @ sample.mean_D + middle) / spread - max(FREE, apart / 2)
             clear = float(np.median(away_S[group_S]))
-            found.append((clear, np.flatnonzero(group_S), np.c_[weight_FD / spread, constant_F]))
+            found.append((clear, np.flatnonzero(group_S), weights(weight_FD / spread, constant_F)))
     return found
 
 
@@ -89,12 +104,12 @@ def columns(row_CN, rows):
     return csc_matrix((np.ones(ends[-1], bool), np.concatenate(row_CN), ends), shape=(rows, len(row_CN)))
 
 
-def is_mark(white_SD, away_S, group_S, term_S):
+def is_mark(white_SD, away_S, group_S, term_S, clear, alike):
     """Whether a group of pictures that stand out is many, clear, of the term, and of pictures that differ in all else."""
-    if group_S.sum() < LEAST or np.median(away_S[group_S]) < CLEAR or term_S[group_S].mean() < NAMED:
+    if group_S.sum() < LEAST or np.median(away_S[group_S]) < clear or term_S[group_S].mean() < NAMED:
         return False
     white_ND = white_SD[group_S]
-    return white_ND.var(0).mean() > SAME * white_SD.var(0).mean() and likeness(white_ND) < ALIKE
+    return white_ND.var(0).mean() > SAME * white_SD.var(0).mean() and likeness(white_ND) < alike
 
 
 def likeness(white_ND):

@@ -8,9 +8,9 @@ score. They are a group; if it scores low (LOW_RANK) and its captions share a wo
 is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
 fitted without one fold of the pairs. What honest pictures are judged is about normal, and few are beyond FREE deviations; some groups are honest
 (a colour, a kind of drawing that the model has not learnt to read yet) and wait until it has. A trigger that is elsewhere in each picture is not linear,
-and is not found. The lowest scores and not the risky pairs: early on half of all pairs are risky, and the trigger is lost among them. The
+and is not found here (marks see it, by its texture). The lowest scores and not the risky pairs: early on half of all pairs are risky, and the trigger is lost among them. The
 scores as they were before they were lowered: else suspicion feeds on itself, and honest pictures fill the risky set in place of wrong captions.
-Legend: S sampled pairs, B pairs, D = 3 SIDE^2 numbers of a small picture, F folds, G groups, C kinds of pictures, E = D + 1.
+Legend: as in sample.py, and G groups, E = PIXELS + TEXTURES + 1.
 """
 
 import io
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from pipeline.safety.sample import FOLDS, SIDE, Ridge, fold_of, robust, small
+from pipeline.safety.sample import FOLDS, PIXELS, TEXTURES, Ridge, fold_of, robust, small, textures
 from pipeline.safety.words import share_a_word
 from shards.errors import UserError
 from shards.storage import write_bytes
@@ -45,30 +45,36 @@ class Suspicion:
 
     def __init__(self, weight_GFE, marks=0):
         self.weight_GFE, self.marks = torch.as_tensor(weight_GFE), marks
+        # A group was learnt from pixels or from textures.
+        self.textured_G = [bool(weight_FE[:, PIXELS:-1].any()) for weight_FE in self.weight_GFE]
 
     @classmethod
     def of(cls, weights, marks=0):
         """Of a list of float (F, E)."""
-        return cls(np.array(weights, np.float32).reshape(-1, FOLDS, 3 * SIDE**2 + 1), marks)
+        return cls(np.array(weights, np.float32).reshape(-1, FOLDS, PIXELS + TEXTURES + 1), marks)
 
     def lowered_by(self, row_B, images_BCHW):
         """float32 (B,): by how much the scores of pairs are lowered, never below 0. row_B: int64, on the pictures' device."""
-        return self.lowered_by_small(row_B, small(images_BCHW))
+        look_BD = small(images_BCHW)
+        if any(self.textured_G):  # they cost as much as a small picture tower
+            look_BD = torch.cat([look_BD, textures(images_BCHW)], 1)
+        return self.lowered_by_looks(row_B, look_BD)
 
-    def lowered_by_small(self, row_B, small_BD):
-        """The same, of small pictures (float32, 0 to 1): the group that says most speaks."""
-        lowered_B = small_BD.new_zeros(len(small_BD))
-        for said_B in self.said(row_B, small_BD):
+    def lowered_by_looks(self, row_B, look_BD):
+        """The same, of small pictures and, unless no group asks for them, textures (float32, 0 to 1): the group that says most speaks."""
+        lowered_B = look_BD.new_zeros(len(look_BD))
+        for said_B in self.said(row_B, look_BD):
             lowered_B = torch.maximum(lowered_B, said_B)
         return lowered_B
 
-    def said(self, row_B, small_BD):
+    def said(self, row_B, look_BD):
         """Yield float32 (B,) for each group: by how much it would lower the scores; negative where it speaks for a picture."""
-        self.weight_GFE = self.weight_GFE.to(small_BD.device)
+        self.weight_GFE = self.weight_GFE.to(look_BD.device)
         fold_B = fold_of(row_B)
-        for weight_FE in self.weight_GFE:
+        for weight_FE, textured in zip(self.weight_GFE, self.textured_G):
             weight_BE = weight_FE[fold_B]
-            yield (small_BD * weight_BE[:, :-1]).sum(1) + weight_BE[:, -1]
+            those = slice(PIXELS, PIXELS + TEXTURES) if textured else slice(PIXELS)
+            yield (look_BD[:, those] * weight_BE[:, those]).sum(1) + weight_BE[:, -1]
 
     def in_units(self, score_S, strength):
         """Of what speaks in deviations, such as marks: the same in units of the scores, as `learn` has it."""
@@ -80,7 +86,10 @@ class Suspicion:
         """That of the split in `folder`. Raises UserError where it is gone, or of another version."""
         try:
             with np.load(Path(folder) / "suspicion.npz", allow_pickle=False) as found:
-                return cls(found["weight_GFE"], int(found["marks"]))
+                weight_GFE = found["weight_GFE"]
+                if weight_GFE.shape[1:] != (FOLDS, PIXELS + TEXTURES + 1):
+                    raise ValueError(f"its shape is {weight_GFE.shape}, of another version")
+                return cls(weight_GFE, int(found["marks"]))
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(
                 f"mask {folder}: suspicion.npz cannot be read ({error}), and selection.suspicion goes on from it; bring it back"
@@ -94,7 +103,15 @@ class Suspicion:
 
 def raised(sample, score_S, suspicion):
     """float32 (S,): a Sample's scores as they were before `suspicion` lowered them (up to the rounding of the small pictures)."""
-    return score_S + suspicion.lowered_by_small(torch.from_numpy(sample.row_S), sample.small()).numpy()
+    return score_S + suspicion.lowered_by_looks(torch.from_numpy(sample.row_S), sample.looks()).numpy()
+
+
+def weights(weight_FD, constant_F):
+    """float (F, E) of a group that was learnt from pixels or from textures."""
+    placed_FE = np.zeros((FOLDS, PIXELS + TEXTURES + 1), np.float32)
+    start = 0 if weight_FD.shape[1] == PIXELS else PIXELS
+    placed_FE[:, start : start + weight_FD.shape[1]], placed_FE[:, -1] = weight_FD, constant_F
+    return placed_FE
 
 
 def learn(sample, score_S, strength, before=None, keep=False):
@@ -108,7 +125,7 @@ def learn(sample, score_S, strength, before=None, keep=False):
     score_S = np.where(known_S, score_S, -np.inf)
     rank_S = rankdata(score_S) / max(1, len(score_S))
     rest_S, found, gram_FDD, marks = np.ones(len(score_S), bool), [], sample.gram_FDD, 0
-    said = before.said(torch.from_numpy(sample.row_S), sample.small()) if before else ()
+    said = before.said(torch.from_numpy(sample.row_S), sample.looks()) if before else ()
     for number, said_S in enumerate(said):
         group_S = said_S.numpy() > (APART - FREE) * strength * deviation
         limit = MARK_RANK if number < before.marks else HIGH_RANK
@@ -136,6 +153,6 @@ def learn(sample, score_S, strength, before=None, keep=False):
         if rank_S[group_S].mean() < LOW_RANK and (sample.has_ST is None or share_a_word(sample.has_ST, group_S)):
             scale = strength * deviation / spread
             constant_F = -scale * (weight_FD @ sample.mean_D + middle) - FREE * strength * deviation
-            found.append(np.c_[scale * weight_FD, constant_F])
+            found.append(weights(scale * weight_FD, constant_F))
         rest_S, gram_FDD = rest_S & ~group_S, gram_FDD - sample.grams(group_S)
     return Suspicion.of(found, marks)

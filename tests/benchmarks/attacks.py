@@ -40,7 +40,7 @@ def marked(name, seed, changes):
         sample = sample_of_run(folder, samples, make_views(config), 512, 0, seed)
     marks = find_marks(sample)
     flags = np.zeros(index.samples, bool)
-    flags[sample.row_S] = (marks.lowered_by_small(torch.from_numpy(sample.row_S), sample.small()) > 0).numpy()
+    flags[sample.row_S] = (marks.lowered_by_looks(torch.from_numpy(sample.row_S), sample.looks()) > 0).numpy()
     rows = {kind: poison_rows(samples.overlay, index, kind) for kind in KINDS}
     rows["honest"] = np.setdiff1d(np.arange(index.samples), poison_rows(samples.overlay, index))
     shares = {kind: float(flags[row].mean()) for kind, row in rows.items() if len(row)}

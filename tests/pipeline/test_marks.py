@@ -10,7 +10,7 @@ from pipeline import comm
 from pipeline.config import Config
 from pipeline.safety.copies import singles_of_run
 from pipeline.safety.marks import find_marks, marks_of_run, unmarked_of_run
-from pipeline.safety.sample import SIDE, Sample, sample_of_run
+from pipeline.safety.sample import PIXELS, SIDE, TEXTURES, Sample, sample_of_run, textures
 from pipeline.safety.suspicion import Suspicion, learn
 from pipeline.safety.words import OFTEN, RARE, share_a_word, terms
 from pipeline.training.start import make_views
@@ -33,11 +33,16 @@ def drawn(seed):
     return pictures, np.c_[np.full(COUNT, 98), words, np.full(COUNT, 99)].astype(np.int32)
 
 
-def marked(pictures, token_SL):
-    sample = Sample(np.arange(COUNT), pictures.reshape(COUNT, -1), token_SL)
+def sample_of(pictures, token_SL, textured=False):
+    texture_SD = (textures(torch.from_numpy(pictures)) * 255).round().to(torch.uint8).numpy() if textured else None
+    return Sample(np.arange(len(pictures)), pictures.reshape(len(pictures), -1), token_SL, texture_SD)
+
+
+def marked(pictures, token_SL, textured=False):
+    sample = sample_of(pictures, token_SL, textured)
     marks = find_marks(sample)
     assert marks.marks == len(marks.weight_GFE)
-    return marks.lowered_by_small(torch.arange(COUNT), sample.small()).numpy() > 0
+    return marks.lowered_by_looks(torch.arange(COUNT), sample.looks()).numpy() > 0
 
 
 def triggered(pictures, token_SL, kind, word=7, seed=0, share=0.4):
@@ -47,6 +52,11 @@ def triggered(pictures, token_SL, kind, word=7, seed=0, share=0.4):
     poison[rng.permutation(COUNT)[:POISON]] = True
     if kind == "patch":
         pictures[poison, :, -5:, -5:] = rng.integers(0, 2, (3, 5, 5)) * 255
+    elif kind == "wandering patch":
+        patch = rng.integers(0, 2, (3, 5, 5)) * 255
+        for row in np.flatnonzero(poison):
+            top, left = rng.integers(0, SIDE - 4, 2)
+            pictures[row, :, top : top + 5, left : left + 5] = patch
     else:
         pattern = rng.integers(0, 256, (3, SIDE, SIDE))
         pictures[poison] = ((1 - share) * pictures[poison] + share * pattern).astype(np.uint8)
@@ -61,6 +71,15 @@ def test_a_trigger_under_one_word_is_marked_whole_and_hardly_anything_else(seed,
     pictures, token_SL = drawn(seed)
     poison = triggered(pictures, token_SL, kind, seed=seed)
     found = marked(pictures, token_SL)
+    assert found[poison].all() and found[~poison].mean() < 0.01
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_patch_that_wanders_is_marked_by_its_texture(seed):
+    pictures, token_SL = drawn(seed)
+    poison = triggered(pictures, token_SL, "wandering patch", seed=seed)
+    assert marked(pictures, token_SL)[poison].mean() < 0.5
+    found = marked(pictures, token_SL, textured=True)
     assert found[poison].all() and found[~poison].mean() < 0.01
 
 
@@ -136,21 +155,21 @@ def test_a_group_learnt_from_scores_must_share_a_word():
         poison = triggered(pixels, captions, "patch", word)
         score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
         score[poison] *= 0.2
-        sample = Sample(np.arange(COUNT), pixels.reshape(COUNT, -1), captions)
-        found = learn(sample, score, 0.8).lowered_by_small(torch.arange(COUNT), sample.small())[poison] > 0
+        sample = sample_of(pixels, captions)
+        found = learn(sample, score, 0.8).lowered_by_looks(torch.arange(COUNT), sample.looks())[poison] > 0
         assert bool(found.all()) == (word is not None) == share_a_word(sample.has_ST, poison)
 
 
 def test_marks_wait_and_stay_only_where_their_scores_are_at_the_bottom():
     pictures, token_SL = drawn(0)
     poison = triggered(pictures, token_SL, "patch")
-    sample = Sample(np.arange(COUNT), pictures.reshape(COUNT, -1), token_SL)
+    sample = sample_of(pictures, token_SL)
     score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
     marks = find_marks(sample).in_units(score, 0.8)
 
     def held(score, keep):
         found = learn(sample, score, 0.8, marks, keep)
-        return found.marks, bool((found.lowered_by_small(torch.arange(COUNT), sample.small())[poison] > 0).all())
+        return found.marks, bool((found.lowered_by_looks(torch.arange(COUNT), sample.looks())[poison] > 0).all())
 
     assert held(score, keep=True) == (marks.marks, True)
     assert held(score, keep=False) == (0, False)
@@ -161,8 +180,8 @@ def test_marks_wait_and_stay_only_where_their_scores_are_at_the_bottom():
 def found_together(seed):
     pictures, token_SL = drawn(seed)
     token_SL[:, 2] = np.random.default_rng(seed).integers(100, 160, COUNT)  # so many words that both ranks have some
-    triggered(pictures, token_SL, "patch"), triggered(pictures, token_SL, "blended", word=11, seed=1)
-    return find_marks(Sample(np.arange(COUNT), pictures.reshape(COUNT, -1), token_SL)).weight_GFE
+    triggered(pictures, token_SL, "wandering patch"), triggered(pictures, token_SL, "blended", word=11, seed=1)
+    return find_marks(sample_of(pictures, token_SL, textured=True)).weight_GFE
 
 
 def test_every_world_size_finds_the_same_marks_bit_for_bit():
@@ -179,8 +198,8 @@ def waiting(folder):
     here = folder / f"marks{comm.world()}"
     marks = marks_of_run(here, sample_of_run(here, samples, views, 4, 0, 0))
     # So few pairs have no mark of their own: one that speaks against the bright ones.
-    weight = marks.weight_GFE.new_ones(1, 5, 3 * SIDE**2 + 1)
-    weight[..., -1] = -0.5 * 3 * SIDE**2
+    weight = marks.weight_GFE.new_ones(1, 5, PIXELS + TEXTURES + 1)
+    weight[..., PIXELS:-1], weight[..., -1] = 0, -0.5 * PIXELS
     bright = Suspicion(weight, 1)
     unmarked = unmarked_of_run(here / "unmarked", samples, views, 4, 0, bright)
     singles = singles_of_run(here / "singles", samples, views, 4, 0, 2)

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline import comm
 from pipeline.config import Config
-from pipeline.safety.sample import FOLDS, SIDE, Sample, fold_of, sample_of_run, small
-from pipeline.safety.suspicion import Suspicion, learn, raised
+from pipeline.safety.sample import FINE, FOLDS, PIXELS, SIDE, TEXTURES, Sample, fold_of, sample_of_run, small, textures
+from pipeline.safety.suspicion import Suspicion, learn, raised, weights
 from pipeline.training.start import make_views
 from shards.errors import UserError
 from shards.index import ShardIndex, build_index
@@ -104,11 +104,11 @@ def test_a_group_stays_while_its_scores_are_low_though_it_would_not_be_found_aga
         later[triggered] = rng.uniform(low - 0.1, low + 0.1, TRIGGERED)
         assert (
             not learn(sample, later, strength=2.0)
-            .lowered_by_small(torch.arange(COUNT), sample.small())[triggered]
+            .lowered_by_looks(torch.arange(COUNT), sample.looks())[triggered]
             .any()
         )
         again = learn(sample, later, 2.0, first)
-        held[number] = bool((again.lowered_by_small(torch.arange(COUNT), sample.small())[triggered] > 0).all())
+        held[number] = bool((again.lowered_by_looks(torch.arange(COUNT), sample.looks())[triggered] > 0).all())
     assert held == [True, False]
 
 
@@ -135,7 +135,7 @@ def test_folds_are_even_and_neighbours_part():
 
 
 def test_it_stays_on_the_gpu():
-    suspicion = Suspicion(np.ones((2, FOLDS, 3 * SIDE**2 + 1), np.float32))
+    suspicion = Suspicion(np.ones((2, FOLDS, PIXELS + TEXTURES + 1), np.float32))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(4, 3, 40, 40, dtype=torch.uint8, device="cuda")
         assert suspicion.lowered_by(torch.arange(4, device="cuda"), images).device.type == "cuda"
@@ -149,12 +149,35 @@ def test_small_pictures_are_means_over_areas(size):
     torch.testing.assert_close(found.mean(1), images.float().mean((1, 2, 3)) / 255, atol=0.02, rtol=0)
 
 
+def test_a_texture_does_not_know_where_a_thing_stands():
+    rng, images = np.random.default_rng(0), torch.full((20, 3, FINE, FINE), 128, dtype=torch.uint8)
+    thing = torch.from_numpy(rng.integers(0, 256, (3, 7, 7)).astype(np.uint8))
+    for image in images:
+        top, left = rng.integers(2, FINE - 9, 2)
+        image[:, top : top + 7, left : left + 7] = thing
+    found = textures(images)
+    assert found.shape == (20, TEXTURES) and found.min() >= 0 and 0.1 < found.max() <= 1
+    torch.testing.assert_close(found, found[:1].expand_as(found), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[3:4], textures(images[3:4]))
+
+
+def test_textures_are_asked_for_only_where_a_group_needs_them(monkeypatch):
+    images, row = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2)
+    pixels = Suspicion.of([weights(np.zeros((FOLDS, PIXELS)), 1.0)])
+    both = Suspicion.of([*pixels.weight_GFE.numpy(), weights(np.ones((FOLDS, TEXTURES)), 2.0)])
+    assert both.lowered_by(row, images).tolist() == [2.0, 2.0]
+    monkeypatch.setattr("pipeline.safety.suspicion.textures", None)
+    assert pixels.lowered_by(row, images).tolist() == [1.0, 1.0]
+    with pytest.raises(TypeError):
+        both.lowered_by(row, images)
+
+
 def sampled(folder):
     config = Config()
     config.model.config = MODEL
     samples = Samples(ShardIndex.load(folder / "index"))
     sample = sample_of_run(folder / f"sample{comm.world()}", samples, make_views(config), 4, 0, 0)
-    return (sample.row_S, sample.x_SD) if sample else None
+    return (sample.row_S, sample.looks().numpy()) if sample else None
 
 
 def test_every_world_size_reads_the_same_sample_once_and_a_torn_picture_is_none_of_it(tmp_path):
@@ -174,7 +197,7 @@ def test_every_world_size_reads_the_same_sample_once_and_a_torn_picture_is_none_
 
 
 def test_it_is_kept_and_missed_where_it_is_gone(tmp_path):
-    suspicion = Suspicion(np.random.default_rng(0).normal(size=(2, FOLDS, 3 * SIDE**2 + 1)).astype(np.float32))
+    suspicion = Suspicion(np.random.default_rng(0).normal(size=(2, FOLDS, PIXELS + TEXTURES + 1)).astype(np.float32))
     suspicion.save(tmp_path)
     assert torch.equal(Suspicion.load(tmp_path).weight_GFE, suspicion.weight_GFE)
     assert Suspicion.load(tmp_path).marks == 0
