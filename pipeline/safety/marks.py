@@ -8,7 +8,7 @@ about as far as each other, and further than what else the direction has found, 
 differs in all else: once what all of it share is taken off, something is left (SAME), and few of its pictures have another that is like them. Of
 series that belong together, one drawing in many variants, most have one.
 A patch that stands elsewhere in each picture is in no direction of the pixels. So the same is done once more with textures (sample.py), which
-do not know where a thing stands: what is found there beside is a mark from other bounds on (LOOKS), for more numbers stand out by more.
+do not know where a thing stands: what is found there beside is a mark from other bounds on (LOOKS): among more numbers a few pictures share some by chance.
 Some marks are honest: a horizon under "sea", a frame. So a mark is no verdict but a probation: its pairs are left out of the slow
 epochs and held back for PROBATION splits, while the model learns from all others what pictures show and words mean. Honest ones then score like others
 and come in; a trigger means nothing to a model that has not learnt it, and stays (pipeline/safety/suspicion.py).
@@ -17,6 +17,7 @@ Cross-fitting (METHOD, "How it fails") by groups that a trigger cannot straddle.
 
 from functools import partial
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csc_matrix
@@ -33,13 +34,22 @@ PICKED = 256  # pictures of a term that its directions are taken from
 TAILS = 0.15, 0.15, 0.08  # of a term's pairs: the first along the direction, then those that are judged most alike
 NEAR = 0.5  # of the deviations of the LEAST-th clearest picture: those of a group have more
 NAMED = 0.4  # of a marked group's captions have the term: what is called by one name in zero-shot may have several in captions
-# Of pixels and of textures: deviations by which the middle one of a marked group stands out (CLEAR), and the correlation with the most alike other,
-# below which its middle picture is (ALIKE).
-LOOKS = (22.0, 0.4), (26.0, 0.55)
 SAME = 0.01  # of the variance of all pictures: a group that has less is one picture, many times
 COMPARED = 64  # pictures of a group that are compared with each other, at most
 MARKS = 64  # groups, the clearest first
 TERMS_AT_ONCE = 32  # whose directions are fitted together
+
+
+class Bounds(NamedTuple):
+    """What a marked group must reach."""
+
+    pictures: int  # at least
+    clear: float  # deviations by which its middle one stands out, at least
+    alike: float  # correlation of its middle one with the most alike other, at most
+    new: float  # share of its pictures that no mark before it has, at least
+
+
+LOOKS = Bounds(LEAST, 22.0, 0.4, 0.2), Bounds(20, 26.0, 0.55, 0.5)  # of pixels, of textures
 
 
 def find_marks(sample):
@@ -50,26 +60,26 @@ def find_marks(sample):
     if len(sample.row_S):
         white_SD = whitened(sample)
         for look, bounds in zip(filter(None, (sample, sample.textures)), LOOKS):
-            mine = marks_of_look(sample, look, white_SD, *bounds)
+            mine = marks_of_look(sample, look, white_SD, bounds)
             there = sum(sum(zip_longest(*comm.gather_objects(mine), fillvalue=[]), ()), [])
-            found += sorted(there, key=lambda one: -one[0])
+            found += [(*mark, bounds) for mark in sorted(there, key=lambda mark: -mark[0])]
     kept, covered_S = [], np.zeros(len(sample.row_S), bool)
-    for _, row_N, weight_FE in found:
-        if len(kept) < MARKS and (~covered_S[row_N]).sum() >= max(LEAST / 2, 0.2 * len(row_N)):
+    for _, row_N, weight_FE, bounds in found:
+        if len(kept) < MARKS and (~covered_S[row_N]).sum() >= max(LEAST / 2, bounds.new * len(row_N)):
             kept.append(weight_FE)
             covered_S[row_N] = True
     return Suspicion.of(kept, marks=len(kept))
 
 
-def marks_of_look(sample, look, white_SD, clear, alike):
+def marks_of_look(sample, look, white_SD, bounds):
     """[marks_of_terms] of this rank's pieces of the terms, by one look at the pictures: `look` is the sample itself or its textures.
 
     white_SD: the sample's whitened pixels, by which groups are compared."""
     ridge = Ridge(look, np.ones(len(look.row_S), bool), look.gram_FDD)
     white = white_SD if look is sample else whitened(look)
     pieces = range(0, sample.has_ST.shape[1], TERMS_AT_ONCE)[comm.rank() :: comm.world()]
-    mark = partial(is_mark, white_SD, clear=clear, alike=alike)
-    return [marks_of_terms(look, ridge, white, sample.has_ST[:, at : at + TERMS_AT_ONCE], mark) for at in pieces]
+    terms = [sample.has_ST[:, at : at + TERMS_AT_ONCE] for at in pieces]
+    return [marks_of_terms(look, ridge, white, has_ST, partial(is_mark, white_SD, bounds)) for has_ST in terms]
 
 
 def marks_of_terms(sample, ridge, white_SD, has_ST, mark):
@@ -104,12 +114,14 @@ def columns(row_CN, rows):
     return csc_matrix((np.ones(ends[-1], bool), np.concatenate(row_CN), ends), shape=(rows, len(row_CN)))
 
 
-def is_mark(white_SD, away_S, group_S, term_S, clear, alike):
+def is_mark(white_SD, bounds, away_S, group_S, term_S):
     """Whether a group of pictures that stand out is many, clear, of the term, and of pictures that differ in all else."""
-    if group_S.sum() < LEAST or np.median(away_S[group_S]) < clear or term_S[group_S].mean() < NAMED:
+    if group_S.sum() < bounds.pictures or np.median(away_S[group_S]) < bounds.clear:
+        return False
+    if term_S[group_S].mean() < NAMED:
         return False
     white_ND = white_SD[group_S]
-    return white_ND.var(0).mean() > SAME * white_SD.var(0).mean() and likeness(white_ND) < alike
+    return white_ND.var(0).mean() > SAME * white_SD.var(0).mean() and likeness(white_ND) < bounds.alike
 
 
 def likeness(white_ND):
