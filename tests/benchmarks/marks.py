@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline.configfile import load_config
 from pipeline.data import open_index, open_samples
 from pipeline.evaluation.report import poison_rows
-from pipeline.safety.marks import TERMS_AT_ONCE, marks_of_terms, whitened
-from pipeline.safety.sample import SIDE, Ridge, Sample
+from pipeline.safety.marks import LOOKS, TERMS_AT_ONCE, marks_of_look, whitened
+from pipeline.safety.sample import PIXELS, TEXTURES, Sample, textures
 from pipeline.safety.suspicion import Suspicion
 from pipeline.training.splitting import slow_folder
 from shards.masks import SafeMask, SavedMask
@@ -45,24 +46,34 @@ def found_in(run):
 
 
 def cost(pairs):
-    """Seconds of the parts of marks.find_marks on one rank; a piece is TERMS_AT_ONCE of the terms, which ranks share."""
+    """Seconds of the parts of marks.find_marks on one rank, and of the textures of the pictures; a piece is TERMS_AT_ONCE of the terms, by pixels and
+    by textures. The ranks share pieces and textures."""
     rng = np.random.default_rng(0)
     words_SL = np.minimum(300 + rng.zipf(1.3, (pairs, 77)), 49_000)
     token_SL = np.where(np.arange(77) < rng.integers(6, 20, (pairs, 1)), words_SL, 0)
-    shapes_KD = rng.normal(size=(60, 3 * SIDE**2)).astype(np.float32)
-    small_SD = 128 + 6 * rng.normal(size=(pairs, 60)).astype(np.float32) @ shapes_KD
-    small_SD = np.clip(small_SD + 8 * rng.normal(size=small_SD.shape), 0, 255).astype(np.uint8)
+    shapes_KD = rng.normal(size=(60, PIXELS + TEXTURES)).astype(np.float32)
+    look_SD = 128 + 6 * rng.normal(size=(pairs, 60)).astype(np.float32) @ shapes_KD
+    look_SD = np.clip(look_SD + 8 * rng.normal(size=look_SD.shape), 0, 255).astype(np.uint8)
     begun = time.perf_counter()
-    sample = Sample(np.arange(pairs), small_SD, token_SL)
-    read = time.perf_counter()
-    ridge, white_SD = Ridge(sample, np.ones(pairs, bool), sample.gram_FDD), whitened(sample)
-    made = time.perf_counter()
-    marks_of_terms(sample, ridge, white_SD, sample.has_ST[:, :TERMS_AT_ONCE])
-    piece, pieces = time.perf_counter() - made, -(-sample.has_ST.shape[1] // TERMS_AT_ONCE)
-    seconds = {"sample": read - begun, "setup": made - read, "piece": piece, "all": made - begun + pieces * piece}
-    return {"pairs": pairs, "terms": sample.has_ST.shape[1], "pieces": pieces} | {
-        k: round(v, 1) for k, v in seconds.items()
-    }
+    sample = Sample(np.arange(pairs), look_SD[:, :PIXELS], token_SL, look_SD[:, PIXELS:])
+    has_ST, made = sample.has_ST, time.perf_counter()
+    white_SD = whitened(sample)
+
+    def of(terms):
+        sample.has_ST, begun = has_ST[:, :terms], time.perf_counter()
+        for look, bounds in zip((sample, sample.textures), LOOKS):
+            marks_of_look(sample, look, white_SD, bounds)
+        return time.perf_counter() - begun
+
+    setup = time.perf_counter() - made + of(0)
+    piece, pieces = of(TERMS_AT_ONCE) - of(0), -(-has_ST.shape[1] // TERMS_AT_ONCE)
+    images, asked = torch.zeros(1000, 3, 224, 224, dtype=torch.uint8), time.perf_counter()
+    for image in images.split(1):
+        textures(image)
+    asked = (time.perf_counter() - asked) / 1000 * pairs
+    parts = {"textures": asked, "sample": made - begun, "setup": setup, "piece": piece}
+    parts["all"] = asked + made - begun + setup + pieces * piece
+    return {"pairs": pairs, "terms": has_ST.shape[1], "pieces": pieces} | {k: round(v, 1) for k, v in parts.items()}
 
 
 def main():

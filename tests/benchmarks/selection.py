@@ -29,6 +29,7 @@ CONFIGS = {
 RESULTS = Path(__file__).parent / "selection"
 # What a variant changes in the preset `default` of the set's config.
 VARIANTS = {
+    "again": [],
     "oracle": [],
     "marks-alone": [],
     "no-suspicion": ["selection.suspicion=0"],
