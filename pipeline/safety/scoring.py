@@ -110,11 +110,13 @@ def score_all_pairs(
     voters=None,
     singles=None,
     suspicion=None,
+    unmarked=None,
 ):
     """(score_N, bad): float32 scores of all pairs in (shard, position) order, the same vector on every rank.
 
     The score is the cosine, or with `voters` (agreement.Voters) the agreement. With `singles` (copies.Singles) a pair that
-    is not among them has a cosine but no score, and is never safe; with `suspicion` (suspicion.Suspicion) scores are lowered. The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same
+    is not among them has a cosine but no score, and is never safe; with `suspicion` (suspicion.Suspicion) scores are lowered, by textures
+    only those of pairs that are risky in the SafeMask `unmarked`, if it is given. The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same
     number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer. With `files` (scores.ScoreFiles) a
     shard is written as soon as it is scored, what is there is not scored again, and the scores are those that the files hold.
     `each_round(done, rounds)` is called by all ranks after every pass.
@@ -136,7 +138,11 @@ def score_all_pairs(
     ):
         row_B = batch.rows.to(device)
         score_B = scores(batch, image_BD, text_BD, row_B, voters)
-        lowered_B = suspicion.lowered_by(row_B, batch.images) if suspicion else torch.zeros_like(score_B)
+        lowered_B = torch.zeros_like(score_B)
+        if suspicion:
+            # Known on the host: the GPU is not waited for.
+            waits = unmarked and torch.from_numpy(np.flatnonzero(~unmarked.at(*index.place(batch.rows.numpy()))))
+            lowered_B = suspicion.lowered_by(row_B, batch.images, waits if waits is None else waits.to(device))
         if number < len(mine):
             shard, rows = mine[number]
             parts.append(torch.stack([cos_B, score_B, lowered_B]))

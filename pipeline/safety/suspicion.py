@@ -53,27 +53,36 @@ class Suspicion:
         """Of a list of float (F, E)."""
         return cls(np.array(weights, np.float32).reshape(-1, FOLDS, PIXELS + TEXTURES + 1), marks)
 
-    def lowered_by(self, row_B, images_BCHW):
-        """float32 (B,): by how much the scores of pairs are lowered, never below 0. row_B: int64, on the pictures' device."""
+    def lowered_by(self, row_B, images_BCHW, waits_N=None):
+        """float32 (B,): by how much the scores of pairs are lowered, never below 0. row_B: int64, on the pictures' device.
+
+        waits_N: int64, those of the B that wait (None: all may). Only of them textures are taken, which cost as much as a small picture tower."""
         look_BD = small(images_BCHW)
-        if any(self.textured_G):  # they cost as much as a small picture tower
-            look_BD = torch.cat([look_BD, textures(images_BCHW)], 1)
-        return self.lowered_by_looks(row_B, look_BD)
+        lowered_B = self.lowered_by_looks(row_B, look_BD)
+        if any(self.textured_G):
+            those = slice(None) if waits_N is None else waits_N
+            look_ND = torch.cat([look_BD[those], textures(images_BCHW[those])], 1)
+            lowered_B[those] = self.lowered_by_looks(row_B[those], look_ND)
+        return lowered_B
 
     def lowered_by_looks(self, row_B, look_BD):
-        """The same, of small pictures and, unless no group asks for them, textures (float32, 0 to 1): the group that says most speaks."""
+        """The same, of small pictures alone or with textures (float32, 0 to 1): the group that says most speaks."""
         lowered_B = look_BD.new_zeros(len(look_BD))
         for said_B in self.said(row_B, look_BD):
             lowered_B = torch.maximum(lowered_B, said_B)
         return lowered_B
 
     def said(self, row_B, look_BD):
-        """Yield float32 (B,) for each group: by how much it would lower the scores; negative where it speaks for a picture."""
+        """Yield float32 (B,) for each group: by how much it would lower the scores; negative where it speaks for a picture, 0 where it asks for
+        textures and there are none."""
         self.weight_GFE = self.weight_GFE.to(look_BD.device)
         fold_B = fold_of(row_B)
         for weight_FE, textured in zip(self.weight_GFE, self.textured_G):
-            weight_BE = weight_FE[fold_B]
             those = slice(PIXELS, PIXELS + TEXTURES) if textured else slice(PIXELS)
+            if look_BD.shape[1] < those.stop:
+                yield look_BD.new_zeros(len(look_BD))
+                continue
+            weight_BE = weight_FE[fold_B]
             yield (look_BD[:, those] * weight_BE[:, those]).sum(1) + weight_BE[:, -1]
 
     def in_units(self, score_S, strength):

@@ -77,7 +77,12 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
         sample = suspicion_sample(run)
         score_S = score_some_pairs(*arguments, comm.broadcast_object(sample and sample.row_S), voters)
         suspicion = comm.on_main(first_suspicion, sample, marks_of(run), score_S, config.selection.suspicion)
-    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, voters, singles, suspicion)
+    unmarked = None
+    if suspicion and any(suspicion.textured_G):
+        unmarked = unmarked_of_run(slow_folder(run.run_dir, config.selection), *reading(run), marks_of(run), singles)
+    score_N, bad = score_all_pairs(
+        *arguments, config.data.workers, files, each_round, voters, singles, suspicion, unmarked
+    )
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
     before_C = np.load(before / "canaries.npy") if splits else ()

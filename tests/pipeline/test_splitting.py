@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from pipeline import comm
+from pipeline.safety.sample import FOLDS, TEXTURES
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
+from pipeline.safety.suspicion import Suspicion, weights
 from pipeline.training import run as running
 from pipeline.training.curriculum import Epoch
 from pipeline.training.splitting import mask_for
@@ -16,6 +18,7 @@ from pipeline.training.start import Run
 from shards.demo import shapes
 from shards.errors import UserError
 from shards.index import build_index
+from shards.masks import SafeMask
 from tests.pipeline.test_resume import config
 from tests.ranks import run_ranks
 
@@ -56,6 +59,26 @@ def test_scoring_goes_on_with_the_shards_that_are_not_scored_yet(tmp_path, make_
         np.testing.assert_array_equal(whole, resumed)
         # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Cut off after 5, it needs no 8 more.
         assert done == [0, 2] and passes == 6 and other_step == []
+
+
+def lowered_where_they_wait(folder):
+    """(scores as they are, lowered by textures in all pairs, in those alone that are risky in a mask, which those are)."""
+    run = Run(config(folder, "waiting"))
+    weight_FD = np.random.default_rng(0).normal(size=(FOLDS, TEXTURES))
+    suspicion, waits_N = (
+        Suspicion.of([weights(weight_FD, 0.0)]),
+        np.random.default_rng(1).random(run.index.samples) < 0.2,
+    )
+    unmarked = SafeMask.from_flags(run.index.counts, ~waits_N)
+    arguments = run.engine, run.samples, run.views, 16, run.device
+    found = [score_all_pairs(*arguments, **more)[0].copy() for more in ({}, {"suspicion": suspicion})]
+    return *found, score_all_pairs(*arguments, suspicion=suspicion, unmarked=unmarked)[0].copy(), waits_N
+
+
+def test_textures_lower_the_scores_of_pairs_that_wait_alone(data):
+    for plain_N, all_N, some_N, waits_N in run_ranks(lowered_where_they_wait, 2, data):
+        assert (all_N < plain_N).any() and waits_N.any()
+        np.testing.assert_allclose(some_N, np.where(waits_N, all_N, plain_N), atol=1e-4)
 
 
 def masks_of_slow_epochs(folder):

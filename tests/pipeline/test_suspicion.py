@@ -166,6 +166,8 @@ def test_textures_are_asked_for_only_where_a_group_needs_them(monkeypatch):
     pixels = Suspicion.of([weights(np.zeros((FOLDS, PIXELS)), 1.0)])
     both = Suspicion.of([*pixels.weight_GFE.numpy(), weights(np.ones((FOLDS, TEXTURES)), 2.0)])
     assert both.lowered_by(row, images).tolist() == [2.0, 2.0]
+    assert both.lowered_by(row, images, torch.tensor([1])).tolist() == [1.0, 2.0]
+    assert both.lowered_by(row, images, torch.zeros(0, dtype=torch.int64)).tolist() == [1.0, 1.0]
     monkeypatch.setattr("pipeline.safety.suspicion.textures", None)
     assert pixels.lowered_by(row, images).tolist() == [1.0, 1.0]
     with pytest.raises(TypeError):
