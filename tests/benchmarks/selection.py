@@ -49,6 +49,7 @@ ALTERED = {
     "marks-alone": "no groups learnt from scores, only marks",
 }
 GROUPS = (
+    "of_ca7211b",
     "of_2a43d62",
     "of_4e94843",
     "of_1b085b7",
