@@ -39,12 +39,11 @@ def textures(images_BCHW):
     """float32 (B, TEXTURES), 0 to 1: the strongest answer of each of some random filters of 3 x 3 pixels anywhere in the picture at FINE x FINE pixels.
 
     What is in a picture answers wherever it stands. Random filters will do, and know nothing of the data (Saxe et al. 2011)."""
-    filter_TCHW = torch.from_numpy(random_filters()).to(images_BCHW.device)
-    found = [
-        torch.nn.functional.conv2d(torch.nn.functional.adaptive_avg_pool2d(part.float() / 255, FINE), filter_TCHW)
-        for part in images_BCHW.split(64)  # 120 MB of answers
-    ]
-    return torch.cat([answers.amax((2, 3)) for answers in found]).clamp(min=0) / STRONGEST
+    filter_TCHW, found = torch.from_numpy(random_filters()).to(images_BCHW.device), []
+    for part_BCHW in images_BCHW.split(64):  # 120 MB of answers at a time
+        fine_BCHW = torch.nn.functional.adaptive_avg_pool2d(part_BCHW.float() / 255, FINE)
+        found.append(torch.nn.functional.conv2d(fine_BCHW, filter_TCHW).amax((2, 3)))
+    return torch.cat(found).clamp(min=0) / STRONGEST
 
 
 @lru_cache
