@@ -45,16 +45,22 @@ def kth_largest(scores_N, k, total=lambda counts_K: counts_K):
     return prefix, rest
 
 
-def top_by_shard(scores_N, counts_S, key, rest):
-    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to it."""
+def top_by_shard(scores_N, counts_S, key, rest, lowered_N=None):
+    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to it.
+
+    With float32 lowered_N those that were so before they were lowered by it, and are not below `key` since: what is lowered drops out,
+    and nothing comes in for it."""
     start = 0
     for count in counts_S:
-        keys = ordered_keys(scores_N[start : start + count])
+        scores = scores_N[start : start + count]
+        keys = lowered = ordered_keys(scores)
+        if lowered_N is not None:
+            keys = ordered_keys(scores + lowered_N[start : start + count])
         chosen, equals = keys > key, np.flatnonzero(keys == key)[:rest]
         chosen[equals] = True
         rest -= len(equals)
         start += count
-        yield chosen
+        yield chosen & (lowered >= key)
 
 
 def select_top(scores_N, k):
@@ -62,10 +68,12 @@ def select_top(scores_N, k):
     return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k)))
 
 
-def count_at_least(scores_N, cut):
-    """int: scores at or above `cut`."""
-    pieces = range(0, len(scores_N), PIECE)
-    return sum(int(np.count_nonzero(np.asarray(scores_N[start : start + PIECE]) >= cut)) for start in pieces)
+def count_at_least(scores_N, cut, lowered_N=None):
+    """int: scores at or above `cut`, with lowered_N as they were before they were lowered by it."""
+    pieces = [slice(start, start + PIECE) for start in range(0, len(scores_N), PIECE)]
+    return sum(
+        int(np.count_nonzero(scores_N[here] + (0 if lowered_N is None else lowered_N[here]) >= cut)) for here in pieces
+    )
 
 
 def growth(first_share, split, step, cap):

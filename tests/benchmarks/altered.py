@@ -1,6 +1,7 @@
-"""The command line with a split that no setting makes: python -m tests.benchmarks.altered oracle|marks-alone train CONFIG ...
+"""The command line with a split that no setting makes: python -m tests.benchmarks.altered oracle|marks-alone|no-textures train CONFIG ...
 
 oracle: the split knows the poison; no rule can better it. marks-alone: suspicion learns no groups from scores, only marks are held against pairs.
+no-textures: marks look at pixels alone, and so miss a patch that wanders, which is left to the scores.
 """
 
 import sys
@@ -10,7 +11,7 @@ import torch
 
 from pipeline import cli
 from pipeline.evaluation.report import poison_rows
-from pipeline.safety import suspicion
+from pipeline.safety import marks, suspicion
 from pipeline.training import splitting
 
 honest = splitting.scores_for
@@ -24,8 +25,13 @@ def scores_for(run, *rest):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv.pop(1) == "oracle":
+    what = sys.argv.pop(1)
+    if what == "oracle":
         splitting.scores_for = scores_for
-    else:
+    elif what == "marks-alone":
         suspicion.GROUPS = 0
+    elif what == "no-textures":
+        marks.LOOKS = marks.LOOKS[:1]
+    else:
+        sys.exit(f"{what}: expected oracle, marks-alone or no-textures")
     cli.main()

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from pipeline.configfile import load_config
 from shards.storage import write_bytes, write_json
-from tests.benchmarks.rules import RULES
 
 CONFIGS = {
     "shapes": "configs/quickstart.yaml",
@@ -33,6 +32,7 @@ VARIANTS = {
     "again": [],
     "oracle": [],
     "marks-alone": [],
+    "no-textures": [],
     "no-suspicion": ["selection.suspicion=0"],
     "no-mixing": ["data.clip_mix=0", "data.clip_paste=0"],
     "no-views": ["selection.coarse=1", "selection.crop=1", "selection.mirror=false"],
@@ -44,24 +44,11 @@ VARIANTS = {
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
 }
-# Rules that lost before there were marks, each instead of suspicion (no-suspicion is none at all).
-ALONE = {
-    "oracle-alone": [],
-    "slow-rate-halved-alone": ["train.slow_lr=3e-4"],
-    "slow-epochs-1-alone": ["train.slow_epochs=1"],
-    "slow-epochs-4-alone": ["train.slow_epochs=4"],
-    "unimodal-epoch-alone": ["train.unimodal_epochs=1"],
-    "cosine-alone": ["selection.score=cosine"],
-    **{f"{rule}-alone": [] for rule in RULES},
-    "frozen-alone": ["train.unimodal_epochs=1"],
-    "one-caption-alone": ["selection.copies=null"],
-    "live-canary-brake-alone": ["selection.live_canaries=40"],
-}
-VARIANTS |= {name: ["selection.suspicion=0", *words] for name, words in ALONE.items()}
 # Those that no setting makes (tests/benchmarks/altered.py).
 ALTERED = {
     "oracle": "the split knows the poison: what no rule can better",
     "marks-alone": "no groups learnt from scores, only marks",
+    "no-textures": "marks of pixels alone",
 }
 GROUPS = (
     "of_ca7211b",
@@ -92,11 +79,6 @@ def judged(name, seed, variant):
                 subprocess.run([sys.executable, "-m", *parts], env=environment, stdout=log, stderr=log, check=True)
 
         program = ["tests.benchmarks.altered", variant] if variant in ALTERED else ["pipeline.cli"]
-        rule = variant.removesuffix("-alone")
-        if variant in ALONE and rule in RULES:
-            program = ["tests.benchmarks.rules", rule]
-        if variant == "oracle-alone":
-            program = ["tests.benchmarks.altered", rule]
         command(*program, "train", CONFIGS[name], f"run.dir={run}", *words)
         known = (
             "--baseline",
@@ -224,11 +206,6 @@ def main():
     now = results("now")
     there = {run["variant"]: " ".join(run["overrides"]) for run in now}
     there |= {name: what for name, what in ALTERED.items() if name in there}
-    for name, rule in RULES.items():
-        if f"{name}-alone" in there:
-            there[f"{name}-alone"] = f"{rule.__doc__}; {there[f'{name}-alone']}"
-    if "oracle-alone" in there:
-        there["oracle-alone"] = f"{ALTERED['oracle']}; {there['oracle-alone']}"
     text = (
         "# Rules of selection\n\nMade by `python -m tests.benchmarks.selection` (its text says how). Each variant is the preset `default` of the set's config with:\n\n"
         f"{described(there)}\n\n{table(now)}\n" + "\n".join(map(section, GROUPS))

@@ -58,3 +58,18 @@ def test_the_cut_is_the_lowest_score_that_is_selected(scores_N, k):
     assert bool(rest) == chosen.any()
     if rest:
         assert score_of(key) == scores_N[chosen].min()
+
+
+@given(st.data(), scores, st.integers(0, 250))
+def test_what_is_lowered_drops_out_and_nothing_comes_in_for_it(data, before_N, k):
+    amounts = st.sampled_from([np.float32(x) for x in (0, 0, 0.25, 1, 3)])
+    lowered_N = data.draw(arrays(np.float32, len(before_N), elements=amounts))
+    scores_N = before_N - lowered_N
+    before_N = scores_N + lowered_N  # as far as rounding lets it be known
+    key, rest = kth_largest(before_N, k)
+    (chosen,) = top_by_shard(scores_N, [len(scores_N)], key, rest, lowered_N)
+    without = select_top(before_N, k)
+    assert not (chosen & ~without).any()
+    assert chosen[without & (lowered_N == 0)].all()
+    if chosen.any():
+        assert (chosen == without & (scores_N >= score_of(key))).all()
