@@ -45,22 +45,16 @@ def kth_largest(scores_N, k, total=lambda counts_K: counts_K):
     return prefix, rest
 
 
-def top_by_shard(scores_N, counts_S, key, rest, lowered_N=None):
-    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to it.
-
-    With float32 lowered_N those that were so before they were lowered by it, and are not below `key` since: what is lowered drops out,
-    and nothing comes in for it."""
+def top_by_shard(scores_N, counts_S, key, rest):
+    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to it."""
     start = 0
     for count in counts_S:
-        scores = scores_N[start : start + count]
-        keys = lowered = ordered_keys(scores)
-        if lowered_N is not None:
-            keys = ordered_keys(scores + lowered_N[start : start + count])
+        keys = ordered_keys(scores_N[start : start + count])
         chosen, equals = keys > key, np.flatnonzero(keys == key)[:rest]
         chosen[equals] = True
         rest -= len(equals)
         start += count
-        yield chosen & (lowered >= key)
+        yield chosen
 
 
 def select_top(scores_N, k):
@@ -69,11 +63,20 @@ def select_top(scores_N, k):
 
 
 def count_at_least(scores_N, cut, lowered_N=None):
-    """int: scores at or above `cut`, with lowered_N as they were before they were lowered by it."""
+    """int: scores at or above `cut`; with float32 lowered_N, of scores that were lowered by it, those that were before."""
     pieces = [slice(start, start + PIECE) for start in range(0, len(scores_N), PIECE)]
     return sum(
         int(np.count_nonzero(scores_N[here] + (0 if lowered_N is None else lowered_N[here]) >= cut)) for here in pieces
     )
+
+
+def held_back(scores_N, lowered_N, k, total=lambda counts: counts):
+    """int: of the k highest scores as they were before they were lowered by float32 lowered_N, those that no longer reach the lowest of them.
+
+    Without them the highest scores are among the same k. `total` as for kth_largest."""
+    key, rest = kth_largest(scores_N + lowered_N, k, total)
+    cut = score_of(key) if rest else np.inf
+    return int(total(np.array([count_at_least(scores_N, cut, lowered_N) - count_at_least(scores_N, cut)]))[0])
 
 
 def growth(first_share, split, step, cap):

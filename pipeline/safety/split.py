@@ -10,7 +10,7 @@ from pipeline import comm
 from pipeline.safety.canaries import passing
 from pipeline.safety.diagnosis import change, separation
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
-from pipeline.safety.selection import RANGES, count_at_least, growth, kth_largest, score_of, top_by_shard
+from pipeline.safety.selection import RANGES, count_at_least, growth, held_back, kth_largest, score_of, top_by_shard
 from shards.errors import UserError
 from shards.masks import SafeMask, byte_starts, shard_list
 from shards.storage import write_bytes
@@ -66,8 +66,8 @@ def split_pairs(
 
     Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
     `canary_C`: scores of the canaries, of which the split only tells how many would pass; `live`: rows of the live canaries by kind.
-    `lowered_N`: float32, by how much suspicion lowered the scores. The cut is that of the scores before, so that suspicion only ever holds
-    back: were the share made up from the next lower scores, each honest pair that waits would let in one that is risky.
+    `lowered_N`: float32, by how much suspicion lowered the scores. The share is that of the scores before, less what it holds back: were it
+    filled up with the next scores, each honest pair that waits would let in one that is risky.
     """
     canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
     limits = RANGES[selection.score]
@@ -75,13 +75,13 @@ def split_pairs(
     counts_K = comm.sum_counts(histogram(mine_N, *limits))
     decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share, lowered_N)
     mixture, share, first_share, note, diagnosis = decided
-    if lowered_N is not None:
-        mine_N = mine_N + np.array_split(lowered_N, comm.world())[comm.rank()]
     wanted = round(share * len(score_N))
-    key, rest = kth_largest(mine_N, wanted, comm.sum_counts)
-    mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest, lowered_N), counts_S)
     if lowered_N is not None:
-        diagnosis["held_back"] = min(wanted, int(counts_K.sum())) - int(mask.counts("safe").sum())
+        lowered_M = np.array_split(lowered_N, comm.world())[comm.rank()]
+        diagnosis["held_back"] = held_back(mine_N, lowered_M, wanted, comm.sum_counts)
+        wanted = min(wanted, int(counts_K.sum())) - diagnosis["held_back"]
+    key, rest = kth_largest(mine_N, wanted, comm.sum_counts)
+    mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest), counts_S)
     if before:
         diagnosis |= comm.on_main(change_since, before, counts_K, limits, mask)
     cut = score_of(key) if rest else float("inf")
