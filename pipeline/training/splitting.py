@@ -32,13 +32,10 @@ def mask_for(run, epoch, stop):
     if not comm.on_main(is_split, folder, due, state, config):
         before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
         suspicion = comm.on_main(suspicion_of, before, state, config) if before and config.selection.suspicion else None
-        score_N, lowered_N, canary_C, mean_of, suspicion = scores_for(
-            run, epoch, folder, before, suspicion, stop, meter
-        )
+        score_N, canary_C, mean_of, suspicion = scores_for(run, epoch, folder, before, suspicion, stop, meter)
         live = run.samples.canaries and run.samples.canaries.rows
-        first_share = state["first_share"]
         split = split_pairs(
-            score_N, index.counts, config.selection, epoch.split, first_share, before, canary_C, live, lowered_N
+            score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
         )
         if config.selection.suspicion:
             learn_suspicion(run, folder, score_N, suspicion, epoch.split < PROBATION)
@@ -56,9 +53,9 @@ def mask_for(run, epoch, stop):
 
 
 def scores_for(run, epoch, folder, before, suspicion, stop, meter):
-    """(score_N, lowered_N, canary_C, mean_of, suspicion) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
+    """(score_N, canary_C, mean_of, suspicion) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
 
-    lowered_N: by how much suspicion lowered the scores, None where there is none; mean_of: number of splits that they are the mean of. `suspicion`, what the split before left, lowers the scores; where it left none it
+    mean_of: number of splits that it is the mean of. `suspicion`, what the split before left, lowers the scores; where it left none it
     is learnt first, from the scores of its sample, so that a run's first split holds back what they show."""
     config, index, state = run.config, run.index, run.state
     agreement = config.selection.score == "agreement"
@@ -83,16 +80,15 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
     unmarked = None
     if suspicion and any(suspicion.textured_G):
         unmarked = unmarked_of_run(slow_folder(run.run_dir, config.selection), *reading(run), marks_of(run), singles)
-    lowered_N = comm.host_array(index.samples, np.float32) if suspicion else None
     score_N, bad = score_all_pairs(
-        *arguments, config.data.workers, files, each_round, voters, singles, suspicion, unmarked, lowered_N
+        *arguments, config.data.workers, files, each_round, voters, singles, suspicion, unmarked
     )
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
     before_C = np.load(before / "canaries.npy") if splits else ()
     if len(before_C) == len(canary_C):  # their number may have been changed
         canary_C = running_mean(before_C, canary_C, splits)
-    return score_N, lowered_N, canary_C, splits + 1, suspicion
+    return score_N, canary_C, splits + 1, suspicion
 
 
 def singles_of(run):
