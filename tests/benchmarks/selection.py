@@ -5,7 +5,7 @@ python -m tests.benchmarks.selection [--sets emoji] [--seeds 0 1 2] [--variants 
 The data and attacks are those of launch/reproduce.sh, which also trains plain CLIP and the presets: run it first. A run whose config has
 been run is used again. Writes tests/benchmarks/selection/now/SET/seedN/VARIANT.json (the fields of eval.json, and the overrides)
 and, from all that is there, the presets' results (tests/benchmarks/reproduce) and what was tried at earlier commits (the folders beside `now`, whose about.json
-says what they were; rules that lost are in the code of 304d2ee, the last commit that has them): tests/benchmarks/selection.md,
+says what they were; rules that lost are in the code of 2df2b05 and, with those tried on emoji alone, of 304d2ee): tests/benchmarks/selection.md,
 canaries.png (canaries that pass beside poison that passes) and selection.json, the presets' results, an object each.
 """
 
@@ -51,6 +51,8 @@ ALTERED = {
     "no-textures": "marks of pixels alone",
 }
 GROUPS = (
+    "of_6889942",
+    "of_2df2b05",
     "of_ca7211b",
     "of_2a43d62",
     "of_4e94843",
