@@ -126,7 +126,7 @@ class Selection:
     growth: float = 0.01
     """Share of the pairs by which the safe set grows with each later epoch."""
     cap: float = 0.85
-    """The safe set grows no larger than this share."""
+    """The safe set grows no larger than this share, less the pairs that suspicion holds back."""
     score: str = "cosine"
     """What pairs are ranked by: cosine, or agreement, for which other pairs are asked too (pipeline/safety/agreement.py)."""
     coarse: float = 1.0
@@ -143,7 +143,8 @@ class Selection:
     voters: int = 4096
     """Pairs that are asked: random ones, the same all the run."""
     canaries: int = 500
-    """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
+    """Mismatched pairs that are scored and never trained on: the share that passes is told at every split, and suspicion compares groups
+    with them; 0 = none."""
     live_canaries: int = 0
     """So many pairs are given a patch, and as many a blended pattern, with a caption not theirs, and trained on if they pass; 0 = none."""
     every: int = 1

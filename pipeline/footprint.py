@@ -14,6 +14,7 @@ from pipeline.training.model import build_model, open_clip_config
 
 SCORE_BYTES = 40  # of a pair in a split's score files: position, key, cosine
 HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
+LOWERED_BYTES = 4  # and with suspicion, by how much it lowered the score
 SPARE = 0.9  # share of a device's memory that may be spoken for before activations
 
 
@@ -59,7 +60,8 @@ def check_memory(config, index, size, ranks):
     found = [("ok", "memory", text)]
     if total > SPARE * there:
         found = [("fatal", "memory", f"{text}; take a higher train.zero_stage, more processes, or a smaller model")]
-    host, temporary = int(index.samples * HOST_BYTES), tempfile.gettempdir()
+    host = int(index.samples * (HOST_BYTES + LOWERED_BYTES * (config.selection.suspicion > 0)))
+    temporary = tempfile.gettempdir()
     free = shutil.disk_usage(temporary).free
     text = f"scores and mask take {human(host)} in {temporary}, one copy a host, of {human(free)} free there"
     if host > free:

@@ -50,6 +50,10 @@ class ScoreFiles:
         ]
         return table["score"].to_numpy().astype(np.float32), bad
 
+    def lowered(self, shard):
+        """float32 (n,): by how much suspicion lowered the scores of a shard that is done."""
+        return pq.read_table(self.path(shard), columns=["lowered"])["lowered"].to_numpy().astype(np.float32)
+
     def write(self, shard, cos_B, score_B, bad, lowered_B=None):
         """Put a whole shard's cosines and scores, float32 (n,), and why some have none on disk; returns the scores, meant and lowered.
 

@@ -111,12 +111,14 @@ def score_all_pairs(
     singles=None,
     suspicion=None,
     unmarked=None,
+    lowered_N=None,
 ):
     """(score_N, bad): float32 scores of all pairs in (shard, position) order, the same vector on every rank.
 
     The score is the cosine, or with `voters` (agreement.Voters) the agreement. With `singles` (copies.Singles) a pair that
     is not among them has a cosine but no score, and is never safe; with `suspicion` (suspicion.Suspicion) scores are lowered, by textures
-    only those of pairs that are risky in the SafeMask `unmarked`, if it is given. The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same
+    only those of pairs that are risky in the SafeMask `unmarked`, if it is given; by how much is put into `lowered_N`, float32 zeros of
+    comm.host_array. The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same
     number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer. With `files` (scores.ScoreFiles) a
     shard is written as soon as it is scored, what is there is not scored again, and the scores are those that the files hold.
     `each_round(done, rounds)` is called by all ranks after every pass.
@@ -126,8 +128,11 @@ def score_all_pairs(
     done = set(comm.broadcast_object(files.done() if files and comm.is_main() else []))
     owned = assign_shards(index.counts, world, done)
     for shard in done.intersection(owned[comm.rank()]):
-        score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard)
+        here = slice(index.offsets[shard], index.offsets[shard + 1])
+        score_N[here], found = files.read(shard)
         bad += found
+        if lowered_N is not None:
+            lowered_N[here] = files.lowered(shard)
     todo = [shard_batches(index.offsets, [s for s in shards if s not in done], batch_size) for shards in owned]
     mine, rounds = todo[comm.rank()], max(len(batches) for batches in todo)
     filler = next((batch for batches in todo for batch in batches), None)
@@ -156,9 +161,12 @@ def score_all_pairs(
                 else:
                     score_S = score_S - lowered_S
                 score_N[index.offsets[shard] : rows.stop] = score_S
+                if lowered_N is not None:
+                    lowered_N[index.offsets[shard] : rows.stop] = lowered_S
                 bad += found
                 parts, found = [], []
         if each_round:
             each_round(number + 1, rounds)
-    comm.share_between_hosts(score_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
+    for shared_N in (score_N,) if lowered_N is None else (score_N, lowered_N):
+        comm.share_between_hosts(shared_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
     return score_N, bad

@@ -62,10 +62,21 @@ def select_top(scores_N, k):
     return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k)))
 
 
-def count_at_least(scores_N, cut):
-    """int: scores at or above `cut`."""
-    pieces = range(0, len(scores_N), PIECE)
-    return sum(int(np.count_nonzero(np.asarray(scores_N[start : start + PIECE]) >= cut)) for start in pieces)
+def count_at_least(scores_N, cut, lowered_N=None):
+    """int: scores at or above `cut`; with float32 lowered_N, of scores that were lowered by it, those that were before."""
+    pieces = [slice(start, start + PIECE) for start in range(0, len(scores_N), PIECE)]
+    return sum(
+        int(np.count_nonzero(scores_N[here] + (0 if lowered_N is None else lowered_N[here]) >= cut)) for here in pieces
+    )
+
+
+def held_back(scores_N, lowered_N, k, total=lambda counts: counts):
+    """int: of the k highest scores as they were before they were lowered by float32 lowered_N, those that no longer reach the lowest of them.
+
+    Without them the highest scores are among the same k. `total` as for kth_largest."""
+    key, rest = kth_largest(scores_N + lowered_N, k, total)
+    cut = score_of(key) if rest else np.inf
+    return int(total(np.array([count_at_least(scores_N, cut, lowered_N) - count_at_least(scores_N, cut)]))[0])
 
 
 def growth(first_share, split, step, cap):

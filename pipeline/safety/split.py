@@ -10,7 +10,7 @@ from pipeline import comm
 from pipeline.safety.canaries import passing
 from pipeline.safety.diagnosis import change, separation
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
-from pipeline.safety.selection import RANGES, count_at_least, growth, kth_largest, score_of, top_by_shard
+from pipeline.safety.selection import RANGES, count_at_least, growth, held_back, kth_largest, score_of, top_by_shard
 from shards.errors import UserError
 from shards.masks import SafeMask, byte_starts, shard_list
 from shards.storage import write_bytes
@@ -28,7 +28,7 @@ class Split:
     first_share: float  # of the run's first split: the schedule grows from it
     mask: SafeMask
     note: str
-    diagnosis: dict  # diagnosis.separation, diagnosis.change, and the share by posterior and by schedule
+    diagnosis: dict  # diagnosis.separation, diagnosis.change, the share by posterior and by schedule, pairs that suspicion holds back
     counts_K: np.ndarray  # mixture.histogram of the scores
     canary_C: np.ndarray  # scores of the canaries
 
@@ -48,6 +48,8 @@ class Split:
         text, found = f"safe {self.share:.1%}, score >= {self.cut:.3f}", self.diagnosis
         if "ashman_d" in found:
             text += f", D {found['ashman_d']:.2f}, overlap {found['overlap']:.1%}"
+        if "held_back" in found:
+            text += f", {found['held_back']:,} held back"
         if "flips_in" in found:
             text += f", {found['flips_in']:,} in, {found['flips_out']:,} out"
         if "canaries" in found:
@@ -57,19 +59,28 @@ class Split:
         return text + (f" ({self.note})" if self.note else "")
 
 
-def split_pairs(score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), live=None):
+def split_pairs(
+    score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), live=None, lowered_N=None
+):
     """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
 
     Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
     `canary_C`: scores of the canaries, of which the split only tells how many would pass; `live`: rows of the live canaries by kind.
+    `lowered_N`: float32, by how much suspicion lowered the scores. The share is that of the scores before, less what it holds back: were it
+    filled up with the next scores, each honest pair that waits would let in one that is risky.
     """
     canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
     limits = RANGES[selection.score]
     mine_N = np.array_split(score_N, comm.world())[comm.rank()]
     counts_K = comm.sum_counts(histogram(mine_N, *limits))
-    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share)
+    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share, lowered_N)
     mixture, share, first_share, note, diagnosis = decided
-    key, rest = kth_largest(mine_N, round(share * len(score_N)), comm.sum_counts)
+    wanted = round(share * len(score_N))
+    if lowered_N is not None:
+        lowered_M = np.array_split(lowered_N, comm.world())[comm.rank()]
+        diagnosis["held_back"] = held_back(mine_N, lowered_M, wanted, comm.sum_counts)
+        wanted = min(wanted, int(counts_K.sum())) - diagnosis["held_back"]
+    key, rest = kth_largest(mine_N, wanted, comm.sum_counts)
     mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest), counts_S)
     if before:
         diagnosis |= comm.on_main(change_since, before, counts_K, limits, mask)
@@ -85,7 +96,7 @@ def split_pairs(score_N, counts_S, selection, number, first_share=None, before=N
     return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C)
 
 
-def decide(counts_K, score_N, selection, number, first_share):
+def decide(counts_K, score_N, selection, number, first_share, lowered_N=None):
     """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds."""
     mixture, note, diagnosis, by_posterior = None, "", {}, None
     limits = RANGES[selection.score]
@@ -94,7 +105,7 @@ def decide(counts_K, score_N, selection, number, first_share):
         diagnosis = separation(counts_K, *limits, mixture)
         if diagnosis["bic_two"] >= diagnosis["bic_one"]:
             raise DegenerateFit("one Gaussian describes the scores as well as two (BIC)")
-        by_posterior = count_at_least(score_N, upper_cut(mixture, selection.posterior)) / len(score_N)
+        by_posterior = count_at_least(score_N, upper_cut(mixture, selection.posterior), lowered_N) / len(score_N)
     except DegenerateFit as error:
         note = f"no cut by the mixture: {error}"
     if number == 0 or first_share is None:

@@ -4,10 +4,10 @@ Of the pairs that a trigger poisons more than of others score low, and all show 
 tell the pictures of the lowest scores from the others (ridge regression on small pictures, not on the embeddings that poison teaches).
 It learns again from those that it judges most alike (TAILS), and again: honest pictures that scored low share little, and drop out;
 those that share one thing, a patch in its place or a pattern over the whole, are left, and stand out by tens of deviations whatever they
-score. They are a group; if it scores low (LOW_RANK) and its captions share a word, each split after it holds all against whom the classifier speaks. The next group
-is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
+score. They are a group; if it scores as pairs do whose caption is not theirs (canaries; LIKE) and its captions share a word, each split after it holds all against whom
+the classifier speaks. The next group is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
 fitted without one fold of the pairs. What honest pictures are judged is about normal, and few are beyond FREE deviations; some groups are honest
-(a colour, a kind of drawing that the model has not learnt to read yet) and wait until it has. A trigger that is elsewhere in each picture is not linear,
+(a colour, a kind of drawing that the model has not learnt to read yet) and score low too, but not as low: were they held, it would not learn to read them. A trigger that is elsewhere in each picture is not linear,
 and is not found here (marks see it, by its texture). The lowest scores and not the risky pairs: early on half of all pairs are risky, and the trigger is lost among them. The
 scores as they were before they were lowered: else suspicion feeds on itself, and honest pictures fill the risky set in place of wrong captions.
 Legend: as in sample.py, and G groups, E = PIXELS + TEXTURES + 1.
@@ -30,9 +30,10 @@ LOWEST = 0.15  # of the scores are learnt as low, pairs without a score among th
 TAILS = 0.05, 0.03, 0.02  # of the pairs, those that are judged most alike, are learnt next
 APART = 8.0  # deviations from which on a picture is one of the group
 LEAST = 8  # pictures of a group
-LOW_RANK = 0.35  # mean rank of a group's scores, 0 to 1, below which it is held against its pictures
-HIGH_RANK = 0.45  # from which on it no longer is
-MARK_RANK = 0.35  # the same for a mark, whose pairs the model has not trained on
+LIKE = 2.0  # times the mean rank of the canaries' scores, 0 to 1: that of a group's below which it is held against its pictures
+UNLIKE = 5.0  # from which on it no longer is
+LOW_RANK, HIGH_RANK = 0.35, 0.45  # the same in ranks: the most that LIKE and UNLIKE may come to
+MARK_RANK = 0.35  # from which on a mark is no longer held, whose pairs the model has not trained on
 GROUPS = 8  # are held against pictures, at most
 NOTHING = 1e-4  # deviation of the judgements (1 = low, 0 = not) below which the classifier has found nothing
 FREE = 6.0  # deviations on the group's side that cost nothing
@@ -123,25 +124,33 @@ def weights(weight_FD, constant_F):
     return placed_FE
 
 
-def learn(sample, score_S, strength, before=None, keep=False):
+def limits(score_S, canary_C=()):
+    """(LIKE, UNLIKE) as mean ranks of a group, by the scores of canaries (float32, NaN where there is none), mismatched pairs that nothing has trained on."""
+    canary_C = np.asarray(canary_C)[~np.isnan(canary_C)]
+    rank = np.searchsorted(np.sort(score_S), canary_C).mean() / max(1, len(score_S)) if len(canary_C) else 1.0
+    return min(LOW_RANK, LIKE * rank), min(HIGH_RANK, UNLIKE * rank)
+
+
+def learn(sample, score_S, strength, before=None, keep=False, canary_C=()):
     """Suspicion of a Sample, by its scores: each deviation of a picture beyond FREE lowers its pair's score by `strength` deviations of the scores.
 
     score_S: float32, not lowered, NaN where there is none. The deviation of pictures is a robust one (1.4826 times the median absolute
-    one). Groups of `before`, what was suspected so far, stay until their scores are no longer low (MARK_RANK, HIGH_RANK), and with `keep` in any case.
+    one). Groups of `before`, what was suspected so far, stay until the scores of those that no group before them holds are no longer low
+    (MARK_RANK, UNLIKE), and with `keep` in any case.
+    canary_C: scores of the canaries, if there are any.
     """
     known_S = ~np.isnan(score_S)
     deviation = float(np.std(score_S[known_S], dtype=np.float64)) if known_S.any() else 0.0
     score_S = np.where(known_S, score_S, -np.inf)
-    rank_S = rankdata(score_S) / max(1, len(score_S))
+    rank_S, (low, high) = rankdata(score_S) / max(1, len(score_S)), limits(score_S, canary_C)
     rest_S, found, gram_FDD, marks = np.ones(len(score_S), bool), [], sample.gram_FDD, 0
     said = before.said(torch.from_numpy(sample.row_S), sample.looks()) if before else ()
     for number, said_S in enumerate(said):
-        group_S = said_S.numpy() > (APART - FREE) * strength * deviation
-        limit = MARK_RANK if number < before.marks else HIGH_RANK
+        group_S = rest_S & (said_S.numpy() > (APART - FREE) * strength * deviation)
+        limit = MARK_RANK if number < before.marks else high
         if keep or group_S.any() and rank_S[group_S].mean() < limit:
             found.append(before.weight_GFE[number].cpu().numpy())
             marks += number < before.marks
-            group_S &= rest_S
             rest_S, gram_FDD = rest_S & ~group_S, gram_FDD - sample.grams(group_S)
     for _ in range(GROUPS - (len(found) - marks)):
         if not rest_S.any():
@@ -159,7 +168,7 @@ def learn(sample, score_S, strength, before=None, keep=False):
         group_S = rest_S & (judged_S > middle + APART * spread)
         if group_S.sum() < LEAST:
             break
-        if rank_S[group_S].mean() < LOW_RANK and (sample.has_ST is None or share_a_word(sample.has_ST, group_S)):
+        if rank_S[group_S].mean() < low and (sample.has_ST is None or share_a_word(sample.has_ST, group_S)):
             scale = strength * deviation / spread
             constant_F = -scale * (weight_FD @ sample.mean_D + middle) - FREE * strength * deviation
             found.append(weights(scale * weight_FD, constant_F))

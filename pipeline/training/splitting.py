@@ -32,13 +32,16 @@ def mask_for(run, epoch, stop):
     if not comm.on_main(is_split, folder, due, state, config):
         before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
         suspicion = comm.on_main(suspicion_of, before, state, config) if before and config.selection.suspicion else None
-        score_N, canary_C, mean_of, suspicion = scores_for(run, epoch, folder, before, suspicion, stop, meter)
+        score_N, lowered_N, canary_C, mean_of, suspicion = scores_for(
+            run, epoch, folder, before, suspicion, stop, meter
+        )
         live = run.samples.canaries and run.samples.canaries.rows
+        first_share = state["first_share"]
         split = split_pairs(
-            score_N, index.counts, config.selection, epoch.split, state["first_share"], before, canary_C, live
+            score_N, index.counts, config.selection, epoch.split, first_share, before, canary_C, live, lowered_N
         )
         if config.selection.suspicion:
-            learn_suspicion(run, folder, score_N, suspicion, epoch.split < PROBATION)
+            learn_suspicion(run, folder, score_N, suspicion, epoch.split < PROBATION, canary_C)
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
         comm.on_main(save_split, folder, split, index, made)
@@ -53,9 +56,9 @@ def mask_for(run, epoch, stop):
 
 
 def scores_for(run, epoch, folder, before, suspicion, stop, meter):
-    """(score_N, canary_C, mean_of, suspicion) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
+    """(score_N, lowered_N, canary_C, mean_of, suspicion) of the split in `folder`; the agreement is a mean, which goes on from that in the folder `before`.
 
-    mean_of: number of splits that it is the mean of. `suspicion`, what the split before left, lowers the scores; where it left none it
+    lowered_N: by how much suspicion lowered the scores, None where there is none; mean_of: number of splits that they are the mean of. `suspicion`, what the split before left, lowers the scores; where it left none it
     is learnt first, from the scores of its sample, so that a run's first split holds back what they show."""
     config, index, state = run.config, run.index, run.state
     agreement = config.selection.score == "agreement"
@@ -72,23 +75,25 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
     seed, voters = config.run.seed, None
     if agreement:
         voters = gather_voters(*arguments, config.selection.voters, seed)
+    canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
     singles = singles_of(run)
     if config.selection.suspicion and suspicion is None:
         sample = suspicion_sample(run)
         score_S = score_some_pairs(*arguments, comm.broadcast_object(sample and sample.row_S), voters)
-        suspicion = comm.on_main(first_suspicion, sample, marks_of(run), score_S, config.selection.suspicion)
+        strength = config.selection.suspicion
+        suspicion = comm.on_main(first_suspicion, sample, marks_of(run), score_S, strength, canary_C)
     unmarked = None
     if suspicion and any(suspicion.textured_G):
         unmarked = unmarked_of_run(slow_folder(run.run_dir, config.selection), *reading(run), marks_of(run), singles)
+    lowered_N = comm.host_array(index.samples, np.float32) if suspicion else None
     score_N, bad = score_all_pairs(
-        *arguments, config.data.workers, files, each_round, voters, singles, suspicion, unmarked
+        *arguments, config.data.workers, files, each_round, voters, singles, suspicion, unmarked, lowered_N
     )
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * index.samples)
-    canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)
     before_C = np.load(before / "canaries.npy") if splits else ()
     if len(before_C) == len(canary_C):  # their number may have been changed
         canary_C = running_mean(before_C, canary_C, splits)
-    return score_N, canary_C, splits + 1, suspicion
+    return score_N, lowered_N, canary_C, splits + 1, suspicion
 
 
 def singles_of(run):
@@ -107,9 +112,9 @@ def reading(run):
     return run.samples, run.views, run.config.selection.batch_size, run.config.data.workers
 
 
-def first_suspicion(sample, marks, score_S, strength):
+def first_suspicion(sample, marks, score_S, strength, canary_C):
     """Suspicion of a run's first split: every mark, and what the low scores of its sample share."""
-    return learn(sample, score_S, strength, marks.in_units(score_S, strength), keep=True)
+    return learn(sample, score_S, strength, marks.in_units(score_S, strength), True, canary_C)
 
 
 def marks_of(run):
@@ -145,7 +150,7 @@ def singles_folder(run_dir):
     return run_dir / "masks" / "singles"
 
 
-def learn_suspicion(run, folder, score_N, suspicion, keep):
+def learn_suspicion(run, folder, score_N, suspicion, keep, canary_C):
     """Learn from this split, whose scores `suspicion` has lowered, what the next one suspects (all of it if `keep`); kept in this one's folder.
 
     All ranks call."""
@@ -153,7 +158,7 @@ def learn_suspicion(run, folder, score_N, suspicion, keep):
 
     def save():
         score_S = raised(sample, score_N[sample.row_S], suspicion)
-        learn(sample, score_S, run.config.selection.suspicion, suspicion, keep).save(folder)
+        learn(sample, score_S, run.config.selection.suspicion, suspicion, keep, canary_C).save(folder)
 
     comm.on_main(save)
 

@@ -139,7 +139,8 @@ def test_a_model_that_no_rank_can_hold_is_fatal(world):
 def test_a_temporary_folder_that_cannot_hold_the_scores_is_fatal(world, monkeypatch):
     made, usage = config(world, "run"), namedtuple("usage", "total used free")
     index, size = ShardIndex.load(made.data.index), footprint.measure(made)
-    for free, expected in ((989, "fatal"), (991, "ok")):  # 240 pairs
+    for suspicion, free, expected in ((0.0, 989, "fatal"), (0.0, 991, "ok"), (0.8, 1949, "fatal"), (0.8, 1951, "ok")):
+        made.selection.suspicion = suspicion  # 240 pairs
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
         level, _, text = footprint.check_memory(made, index, size, 1)[1]
         assert level == expected and "one copy a host" in text

@@ -177,6 +177,28 @@ def test_marks_wait_and_stay_only_where_their_scores_are_at_the_bottom():
     assert held(score, keep=False) == (1, True)
 
 
+def test_a_mark_that_only_adds_pictures_of_good_scores_to_those_of_another_goes():
+    """So a trigger's pictures cannot keep honest ones waiting that look a little like them."""
+    pictures, token_SL = drawn(0)
+    poison, like = triggered(pictures, token_SL, "patch"), np.zeros(COUNT, bool)
+    like[np.random.default_rng(2).choice(np.flatnonzero(~poison), 40, replace=False)] = True
+    sample = sample_of(pictures, token_SL)
+    score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
+    score[poison] *= 0.1
+    narrow, scale = find_marks(sample).in_units(score, 0.8), 0.8 * score.std()
+
+    def said(row_S, looks):
+        """What a narrow mark and one that is wider say."""
+        one_S = next(narrow.said(row_S, looks))
+        yield from (one_S, torch.where(torch.from_numpy(like), one_S.new_full((COUNT,), 4 * float(scale)), one_S))
+
+    two = Suspicion(torch.cat([narrow.weight_GFE[:1]] * 2), marks=2)
+    two.said = said
+    found = learn(sample, score, 0.8, two)
+    assert found.marks == 1 and learn(sample, score, 0.8, two, keep=True).marks == 2
+    assert (found.lowered_by_looks(torch.arange(COUNT), sample.looks())[poison] > 0).all()
+
+
 def found_together(seed):
     pictures, token_SL = drawn(seed)
     token_SL[:, 2] = np.random.default_rng(seed).integers(100, 160, COUNT)  # so many words that both ranks have some

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.safety.selection import count_at_least, growth, kth_largest, score_of, select_top, top_by_shard
+from pipeline.safety.selection import count_at_least, growth, held_back, kth_largest, score_of, select_top, top_by_shard
 
 scores = arrays(
     np.float32,
@@ -58,3 +58,20 @@ def test_the_cut_is_the_lowest_score_that_is_selected(scores_N, k):
     assert bool(rest) == chosen.any()
     if rest:
         assert score_of(key) == scores_N[chosen].min()
+
+
+@given(st.data(), scores, st.integers(0, 250))
+def test_what_is_lowered_drops_out_and_nothing_comes_in_for_it(data, before_N, k):
+    amounts = st.sampled_from([np.float32(x) for x in (0, 0, 0.25, 1, 3)])
+    lowered_N = data.draw(arrays(np.float32, len(before_N), elements=amounts))
+    scores_N = before_N - lowered_N
+    before_N = scores_N + lowered_N  # as far as rounding lets it be known
+    k = min(k, int((~np.isnan(before_N)).sum()))
+    held = held_back(scores_N, lowered_N, k)
+    chosen, without = select_top(scores_N, k - held), select_top(before_N, k)
+    if without.any():
+        cut = before_N[without].min()
+        assert (before_N[chosen] >= cut).all() and (scores_N[chosen] >= cut).all()
+        assert held == ((before_N >= cut) & (scores_N < cut)).sum()
+        if (before_N >= cut).sum() == k:  # without ties at the cut: those that still reach it, and no others
+            np.testing.assert_array_equal(chosen, scores_N >= cut)

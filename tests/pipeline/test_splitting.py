@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from pipeline import comm
+from pipeline.config import Selection
 from pipeline.safety.sample import FOLDS, TEXTURES
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
+from pipeline.safety.split import split_pairs
 from pipeline.safety.suspicion import Suspicion, weights
 from pipeline.training import run as running
 from pipeline.training.curriculum import Epoch
@@ -79,6 +81,26 @@ def test_textures_lower_the_scores_of_pairs_that_wait_alone(data):
     for plain_N, all_N, some_N, waits_N in run_ranks(lowered_where_they_wait, 2, data):
         assert (all_N < plain_N).any() and waits_N.any()
         np.testing.assert_allclose(some_N, np.where(waits_N, all_N, plain_N), atol=1e-4)
+
+
+def split_with_suspicion():
+    """(flags, share, cut, pairs held back, line) of a split in which every fifth pair is suspected."""
+    rng = np.random.default_rng(0)
+    score_N, lowered_N = rng.normal(0, 0.2, 1_000).astype(np.float32), np.zeros(1_000, np.float32)
+    lowered_N[::5] = rng.uniform(0, 0.5, 200)
+    split = split_pairs(score_N - lowered_N, [600, 0, 400], Selection(first_share=0.9, cap=1.0), 0, lowered_N=lowered_N)
+    return split.mask.flags(), split.share, split.cut, split.diagnosis["held_back"], split.line()
+
+
+def test_suspicion_holds_back_and_lets_nothing_in_instead():
+    rng = np.random.default_rng(0)
+    score_N, lowered_N = rng.normal(0, 0.2, 1_000).astype(np.float32), np.zeros(1_000, np.float32)
+    lowered_N[::5] = rng.uniform(0, 0.5, 200)
+    cut = np.sort(score_N)[100]
+    for flags, share, found, held, line in run_ranks(split_with_suspicion, 2):
+        assert cut <= found == (score_N - lowered_N)[flags].min()
+        np.testing.assert_array_equal(flags, (score_N >= cut) & (score_N - lowered_N >= cut))
+        assert held == 900 - flags.sum() > 20 and share == flags.mean() and f"{held} held back" in line
 
 
 def masks_of_slow_epochs(folder):

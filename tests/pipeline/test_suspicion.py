@@ -112,6 +112,29 @@ def test_a_group_stays_while_its_scores_are_low_though_it_would_not_be_found_aga
     assert held == [True, False]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_is_held_that_scores_as_mismatched_pairs_do_and_none_that_scores_better(seed):
+    """54 of its 60 pictures are among the lowest 15 %: their mean rank is about 0.13. That of the canaries decides."""
+    small_SD, triggered, score = drawn(seed, strength=0.3)
+    sample, held = Sample(np.arange(COUNT), small_SD), {}
+    ranked, first = np.sort(score), learn(sample, score, strength=2.0)
+    for rank in (0.2, 0.1, 0.04, 0.01):
+        canary_C = np.append(ranked[[int(rank * COUNT)] * 9], np.float32("nan"))
+        for before in (None, first):
+            found = learn(sample, score, 2.0, before, canary_C=canary_C)
+            lowered_S = found.lowered_by_looks(torch.arange(COUNT), sample.looks()).numpy()
+            held[rank, before is first] = (lowered_S[triggered] > 0).mean()
+    whole = {key for key, share in held.items() if share == 1}
+    assert whole == {
+        (0.2, False),
+        (0.2, True),
+        (0.1, False),
+        (0.1, True),
+        (0.04, True),
+    }  # the last would not be found again, and stays
+    assert not any(share for key, share in held.items() if key not in whole)
+
+
 def test_equal_scores_none_at_all_or_equal_pictures_lower_nothing_much():
     small_SD, _, score = drawn(0, 0.0)
     sample = Sample(np.arange(COUNT), small_SD)
