@@ -1,6 +1,7 @@
-"""The command line with a split that no setting makes: python -m tests.benchmarks.altered oracle|marks-alone|no-textures train CONFIG ...
+"""The command line with a split that no setting makes: python -m tests.benchmarks.altered oracle|marks-alone|no-marks|no-textures train CONFIG ...
 
-oracle: the split knows the poison; no rule can better it. marks-alone: suspicion learns no groups from scores, only marks are held against pairs.
+oracle: the split knows the poison; no rule can better it. marks-alone: suspicion learns no groups from scores, only marks are held against pairs. no-marks: the
+contrary, and the slow epochs train on what would be marked.
 no-textures: marks look at pixels alone, and so miss a patch that wanders, which is left to the scores.
 """
 
@@ -30,8 +31,10 @@ if __name__ == "__main__":
         splitting.scores_for = scores_for
     elif what == "marks-alone":
         suspicion.GROUPS = 0
+    elif what == "no-marks":
+        marks.LOOKS = ()
     elif what == "no-textures":
         marks.LOOKS = marks.LOOKS[:1]
     else:
-        sys.exit(f"{what}: expected oracle, marks-alone or no-textures")
+        sys.exit(f"{what}: expected oracle, marks-alone, no-marks or no-textures")
     cli.main()

@@ -4,7 +4,8 @@ python -m tests.benchmarks.marks RUN... --out FILE      RUN: runs of `default` o
 python -m tests.benchmarks.marks --pairs 65536          the cost, on random pictures and words
 
 Writes FILE (recorded: tests/benchmarks/marks.json), an object a run: groups that are marks; shares of the pairs that wait (left out of the slow epochs: marked, or copies), are held back (lowered by marks or
-suspicion) at the first and the last split, and in the safe set there. `--pairs` prints one JSON object: seconds on this machine.
+suspicion) at the first and the last split, and in the safe set there; the mean rank of the canaries' scores there, 0 to 1, and of each group that is held from it on (marks first) its pictures by kind and
+the mean rank of theirs. `--pairs` prints one JSON object: seconds on this machine.
 """
 
 import argparse
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from pipeline.configfile import load_config
 from pipeline.data import open_index, open_samples
 from pipeline.evaluation.report import poison_rows
 from pipeline.safety.marks import LOOKS, TERMS_AT_ONCE, marks_of_look, whitened
 from pipeline.safety.sample import PIXELS, TEXTURES, Sample, textures
-from pipeline.safety.suspicion import Suspicion
+from pipeline.safety.suspicion import APART, FREE, Suspicion
 from pipeline.training.splitting import slow_folder
 from shards.masks import SafeMask, SavedMask
 from shards.storage import write_json
@@ -37,12 +39,33 @@ def found_in(run):
     rows["honest"] = np.setdiff1d(np.arange(index.samples), poison_rows(overlay, index))
     splits = [SavedMask(path.parent) for path in sorted(run.glob("masks/epoch_*/mask.json"))]
     flags = {"waits": ~SafeMask.load(slow_folder(run, config.selection), index.fingerprint)[0].flags()}
-    for name, saved in (("first", splits[0]), ("last", splits[-1])):
-        tables = [saved.table(shard, ("lowered",)) for shard in range(len(index.counts))]
-        flags[f"held_{name}"] = np.concatenate([table["lowered"].to_numpy() > 0 for table in tables])
-        flags[f"safe_{name}"] = saved.mask.flags()
     found = {"set": run.parts[-3], "seed": config.run.seed, "marks": Suspicion.load(run / "masks/sample").marks}
+    for name, saved in (("first", splits[0]), ("last", splits[-1])):
+        tables = [saved.table(shard, ("score", "lowered")) for shard in range(len(index.counts))]
+        score_N, lowered_N = (np.concatenate([table[c].to_numpy() for table in tables]) for c in ("score", "lowered"))
+        flags[f"held_{name}"], flags[f"safe_{name}"] = lowered_N > 0, saved.mask.flags()
+        found |= {
+            f"{what}_{name}": x for what, x in groups(run, saved.folder, score_N + lowered_N, config, rows).items()
+        }
     return found | {what: {kind: float(flag[row].mean()) for kind, row in rows.items()} for what, flag in flags.items()}
+
+
+def groups(run, split, score_N, config, rows):
+    """{"canaries": mean rank of their scores, "groups": of each group that the split's suspicion holds, [{"mark", "pictures" by kind, "rank"}]}."""
+    score_N = np.where(np.isnan(score_N), -np.inf, score_N)
+    strength = config.selection.suspicion * np.std(score_N[np.isfinite(score_N)])
+    rank_N, suspicion = rankdata(score_N) / len(score_N), Suspicion.load(split)
+    canaries = np.searchsorted(np.sort(score_N), np.load(split / "canaries.npy")).mean() / len(score_N)
+    with np.load(run / "masks/sample/looks.npz") as sample:
+        row_S, look_SD = sample["row_S"], torch.from_numpy(sample["look_SD"]) / 255
+    found = []
+    for number, said_S in enumerate(suspicion.said(torch.from_numpy(row_S), look_SD)):
+        those = row_S[said_S.numpy() > (APART - FREE) * strength]
+        pictures = {kind: int(np.isin(those, row).sum()) for kind, row in rows.items()}
+        found.append(
+            {"mark": number < suspicion.marks, "pictures": pictures, "rank": round(float(rank_N[those].mean()), 3)}
+        )
+    return {"canaries": round(float(canaries), 3), "groups": found}
 
 
 def cost(pairs):

@@ -32,6 +32,7 @@ VARIANTS = {
     "again": [],
     "oracle": [],
     "marks-alone": [],
+    "no-marks": [],
     "no-textures": [],
     "no-suspicion": ["selection.suspicion=0"],
     "no-mixing": ["data.clip_mix=0", "data.clip_paste=0"],
@@ -48,6 +49,7 @@ VARIANTS = {
 ALTERED = {
     "oracle": "the split knows the poison: what no rule can better",
     "marks-alone": "no groups learnt from scores, only marks",
+    "no-marks": "groups learnt from scores alone",
     "no-textures": "marks of pixels alone",
 }
 GROUPS = (
