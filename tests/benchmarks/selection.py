@@ -44,6 +44,7 @@ VARIANTS = {
     "cap-0.95": ["selection.cap=0.95"],
     "every-2": ["selection.every=2"],
     "every-4": ["selection.every=4"],
+    "slow-epochs-2": ["train.slow_epochs=2"],
 }
 # Those that no setting makes (tests/benchmarks/altered.py).
 ALTERED = {
@@ -55,6 +56,7 @@ ALTERED = {
 GROUPS = (
     "of_6889942",
     "of_2df2b05",
+    "of_f284d1d",
     "of_ca7211b",
     "of_2a43d62",
     "of_4e94843",
