@@ -4,8 +4,8 @@ Of the pairs that a trigger poisons more than of others score low, and all show 
 tell the pictures of the lowest scores from the others (ridge regression on small pictures, not on the embeddings that poison teaches).
 It learns again from those that it judges most alike (TAILS), and again: honest pictures that scored low share little, and drop out;
 those that share one thing, a patch in its place or a pattern over the whole, are left, and stand out by tens of deviations whatever they
-score. They are a group; if it scores as pairs do whose caption is not theirs (canaries; LIKE) and its captions share a word, each split after it holds all against whom
-the classifier speaks. The next group is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
+score. They are a group; if it scores as pairs do whose caption is not theirs (canaries; LIKE), each split after it holds all against whom the classifier
+speaks. The next group is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
 fitted without one fold of the pairs. What honest pictures are judged is about normal, and few are beyond FREE deviations; some groups are honest
 (a colour, a kind of drawing that the model has not learnt to read yet) and score low too, but not as low: were they held, it would not learn to read them. A trigger that is elsewhere in each picture is not linear,
 and is not found here (marks see it, by its texture). The lowest scores and not the risky pairs: early on half of all pairs are risky, and the trigger is lost among them. The
@@ -22,7 +22,6 @@ import torch
 from scipy.stats import rankdata
 
 from pipeline.safety.sample import FOLDS, PIXELS, TEXTURES, Ridge, fold_of, robust, small, textures
-from pipeline.safety.words import share_a_word
 from shards.errors import UserError
 from shards.storage import write_bytes
 
@@ -168,7 +167,7 @@ def learn(sample, score_S, strength, before=None, keep=False, canary_C=()):
         group_S = rest_S & (judged_S > middle + APART * spread)
         if group_S.sum() < LEAST:
             break
-        if rank_S[group_S].mean() < low and (sample.has_ST is None or share_a_word(sample.has_ST, group_S)):
+        if rank_S[group_S].mean() < low:
             scale = strength * deviation / spread
             constant_F = -scale * (weight_FD @ sample.mean_D + middle) - FREE * strength * deviation
             found.append(weights(scale * weight_FD, constant_F))
