@@ -83,19 +83,23 @@ def test_textures_lower_the_scores_of_pairs_that_wait_alone(data):
         np.testing.assert_allclose(some_N, np.where(waits_N, all_N, plain_N), atol=1e-4)
 
 
-def split_with_suspicion():
-    """(flags, share, cut, pairs held back, line) of a split in which every fifth pair is suspected."""
+def suspected():
+    """(float32 scores before they were lowered, by how much) of pairs of which every fifth is suspected."""
     rng = np.random.default_rng(0)
     score_N, lowered_N = rng.normal(0, 0.2, 1_000).astype(np.float32), np.zeros(1_000, np.float32)
     lowered_N[::5] = rng.uniform(0, 0.5, 200)
+    return score_N, lowered_N
+
+
+def split_with_suspicion():
+    """(flags, share, cut, pairs held back, line) of a split of them."""
+    score_N, lowered_N = suspected()
     split = split_pairs(score_N - lowered_N, [600, 0, 400], Selection(first_share=0.9, cap=1.0), 0, lowered_N=lowered_N)
     return split.mask.flags(), split.share, split.cut, split.diagnosis["held_back"], split.line()
 
 
 def test_suspicion_holds_back_and_lets_nothing_in_instead():
-    rng = np.random.default_rng(0)
-    score_N, lowered_N = rng.normal(0, 0.2, 1_000).astype(np.float32), np.zeros(1_000, np.float32)
-    lowered_N[::5] = rng.uniform(0, 0.5, 200)
+    score_N, lowered_N = suspected()
     cut = np.sort(score_N)[100]
     for flags, share, found, held, line in run_ranks(split_with_suspicion, 2):
         assert cut <= found == (score_N - lowered_N)[flags].min()
