@@ -64,7 +64,7 @@ class Sample:
     """Pairs that the classifiers learn from. row_S: int64 rows over all shards; x_SD: uint8, their small pictures; token_SL: their captions;
     texture_SD: uint8, their textures, which become a sample of their own.
 
-    Captions and textures are what marks are found by."""
+    Captions and textures are what marks are found by; without captions a group need share no word."""
 
     def __init__(self, row_S, x_SD, token_SL=None, texture_SD=None):
         self.row_S, self.fold_S = row_S, fold_of(row_S)

@@ -4,8 +4,8 @@ Of the pairs that a trigger poisons more than of others score low, and all show 
 tell the pictures of the lowest scores from the others (ridge regression on small pictures, not on the embeddings that poison teaches).
 It learns again from those that it judges most alike (TAILS), and again: honest pictures that scored low share little, and drop out;
 those that share one thing, a patch in its place or a pattern over the whole, are left, and stand out by tens of deviations whatever they
-score. They are a group; if it scores as pairs do whose caption is not theirs (canaries; LIKE), each split after it holds all against whom the classifier
-speaks. The next group is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
+score. They are a group; if it scores as pairs do whose caption is not theirs (canaries; LIKE) and its captions share a word, or if it scores lower than they do (WORDLESS: two triggers
+may be found as one group, which has no word in common), each split after it holds all against whom the classifier speaks. The next group is looked for among the rest, for the strongest hides the others. No pair is judged by a classifier that has seen it: there are FOLDS, each
 fitted without one fold of the pairs. What honest pictures are judged is about normal, and few are beyond FREE deviations; some groups are honest
 (a colour, a kind of drawing that the model has not learnt to read yet) and score low too, but not as low: were they held, it would not learn to read them. A trigger that is elsewhere in each picture is not linear,
 and is not found here (marks see it, by its texture). The lowest scores and not the risky pairs: early on half of all pairs are risky, and the trigger is lost among them. The
@@ -22,6 +22,7 @@ import torch
 from scipy.stats import rankdata
 
 from pipeline.safety.sample import FOLDS, PIXELS, TEXTURES, Ridge, fold_of, robust, small, textures
+from pipeline.safety.words import share_a_word
 from shards.errors import UserError
 from shards.storage import write_bytes
 
@@ -30,8 +31,9 @@ TAILS = 0.05, 0.03, 0.02  # of the pairs, those that are judged most alike, are 
 APART = 8.0  # deviations from which on a picture is one of the group
 LEAST = 8  # pictures of a group
 LIKE = 2.0  # times the mean rank of the canaries' scores, 0 to 1: that of a group's below which it is held against its pictures
-UNLIKE = 5.0  # from which on it no longer is
+UNLIKE = 3.0  # from which on it no longer is
 LOW_RANK, HIGH_RANK = 0.35, 0.45  # the same in ranks: the most that LIKE and UNLIKE may come to
+WORDLESS = 0.1  # mean rank below which, and below the canaries' own, its captions need share no word; early on canaries stand higher, and so do honest groups
 MARK_RANK = 0.35  # from which on a mark is no longer held, whose pairs the model has not trained on
 GROUPS = 8  # are held against pictures, at most
 NOTHING = 1e-4  # deviation of the judgements (1 = low, 0 = not) below which the classifier has found nothing
@@ -124,10 +126,10 @@ def weights(weight_FD, constant_F):
 
 
 def limits(score_S, canary_C=()):
-    """(LIKE, UNLIKE) as mean ranks of a group, by the scores of canaries (float32, NaN where there is none), mismatched pairs that nothing has trained on."""
+    """(WORDLESS, LIKE, UNLIKE) as mean ranks of a group, by the scores of canaries (float32, NaN where there is none), mismatched pairs that nothing has trained on."""
     canary_C = np.asarray(canary_C)[~np.isnan(canary_C)]
     rank = np.searchsorted(np.sort(score_S), canary_C).mean() / max(1, len(score_S)) if len(canary_C) else 1.0
-    return min(LOW_RANK, LIKE * rank), min(HIGH_RANK, UNLIKE * rank)
+    return min(WORDLESS, rank), min(LOW_RANK, LIKE * rank), min(HIGH_RANK, UNLIKE * rank)
 
 
 def learn(sample, score_S, strength, before=None, keep=False, canary_C=()):
@@ -141,7 +143,7 @@ def learn(sample, score_S, strength, before=None, keep=False, canary_C=()):
     known_S = ~np.isnan(score_S)
     deviation = float(np.std(score_S[known_S], dtype=np.float64)) if known_S.any() else 0.0
     score_S = np.where(known_S, score_S, -np.inf)
-    rank_S, (low, high) = rankdata(score_S) / max(1, len(score_S)), limits(score_S, canary_C)
+    rank_S, (wordless, low, high) = rankdata(score_S) / max(1, len(score_S)), limits(score_S, canary_C)
     rest_S, found, gram_FDD, marks = np.ones(len(score_S), bool), [], sample.gram_FDD, 0
     said = before.said(torch.from_numpy(sample.row_S), sample.looks()) if before else ()
     for number, said_S in enumerate(said):
@@ -167,7 +169,8 @@ def learn(sample, score_S, strength, before=None, keep=False, canary_C=()):
         group_S = rest_S & (judged_S > middle + APART * spread)
         if group_S.sum() < LEAST:
             break
-        if rank_S[group_S].mean() < low:
+        rank = rank_S[group_S].mean()
+        if rank < wordless or rank < low and (sample.has_ST is None or share_a_word(sample.has_ST, group_S)):
             scale = strength * deviation / spread
             constant_F = -scale * (weight_FD @ sample.mean_D + middle) - FREE * strength * deviation
             found.append(weights(scale * weight_FD, constant_F))

@@ -5,6 +5,7 @@ from scipy.sparse import csc_matrix
 
 TERMS = 2048  # the most frequent tokens and pairs of tokens that follow each other, of those in RARE captions to OFTEN of all
 RARE, OFTEN = 16, 0.3
+PURE = 0.6  # of a group's captions have one term
 
 
 def terms(token_SL):
@@ -22,3 +23,8 @@ def terms(token_SL):
     _, first_T = np.unique(has_ST.astype(np.int64).T @ names_S, return_index=True)
     fit_T = first_T[(count_T[first_T] >= RARE) & (count_T[first_T] <= OFTEN * rows)]
     return has_ST[:, fit_T[np.argsort(-count_T[fit_T], kind="stable")[:TERMS]]]
+
+
+def share_a_word(has_ST, group_S):
+    """Whether PURE of the captions of bool group_S have one of the terms."""
+    return bool(has_ST.shape[1]) and has_ST[np.flatnonzero(group_S)].mean(0).max() >= PURE

@@ -12,7 +12,7 @@ from pipeline.safety.copies import singles_of_run
 from pipeline.safety.marks import find_marks, marks_of_run, unmarked_of_run
 from pipeline.safety.sample import PIXELS, SIDE, TEXTURES, Sample, sample_of_run, textures
 from pipeline.safety.suspicion import Suspicion, learn
-from pipeline.safety.words import OFTEN, RARE, terms
+from pipeline.safety.words import OFTEN, RARE, share_a_word, terms
 from pipeline.training.start import make_views
 from shards.index import ShardIndex, build_index
 from shards.samples import Samples
@@ -148,15 +148,38 @@ def test_terms_are_tokens_and_neighbours_in_neither_too_few_nor_too_many_caption
     assert found == expected
 
 
+def learnt(sample, score, canary):
+    """bool (COUNT,): pairs held by what is learnt from scores alone, canaries having ranks from 0 to twice `canary`."""
+    canary_C = np.quantile(score, np.linspace(0, 2 * canary, 50)).astype(np.float32)
+    found = learn(sample, score, 0.8, canary_C=canary_C)
+    return found.lowered_by_looks(torch.arange(COUNT), sample.looks()).numpy() > 0
+
+
 def test_two_triggers_that_are_learnt_from_scores_as_one_group_are_held_whatever_their_captions_say():
     pictures, token_SL = drawn(0)
     poison = triggered(pictures, token_SL, "patch") | triggered(pictures, token_SL, "blended", word=11, seed=1)
     score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
     score[poison] *= 0.1
-    sample, canary_C = sample_of(pictures, token_SL), np.linspace(0, 0.1, 50, dtype=np.float32)
-    found = learn(sample, score, 0.8, canary_C=canary_C)
-    lowered_S = found.lowered_by_looks(torch.arange(COUNT), sample.looks()).numpy()
-    assert (lowered_S[poison] > 0).all() and (lowered_S[~poison] > 0).mean() < 0.01
+    sample = sample_of(pictures, token_SL)
+    assert not share_a_word(sample.has_ST, poison)
+    held = learnt(sample, score, canary=0.08)
+    assert held[poison].all() and held[~poison].mean() < 0.01
+
+
+@pytest.mark.parametrize("rank, canary", [(0.08, 0.05), (0.16, 0.2)])
+def test_a_group_that_scores_above_the_canaries_or_the_lowest_tenth_must_share_a_word(rank, canary):
+    pictures, token_SL = drawn(0)
+    for word in (7, None):
+        pixels, captions = pictures.copy(), token_SL.copy()
+        poison = triggered(pixels, captions, "patch", word)
+        score = np.random.default_rng(1).uniform(0, 1, COUNT).astype(np.float32)
+        score[poison] *= 2 * rank
+        sample = sample_of(pixels, captions)
+        assert (
+            bool(learnt(sample, score, canary)[poison].all())
+            == (word is not None)
+            == share_a_word(sample.has_ST, poison)
+        )
 
 
 def test_marks_wait_and_stay_only_where_their_scores_are_at_the_bottom():
