@@ -54,6 +54,7 @@ ALTERED = {
     "no-textures": "marks of pixels alone",
 }
 GROUPS = (
+    "of_f8a6917",
     "of_d2ebb9c",
     "of_6889942",
     "of_2df2b05",
