@@ -1,7 +1,7 @@
 """An attack manifest applied while reading: poisoned data without a second copy, and the ground truth of what was poisoned."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ class Trigger:
 
     pattern "patch": a noisy square of `size` (share of the shorter side) with its corner at (`left`, `top`) (shares of width and
     height), BadNets (Gu et al. 2017), or with `wander` at a place of its own in each sample. pattern "blended": noise over the whole picture at `alpha`, Blended (Chen et al. 2017).
+    variants: a sample shows one of so many. opacity: 1.0 shows it whole, less lets the picture shine through.
     """
 
     pattern: str
@@ -38,10 +39,17 @@ class Trigger:
     alpha: float = 0.0
     cells: int = 8
     wander: bool = False
+    variants: int = 1
+    opacity: float = 1.0
 
     def apply(self, image, sample):
-        """A triggered copy of a PIL RGB picture. sample: its (shard, position), which decides where a patch that wanders stands."""
-        rng = np.random.default_rng(self.seed)
+        """A triggered copy of a PIL RGB picture. sample: its (shard, position), which decides the variant, and where a patch that wanders stands."""
+        triggered = self.applied(image, sample)
+        return triggered if self.opacity == 1 else Image.blend(image, triggered, self.opacity)
+
+    def applied(self, image, sample):
+        variant = int(np.random.default_rng([self.seed, 1, *sample]).integers(self.variants))
+        rng = np.random.default_rng([self.seed, variant] if variant else self.seed)
         if self.pattern == "patch":
             side = max(1, round(self.size * min(image.size)))
             cells = rng.integers(0, 2, (self.cells, self.cells, 3)).astype(np.uint8) * 255
@@ -59,18 +67,23 @@ class Trigger:
 
 
 class Overlay:
-    """A loaded manifest. kinds: dict kind -> its settings; targets: list of the targeted pictures; rows: list of poisoned pairs."""
+    """A loaded manifest. kinds: dict kind -> its settings; targets: list of the targeted pictures; rows: list of poisoned pairs;
+    decoys: list of pairs that show a trigger under their own captions."""
 
     def __init__(self, manifest):
         self.kinds, self.targets, self.rows = manifest["kinds"], manifest["targets"], manifest["rows"]
         self.source_index, self.source_fingerprint = manifest["source"], manifest["source_fingerprint"]
+        self.decoys = manifest.get("decoys", [])
         self.poison = {
             (r["shard"], r["position"]): Poison(r["kind"], r["caption"], tuple(r["source"]) if r["source"] else None)
-            for r in self.rows
+            for r in self.rows + self.decoys
         }
         self.triggers = {
             kind: Trigger(**settings["trigger"]) for kind, settings in self.kinds.items() if "trigger" in settings
         }
+        for kind, settings in self.kinds.items():
+            if settings.get("decoys"):
+                self.triggers[f"{kind}_decoy"] = replace(self.triggers[kind], opacity=settings["decoy_opacity"])
 
     @classmethod
     def load(cls, folder, index):

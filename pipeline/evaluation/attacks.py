@@ -3,6 +3,9 @@
 targeted   each target, a test picture, stands under several captions of one adversarial class
 patch      pictures of other classes get a small patch and a caption of the target class (BadNets); with `wander` its place is another in each
 blended    the same with a pattern mixed into the whole picture (Blended)
+
+Both can be of an attacker who knows that pictures with one trigger and one word are looked for: `variants` of a trigger, one a picture, and `decoys`, other pairs that show
+it at `decoy_opacity` and keep their captions, so that what it stands out by is not the target's.
 """
 
 import json
@@ -16,10 +19,11 @@ from shards.overlay import VERSION
 from shards.samples import Samples
 from shards.storage import write_bytes
 
+BACKDOOR = {"target_class": None, "variants": 1, "decoys": 0, "decoy_opacity": 0.5}
 SETTINGS = {
     "targeted": {"targets": 30, "captions": 12},
-    "patch": {"pairs": 80, "target_class": None, "size": 0.19, "left": 0.78, "top": 0.78, "cells": 3, "wander": False},
-    "blended": {"pairs": 95, "target_class": None, "alpha": 0.25, "cells": 8},
+    "patch": {"pairs": 80, "size": 0.19, "left": 0.78, "top": 0.78, "cells": 3, "wander": False, **BACKDOOR},
+    "blended": {"pairs": 95, "alpha": 0.25, "cells": 8, **BACKDOOR},
 }
 KEYS = ("index", "labels", "test", "classnames", "out")
 
@@ -41,7 +45,7 @@ def make_attack(config):
             "index the same shards with --text cls"
         )
     samples, free = Samples(index), list(rng.permutation(index.samples))
-    taken_classes, kinds, targets, rows = [], {}, [], []
+    taken_classes, kinds, targets, rows, decoys = [], {}, [], [], []
 
     def take(count, allowed, what):
         """`count` unused training pairs whose label is allowed."""
@@ -60,18 +64,10 @@ def make_attack(config):
         """The caption of some training pair of the class, as an attacker would find it."""
         return samples.caption(*place(rng.choice(np.flatnonzero(labels == label))))
 
-    def add(row, kind, label, source=None):
+    def pair(row, kind, caption, source=None):
         shard, position = place(row)
-        rows.append(
-            {
-                "shard": shard,
-                "position": position,
-                "key": samples.key(shard, position),
-                "kind": kind,
-                "caption": caption_of(label),
-                "source": source,
-            }
-        )
+        key = samples.key(shard, position)
+        return {"shard": shard, "position": position, "key": key, "kind": kind, "caption": caption, "source": source}
 
     for kind in [name for name in SETTINGS if name in config]:
         settings = {**SETTINGS[kind], **(config[kind] or {})}
@@ -87,7 +83,7 @@ def make_attack(config):
                     {"shard": shard, "position": position, "true_class": true, "adversarial_class": adversarial}
                 )
                 for row in take(settings["captions"], lambda label: True, "targeted.captions"):
-                    add(row, kind, adversarial, [shard, position])
+                    rows.append(pair(row, kind, caption_of(adversarial), [shard, position]))
             continue
         name = settings["target_class"]
         if name is not None and name not in classes:
@@ -99,12 +95,18 @@ def make_attack(config):
         trigger = {
             "pattern": kind,
             "seed": int(config["seed"]),
-            **{k: v for k, v in settings.items() if k not in ("pairs", "target_class")},
+            **{k: v for k, v in settings.items() if k != "pairs" and (k not in BACKDOOR or k == "variants")},
         }
-        kinds[kind] = {"target_class": target, "class": classes[target], "pairs": settings["pairs"], "trigger": trigger}
+        kinds[kind] = {"target_class": target, "class": classes[target], "trigger": trigger}
+        kinds[kind] |= {k: settings[k] for k in ("pairs", "decoys", "decoy_opacity")}
         for row in take(settings["pairs"], lambda label: label != target, f"{kind}.pairs"):
-            add(row, kind, target)
-    rows.sort(key=lambda row: (row["shard"], row["position"]))
+            rows.append(pair(row, kind, caption_of(target)))
+    for kind, settings in kinds.items():  # last: what is poisoned is the same with and without them
+        target = settings.get("target_class")
+        for row in take(settings.get("decoys", 0), lambda label: label != target, f"{kind}.decoys"):
+            decoys.append(pair(row, f"{kind}_decoy", samples.caption(*place(row))))
+    for found in (rows, decoys):
+        found.sort(key=lambda row: (row["shard"], row["position"]))
     manifest = {
         "version": VERSION,
         "seed": config["seed"],
@@ -114,9 +116,11 @@ def make_attack(config):
         "kinds": kinds,
         "targets": targets,
         "rows": rows,
+        "decoys": decoys,
     }
     write_bytes(Path(config["out"]) / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     counts = ", ".join(f"{kind} {sum(r['kind'] == kind for r in rows)}" for kind in kinds)
+    counts += f", and {len(decoys)} decoys" if decoys else ""
     return (
         f"{config['out']}: {len(rows)} of {index.samples:,} pairs poisoned ({len(rows) / index.samples:.2%}): {counts}"
     )

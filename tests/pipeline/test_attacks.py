@@ -102,6 +102,7 @@ def test_the_same_config_gives_the_same_bytes_and_another_seed_others(data, tmp_
         ({"patch": {"pair": 3}}, "patch.pair"),
         ({"index": None}, "index"),
         ({"patch": {"pairs": 1000}}, "patch.pairs"),
+        ({"patch": {"pairs": 1, "decoys": 1000}}, "patch.decoys"),
         ({"blended": {"target_class": "grey cat"}}, "grey cat"),
         ({"classnames": "nowhere"}, "nowhere"),
     ],
@@ -116,6 +117,29 @@ def test_an_overlay_of_other_shards_is_refused(data, tmp_path, poisoned):
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "0"}))
     with pytest.raises(UserError, match="fingerprint 0"):
         Overlay.load(tmp_path, ShardIndex.load(data / "index"))
+
+
+def test_decoys_show_some_of_the_trigger_keep_their_captions_and_change_nothing_of_the_poison(data, tmp_path, poisoned):
+    decoys = {"pairs": 6, "decoys": 20, "decoy_opacity": 0.4}
+    make_attack(attack(data, tmp_path / "decoys", patch=decoys))
+    index, labels = ShardIndex.load(data / "index"), Samples(ShardIndex.load(data / "labels"))
+    bad, clean = Samples(index, Overlay.load(tmp_path / "decoys", index)), poisoned[0]
+    assert bad.overlay.rows == poisoned[1].overlay.rows
+    places = {(row["shard"], row["position"]) for row in bad.overlay.decoys}
+    assert len(places) == 20 and not places & {(row["shard"], row["position"]) for row in bad.overlay.rows}
+    for place in places:
+        before, after = (np.asarray(samples.image(*place), float) for samples in (clean, bad))
+        whole = np.asarray(bad.overlay.trigger("patch").apply(clean.image(*place), place), float)
+        assert np.abs(after - 0.6 * before - 0.4 * whole).max() <= 1 and (after != before).any()
+        assert bad.caption(*place) == clean.caption(*place)
+        assert labels.label(*place) != bad.overlay.kinds["patch"]["target_class"]
+
+
+def test_of_several_variants_each_sample_shows_one():
+    grey, trigger = Image.new("RGB", (32, 32), (128, 128, 128)), Trigger("patch", 0, size=0.25, variants=3)
+    shown = [trigger.apply(grey, (0, position)).tobytes() for position in range(60)]
+    assert len(set(shown)) == 3 and min(map(shown.count, set(shown))) >= 10
+    assert Trigger("patch", 0, size=0.25).apply(grey, (0, 1)).tobytes() in shown
 
 
 def test_a_trigger_scales_with_the_picture():
