@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and reproduce.sh. What is finished is used again.
 
-# prepare DATA SEED: build the demo data (shapes, shapes_small or emoji; shapes_small_wander is another attack on shapes_small) and the
+# prepare DATA SEED: build the demo data (shapes, shapes_small or emoji; shapes_small_NAME is another attack on shapes_small) and the
 # attack manifest of SEED.
 prepare() {
     case "$1" in
