@@ -138,6 +138,8 @@ def checked(config):
         for setting in (value or {}) if key in SETTINGS else ():
             if setting not in SETTINGS[key]:
                 raise UserError(f"attack config: {key}.{setting} is unknown; expected {', '.join(SETTINGS[key])}")
+        if key in SETTINGS and (value or {}).get("variants", 1) < 1:
+            raise UserError(f"attack config: {key}.variants: got {value['variants']}; expected 1 or more")
     if not Path(config["classnames"]).is_file():
         raise UserError(
             f"attack config: classnames: {config['classnames']} is missing; name the test set's classnames.txt"

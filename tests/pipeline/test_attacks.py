@@ -103,6 +103,7 @@ def test_the_same_config_gives_the_same_bytes_and_another_seed_others(data, tmp_
         ({"index": None}, "index"),
         ({"patch": {"pairs": 1000}}, "patch.pairs"),
         ({"patch": {"pairs": 1, "decoys": 1000}}, "patch.decoys"),
+        ({"blended": {"variants": 0}}, "blended.variants"),
         ({"blended": {"target_class": "grey cat"}}, "grey cat"),
         ({"classnames": "nowhere"}, "nowhere"),
     ],
