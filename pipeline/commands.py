@@ -14,6 +14,10 @@ def data(args):
         from shards.demo import shapes
 
         shapes(args.out, pairs=args.pairs or 18_000, seed=args.seed)
+    elif args.name == "photos":
+        from shards.build.photos import PAIRS, photos
+
+        photos(args.out, pairs=PAIRS if args.pairs is None else args.pairs, seed=args.seed)
     else:
         from shards.emoji import emoji
 

@@ -103,8 +103,11 @@ def build(out, made_by, make, templates):
     paths = write_shards(train, out / "train")
     build_index([str(p) for p in paths], out / "index")
     build_index([str(p) for p in paths], out / "labels", text="cls")
+    test = list(test)
     paths = write_test_set(test, classes, templates, out)
     build_index([str(p) for p in paths], out / "test_index", text="cls")
+    if all("txt" in sample for sample in test):
+        build_index([str(p) for p in paths], out / "test_captions")
     write_json(marker, made_by)
     unfinished.unlink()
 
