@@ -9,6 +9,7 @@ safeclip train CONFIG run.dir=RUN                         train, or go on with a
 safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
 safeclip export RUN OUT                                   an open_clip local directory
 safeclip mask show|export|diff|replay|apply MASK          a saved mask, RUN/masks/epoch_NNN, without its run
+safeclip mask filter SCORES --by dao --out MASK           a mask to train on (data.mask), by the filter of another paper
 safeclip score --model MODEL --data SHARDS --out DIR      the cosine of every pair, by any CLIP
 safeclip audit RUN_OR_SCORES --out DIR                    what is wrong with the data: findings and a report
 """
@@ -153,6 +154,17 @@ def parser():
     sub.add_argument(
         "--review", metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is"
     )
+    sub = command(commands.mask_filter, "a mask of all pairs but the worst, for data.mask: filters of other papers", masks)
+    sub.add_argument("scores", metavar="SCORES", help="what `safeclip score --model RUN --out SCORES` wrote")
+    sub.add_argument("--by", required=True, choices=["cosine", "kdistance", "slof", "dao"])
+    sub.add_argument("--remove", type=float, default=0.05, metavar="SHARE", help="of the pairs (default 0.05)")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub = command(commands.mask_oracle, "a mask of all pairs but those that an attack manifest poisons", masks)
+    sub.add_argument("overlay", metavar="OVERLAY", help="folder of `safeclip attack`")
+    sub.add_argument("--index", required=True, metavar="DIR", help="the index that it was made for")
+    sub.add_argument("--share", type=float, default=1.0, help="keep only so many random ones of all pairs (default 1)")
+    sub.add_argument("--seed", type=int, default=0, help="of these random ones")
+    sub.add_argument("--out", required=True, metavar="DIR")
     sub = command(
         commands.score, "the cosine of every pair by any CLIP, and a mask by posterior; under torchrun too; goes on"
     )

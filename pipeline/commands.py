@@ -172,6 +172,19 @@ def mask_apply(args):
     print(apply_mask(args.mask, args.shards, args.out, args.keep, args.review))
 
 
+def mask_filter(args):
+    from pipeline.audit.filter import filter_pairs
+
+    print(filter_pairs(args.scores, args.by, args.remove, args.out))
+
+
+def mask_oracle(args):
+    from pipeline.audit.filter import keep_unpoisoned
+    from shards.index import ShardIndex
+
+    print(keep_unpoisoned(args.overlay, ShardIndex.load(args.index), args.out, args.share, args.seed))
+
+
 def score(args):
     from pipeline import comm
     from pipeline.audit.score import score as score_pairs

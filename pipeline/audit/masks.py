@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.audit.export import write_csv
 from pipeline.safety.mixture import DegenerateFit, Mixture, upper_cut
-from pipeline.safety.selection import count_at_least, select_top
+from pipeline.safety.selection import as_it_is, count_at_least, select_top
 from shards.errors import UserError
 from shards.masks import SafeMask, SavedMask
 
@@ -58,7 +58,7 @@ def show(folder, as_json=False):
     least, most = d["least_safe_shard"], d["most_safe_shard"]
     made = f"before epoch {d['epoch']}, by the model of step {d['step']}, config {d['config'] or '-'}"
     lines = [
-        ("made", f"by `safeclip score`, model {d['step']}" if d["epoch"] is None else made),
+        ("made", f"without a run, by {d['step']}" if d["epoch"] is None else made),
         ("pairs", f"{d['pairs']:,} in {d['shards']} shards, fingerprint {d['fingerprint']}"),
         ("safe", f"{d['safe']:,} = {d['share']:.2%} (first split {d['first_share']:.2%})"),
         ("cut", "none" if d["cut"] is None else f"{d['score']} >= {d['cut']:.6f}"),
@@ -176,7 +176,10 @@ def replay(folder):
     """(same, text): whether the saved scores and the share in mask.json give the saved mask, bit for bit, and its cut."""
     saved = SavedMask(folder)
     score_N = scores(saved)
-    safe_N = select_top(score_N, round(saved.meta["share"] * len(score_N)))
+    rank = as_it_is
+    if saved.meta.get("rank_by") == "posterior" and saved.meta["mixture"]:
+        rank = Mixture.from_dict(saved.meta["mixture"]).rank
+    safe_N = select_top(score_N, round(saved.meta["share"] * len(score_N)), rank)
     rebuilt = SafeMask.from_flags(saved.mask.counts_S, safe_N)
     differ = np.flatnonzero(safe_N != saved.mask.flags())
     cut = lowest(score_N, safe_N)
@@ -223,6 +226,7 @@ def what_if(folder, out, posterior=None, share=None):
         "share": mask.share,
         "cut": lowest(score_N, safe_N),
         "config": None,
+        "rank_by": "score",
         "diagnosis": {},
         "note": f"{rule}, not the run's own split",
     }

@@ -1,0 +1,110 @@
+"""Baselines that filter the data before training, and the oracle: masks of the pairs that plain CLIP may train on (data.mask).
+
+cosine                the CLIP-score filter: the pairs with the lowest cosines go (Schuhmann et al., NeurIPS 2021, filtered LAION-400M so)
+kdistance, slof, dao  local outliers among picture embeddings go; the CLIP that embeds them is trained on the poisoned data, of which the
+                      worst 1 to 10 % are removed (Huang et al., ICLR 2025)
+oracle                what the attack manifest names goes: the best that any filter could do
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.audit.data import AuditData
+from pipeline.audit.detectors import REGISTRY, lacking
+from pipeline.safety.selection import select_top
+from shards.errors import UserError
+from shards.masks import SafeMask, shard_list
+from shards.masks import fingerprint as fingerprint_of
+from shards.overlay import Overlay
+from shards.storage import write_bytes
+
+FILTERS = ("cosine", "kdistance", "slof", "dao")
+
+
+def filter_pairs(scores, by, remove, out):
+    """Write the mask of all pairs but the worst share `remove` into the new folder `out`; returns a line.
+
+    scores: folder of `safeclip score`; by: one of FILTERS. Among equals the first pairs by (shard, position) are kept; a pair without a
+    score is never kept. The mask's scores are what it filters by: cosines, or of an outlier the share of pairs that stand out more.
+    Raises UserError.
+    """
+    if by not in FILTERS:
+        raise UserError(f"--by: got {by!r}, expected one of {', '.join(FILTERS)}")
+    if not 0 <= remove < 1:
+        raise UserError(f"--remove: got {remove}, expected a share of the pairs from 0 to less than 1")
+    data = AuditData(scores)
+    if by == "cosine":
+        score_N = data.cos_N
+    else:
+        lacks = lacking(REGISTRY[by], data)
+        if lacks:
+            raise UserError(f"--by {by}: {lacks}")
+        score_N = REGISTRY[by]().find(data, remove).score_N
+    safe_N = select_top(score_N, round((1 - remove) * data.N))
+    tables = [data.saved.table(shard, ("key", "cosine", "reason")) for shard in range(len(data.counts_S))]
+    about = {
+        "fingerprint": data.saved.meta["fingerprint"],
+        "shards": data.saved.shards,
+        "step": data.saved.meta["step"],
+        "score": "cosine" if by == "cosine" else "rank",
+        "note": f"filter: the worst {remove:.1%} by {by} are left out",
+    }
+    save_filter(Path(out), data.counts_S, safe_N, score_N, tables, about)
+    return f"{out}: {safe_N.sum():,} of {data.N:,} pairs kept, the worst {remove:.1%} by {by} left out"
+
+
+def keep_unpoisoned(overlay, index, out, share=1.0, seed=0):
+    """Write the mask of all pairs of a ShardIndex but the poisoned ones and the decoys of an Overlay's folder; returns a line.
+
+    share: of all pairs, so many random ones of them are kept: a small part that is known to be clean, as CleanCLIP is given (Bansal et
+    al., ICCV 2023). Scores are 1, of what is left out 0; there are no cosines. Raises UserError.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"--share: got {share}, expected a share of the pairs, more than 0 and at most 1")
+    manifest = Overlay.load(overlay, index)
+    score_N = np.ones(index.samples, np.float32)
+    for row in manifest.rows + manifest.decoys:
+        score_N[index.offsets[row["shard"]] + row["position"]] = 0
+    if share < 1:
+        order_N = np.random.default_rng(seed).permutation(index.samples)
+        score_N[order_N[score_N[order_N] > 0][round(share * index.samples) :]] = 0
+    tables = []
+    for shard, count in enumerate(index.counts):
+        keys = index.table(shard).keys if count else []
+        columns = {"key": pa.array(keys, pa.string()), "cosine": np.full(count, np.nan, np.float32)}
+        tables.append(pa.table({**columns, "reason": pa.nulls(int(count), pa.string())}))
+    about = {
+        "fingerprint": index.fingerprint,
+        "shards": shard_list(index.shards),
+        "step": f"manifest {fingerprint_of(Path(overlay) / 'manifest.json')}",
+        "score": "rank",
+        "note": "oracle: what the attack manifest poisons is left out"
+        + (f", and all but {share:.1%} of the pairs, by seed {seed}" if share < 1 else ""),
+    }
+    save_filter(Path(out), index.counts, score_N > 0, score_N, tables, about)
+    return f"{out}: {int(score_N.sum()):,} of {index.samples:,} pairs kept, none that {overlay} poisons"
+
+
+def save_filter(out, counts_S, safe_N, score_N, tables, about):
+    """Write a mask's folder (shards.masks.SavedMask): the scores first, mask.json last. `tables`: of each shard key, cosine and reason.
+
+    Raises UserError where `out` holds a mask.
+    """
+    if (out / "mask.json").exists():
+        raise UserError(f"--out {out}: holds a mask already; name a new folder")
+    made = {"step": json.dumps(about["step"])}
+    for shard, score_B in enumerate(np.split(score_N.astype(np.float32), np.cumsum(counts_S)[:-1])):
+        if len(score_B):
+            table = tables[shard].append_column("score", pa.array(score_B)).replace_schema_metadata(made)
+            file = io.BytesIO()
+            pq.write_table(table, file)
+            write_bytes(out / "scores" / f"{shard:05d}.parquet", file.getbuffer())
+    mask = SafeMask.from_flags(counts_S, safe_N)
+    cut = float(score_N[safe_N].min()) if safe_N.any() else float("inf")
+    split = {"share": mask.share, "first_share": mask.share, "cut": cut, "mixture": None, "diagnosis": {}}
+    mask.save(out, {"epoch": None, "config": None, **split, **about})
