@@ -4,7 +4,8 @@ import numpy as np
 
 from pipeline.safety.mixture import PIECE
 
-RANGES = {"cosine": (-1.0, 1.0), "agreement": (-6.0, 6.0)}  # of the score, by its kind
+# Of the score, by its kind; rank: of a filter (pipeline/audit/filter.py), the share of pairs that stand out more.
+RANGES = {"cosine": (-1.0, 1.0), "agreement": (-6.0, 6.0), "rank": (0.0, 1.0)}
 NOTHING = 0xFFFFFFFF  # a key above those of all scores
 
 
