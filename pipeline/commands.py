@@ -10,6 +10,12 @@ from shards.errors import UserError
 
 
 def data(args):
+    if args.name == "wordnet":
+        from shards.views import wordnet
+
+        wordnet.install(args.out)
+        print(f"{args.out}: WordNet {wordnet.opened(str(args.out)).version}")
+        return
     if args.name == "shapes":
         from shards.demo import shapes
 
@@ -51,8 +57,8 @@ def shards_folder(args):
 
 
 def attack(args):
+    from pipeline.attacks.manifest import make_attack
     from pipeline.configfile import override, read_yaml
-    from pipeline.evaluation.attacks import make_attack
 
     config = read_yaml(args.config)
     override(config, args.overrides)

@@ -5,12 +5,12 @@ Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: EDA
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
+
+from shards.views.eda import caption_view as caption_view
 
 LARGE = (
     128  # pixels of the shorter side from which on a picture is cropped at whole pixels, and a JPEG may come smaller
@@ -33,7 +33,7 @@ class ImageAugment:
     hue: float = 0.1
     grey: float = 0.2
     """Probability of a grey picture."""
-    blur: float = 0.5
+    blur: float = 1.0
     """Probability of a Gaussian blur, of a deviation from 0.1 to 2 pixels at 224 pixels."""
 
 
@@ -154,40 +154,3 @@ def jittered(image, drawn):
         else:
             image = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step](image).enhance(amount)
     return image
-
-
-def caption_view(text, rng, rate=0.1):
-    """The caption with one of EDA's four operations on about `rate` of its words, at least one. Never empty."""
-    words = text.split()
-    count = max(1, round(rate * len(words)))
-    operation = ("replace", "insert", "swap", "delete")[rng.integers(4)]
-    if operation == "delete":
-        keep = rng.random(len(words)) >= rate
-        return " ".join(word for word, kept in zip(words, keep) if kept) or words[rng.integers(len(words))]
-    for _ in range(count):
-        if operation == "swap":
-            i, j = rng.integers(len(words), size=2)
-            words[i], words[j] = words[j], words[i]
-            continue
-        known = [i for i, word in enumerate(words) if word.lower().strip(".,;:!?") in synonyms()]
-        if not known:
-            break
-        i = known[rng.integers(len(known))]
-        choices = synonyms()[words[i].lower().strip(".,;:!?")]
-        chosen = choices[rng.integers(len(choices))]
-        if operation == "replace":
-            words[i] = chosen
-        else:
-            words.insert(rng.integers(len(words) + 1), chosen)
-    return " ".join(words)
-
-
-@lru_cache(maxsize=1)
-def synonyms():
-    """dict: word -> the other words of its lines in synonyms.tsv."""
-    table = {}
-    for line in (Path(__file__).parent / "synonyms.tsv").read_text(encoding="utf-8").splitlines():
-        group = line.split("\t")
-        for word in group:
-            table.setdefault(word, []).extend(other for other in group if other != word)
-    return table
