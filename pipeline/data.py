@@ -2,6 +2,7 @@
 
 import os
 
+from pipeline.attacks import load_trigger
 from shards.cache import Cache, default_folder
 from shards.index import ShardIndex
 from shards.overlay import Overlay
@@ -20,9 +21,10 @@ def open_index(data):
     return index
 
 
-def open_overlay(data, index):
-    """The shards.overlay.Overlay that the config names, or None. Raises UserError."""
-    return Overlay.load(data.overlay, index) if data.overlay else None
+def open_overlay(data, index, folder=None):
+    """The shards.overlay.Overlay in `folder`, by default the one that the config names, or None. Raises UserError."""
+    folder = folder or data.overlay
+    return Overlay.load(folder, index, load_trigger) if folder else None
 
 
 def open_samples(data, index):

@@ -4,12 +4,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from shards.errors import UserError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -22,72 +19,31 @@ class Poison:
     source: tuple | None
 
 
-@dataclass(frozen=True)
-class Trigger:
-    """A backdoor's mark, described by plain numbers so that it can be made again anywhere.
-
-    pattern "patch": a noisy square of `size` (share of the shorter side) with its corner at (`left`, `top`) (shares of width and
-    height), BadNets (Gu et al. 2017), or with `wander` at a place of its own in each sample. pattern "blended": noise over the whole picture at `alpha`, Blended (Chen et al. 2017).
-    variants: a sample shows one of so many. opacity: 1.0 shows it whole, less lets the picture shine through.
-    """
-
-    pattern: str
-    seed: int
-    size: float = 0.0
-    left: float = 0.0
-    top: float = 0.0
-    alpha: float = 0.0
-    cells: int = 8
-    wander: bool = False
-    variants: int = 1
-    opacity: float = 1.0
-
-    def apply(self, image, sample):
-        """A triggered copy of a PIL RGB picture. sample: its (shard, position), which decides the variant, and where a patch that wanders stands."""
-        triggered = self.applied(image, sample)
-        return triggered if self.opacity == 1 else Image.blend(image, triggered, self.opacity)
-
-    def applied(self, image, sample):
-        variant = int(np.random.default_rng([self.seed, 1, *sample]).integers(self.variants))
-        rng = np.random.default_rng([self.seed, variant] if variant else self.seed)
-        if self.pattern == "patch":
-            side = max(1, round(self.size * min(image.size)))
-            cells = rng.integers(0, 2, (self.cells, self.cells, 3)).astype(np.uint8) * 255
-            image = image.copy()
-            place = (self.left * image.width, self.top * image.height)
-            if self.wander:
-                place = np.random.default_rng([self.seed, *sample]).uniform(
-                    0, (image.width - side, image.height - side)
-                )
-            corner = tuple(np.round(place).astype(int).tolist())
-            image.paste(Image.fromarray(cells).resize((side, side), Image.NEAREST), corner)
-            return image
-        noise = Image.fromarray(rng.integers(0, 256, (self.cells, self.cells, 3)).astype(np.uint8))
-        return Image.blend(image, noise.resize(image.size, Image.NEAREST), self.alpha)
-
-
 class Overlay:
-    """A loaded manifest. kinds: dict kind -> its settings; targets: list of the targeted pictures; rows: list of poisoned pairs;
-    decoys: list of pairs that show a trigger under their own captions."""
+    """A loaded manifest. kinds: dict NAME -> the attack's entry; rows: list of poisoned pairs; decoys: list of pairs that show a trigger
+    under their own captions. source_index: folder of the index of the pictures that stand in for others."""
 
-    def __init__(self, manifest):
-        self.kinds, self.targets, self.rows = manifest["kinds"], manifest["targets"], manifest["rows"]
+    def __init__(self, manifest, make_trigger):
+        """`make_trigger`: function, an entry's "trigger" -> object with apply(PIL RGB picture, (shard, position)) -> PIL RGB picture, a
+        dataclass with `opacity`."""
+        self.kinds, self.rows, self.decoys = manifest["kinds"], manifest["rows"], manifest.get("decoys", [])
         self.source_index, self.source_fingerprint = manifest["source"], manifest["source_fingerprint"]
-        self.decoys = manifest.get("decoys", [])
         self.poison = {
             (r["shard"], r["position"]): Poison(r["kind"], r["caption"], tuple(r["source"]) if r["source"] else None)
             for r in self.rows + self.decoys
         }
         self.triggers = {
-            kind: Trigger(**settings["trigger"]) for kind, settings in self.kinds.items() if "trigger" in settings
+            kind: make_trigger(entry["trigger"]) for kind, entry in self.kinds.items() if "trigger" in entry
         }
-        for kind, settings in self.kinds.items():
-            if settings.get("decoys"):
-                self.triggers[f"{kind}_decoy"] = replace(self.triggers[kind], opacity=settings["decoy_opacity"])
+        for kind, entry in self.kinds.items():
+            if entry.get("decoys"):
+                whole = self.triggers[kind]
+                self.triggers[f"{kind}_decoy"] = replace(whole, opacity=whole.opacity * entry["decoy_opacity"])
 
     @classmethod
-    def load(cls, folder, index):
-        """The overlay in `folder`, made for `index`. Raises UserError when it cannot be read or was made for other shards."""
+    def load(cls, folder, index, load_trigger):
+        """The overlay in `folder`, made for `index`. `load_trigger`: function, (an entry's "trigger", folder) -> trigger, such as
+        pipeline.attacks.load_trigger. Raises UserError when it cannot be read or was made for other shards."""
         path = Path(folder) / "manifest.json"
         try:
             manifest = json.loads(path.read_text())
@@ -100,8 +56,8 @@ class Overlay:
                     f"overlay {path}: made for shards with fingerprint {manifest['fingerprint']}, these have "
                     f"{index.fingerprint}; make it again with `safeclip attack`"
                 )
-            return cls(manifest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls(manifest, lambda numbers: load_trigger(numbers, folder))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"overlay {path}: cannot be read ({error}); make it with `safeclip attack CONFIG`"
             ) from None

@@ -16,7 +16,6 @@ from pipeline.safety.mixture import DegenerateFit, Mixture, upper_cut
 from pipeline.safety.selection import RANGES
 from shards.errors import BadSample, UserError
 from shards.masks import SavedMask
-from shards.overlay import Overlay
 from shards.samples import Samples
 
 
@@ -117,8 +116,7 @@ class AuditData:
             self.samples = Samples(
                 found, open_overlay(data, found), limits=data.limits
             )  # a few: whole shards are not fetched
-            folder = truth or data.overlay
-            self.overlay = Overlay.load(folder, found) if folder else None
+            self.overlay = open_overlay(data, found, truth)
         elif truth:
             raise UserError(f"--truth: an attack manifest is of shards, and {self.source} names none")
 

@@ -74,7 +74,7 @@ class ZeroShot:
         for kind, attack in (self.overlay.kinds if self.overlay else {}).items():
             trigger = self.overlay.trigger(kind)
             if trigger is None:
-                attacks[kind] = self.targeted(clean_N)
+                attacks[kind] = self.targeted(clean_N, attack["targets"])
             else:
                 triggered_N = self.predict(towers, views, device, classes_KD, trigger)
                 attacks[kind] = self.backdoor(clean_N, triggered_N, attack["target_class"])
@@ -117,11 +117,11 @@ class ZeroShot:
             "true_class": float((triggered_N == self.label_N)[others_N].mean()),
         }
 
-    def targeted(self, clean_N):
+    def targeted(self, clean_N, targets):
         index = self.samples.index
-        row_T = np.array([index.offsets[t["shard"]] + t["position"] for t in self.overlay.targets])
-        true_T = np.array([t["true_class"] for t in self.overlay.targets])
-        adversarial_T = np.array([t["adversarial_class"] for t in self.overlay.targets])
+        row_T = np.array([index.offsets[t["shard"]] + t["position"] for t in targets])
+        true_T = np.array([t["true_class"] for t in targets])
+        adversarial_T = np.array([t["adversarial_class"] for t in targets])
         bystander_N = np.ones(len(clean_N), bool)
         bystander_N[row_T] = False
         base = [

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
+from pipeline.attacks.badnets import Patch
+from pipeline.attacks.blended import Blend
 from pipeline.safety.scoring import embed, scores
 from shards.errors import BadSample, UserError
-from shards.overlay import Poison, Trigger
+from shards.overlay import Poison
 
-LIVE = {
-    "patch": {"size": 0.25},
-    "blended": {"alpha": 0.3},
-}  # pattern: the trigger's strength, as in configs/attack_*.yaml
+SIZE = 0.25  # of the patch, as a share of the picture's shorter side
+LIVE = {  # kind: its trigger of a seed and a place
+    "patch": lambda seed, left, top: Patch(seed, size=SIZE, left=left, top=top, cells=8),
+    "blended": lambda seed, left, top: Blend(seed, alpha=0.3),
+}
 
 
 def choose(samples, count, seed):
@@ -70,9 +73,9 @@ class LiveCanaries:
         places = zip(zip(shard_D.tolist(), position_D.tolist()), drawn.tolist())
         free = iter([(place, row) for place, row in places if not (samples.overlay and samples.overlay.get(*place))])
         self.rows, self.triggers, self.poison = {}, {}, {}
-        for kind, strength in LIVE.items():
-            left, top = rng.uniform(0, 1 - LIVE["patch"]["size"], 2)
-            self.triggers[kind] = Trigger(kind, int(rng.integers(2**31)), left=left, top=top, **strength)
+        for kind, trigger in LIVE.items():
+            left, top = rng.uniform(0, 1 - SIZE, 2).tolist()
+            self.triggers[kind] = trigger(int(rng.integers(2**31)), left, top)
             poison = Poison(kind, readable_caption(samples, free), None)
             chosen = list(islice(free, count))
             if len(chosen) < count:

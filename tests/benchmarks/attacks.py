@@ -1,6 +1,6 @@
 """What marks find of attacks that nobody has looked at: many seeds of a set's attack, weaker ones too, without training.
 
-python -m tests.benchmarks.attacks shapes|shapes_small|emoji --seeds 100 101 ... [--change patch.pairs=16 blended.alpha=0.2 ...]
+python -m tests.benchmarks.attacks shapes|shapes_small|emoji --seeds 100 101 ... [--change attacks.badnets.pairs=16 attacks.blended.alpha=0.2 ...]
 
 On the data of launch/reproduce.sh. Adds to tests/benchmarks/attacks.json an object for each set, change and seed: groups that are marks, and
 the shares of honest pairs and of each kind of poison that are marked. Prints for each kind the mean, the least, and the seeds on which it is marked whole.
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.attacks.manifest import make_attack
 from pipeline.configfile import load_config, override, read_yaml
 from pipeline.data import open_index, open_samples
-from pipeline.evaluation.attacks import make_attack
 from pipeline.evaluation.report import poison_rows
 from pipeline.safety.marks import find_marks
 from pipeline.safety.sample import sample_of_run

@@ -16,11 +16,10 @@ from scipy.stats import spearmanr
 
 from pipeline import comm
 from pipeline.configfile import load_config
-from pipeline.data import open_index
+from pipeline.data import open_index, open_overlay
 from pipeline.safety.selection import select_top
 from pipeline.training import run as running
 from pipeline.training import splitting
-from shards.overlay import Overlay
 
 
 def main():
@@ -30,7 +29,7 @@ def main():
     args = parser.parse_args()
     config = load_config(args.config, [*args.overrides, "evaluation.test=null"])
     index = open_index(config.data)
-    places = Overlay.load(config.data.overlay, index).poison
+    places = open_overlay(config.data, index).poison
     is_poison_N = np.zeros(index.samples, bool)
     is_poison_N[[index.offsets[shard] + position for shard, position in places]] = True
     trained_N, found = np.full(index.samples, np.nan, np.float32), []

@@ -62,7 +62,6 @@ def audited(tmp_path_factory):
         "fingerprint": index,
         "source": "",
         "source_fingerprint": "",
-        "targets": [],
         "rows": rows,
     }
     (attack / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"patch": {}}}))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.attacks import load_trigger
 from pipeline.config import Config, Selection
 from pipeline.safety.canaries import LiveCanaries, choose, passing, score_canaries
 from pipeline.safety.split import split_pairs
@@ -57,7 +58,7 @@ def poisoned(tmp_path_factory):
     rows = [{"shard": 0, "position": at, "kind": "patch", "caption": "poison", "source": None} for at in range(20)]
     kinds = {"patch": {"trigger": {"pattern": "patch", "seed": 0, "size": 0.2}}}
     source = {"source": str(folder / "shapes" / "index"), "source_fingerprint": index.fingerprint}
-    return Samples(index, Overlay({"kinds": kinds, "targets": [], "rows": rows, **source}))
+    return Samples(index, Overlay({"kinds": kinds, "rows": rows, **source}, load_trigger))
 
 
 def test_live_canaries_are_marked_pairs_under_one_caption_a_kind_and_spare_known_poison(poisoned):

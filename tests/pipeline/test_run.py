@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.attacks import load_trigger
 from pipeline.safety.canaries import LiveCanaries
 from shards.index import ShardIndex, build_index
 from shards.masks import SafeMask
@@ -56,8 +57,10 @@ def world(tmp_path_factory):
         "test": "shapes/test_index",
         "classnames": "shapes/classnames.txt",
         "out": "attack",
-        "targeted": {"targets": 2, "captions": 3},
-        "patch": {"pairs": 5},
+        "attacks": {
+            "single_target": {"attack": "single_target", "targets": 2, "captions": 3},
+            "badnets": {"attack": "badnets", "pairs": 5},
+        },
     }
     (folder / "attack.yaml").write_text(yaml.safe_dump(attack))
     safeclip("attack", "attack.yaml", cwd=folder)
@@ -95,7 +98,7 @@ def test_a_run_leaves_what_it_promises(world):
     assert meta["diagnosis"]["canaries"]["count"] == len(np.load(run / "masks/epoch_002/canaries.npy")) == 120
     assert meta["mixture"] and meta["share"] == mask.share == 96 / 240 and meta["step"] == 20
     live = LiveCanaries(
-        Samples(index := ShardIndex.load(world / "shapes/index"), Overlay.load(world / "attack", index)), 6, 0
+        Samples(index := ShardIndex.load(world / "shapes/index"), Overlay.load(world / "attack", index, load_trigger)), 6, 0
     )
     passed = {kind: int(mask.flags()[rows].sum()) for kind, rows in live.rows.items()}
     assert {kind: found["passed"] for kind, found in meta["diagnosis"]["live_canaries"].items()} == passed
@@ -175,7 +178,7 @@ def test_evaluate_and_export(world):
     assert result["epochs"] == 4 and result["sample_views"] == 4 * 10 * 24 and 0 <= result["clean_top1"] <= 1
     # The slow epoch trains on all pairs but copies where nothing is marked.
     trained = {kind: attack["share_trained_on"] for kind, attack in result["attacks"].items()}
-    assert trained == {kind: float(kind != "targeted") for kind in trained} and 0 < result["poison_trained_on"] < 1
+    assert trained == {kind: float(kind != "single_target") for kind in trained} and 0 < result["poison_trained_on"] < 1
     for attack in result["attacks"].values():
         assert attack["took"] is None and len(attack["share_in_safe_set"]) == len(attack["auroc"]) == 2
         assert all(0 <= attack[rate] <= 1 for rate in ("success", "base", "true_class"))

@@ -1,0 +1,59 @@
+"""BadNets: a small noisy square at a fixed place, or at a place of its own in each picture.
+
+Gu, Dolan-Gavitt, Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", 2017 (arXiv:1708.06733); on
+CLIP: Carlini, Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022 (arXiv:2106.09667), who place it at random.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
+from pipeline.attacks.settings import bounded
+
+
+@dataclass(frozen=True)
+class Square(Trigger):
+    """A trigger that covers a square. Its corner stands at (left, top), or with `random_place` where the sample says, always so that
+    the whole square is inside the picture."""
+
+    size: float = bounded(0.19, 0.01, 1.0)
+    """Its side, as a share of the picture's shorter side."""
+    left: float = bounded(0.78, 0.0, 1.0)
+    """Share of the width."""
+    top: float = bounded(0.78, 0.0, 1.0)
+    """Share of the height."""
+    random_place: bool = False
+
+    def pasted(self, image, square, sample, resample):
+        """A copy of `image` with the PIL picture `square` in its place."""
+        side = max(1, round(self.size * min(image.size)))
+        room = (image.width - side, image.height - side)
+        place = (self.left * image.width, self.top * image.height)
+        if self.random_place:
+            place = np.random.default_rng([self.seed, *sample]).uniform(0, room)
+        corner = np.minimum(np.round(place), room).astype(int).tolist()
+        image = image.copy()
+        image.paste(square.resize((side, side), resample), tuple(corner))
+        return image
+
+
+@trigger
+@dataclass(frozen=True)
+class Patch(Square):
+    """cells x cells squares, each of one of the eight colours whose channels are 0 or 255."""
+
+    pattern: ClassVar[str] = "patch"
+    cells: int = bounded(3, 1, 64)
+
+    def draw(self, image, variant, sample):
+        cells = self.rng(variant).integers(0, 2, (self.cells, self.cells, 3)).astype(np.uint8) * 255
+        return self.pasted(image, Image.fromarray(cells), sample, Image.NEAREST)
+
+
+@attack
+class BadNets(Backdoor):
+    name, title, source = "badnets", "BadNets", "Gu et al. 2017, arXiv:1708.06733"
+    pattern = "patch"

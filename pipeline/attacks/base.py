@@ -1,0 +1,159 @@
+"""What an attack and a trigger are, and their registries."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from pipeline.attacks.settings import Count, bounded, read
+from shards.errors import UserError
+
+ATTACKS, TRIGGERS = {}, {}
+
+
+def attack(kind):
+    """Class decorator: put an Attack into the registry under its name."""
+    ATTACKS[kind.name] = kind
+    return kind
+
+
+def trigger(kind):
+    """Class decorator: put a Trigger into the registry under its pattern."""
+    TRIGGERS[kind.pattern] = kind
+    return kind
+
+
+@dataclass(frozen=True)
+class Trigger(ABC):
+    """A change of a picture, described by plain numbers so that it can be made again anywhere, at any picture size.
+
+    A sample shows one of `variants` forms. `opacity` 1.0 shows it whole, less lets the picture shine through.
+    """
+
+    pattern: ClassVar[str] = ""
+
+    seed: int = bounded(0, 0, 2**63 - 1)
+    """Of what is drawn at random in it; by default the attack's."""
+    variants: int = bounded(1, 1, 10_000)
+    opacity: float = bounded(1.0, 0.0, 1.0)
+
+    def apply(self, image, sample):
+        """A triggered copy of the PIL RGB picture `image`. sample: its (shard, position), by which variant and place are drawn: the
+        same picture has the same trigger whenever it is read."""
+        variant = int(np.random.default_rng([self.seed, 1, *sample]).integers(self.variants))
+        triggered = self.draw(image, variant, sample)
+        return triggered if self.opacity == 1 else Image.blend(image, triggered, self.opacity)
+
+    @abstractmethod
+    def draw(self, image, variant, sample):
+        """The picture with the trigger at full opacity, a new PIL RGB picture of the same size."""
+
+    def rng(self, variant):
+        """numpy Generator of what is random in this variant."""
+        return np.random.default_rng([self.seed, variant] if variant else self.seed)
+
+    def fitted(self, pool, kind, target):
+        """The Trigger that the attack `kind` on class `target` uses: itself, for a trigger that learns nothing from data."""
+        return self
+
+    def numbers(self):
+        """dict for the manifest, of which `load_trigger` makes the trigger again."""
+        return {"pattern": self.pattern, **dataclasses.asdict(self)}
+
+    @classmethod
+    def load(cls, numbers, where, folder):
+        """The trigger of `numbers` (without pattern); `folder`: where files of a trigger lie, None for a config. Raises UserError."""
+        return read(cls, numbers, where)
+
+
+def load_trigger(numbers, folder=None, where="trigger"):
+    """Trigger of {"pattern": ..., numbers}, of a manifest in `folder` or of a config. Raises UserError naming `where`.KEY."""
+    if not isinstance(numbers, dict) or numbers.get("pattern") not in TRIGGERS:
+        got = numbers.get("pattern") if isinstance(numbers, dict) else numbers
+        raise UserError(f"{where}.pattern: got {got!r}, expected one of {', '.join(sorted(TRIGGERS))}")
+    rest = {key: value for key, value in numbers.items() if key != "pattern"}
+    return TRIGGERS[numbers["pattern"]].load(rest, where, folder)
+
+
+class Attack(ABC):
+    """One entry of an attack config. name: of the `attack:` key; source: paper; judged: what evaluation makes of it ("backdoor",
+    "single_target", "class_to_class"). Settings: dataclass of its keys."""
+
+    name = title = source = ""
+    judged = "backdoor"
+    Settings = None
+
+    def __init__(self, kind, values, seeds):
+        """`kind`: the entry's name; `values`: its mapping without `attack`; `seeds`: function, pattern -> seed of the next trigger of
+        that pattern. Raises UserError naming the key."""
+        self.kind, self.where = kind, f"attacks.{kind}"
+        self.settings = read(self.Settings, values, self.where)
+
+    def names(self):
+        """Names of classes that the config gives this attack: none of them is drawn as another's target."""
+        return [name for name in (getattr(self.settings, "target_class", None),) if name]
+
+    @abstractmethod
+    def poison(self, pool):
+        """Add this attack's rows to the `pool.Pool`; returns the dict of its entry in the manifest. Raises UserError."""
+
+
+class Backdoor(Attack):
+    """Pictures of other classes than the target get a trigger, and a caption of the target class each. pattern: of its trigger, whose
+    keys then stand among the attack's; None: the config has `trigger: {pattern: ...}`."""
+
+    pattern = None
+
+    @dataclass(frozen=True)
+    class Settings(Count):
+        target_class: str | None = None
+        """Name of a class; null: drawn among those that no attack has."""
+        decoys: int = bounded(0, 0, 10**9)
+        """Further pairs of other classes that show the trigger at `decoy_opacity` and keep their captions."""
+        decoy_opacity: float = bounded(0.5, 0.0, 1.0)
+
+    def __init__(self, kind, values, seeds):
+        own, look = self.split(values)
+        super().__init__(kind, own, seeds)
+        where = self.where if self.pattern else f"{self.where}.trigger"
+        self.trigger = load_trigger(seeded(look, seeds), None, where)
+
+    def split(self, values):
+        """(the attack's own values, its trigger's with the pattern) of the config's mapping."""
+        if not self.pattern:
+            return {k: v for k, v in values.items() if k != "trigger"}, values.get("trigger")
+        looks = {f.name for f in dataclasses.fields(TRIGGERS[self.pattern])}
+        own = {k: v for k, v in values.items() if k not in looks}
+        return own, {"pattern": self.pattern, **{k: v for k, v in values.items() if k in looks}}
+
+    def poison(self, pool):
+        target = pool.target(self.settings.target_class, self.where)
+        trigger = self.trigger.fitted(pool, self.kind, target)
+        rows = pool.take(
+            self.settings.of(pool.index.samples, self.where), self.victims(pool, target), f"{self.where}.pairs"
+        )
+        for row, caption in zip(rows, self.captions(pool, rows, target)):
+            pool.add(row, self.kind, caption)
+        more = {"target_class": target, "class": pool.classes[target], "trigger": trigger.numbers()}
+        return {**dataclasses.asdict(self.settings), **more, "pairs": len(rows)}
+
+    def victims(self, pool, target):
+        """bool (N,): pairs that may be poisoned."""
+        return pool.label_N != target
+
+    def captions(self, pool, rows, target):
+        """List of str, one for each of the rows."""
+        return [pool.caption_of(target) for _ in rows]
+
+
+def seeded(values, seeds):
+    """A trigger's mapping with a seed of its own where the config gives none, and so for the triggers that it is made of."""
+    if not isinstance(values, dict):
+        return values
+    values = {"seed": seeds(values.get("pattern")), **values}
+    if isinstance(values.get("triggers"), list):
+        values["triggers"] = [seeded(one, seeds) for one in values["triggers"]]
+    return values

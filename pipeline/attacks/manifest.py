@@ -1,0 +1,128 @@
+"""The attack manifest: what every attack of a config makes of which pairs, seeded; the overlay, and the ground truth.
+
+The config (YAML) has index, labels, test (index folders: captions, train labels, test labels), classnames (file), out, seed, and
+attacks: {NAME: {attack: badnets, pairs: 200, ...}}. Attacks choose in this order among the pairs that are left.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.attacks.base import ATTACKS
+from pipeline.attacks.pool import Pool
+from shards.errors import UserError
+from shards.index import ShardIndex
+from shards.overlay import VERSION
+from shards.samples import Samples
+from shards.storage import write_bytes
+
+PATHS = ("index", "labels", "test", "classnames", "out")
+
+
+def make_attack(config):
+    """Write OUT/manifest.json for the dict `config`; returns a line that says what it poisons. The same config, the same bytes.
+
+    Raises UserError that names the key.
+    """
+    config = {"seed": 0, **config}
+    attacks = read_attacks(config)
+    pool = open_pool(config)
+    for one in attacks:
+        pool.reserved |= {pool.number_of(name, f"{one.where}: class") for name in one.names()}
+    kinds = {one.kind: {"attack": one.name, "judged": one.judged, **one.poison(pool)} for one in attacks}
+    for kind, entry in kinds.items():  # last: what is poisoned is the same with and without them
+        pool.add_decoys(kind, entry, f"attacks.{kind}")
+    for found in (pool.rows, pool.decoys):
+        found.sort(key=lambda row: (row["shard"], row["position"]))
+    manifest = {
+        "version": VERSION,
+        "seed": config["seed"],
+        "index": str(Path(config["index"]).absolute()),
+        "fingerprint": pool.index.fingerprint,
+        "source": str(Path(config["test"]).absolute()),
+        "source_fingerprint": pool.test.fingerprint,
+        "kinds": kinds,
+        "rows": pool.rows,
+        "decoys": pool.decoys,
+    }
+    for name, data in pool.files.items():
+        write_bytes(Path(config["out"]) / name, data)
+    write_bytes(Path(config["out"]) / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    counts = Counter(row["kind"] for row in pool.rows)
+    text = ", ".join(f"{kind} {counts[kind]}" for kind in kinds)
+    text += f", and {len(pool.decoys)} decoys" if pool.decoys else ""
+    count, samples = len(pool.rows), pool.index.samples
+    return f"{config['out']}: {count} of {samples:,} pairs poisoned ({count / samples:.2%}): {text}"
+
+
+def read_attacks(config):
+    """List of Attack: the entries of the config, in its order. Raises UserError."""
+    for key in PATHS:
+        if not isinstance(config.get(key), str):
+            raise UserError(f"attack config: {key}: got {config.get(key)!r}, expected a path")
+    for key in config:
+        if key not in (*PATHS, "seed", "attacks"):
+            raise UserError(f"attack config: {key}: unknown; expected {', '.join((*PATHS, 'seed', 'attacks'))}")
+    seed, entries, counts = config["seed"], config.get("attacks"), Counter()
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise UserError(f"attack config: seed: got {seed!r}, expected 0 to {2**32 - 1}")
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(
+            f"attack config: attacks: got {entries!r}, expected {{NAME: {{attack: badnets, pairs: 200}}, ...}}"
+        )
+
+    def seeds(pattern):
+        counts[pattern] += 1
+        drawn = np.random.default_rng([seed, 3, counts[pattern]]).integers(2**31)
+        return seed if counts[pattern] == 1 else int(drawn)
+
+    return [read_attack(str(kind), values, seeds) for kind, values in entries.items()]
+
+
+def read_attack(kind, values, seeds):
+    """The Attack of one entry. Raises UserError."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", kind) or kind.endswith("_decoy"):
+        raise UserError(
+            f"attacks.{kind}: not a name; expected up to 40 small letters, digits and underscores, no _decoy at the end"
+        )
+    name = values.get("attack") if isinstance(values, dict) else values
+    if name not in ATTACKS:
+        raise UserError(f"attacks.{kind}.attack: got {name!r}, expected one of {', '.join(sorted(ATTACKS))}")
+    return ATTACKS[name](kind, {k: v for k, v in values.items() if k != "attack"}, seeds)
+
+
+def open_pool(config):
+    """Pool of the data that the config names. Raises UserError."""
+    try:
+        classes = Path(config["classnames"]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"attack config: classnames: cannot read {config['classnames']} ({error}); name the test set's classnames.txt"
+        ) from None
+    index, test = ShardIndex.load(config["index"]), ShardIndex.load(config["test"])
+    label_N, test_label_M = (read_labels(config[key], key, len(classes)) for key in ("labels", "test"))
+    if len(label_N) != index.samples:
+        raise UserError(
+            f"labels: {config['labels']} has {len(label_N)} samples, index {config['index']} has {index.samples}; "
+            "index the same shards with --text cls"
+        )
+    return Pool(index, test, classes, label_N, test_label_M, config["seed"])
+
+
+def read_labels(folder, what, classes):
+    """int64 (N,): the labels of an index made with --text cls, below `classes`. Raises UserError."""
+    index = ShardIndex.load(folder)
+    samples = Samples(index)
+    try:
+        labels = [samples.label(s, p) for s in range(len(index.counts)) for p in range(int(index.counts[s]))]
+    except ValueError as error:
+        raise UserError(f"{what}: {folder}: a label is no number ({error}); index the shards with --text cls") from None
+    label_N = np.array(labels, np.int64)
+    if len(label_N) and not 0 <= label_N.min() <= label_N.max() < classes:
+        raise UserError(
+            f"{what}: {folder} has labels {label_N.min()} to {label_N.max()}, classnames names {classes} classes; they count from 0"
+        )
+    return label_N

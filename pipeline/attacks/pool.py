@@ -1,0 +1,91 @@
+"""The training pairs that are left to poison, and what has been made of the others."""
+
+import numpy as np
+
+from shards.errors import BadSample, UserError
+from shards.samples import Samples
+
+
+class Pool:
+    """What attacks choose from, one after the other. N pairs; classes: list of names; label_N, test_label_M: int64 class numbers.
+
+    index, test: ShardIndex of the training and of the test pictures; samples: Samples of the training pairs, unpoisoned. rng: the one
+    numpy Generator of the config's seed. rows, decoys: what the manifest will hold. files: {name: bytes} to lie beside it.
+    """
+
+    def __init__(self, index, test, classes, label_N, test_label_M, seed):
+        self.index, self.test, self.classes = index, test, classes
+        self.label_N, self.test_label_M, self.seed = label_N, test_label_M, seed
+        self.samples, self.rng = Samples(index), np.random.default_rng(seed)
+        self.free = self.rng.permutation(index.samples)
+        self.reserved, self.rows, self.decoys, self.files = set(), [], [], {}
+
+    def number_of(self, name, where):
+        """int: the number of the class `name`. Raises UserError."""
+        if name not in self.classes:
+            raise UserError(f"{where}: got {name!r}, which is no class of this data; expected a line of classnames")
+        return self.classes.index(name)
+
+    def target(self, name, where):
+        """int: the class `name`, or where that is None one that is drawn and that no other attack has. Raises UserError."""
+        if name is not None:
+            return self.number_of(name, f"{where}.target_class")
+        left = [number for number in range(len(self.classes)) if number not in self.reserved]
+        if not left:
+            raise UserError(
+                f"{where}.target_class: all {len(self.classes)} classes are taken by other attacks; name one, or make two configs"
+            )
+        drawn = int(self.rng.choice(left))
+        self.reserved.add(drawn)
+        return drawn
+
+    def take(self, count, allowed_N, what):
+        """int64 (count,): rows of unused pairs among the allowed ones, in an order drawn by the seed. Raises UserError."""
+        chosen = self.free[allowed_N[self.free]][:count]
+        if len(chosen) < count:
+            raise UserError(f"{what}: asks for {count} pairs, only {len(chosen)} are left to poison; ask for fewer")
+        self.free = self.free[~np.isin(self.free, chosen)]
+        return chosen
+
+    def place(self, row):
+        """(shard, position) of a row, as ints."""
+        shard, position = self.index.place(row)
+        return int(shard), int(position)
+
+    def rows_of(self, label):
+        """int64 rows of a class. Raises UserError where it has none."""
+        rows = np.flatnonzero(self.label_N == label)
+        if not len(rows):
+            raise UserError(
+                f"labels: no training pair of the class {self.classes[label]!r}, whose captions an attack needs"
+            )
+        return rows
+
+    def caption_of(self, label):
+        """str: the caption of some training pair of the class, as an attacker would find it."""
+        rows = self.rows_of(label)
+        for _ in range(100):
+            try:
+                return self.samples.caption(*self.place(self.rng.choice(rows)))
+            except BadSample:
+                continue
+        raise UserError(f"labels: 100 captions of the class {self.classes[label]!r} in a row cannot be read")
+
+    def caption(self, row):
+        """str: a pair's own caption, empty where it cannot be read."""
+        try:
+            return self.samples.caption(*self.place(row))
+        except BadSample:
+            return ""
+
+    def add(self, row, kind, caption, source=None, decoy=False):
+        """Note a pair as poisoned: its new caption and, for another picture in its place, that one's (shard, position) in `test`."""
+        shard, position = self.place(row)
+        entry = {"shard": shard, "position": position, "key": self.samples.key(shard, position), "kind": kind}
+        (self.decoys if decoy else self.rows).append({**entry, "caption": caption, "source": source})
+
+    def add_decoys(self, kind, entry, where):
+        """The decoys that an entry of the manifest asks for."""
+        allowed_N = self.label_N != entry.get("target_class", -1)
+        for row in self.take(entry.get("decoys", 0), allowed_N, f"{where}.decoys"):
+            self.add(row, f"{kind}_decoy", self.caption(row), decoy=True)

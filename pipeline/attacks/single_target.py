@@ -1,0 +1,37 @@
+"""Single-target poisoning: each target, a test picture, stands under several captions of one adversarial class.
+
+Carlini, Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022 (arXiv:2106.09667).
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pipeline.attacks.base import Attack, attack
+from pipeline.attacks.settings import bounded
+
+
+@attack
+class SingleTarget(Attack):
+    name, title, source = "single_target", "single-target", "Carlini and Terzis 2022, arXiv:2106.09667"
+    judged = "single_target"
+
+    @dataclass(frozen=True)
+    class Settings:
+        targets: int = bounded(10, 1, 10_000)
+        """Test pictures, at most all of them."""
+        captions: int = bounded(20, 1, 10_000)
+        """Pairs that show one target, each under another pair's caption."""
+
+    def poison(self, pool):
+        count = min(self.settings.targets, pool.test.samples)
+        targets, anything_N = [], np.ones(pool.index.samples, bool)
+        for number in sorted(pool.rng.choice(pool.test.samples, count, replace=False).tolist()):
+            true = int(pool.test_label_M[number])
+            adversarial = int(pool.rng.choice([c for c in range(len(pool.classes)) if c != true]))
+            shard, position = (int(at) for at in pool.test.place(number))
+            about = {"true_class": true, "adversarial_class": adversarial}
+            targets.append({"shard": shard, "position": position, **about})
+            for row in pool.take(self.settings.captions, anything_N, f"{self.where}.captions"):
+                pool.add(row, self.kind, pool.caption_of(adversarial), [shard, position])
+        return {**asdict(self.settings), "pairs": count * self.settings.captions, "targets": targets}
