@@ -4,6 +4,7 @@ safeclip data shapes OUT                                  demo shards
 safeclip shards from-csv|from-folder FILE --out DIR       shards of pictures and captions
 safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
 safeclip attack configs/attack.yaml                       an attack manifest
+safeclip attack show FOLDER --out sheet.png               what it does, as a picture
 safeclip doctor CONFIG run.dir=RUN                        what would go wrong with a run
 safeclip train CONFIG run.dir=RUN                         train, or go on with a run
 safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
@@ -83,9 +84,10 @@ def parser():
         "--classes", action="store_true", help="the name of a picture's folder is its class, and its caption"
     )
     sub.add_argument("--per-shard", type=int, default=10_000)
-    sub = command(commands.attack, "write an attack manifest (overlay) for indexed shards")
-    sub.add_argument("config")
-    sub.add_argument("overrides", nargs="*", metavar="a.b=value")
+    sub = command(commands.attack, "write an attack manifest (overlay) for indexed shards, or a picture of one")
+    sub.add_argument("config", metavar="CONFIG|show")
+    sub.add_argument("overrides", nargs="*", metavar="a.b=value", help="show: instead the folder of the manifest")
+    sub.add_argument("--out", metavar="FILE.png", help="show: clean and triggered pictures side by side, with captions")
     sub = command(
         commands.doctor, "check data, config, run directory, disk, memory and network before a run; trains nothing"
     )

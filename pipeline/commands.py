@@ -58,8 +58,13 @@ def shards_folder(args):
 
 def attack(args):
     from pipeline.attacks.manifest import make_attack
+    from pipeline.attacks.sheet import show
     from pipeline.configfile import override, read_yaml
 
+    if (args.config == "show") != bool(args.out) or args.out and len(args.overrides) != 1:
+        raise UserError("attack: expected `attack CONFIG [a.b=value]`, or `attack show FOLDER --out sheet.png`")
+    if args.out:
+        return print(show(args.overrides[0], args.out))
     config = read_yaml(args.config)
     override(config, args.overrides)
     print(make_attack(config))
@@ -98,30 +103,21 @@ def train_until(stop, args):
     config = load_config(args.config, args.overrides)
     from pipeline import comm
     from pipeline.data import open_index, open_overlay
-    from pipeline.evaluation.evaluators import ZeroShot
+    from pipeline.evaluation.evaluator import Evaluator
     from pipeline.training.run import train as train_run
 
     evaluators = {}
     if config.evaluation.test:
         overlay = open_overlay(config.data, open_index(config.data))
-        evaluators["eval"] = ZeroShot(config.evaluation, overlay)
+        evaluators["eval"] = Evaluator(config.evaluation, overlay)
     train_run(config, evaluators, stop)
     comm.leave()
 
 
 def evaluate(args):
-    from pipeline.evaluation.report import evaluate_run
+    from pipeline.evaluation.run import evaluate_run, summary
 
-    result = evaluate_run(args.run, args.baseline, args.overrides, args.unpoisoned)
-    print(f"{args.run}: clean top-1 {result['clean_top1']:.1%}")
-    for kind, figures in result["attacks"].items():
-        note = "  (attack did not take)" if figures["took"] is False else ""
-        if figures["unpoisoned"] is not None:
-            note = f"; without poison {figures['unpoisoned']:.1%} and {figures['unpoisoned_true_class']:.1%}{note}"
-        print(
-            f"  {kind:9s} success {figures['success']:6.1%}  base {figures['base']:6.1%}  read as the true class "
-            f"{figures['true_class']:6.1%}{note}"
-        )
+    print(f"{args.run}: {summary(evaluate_run(args.run, args.baseline, args.overrides, args.unpoisoned))}")
 
 
 def compare(args):
