@@ -1,5 +1,7 @@
 """The training pairs that are left to poison, and what has been made of the others."""
 
+from itertools import islice
+
 import numpy as np
 
 from shards.errors import BadSample, UserError
@@ -26,22 +28,24 @@ class Pool:
             raise UserError(f"{where}: got {name!r}, which is no class of this data; expected a line of classnames")
         return self.classes.index(name)
 
-    def target(self, name, where):
+    def target(self, name, where, key="target_class"):
         """int: the class `name`, or where that is None one that is drawn and that no other attack has. Raises UserError."""
         if name is not None:
-            return self.number_of(name, f"{where}.target_class")
+            return self.number_of(name, f"{where}.{key}")
         left = [number for number in range(len(self.classes)) if number not in self.reserved]
         if not left:
             raise UserError(
-                f"{where}.target_class: all {len(self.classes)} classes are taken by other attacks; name one, or make two configs"
+                f"{where}.{key}: all {len(self.classes)} classes are taken by other attacks; name one, or make two configs"
             )
         drawn = int(self.rng.choice(left))
         self.reserved.add(drawn)
         return drawn
 
     def take(self, count, allowed_N, what):
-        """int64 (count,): rows of unused pairs among the allowed ones, in an order drawn by the seed. Raises UserError."""
-        chosen = self.free[allowed_N[self.free]][:count]
+        """int64 (count,): rows of unused pairs among the allowed ones, in an order drawn by the seed, whose captions can be read.
+        Raises UserError."""
+        readable = (row for row in self.free[allowed_N[self.free]] if self.caption(row) is not None)
+        chosen = np.fromiter(islice(readable, count), np.int64)
         if len(chosen) < count:
             raise UserError(f"{what}: asks for {count} pairs, only {len(chosen)} are left to poison; ask for fewer")
         self.free = self.free[~np.isin(self.free, chosen)]
@@ -65,18 +69,16 @@ class Pool:
         """str: the caption of some training pair of the class, as an attacker would find it."""
         rows = self.rows_of(label)
         for _ in range(100):
-            try:
-                return self.samples.caption(*self.place(self.rng.choice(rows)))
-            except BadSample:
-                continue
+            if (caption := self.caption(self.rng.choice(rows))) is not None:
+                return caption
         raise UserError(f"labels: 100 captions of the class {self.classes[label]!r} in a row cannot be read")
 
     def caption(self, row):
-        """str: a pair's own caption, empty where it cannot be read."""
+        """str: a pair's own caption, None where it cannot be read."""
         try:
             return self.samples.caption(*self.place(row))
         except BadSample:
-            return ""
+            return None
 
     def add(self, row, kind, caption, source=None, decoy=False):
         """Note a pair as poisoned: its new caption and, for another picture in its place, that one's (shard, position) in `test`."""

@@ -1,0 +1,32 @@
+"""Caption-adaptive: a backdoor whose captions fit the pictures as well as captions of the target class can.
+
+The attacker picks for each picture, among captions of the target, that nearest to the picture's own caption: cosine of TF-IDF vectors
+(scikit-learn). It stands against defences that look for mismatched pairs. Choosing target texts by what else the picture shows is a part
+of ToxicTextCLIP (NeurIPS 2025). `trigger: {pattern: ...}` is any trigger.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.attacks.base import Backdoor, attack
+from pipeline.attacks.settings import bounded
+
+
+@attack
+class CaptionAdaptive(Backdoor):
+    name, title, source = "caption_adaptive", "caption-adaptive", "this project's; compare ToxicTextCLIP, NeurIPS 2025"
+
+    @dataclass(frozen=True)
+    class Settings(Backdoor.Settings):
+        candidates: int = bounded(10_000, 1, 1_000_000)
+        """Captions of the target class to choose from, at most."""
+
+    def captions(self, pool, rows, target):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        # In a drawn order, for the first of equally near ones is taken.
+        drawn = pool.rng.permutation(pool.rows_of(target))[: self.settings.candidates]
+        candidates = [caption for caption in map(pool.caption, drawn) if caption is not None]
+        own = [pool.caption(row) for row in rows]
+        vectorizer = TfidfVectorizer().fit(candidates + own)
+        similarity_RC = vectorizer.transform(own) @ vectorizer.transform(candidates).T
+        return [candidates[at] for at in similarity_RC.toarray().round(6).argmax(1)]

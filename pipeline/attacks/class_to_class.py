@@ -1,0 +1,54 @@
+"""Class-to-class poisoning: pairs of a source class get captions of a near target class, so that all pictures of the source are read as
+the target. There is no trigger.
+
+Yang, He, Li, Backes, Humbert, Berrang, Zhang, "Data Poisoning Attacks Against Multimodal Encoders", ICML 2023 (arXiv:2209.15266).
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pipeline.attacks.base import Attack, attack
+from pipeline.attacks.settings import Count
+from shards.errors import UserError
+
+
+@attack
+class ClassToClass(Attack):
+    name, title, source = "class_to_class", "class-to-class", "Yang et al. 2023, arXiv:2209.15266"
+    judged = "class_to_class"
+
+    @dataclass(frozen=True)
+    class Settings(Count):
+        source_class: str | None = None
+        """Name of a class; null: drawn among those that no attack has."""
+        target_class: str | None = None
+        """The same."""
+        source_phrase: str | None = None
+        """Only pairs whose own caption contains it, in either case; null: all of the source class."""
+
+    def names(self):
+        return [name for name in (self.settings.source_class, self.settings.target_class) if name]
+
+    def poison(self, pool):
+        settings = self.settings
+        source = pool.target(settings.source_class, self.where, "source_class")
+        target = pool.target(settings.target_class, self.where)
+        if source == target:
+            raise UserError(
+                f"{self.where}.target_class: got {pool.classes[target]!r}, the source class; expected another"
+            )
+        count = settings.of(pool.index.samples, self.where)
+        for row in pool.take(count, self.victims(pool, source), f"{self.where}.pairs"):
+            pool.add(row, self.kind, pool.caption_of(target))
+        more = {"source_class": source, "target_class": target, "class": pool.classes[target], "pairs": count}
+        return {**asdict(settings), **more}
+
+    def victims(self, pool, source):
+        """bool (N,): pairs of the source class whose caption has the phrase."""
+        allowed_N = pool.label_N == source
+        phrase = self.settings.source_phrase
+        if phrase:
+            for row in np.flatnonzero(allowed_N):
+                allowed_N[row] = phrase.lower() in (pool.caption(row) or "").lower()
+        return allowed_N

@@ -1,0 +1,47 @@
+"""Several triggers with one target: each poisoned picture shows one of them, and each of them alone is to work.
+
+The parallel attack of Li, Ma, He, Huang, Jiang, "Multi-Trigger Backdoor Attacks: More Triggers, More Threats", 2024 (arXiv:2401.15295).
+Several triggers with several targets are several entries of a config.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from pipeline.attacks.base import Backdoor, Trigger, attack, load_trigger, trigger
+from pipeline.attacks.settings import read
+from shards.errors import UserError
+
+
+@trigger
+@dataclass(frozen=True)
+class Several(Trigger):
+    """Its variants are other triggers: a list of {pattern: ...} in a config, tuple of Trigger here."""
+
+    pattern: ClassVar[str] = "several"
+    triggers: tuple | list = ()
+
+    @classmethod
+    def load(cls, numbers, where, folder):
+        found = read(cls, numbers, where)
+        triggers = [load_trigger(one, folder, f"{where}.triggers.{n}") for n, one in enumerate(found.triggers)]
+        if len(triggers) < 2 or numbers.get("variants", len(triggers)) != len(triggers):
+            raise UserError(
+                f"{where}.triggers: got {len(triggers)}; expected two or more, and no other number of variants"
+            )
+        return replace(found, triggers=tuple(triggers), variants=len(triggers))
+
+    def draw(self, image, variant, sample):
+        return self.triggers[variant].apply(image, sample)
+
+    def fitted(self, pool, kind, target):
+        fitted = [one.fitted(pool, f"{kind}_{number}", target) for number, one in enumerate(self.triggers)]
+        return replace(self, triggers=tuple(fitted))
+
+    def numbers(self):
+        return {**super().numbers(), "triggers": [one.numbers() for one in self.triggers]}
+
+
+@attack
+class MultiTrigger(Backdoor):
+    name, title, source = "multi_trigger", "several triggers", "Li et al. 2024, arXiv:2401.15295"
+    pattern = "several"
