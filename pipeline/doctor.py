@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pipeline import comm
 from pipeline.data import describe, open_cache, open_index, open_overlay
-from pipeline.evaluation.evaluators import ZeroShot
+from pipeline.evaluation.testset import TestSet
 from pipeline.footprint import check_disk, check_memory, existing, human, measure
 from pipeline.safety.split import mask_folder
 from pipeline.training import checkpoint
@@ -155,7 +155,7 @@ def check_config(config, index, ranks):
         steps = steps_per_epoch(config, index, ranks)
         epochs = curriculum(config.train, config.selection.every)
         if config.evaluation.test:
-            ZeroShot(config.evaluation)
+            TestSet(config.evaluation)
     except UserError as error:
         return [("fatal", "config", str(error))]
     splits = sum(epoch.split is not None for epoch in epochs)

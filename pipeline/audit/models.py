@@ -46,7 +46,7 @@ def load_scorer(model, pretrained=None):
 
 
 def from_run(run_dir):
-    from pipeline.evaluation.report import load_run
+    from pipeline.evaluation.run import load_run
     from pipeline.training.start import make_views
 
     config, folder, towers = load_run(run_dir)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from pipeline.evaluation.report import read_eval, read_metrics
+from pipeline.evaluation.run import read_eval, read_metrics
 from shards.storage import write_json
 
 ALL = ((0, 8),)

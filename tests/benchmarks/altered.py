@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline import cli
-from pipeline.evaluation.report import poison_rows
+from pipeline.evaluation.selection_quality import poison_rows
 from pipeline.safety import marks, suspicion
 from pipeline.training import splitting
 

@@ -17,7 +17,7 @@ import torch
 from pipeline.attacks.manifest import make_attack
 from pipeline.configfile import load_config, override, read_yaml
 from pipeline.data import open_index, open_samples
-from pipeline.evaluation.report import poison_rows
+from pipeline.evaluation.selection_quality import poison_rows
 from pipeline.safety.marks import find_marks
 from pipeline.safety.sample import sample_of_run
 from pipeline.training.start import make_views

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.evaluation.report import read_metrics
+from pipeline.evaluation.run import read_metrics
 from pipeline.training import checkpoint
 
 

@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 
 from pipeline.configfile import load_config
 from pipeline.data import open_index, open_samples
-from pipeline.evaluation.report import poison_rows
+from pipeline.evaluation.selection_quality import poison_rows
 from pipeline.safety.marks import LOOKS, TERMS_AT_ONCE, marks_of_look, whitened
 from pipeline.safety.sample import PIXELS, TEXTURES, Sample, textures
 from pipeline.safety.suspicion import APART, FREE, Suspicion

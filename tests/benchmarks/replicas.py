@@ -62,8 +62,9 @@ def judge(run, name, attacks):
     """Write RUN/attackN.json for each of the attacks: what their triggers do to the run's model."""
     from pipeline import comm
     from pipeline.data import open_index, open_overlay
-    from pipeline.evaluation.evaluators import ZeroShot
-    from pipeline.evaluation.report import load_run, poison_shares
+    from pipeline.evaluation.evaluator import Evaluator
+    from pipeline.evaluation.run import load_run
+    from pipeline.evaluation.selection_quality import poison_shares
     from pipeline.training.start import make_views
     from shards.masks import SafeMask
 
@@ -76,8 +77,8 @@ def judge(run, name, attacks):
     for attack in attacks:
         config.data.overlay = f"data/{name}_attack_seed{attack}"
         overlay = open_overlay(config.data, index)
-        found = ZeroShot(config.evaluation, overlay)(towers, views, comm.device())
-        shares = poison_shares(overlay, index, [(None, mask) for mask in masks]) if poisoned else []
+        found = Evaluator(config.evaluation, overlay)(towers, views, comm.device())
+        shares = poison_shares(masks, overlay, index) if poisoned else []
         write_json(Path(run) / f"attack{attack}.json", found | {"poison_in_safe_set": shares})
 
 

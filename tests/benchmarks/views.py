@@ -17,7 +17,8 @@ from sklearn.metrics import roc_auc_score
 
 from pipeline import comm
 from pipeline.data import open_index, open_samples
-from pipeline.evaluation.report import load_run, poison_rows
+from pipeline.evaluation.run import load_run
+from pipeline.evaluation.selection_quality import poison_rows
 from pipeline.safety.scoring import embed, shard_batches
 from pipeline.safety.selection import select_top
 from pipeline.safety.views import ScoredViews

@@ -157,7 +157,7 @@ def test_a_split_does_not_depend_on_the_world_size(world, make_shards):
 def scored_split(folder):
     import torch
 
-    from pipeline.evaluation.report import load_run
+    from pipeline.evaluation.run import load_run
     from pipeline.safety.scoring import score_all_pairs
     from pipeline.safety.split import split_pairs
     from pipeline.training.start import make_views
@@ -198,7 +198,7 @@ def test_the_export_is_the_runs_model_in_open_clip(world):
     import open_clip
     import torch
 
-    from pipeline.evaluation.report import load_run
+    from pipeline.evaluation.run import load_run
 
     safeclip("export", "whole", "exported", cwd=world)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{world}/exported")

@@ -1,0 +1,97 @@
+"""A cell of the comparison, what decides its figures, and the row that its run leaves in the results file."""
+
+import subprocess
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.evaluation.comparison.defences import DEFENCES, Defence
+from pipeline.evaluation.comparison.sets import DataSet, digest, overlay_digest
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run of a defence, judged by the attacks of one group. poisoned: trained on the group's poison; else on the data as they are.
+
+    overlay: folder of the attack, made already.
+    """
+
+    set: DataSet
+    group: str
+    defence: str
+    seed: int
+    overlay: Path
+    poisoned: bool = True
+
+    @property
+    def rule(self) -> Defence:
+        return DEFENCES[self.defence]
+
+    @property
+    def label(self):
+        return f"{self.set.name} {self.group if self.poisoned else 'unpoisoned'} {self.defence} seed {self.seed}"
+
+    @property
+    def none(self):
+        """The cell of plain CLIP on the same data."""
+        return Cell(self.set, self.group, "none", self.seed, self.overlay, self.poisoned)
+
+    @cached_property
+    def words(self):
+        """`a.b=value` of the run, without paths: what the config's hash is of."""
+        return [*self.rule.overrides(self.set.load().train), f"run.seed={self.seed}"]
+
+    @cached_property
+    def config(self):
+        return self.set.load(self.words)
+
+    @cached_property
+    def run_key(self):
+        """12 hex digits that change with what decides the run: its config, the data, the poison, and what it needs first."""
+        before = [self.rule.mask, self.rule.starts_from_none, self.none.run_key if self.rule.needs_none else None]
+        poison = overlay_digest(self.overlay) if self.poisoned or self.rule.mask else None
+        return digest([self.config.hash(), self.set.fingerprint, poison, before])
+
+    @cached_property
+    def key(self):
+        """12 hex digits that change also with the attacks that judge it."""
+        return digest([self.run_key, overlay_digest(self.overlay)])
+
+    def row(self, figures, seconds_before, seconds_own):
+        """The row of the results file. figures: the run's eval.json; seconds: of what the run needs first, and of its own tasks.
+
+        What the file of an unpoisoned run says of poison is of pairs that are honest there, and is left out.
+        """
+        attacks = {name: dict(attack) for name, attack in figures["attacks"].items()}
+        for attack in attacks.values():
+            for key in ("took", "unpoisoned", "unpoisoned_true_class"):
+                attack.pop(key, None)
+        if not self.poisoned:
+            judged = ("judged", "success", "interval", "count", "base", "true_class")
+            attacks = {name: {key: attack[key] for key in judged} for name, attack in attacks.items()}
+            figures = {**figures, "rounds": None, "poison_trained_on": None, "poison_in_safe_set": []}
+        head = {
+            "cell": self.key,
+            "set": self.set.name,
+            "group": self.group,
+            "defence": self.defence,
+            "seed": self.seed,
+            "poisoned": self.poisoned,
+            "config": self.config.hash(),
+            "commit": commit(),
+            "model": digest([asdict(self.config.model)]),
+        }
+        return {
+            **head,
+            **figures,
+            "seconds_before": round(seconds_before, 1),
+            "seconds_own": round(seconds_own, 1),
+            "attacks": attacks,
+        }
+
+
+def commit():
+    """The commit that is at work, with "-dirty" where files differ from it; None outside of git."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() or None

@@ -1,0 +1,136 @@
+"""What has to be run for cells that have no row yet: tasks that need each other, each one process."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.evaluation.comparison.cells import Cell
+from pipeline.evaluation.comparison.results import append_result
+from shards.storage import write_json
+
+SAFECLIP = (sys.executable, "-m", "pipeline.cli")
+
+
+@dataclass(eq=False)
+class Task:
+    """A process. marker: a file that says that it is done, with the seconds it took; None: it is done when `finish` has been called.
+
+    cell: of a cell's last task, that cell. prepare, finish(seconds it took): called in this process before and after, or None.
+    """
+
+    name: str
+    words: list
+    log: Path
+    marker: Path | None = None
+    needs: list = field(default_factory=list)
+    cell: Cell | None = None
+    prepare: object = None
+    finish: object = None
+
+    @property
+    def done(self):
+        return self.marker is not None and self.marker.exists()
+
+    def mark(self, seconds):
+        if self.marker:
+            self.marker.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.marker, {"seconds": round(seconds, 1)})
+
+    @property
+    def seconds(self):
+        """That it took when it was done, this time or an earlier one."""
+        return json.loads(self.marker.read_text())["seconds"]
+
+
+class Plan:
+    """tasks: list of Task for `cells`, in an order in which each comes after what it needs. told(cell, row): called with every new row, or None."""
+
+    def __init__(self, cells, work, results, workers=0, keep=False, told=None):
+        self.work, self.results, self.keep, self.told = Path(work), results, keep, told
+        self.train_words = [f"data.workers={workers}", "run.keep=1", "evaluation.every=0"]
+        self.tasks, self.known = [], {}
+        for cell in cells:
+            self.evaluation(cell)
+
+    def folder(self, cell):
+        """Where the runs of one poisoned set and seed are."""
+        return self.work / cell.set.name / f"{cell.group if cell.poisoned else 'unpoisoned'}_seed{cell.seed}"
+
+    def run_dir(self, cell):
+        return self.folder(cell) / f"{cell.defence}_{cell.run_key}"
+
+    def add(self, place, *args, **kwargs):
+        """The Task at `place`, made once."""
+        if place not in self.known:
+            self.known[place] = Task(*args, log=place.with_name(place.name + ".log"), **kwargs)
+            self.tasks.append(self.known[place])
+        return self.known[place]
+
+    def training(self, cell):
+        run_dir, rule, needs = self.run_dir(cell), cell.rule, []
+        words = [*cell.set.overrides, *cell.words, *self.train_words, f"run.dir={run_dir}"]
+        words.append(f"data.overlay={cell.overlay if cell.poisoned else 'null'}")
+        if rule.mask:
+            mask, folder = self.mask(cell)
+            needs.append(mask)
+            words.append(f"data.mask={folder}")
+        if rule.starts_from_none:
+            needs.append(self.training(cell.none))
+            words.append(f"model.pretrained={self.run_dir(cell.none)}")
+
+        def prepare():
+            if run_dir.exists() and not (run_dir / "checkpoints").exists():
+                shutil.rmtree(run_dir)  # of a finished cell whose row was taken out of the results
+
+        name, train = f"{cell.label}: training", [*SAFECLIP, "train", cell.set.config, *words]
+        return self.add(run_dir, name, train, marker=run_dir / "finished", needs=needs, prepare=prepare)
+
+    def mask(self, cell):
+        """(Task, folder) of the mask that the cell trains on."""
+        rule, needs = cell.rule, []
+        folder = self.folder(cell) / f"mask_{cell.defence}_{cell.run_key}"
+        if rule.mask[0] == "filter":
+            needs, source = [self.scoring(cell.none)], [self.scores(cell.none)]
+        else:
+            source = [cell.overlay, "--index", cell.config.data.index]
+            source += ["--seed", cell.seed] if "--share" in rule.mask else []
+        words = [*SAFECLIP, "mask", rule.mask[0], *source, *rule.mask[1:], "--out", folder]
+        task = self.add(folder, f"{cell.label}: mask", words, marker=folder.with_suffix(".finished"), needs=needs)
+        task.prepare = lambda: shutil.rmtree(folder, ignore_errors=True)
+        return task, folder
+
+    def scores(self, cell):
+        return self.folder(cell) / f"scores_{cell.run_key}"
+
+    def scoring(self, cell):
+        folder, run_dir = self.scores(cell), self.run_dir(cell)
+        words = [*SAFECLIP, "score", "--model", run_dir, "--out", folder, "--workers", "0"]
+        needs = [self.training(cell)]
+        return self.add(folder, f"{cell.label}: scoring", words, marker=folder.with_suffix(".finished"), needs=needs)
+
+    def evaluation(self, cell):
+        run_dir, training = self.run_dir(cell), self.training(cell)
+        place = run_dir.with_name(f"{run_dir.name}_judged_by_{cell.group}")
+        # An unpoisoned run is judged by all groups, each of which writes its eval.json.
+        others = [task for task in self.tasks if task.cell and not cell.poisoned and self.run_dir(task.cell) == run_dir]
+        words = [*SAFECLIP, "evaluate", run_dir, f"data.overlay={cell.overlay}"]
+
+        def finish(seconds):
+            figures = json.loads((run_dir / "eval.json").read_text())
+            own = max(figures["seconds"], training.seconds) + seconds
+            row = cell.row(figures, sum(task.seconds for task in before(training)), own)
+            append_result(self.results, row)
+            if self.told:
+                self.told(cell, row)
+            if cell.poisoned and cell.defence != "none" and not self.keep:
+                shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+
+        needs = [training, *others]
+        return self.add(place, f"{cell.label}: evaluation", words, needs=needs, cell=cell, finish=finish)
+
+
+def before(task):
+    """Set of Task: all that a task needs, directly or not."""
+    return set().union(*({need} | before(need) for need in task.needs)) if task.needs else set()

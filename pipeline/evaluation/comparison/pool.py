@@ -1,0 +1,125 @@
+"""Runs tasks as processes, several at a time, and says how far it is. A signal is passed on, and what was begun goes on the next time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from pipeline.training.signals import EXIT_CODE
+
+POLL = 0.2  # seconds
+
+
+class Pool:
+    """jobs: processes at a time. gpus: numbers of the GPUs that share them. progress: called now and then with the running tasks; returns a line."""
+
+    def __init__(self, jobs, progress, gpus=(), lock=()):
+        self.jobs, self.progress, self.gpus, self.lock = jobs, progress, list(gpus), tuple(lock)
+        self.running, self.failed, self.done, self.stopped = {}, {}, set(), False
+        self.said = 0.0
+
+    def run(self, tasks):
+        """Run what is not done, each task after what it needs. {task: why} of what failed; `stopped` tells whether a signal ended it."""
+        before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            waiting = list(tasks)
+            while (waiting and not self.stopped) or self.running:
+                waiting = [task for task in waiting if not self.settle(task)]
+                self.collect()
+                self.say()
+                time.sleep(POLL)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.say(last=True)
+        return self.failed
+
+    def settle(self, task):
+        """Whether the task needs no more waiting: it is done, is started now, or can never be."""
+        if task.done:
+            self.done.add(task)
+            return True
+        lost = next((need for need in task.needs if need in self.failed), None)
+        if lost:
+            self.failed[task] = f"needs {lost.name}"
+            return True
+        ready = all(need in self.done for need in task.needs)
+        if not ready or len(self.running) >= self.jobs or self.stopped:
+            return False
+        self.start(task)
+        return True
+
+    def start(self, task):
+        if task.prepare:
+            task.prepare()
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        used = [gpu for _, _, gpu in self.running.values()]
+        gpu = min(self.gpus, key=used.count) if self.gpus else None
+        if gpu is not None:
+            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        with open(task.log, "ab") as log:
+            # A session of its own: ^C reaches this process alone, which asks it to save and stop. The lock goes with it, should it outlive this one.
+            process = subprocess.Popen(
+                [str(word) for word in task.words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+                pass_fds=self.lock,
+            )
+        self.running[task] = process, time.monotonic(), gpu
+
+    def collect(self):
+        """Take in what has ended."""
+        for task, (process, began, _) in list(self.running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.running[task]
+            if code == 0:
+                self.finish(task, time.monotonic() - began)
+            elif not (self.stopped or code == EXIT_CODE):
+                self.failed[task] = f"exit code {code}, {task.log}: {last_line(task.log)}"
+                self.print(f"FAILED {task.name}: {self.failed[task]}")
+            elif not self.stopped:
+                self.stop()  # another than this process asked it to stop
+
+    def finish(self, task, seconds):
+        try:
+            task.mark(seconds)
+            if task.finish:
+                task.finish(seconds)
+            self.done.add(task)
+        except (OSError, KeyError, ValueError) as error:
+            self.failed[task] = f"what it left cannot be used ({error!r}), {task.log}"
+
+    def stop(self, *_):
+        """Ask all that runs to save and stop."""
+        self.stopped = True
+        for process, *_ in self.running.values():
+            process.terminate()
+
+    def say(self, last=False):
+        """The progress line: kept up to date on a terminal, now and then in a log."""
+        terminal = sys.stderr.isatty()
+        if last or time.monotonic() - self.said > (2 if terminal else 600):
+            self.said = time.monotonic()
+            line = self.progress(self)
+            print(
+                f"\r\x1b[K{line}" if terminal else line,
+                end="\n" if last or not terminal else "",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def print(self, line):
+        """A line above the progress line."""
+        print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+def last_line(path):
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "nothing was said"

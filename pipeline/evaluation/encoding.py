@@ -1,0 +1,96 @@
+"""Embeddings of many pictures or texts. The ranks share the batches, and every rank receives all embeddings."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from pipeline import comm
+from shards.augment import plain_view
+from shards.errors import BadSample
+from shards.loader import Views, batches
+
+
+@dataclass
+class Encoder:
+    """The two towers of a model in eval mode. towers: model.Towers or an engine of it; views: picture size and tokenizer."""
+
+    towers: torch.nn.Module
+    views: Views
+    device: torch.device
+    batch_size: int = 256
+    workers: int = 0
+
+    def pictures(self, samples, places, trigger=None):
+        """float32 (N, D), unit length: the pictures at `places`, a list of (shard, position), with `trigger` applied if there is one.
+
+        A picture that cannot be read counts as a black one.
+        """
+        parts = split(places, self.batch_size)
+        dataset = PictureBatches(samples, parts, self.views.size, trigger)
+        return self.shared(dataset, [len(part) for part in parts], lambda images: self.towers(images, None)[0])
+
+    def texts(self, texts):
+        """float32 (N, D), unit length: a list of str."""
+        parts = split(texts, self.batch_size)
+        dataset = TokenBatches(parts, self.views.tokenize)
+        return self.shared(dataset, [len(part) for part in parts], lambda tokens: self.towers(None, tokens)[1])
+
+    @torch.no_grad()
+    def shared(self, dataset, sizes, encode):
+        """(N, D): encode(item) of every item of `dataset`, in order; item i has sizes[i] rows. Rank r encodes items r, r + world, ...
+
+        All ranks encode equally often, for under ZeRO-3 a forward pass is collective; a result too many is dropped.
+        """
+        world, count = comm.world(), len(sizes)
+        turns = [list(range(rank, count, world)) for rank in range(world)]
+        mine = turns[comm.rank()]
+        again = [0] * (len(turns[0]) - len(mine))
+        reading = batches(torch.utils.data.Subset(dataset, mine + again), workers=self.workers)
+        found = [encode(item.to(self.device)).float() for item in reading]
+        local_MD = torch.cat(found[: len(mine)]) if mine else found[0][:0]
+        gathered_ND = comm.all_gather_rows(local_MD, [sum(sizes[i] for i in turn) for turn in turns])
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        row_N = np.concatenate([np.arange(starts[i], starts[i + 1]) for turn in turns for i in turn])
+        image_ND = torch.empty_like(gathered_ND)
+        image_ND[torch.from_numpy(row_N).to(gathered_ND.device)] = gathered_ND
+        return image_ND
+
+
+class PictureBatches(Dataset):
+    """Item i: the pictures at parts[i] = [(shard, position), ...] as uint8 (B, C, H, W)."""
+
+    def __init__(self, samples, parts, size, trigger):
+        self.samples, self.parts, self.size, self.trigger = samples, parts, size, trigger
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, i):
+        images = np.zeros((len(self.parts[i]), self.size, self.size, 3), np.uint8)
+        for row, place in enumerate(self.parts[i]):
+            try:
+                image = self.samples.image(*place)
+            except BadSample:
+                continue
+            images[row] = plain_view(self.trigger.apply(image, place) if self.trigger else image, self.size)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+class TokenBatches(Dataset):
+    """Item i: the tokens, int64 (B, L), of the list of str parts[i]."""
+
+    def __init__(self, parts, tokenize):
+        self.parts, self.tokenize = parts, tokenize
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, i):
+        return self.tokenize(self.parts[i])
+
+
+def split(items, size):
+    """Lists of `size` items each, the last of fewer."""
+    return [items[at : at + size] for at in range(0, len(items), size)]

@@ -1,0 +1,43 @@
+"""What is measured of a model after an epoch, and of a finished run."""
+
+from pipeline.evaluation.attack_success import AttackSuccess
+from pipeline.evaluation.encoding import Encoder
+from pipeline.evaluation.retrieval import retrieval
+from pipeline.evaluation.testset import TestSet
+from pipeline.evaluation.zero_shot import top_k_accuracy, zero_shot_classifier
+
+
+class Evaluator:
+    """Called with (towers, views, device) by all ranks: {"clean_top1", "clean_top5", "retrieval", "attacks"}, the same on every rank.
+
+    clean_top1, clean_top5: zero-shot accuracy, shares of 1. retrieval: as of retrieval.retrieval, or None without test captions.
+    attacks: as of attack_success.AttackSuccess. What a run's eval.json makes of them: pipeline/evaluation/run.py.
+    """
+
+    def __init__(self, config, overlay=None):
+        """`config`: config.Evaluation; `overlay`: the attacks, or None. Raises UserError when the test set is missing or damaged."""
+        self.test = TestSet(config)
+        self.attacks = AttackSuccess(self.test, overlay) if overlay else None
+
+    def __call__(self, towers, views, device):
+        was_training = towers.training
+        towers.eval()
+        encoder = Encoder(towers, views, device)
+        figures = self.judge(encoder, self.encode(encoder))
+        towers.train(was_training)
+        return figures
+
+    def encode(self, encoder):
+        """float32 (N, D), unit length: the test pictures."""
+        return encoder.pictures(self.test.samples, self.test.place_N)
+
+    def judge(self, encoder, image_ND):
+        """The figures of a model in eval mode, of which image_ND are the embeddings of the test pictures."""
+        classes_KD = zero_shot_classifier(encoder, self.test.classnames, self.test.templates)
+        top1, top5 = (top_k_accuracy(image_ND, classes_KD, self.test.label_N, k) for k in (1, 5))
+        return {
+            "clean_top1": top1,
+            "clean_top5": top5,
+            "retrieval": retrieval(encoder, image_ND, self.test.captions) if self.test.captions else None,
+            "attacks": self.attacks(encoder, image_ND, classes_KD) if self.attacks else {},
+        }

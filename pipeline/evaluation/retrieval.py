@@ -1,0 +1,71 @@
+"""Image-text retrieval: recall at k in both directions, exact, in blocks of queries so that memory stays bounded.
+
+Defined as in clip_benchmark (zeroshot_retrieval) and in the CLIP literature: a query counts as found when at least one of its
+positives is among the k candidates of highest cosine. Where candidates tie, as equal captions of several pictures do, clip_benchmark's
+figure depends on the order in which ties come; here it is the expectation over all orders.
+"""
+
+from collections import Counter
+
+import numpy as np
+import torch
+from scipy.stats import hypergeom
+
+KS = (1, 5, 10)
+
+
+def retrieval(encoder, image_ND, captions):
+    """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: shares of 1 of the pictures and of the captions.
+
+    image_ND: float32, unit length; captions: list of the captions (list of str) of each picture. Equal captions are encoded once.
+    """
+    number = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
+    text_of_image = [[number[text] for text in texts] for texts in captions]
+    text_UD = encoder.texts(list(number))
+    return {
+        "image_to_text": image_to_text(image_ND, text_UD, text_of_image),
+        "text_to_image": text_to_image(image_ND, text_UD, text_of_image),
+    }
+
+
+def image_to_text(image_ND, text_UD, text_of_image, block=512):
+    """{"r1", ...}: text_of_image[n] lists the numbers of picture n's captions in text_UD; one that several pictures have counts as often."""
+    device = image_ND.device
+    copies_U = torch.bincount(torch.tensor([u for texts in text_of_image for u in texts]), minlength=len(text_UD))
+    copies_U = copies_U.to(device)
+    queries = [n for n, texts in enumerate(text_of_image) if texts]
+    above, tied, own = [], [], []
+    for at in range(0, len(queries), block):
+        some = queries[at : at + block]
+        cos_BU = image_ND[some] @ text_UD.T
+        own_BU = torch.zeros_like(cos_BU)
+        for row, n in enumerate(some):
+            for u, times in Counter(text_of_image[n]).items():
+                own_BU[row, u] = times
+        best_B1 = cos_BU.masked_fill(own_BU == 0, -torch.inf).amax(1, keepdim=True)
+        above.append(((cos_BU > best_B1) * copies_U).sum(1))
+        tied.append(((cos_BU == best_B1) * copies_U).sum(1))
+        own.append(((cos_BU == best_B1) * own_BU).sum(1).long())
+    return recall(torch.cat(above), torch.cat(tied), torch.cat(own))
+
+
+def text_to_image(image_ND, text_UD, text_of_image, block=512):
+    """{"r1", ...}: every caption of every picture is a query, whose positive is that picture."""
+    pairs = [(u, n) for n, texts in enumerate(text_of_image) for u in texts]
+    above, tied = [], []
+    for at in range(0, len(pairs), block):
+        text_B, image_B = torch.tensor(pairs[at : at + block], device=image_ND.device).T
+        cos_BN = text_UD[text_B] @ image_ND.T
+        own_B1 = cos_BN.gather(1, image_B[:, None])
+        above.append((cos_BN > own_B1).sum(1))
+        tied.append((cos_BN == own_B1).sum(1))
+    return recall(torch.cat(above), torch.cat(tied), torch.ones(len(pairs), dtype=torch.long))
+
+
+def recall(above_Q, tied_Q, own_Q):
+    """{"r1", ...} over queries: `above` candidates score higher than the best positive, `tied` as high, `own` of which are positives.
+
+    The chance that one of `own` is among the first k - above of the tied ones in random order is hypergeometric.
+    """
+    above_Q, tied_Q, own_Q = (counts.cpu().numpy() for counts in (above_Q, tied_Q, own_Q))
+    return {f"r{k}": float(1 - hypergeom.pmf(0, tied_Q, own_Q, np.clip(k - above_Q, 0, tied_Q)).mean()) for k in KS}

@@ -1,0 +1,190 @@
+"""eval.json of a run: what its model knows, what the attacks achieve on it, and how well its selection told poison from honest pairs.
+
+Rates are shares of 1, null where they are not known or there is nothing to measure.
+
+preset, seed, epochs, seconds, sample_views    of the run; sample_views: pairs read, an augmented pair read twice counted twice
+clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py)
+retrieval                                      {"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}} (retrieval.py)
+linear_probe                                   top-1 accuracy (linear_probe.py)
+attacks     {NAME: {
+    judged, success, interval, count, base, true_class      attack_success.py
+    took                    whether plain CLIP on the same poison reaches 80 %: this run if it is one, else the run --baseline
+    unpoisoned, unpoisoned_true_class       success and true_class of models that never saw poison (--unpoisoned), their mean
+    share_trained_on        of the attack's pairs, those that the CLIP loss saw in any epoch
+    share_in_safe_set       for every round: of the attack's pairs, those in the safe set: 1 - recall
+    auroc                   as in rounds
+    rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds (selection_quality.py)
+}}
+rounds      the same of all poison, and "epoch" and "false_positives"; null without an attack
+safe_share, poison_in_safe_set      for every round: safe pairs / all pairs; poisoned pairs / safe pairs
+poison_trained_on                   of all poison, the share that the CLIP loss saw in any epoch; null without an attack
+canaries, live_canaries             for every round, as in mask.json (pipeline/safety/canaries.py)
+
+A round is a selection round of the run; a run that trained with the mask of a filter (data.mask) has that one.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+
+from pipeline import comm
+from pipeline.configfile import load_config
+from pipeline.data import open_index, open_overlay, open_samples
+from pipeline.evaluation.attack_success import TOOK
+from pipeline.evaluation.encoding import Encoder
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.linear_probe import linear_probe, open_labels
+from pipeline.evaluation.selection_quality import (
+    poison_rows,
+    poison_shares,
+    selection_quality,
+    selection_rounds,
+    trained_on,
+)
+from pipeline.training import checkpoint
+from pipeline.training.model import Towers, build_model, pixel_stats
+from pipeline.training.start import make_views
+from shards.errors import UserError
+from shards.storage import write_json
+
+
+def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=()):
+    """Evaluate the newest complete checkpoint of `run_dir` and write RUN/eval.json; returns it as a dict (see above).
+
+    baseline: directory of an evaluated run of plain CLIP on the same poison; unpoisoned: directories of runs on the same data without poison.
+    Raises UserError.
+    """
+    run_dir = Path(run_dir)
+    config, folder, towers = load_run(run_dir, overrides)
+    if not config.evaluation.test:
+        raise UserError("evaluation.test: missing; name a folder in the CLIP_benchmark layout with evaluation.test=DIR")
+    index = open_index(config.data)
+    overlay = open_overlay(config.data, index)
+    evaluator = Evaluator(config.evaluation, overlay)
+    encoder = Encoder(towers, make_views(config), comm.device())
+    image_ND = evaluator.encode(encoder)
+    figures = evaluator.judge(encoder, image_ND)
+    labels, probe = open_labels(config, index), None
+    if labels:
+        probe = linear_probe(
+            encoder, image_ND, evaluator.test, open_samples(config.data, index), labels, config.run.seed
+        )
+    state = checkpoint.load_state(folder)
+    result = {
+        "preset": config.preset,
+        "seed": config.run.seed,
+        "clean_top1": figures["clean_top1"],
+        "clean_top5": figures["clean_top5"],
+        "retrieval": figures["retrieval"],
+        "linear_probe": probe,
+        "epochs": state["epoch"],
+        "seconds": round(state["seconds"], 1),
+        "sample_views": state["sample_views"],
+        **selection_figures(run_dir, config, overlay, index, figures["attacks"]),
+    }
+    undefended = config.train.method == "clip" and not config.data.mask
+    plain = figures["attacks"] if undefended else read_eval(baseline)["attacks"] if baseline else {}
+    innocent = [judge_innocent(run, evaluator) for run in unpoisoned]
+    for name, attack in result["attacks"].items():
+        attack["took"] = plain[name]["success"] >= TOOK if name in plain else None
+        for key, rate in (("unpoisoned", "success"), ("unpoisoned_true_class", "true_class")):
+            attack[key] = float(np.mean([found[name][rate] for found in innocent])) if innocent else None
+    write_json(run_dir / "eval.json", result)
+    return result
+
+
+def selection_figures(run_dir, config, overlay, index, attacks):
+    """{"safe_share", ..., "attacks"}: what eval.json says of a run's selection, `attacks` completed with it."""
+    rounds = selection_rounds(run_dir, config, index)
+    masks = [round.mask for round in rounds]
+    diagnoses = [json.loads((round.folder / "mask.json").read_text()).get("diagnosis", {}) for round in rounds]
+    found = {
+        "safe_share": [mask.share for mask in masks],
+        "poison_in_safe_set": poison_shares(masks, overlay, index) if overlay else [],
+        "poison_trained_on": None,
+        "canaries": [diagnosis.get("canaries") for diagnosis in diagnoses],
+        "live_canaries": [diagnosis.get("live_canaries") for diagnosis in diagnoses],
+        "rounds": None,
+        "attacks": attacks,
+    }
+    if not overlay:
+        return found
+    trained_N = trained_on(run_dir, config, index)
+
+    def share_trained(name=None):
+        return None if trained_N is None else float(trained_N[poison_rows(overlay, index, name)].mean())
+
+    found["rounds"], by_attack = selection_quality(rounds, overlay, index)
+    found["poison_trained_on"] = share_trained()
+    for name, attack in attacks.items():
+        of_attack = by_attack[name]
+        attack["share_in_safe_set"] = [1 - recall for recall in of_attack["recall"]]
+        attack["auroc"] = of_attack["auroc"]
+        attack["share_trained_on"] = share_trained(name)
+        attack["rounds"] = of_attack
+    return found
+
+
+def summary(result):
+    """eval.json as a few lines for the person who reads."""
+
+    def percent(share):
+        return "?" if share is None else f"{share:.1%}"
+
+    text = f"clean top-1 {percent(result['clean_top1'])}, top-5 {percent(result['clean_top5'])}"
+    if result["linear_probe"] is not None:
+        text += f", linear probe {percent(result['linear_probe'])}"
+    lines = [text]
+    for way, found in (result["retrieval"] or {}).items():
+        recall = ", ".join(f"R@{key[1:]} {percent(share)}" for key, share in found.items())
+        lines.append(f"  {way.replace('_', ' ')}: {recall}")
+    for name, attack in result["attacks"].items():
+        low, high = attack["interval"]
+        text = f"  {name}: success {percent(attack['success'])} ({percent(low)} to {percent(high)}, of {attack['count']:,})"
+        text += f", base {percent(attack['base'])}, read as the true class {percent(attack['true_class'])}"
+        if attack["unpoisoned"] is not None:
+            text += f"; without poison {percent(attack['unpoisoned'])} and {percent(attack['unpoisoned_true_class'])}"
+        lines.append(text + ("  (the attack does not take undefended)" if attack["took"] is False else ""))
+    return "\n".join(lines)
+
+
+def judge_innocent(run_dir, evaluator):
+    """What the attacks achieve on a run without poison, by name. Raises UserError."""
+    config, _, towers = load_run(run_dir)
+    if config.data.overlay:
+        raise UserError(
+            f"--unpoisoned {run_dir}: was trained with data.overlay={config.data.overlay}; name a run without"
+        )
+    return evaluator(towers, make_views(config), comm.device())["attacks"]
+
+
+def load_run(run_dir, overrides=()):
+    """(config, newest complete checkpoint, towers with its weights on this process's device) of a run directory. Raises UserError."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"run {run_dir}: no config.yaml in it; give a directory that `safeclip train` wrote")
+    config = load_config(run_dir / "config.yaml", overrides)
+    folder, warnings = checkpoint.newest_complete(run_dir)
+    if folder is None:
+        raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")
+    towers = Towers(build_model(asdict(config.model)), *pixel_stats())
+    towers.clip.load_state_dict(load_file(folder / "model.safetensors"))
+    return config, folder, towers.to(comm.device()).eval().requires_grad_(False)
+
+
+def read_eval(run_dir):
+    """The eval.json of a run directory. Raises UserError."""
+    try:
+        return json.loads((Path(run_dir) / "eval.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"run {run_dir}: cannot read eval.json ({error}); run `safeclip evaluate {run_dir}` first"
+        ) from None
+
+
+def read_metrics(run_dir):
+    """List of the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,93 @@
+"""A test set in the CLIP_benchmark layout: class names, prompts, labelled pictures, and captions where it has some."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import BadSample, UserError
+from shards.index import ShardIndex
+from shards.samples import Samples
+
+
+class TestSet:
+    """ROOT/classnames.txt, ROOT/zeroshot_classification_templates.txt, ROOT/test_index (labels), ROOT/test_captions (may be absent).
+
+    samples: shards.samples.Samples of the pictures. place_N: list of (shard, position). label_N: int64 (N,), counted from 0.
+    """
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, evaluation):
+        """`evaluation`: config.Evaluation. Raises UserError when the test set is missing, damaged or inconsistent."""
+        self.root = Path(evaluation.test)
+        self.classnames = read_lines(self.root / "classnames.txt")
+        self.templates = read_lines(self.root / "zeroshot_classification_templates.txt")
+        self.samples = Samples(ShardIndex.load(evaluation.index or self.root / "test_index"))
+        self.place_N = all_places(self.samples.index)
+        if not self.place_N:
+            raise UserError(f"evaluation.test: {self.root} has no pictures; expected a CLIP_benchmark folder")
+        self.label_N = read_labels(self.samples, self.place_N)
+        if self.label_N.max() >= len(self.classnames):
+            raise UserError(
+                f"evaluation.test: {self.root} has label {self.label_N.max()}, but classnames.txt names only "
+                f"{len(self.classnames)} classes; the labels count from 0"
+            )
+
+    @cached_property
+    def captions(self):
+        """List of the captions (list of str, one a line of the text) of every picture, or None where the test set has no captions.
+
+        An unreadable text gives no caption. Raises UserError when the captions are of other shards than the pictures.
+        """
+        folder = self.root / "test_captions"
+        if not folder.is_dir():
+            return None
+        samples = Samples(ShardIndex.load(folder))
+        if not same_shards(samples.index, self.samples.index):
+            raise UserError(
+                f"evaluation.test: {folder} indexes other shards than {self.root / 'test_index'}; index the same shards with "
+                f"`safeclip index SHARDS --text txt --out {folder}`"
+            )
+        captions = [read_captions(samples, *place) for place in self.place_N]
+        return captions if any(captions) else None
+
+    def row(self, shard, position):
+        """int: the number of a picture over all shards."""
+        return int(self.samples.index.offsets[shard] + position)
+
+
+def all_places(index):
+    """List of the (shard, position) of all samples of an index, in order."""
+    return [(shard, position) for shard, count in enumerate(index.counts.tolist()) for position in range(count)]
+
+
+def same_shards(index, other):
+    """Whether two indices, which may be of different texts, are of shards with the same content."""
+    return [shard.fingerprint for shard in index.shards] == [shard.fingerprint for shard in other.shards]
+
+
+def read_captions(samples, shard, position):
+    try:
+        return [line.strip() for line in samples.caption(shard, position).splitlines() if line.strip()]
+    except BadSample:
+        return []
+
+
+def read_labels(samples, places):
+    """int64 (N,): the labels at `places` of an index that was made with text="cls". Raises UserError."""
+    try:
+        return np.array([samples.label(*place) for place in places], np.int64)
+    except ValueError as error:
+        raise UserError(
+            f"labels: {samples.index.shards[0].path}: {error}; expected class numbers, index the shards with --text cls"
+        ) from None
+
+
+def read_lines(path):
+    """Non-empty lines of a text file of the test set. Raises UserError."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"evaluation.test: cannot read {path}: {error}; expected a CLIP_benchmark folder") from None
+    return [line for line in lines if line]

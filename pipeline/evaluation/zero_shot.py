@@ -1,0 +1,28 @@
+"""Zero-shot classification: a picture's class is the one whose prompts' mean embedding is nearest (Radford et al. 2021, section 3.1)."""
+
+import torch
+from torch.nn import functional as F
+
+
+def zero_shot_classifier(encoder, classnames, templates):
+    """float32 (K, D), unit length: for each class the mean embedding of its prompts. `templates` hold {c} in place of the class name."""
+    prompts = [template.replace("{c}", name) for name in classnames for template in templates]
+    text_KTD = encoder.texts(prompts).unflatten(0, (len(classnames), len(templates)))
+    return F.normalize(text_KTD.mean(1), dim=-1)
+
+
+def predicted_classes(image_ND, classes_KD):
+    """int64 numpy (N,): the class that each picture is read as."""
+    return (image_ND @ classes_KD.T).argmax(1).cpu().numpy()
+
+
+def top_k_accuracy(image_ND, classes_KD, label_N, k):
+    """float: share of the pictures whose label is among the k nearest classes; None where there are fewer than k classes.
+
+    image_ND, classes_KD: float32, unit length; label_N: int64 numpy (N,).
+    """
+    if len(classes_KD) < k:
+        return None
+    nearest_NK = (image_ND @ classes_KD.T).topk(k).indices
+    label_N1 = torch.from_numpy(label_N).to(nearest_NK.device)[:, None]
+    return float((nearest_NK == label_N1).any(1).double().mean())

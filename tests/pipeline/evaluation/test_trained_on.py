@@ -1,0 +1,67 @@
+"""What a run trained on: the pairs of its slow epochs, of every safe set, and of the run that it started from."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.config import Config
+from pipeline.evaluation.selection_quality import trained_on
+from shards.index import build_index
+from shards.masks import SafeMask
+
+
+@pytest.fixture
+def index(tmp_path, make_shards):
+    return build_index([str(path) for path in make_shards([4, 3])], tmp_path / "index")
+
+
+def settings(method="safeclip", slow=1, suspicion=0.0, copies=None):
+    config = Config()
+    config.train.method, config.train.slow_epochs = method, slow
+    config.selection.suspicion, config.selection.copies = suspicion, copies
+    return config
+
+
+def kept(folder, index, rows):
+    SafeMask.from_flags(index.counts, np.isin(np.arange(7), rows)).save(folder, {"fingerprint": index.fingerprint})
+
+
+def trained(run_dir, config, index):
+    return np.flatnonzero(trained_on(run_dir, config, index)).tolist()
+
+
+def test_it_is_all_that_any_epoch_let_in(tmp_path, index):
+    kept(tmp_path / "masks/epoch_002", index, [0, 5])
+    kept(tmp_path / "masks/epoch_003", index, [0, 1])
+    kept(tmp_path / "masks/slow", index, [3])
+    kept(tmp_path / "masks/singles", index, [3, 6])
+    for expected, config in (
+        ([0, 1, 5], settings(slow=0)),
+        ([0, 1, 3, 5], settings(suspicion=0.8, copies=2)),
+        ([0, 1, 3, 5, 6], settings(copies=2)),
+        (range(7), settings()),  # the slow epochs train on all
+        (range(7), settings(method="clip")),
+        (range(7), settings(method="roclip")),
+    ):
+        assert trained(tmp_path, config, index) == list(expected)
+
+
+def test_without_the_slow_epochs_mask_it_is_not_known(tmp_path, index):
+    assert trained_on(tmp_path, settings(suspicion=0.8), index) is None
+
+
+def test_a_run_that_starts_from_another_has_trained_on_what_that_one_did(tmp_path, index):
+    kept(tmp_path / "clean", index, [0, 2])
+    kept(tmp_path / "filter", index, [0, 4])
+    before = settings("clip")
+    before.preset, before.data.mask = "clip", str(tmp_path / "filter")
+    before.data.index, before.model.name = "index", "RN50"
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before/config.yaml").write_text(yaml.safe_dump(asdict(before)))
+    config = settings("cleanclip")
+    config.data.mask, config.model.pretrained = str(tmp_path / "clean"), str(tmp_path / "before")
+    assert trained(tmp_path, config, index) == [0, 2, 4]
+    config.model.pretrained = str(tmp_path / "gone")
+    assert trained_on(tmp_path, config, index) is None
