@@ -25,13 +25,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.augment import ImageAugment, caption_view, image_view, plain_view, sample_rng
+from shards.augment import ImageAugment, image_view, plain_view, sample_rng
 from shards.decode import Limits, decode_caption, decode_image
 from shards.errors import BadSample, UserError
 from shards.index import build_index
 from shards.samples import Samples
+from shards.views.eda import Eda
 
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=4_000_000, max_caption=2_000)
+EDA = (Eda(), Eda(clean=False))
 KINDS = ("picture", "picture", "picture", "caption", "tar", "tar")
 TEXT = (
     "a red dog",
@@ -128,8 +130,9 @@ def use_picture(data, rng):
 
 def use_caption(data, rng, tokenize):
     caption = decode_caption(data, LIMITS)
-    assert caption and caption_view(caption, rng).strip()
-    assert tokenize([caption, caption_view(caption, rng)]).shape == (2, 77)
+    views = [eda(caption, rng) for eda in EDA]
+    assert caption and all(view.strip() for view in views)
+    assert tokenize([caption, *views]).shape == (3, 77)
 
 
 def use_tar(data, folder):

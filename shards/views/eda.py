@@ -29,7 +29,7 @@ class Eda:
     Of W words n = max(1, int(strength * W)) are replaced, inserted or swapped; deletion drops each with probability `strength`,
     so it may change nothing. Nor do the others where no word has a synonym or there is no second word.
     Synonyms are WordNet's (source "wordnet") if it is found (shards.views.wordnet.find), else those of the shipped table ("table").
-    `clean`: lower case, letters only, the form that the recipe trains on; else words stay as they are.
+    `clean`: captions in lower case, letters only, as the recipe trains on; false: the form of the default preset (caption_view).
     Raises UserError on other settings.
     """
 
@@ -43,9 +43,11 @@ class Eda:
         self.folder = str(found) if found else None  # the database is opened by the process that draws
 
     def __call__(self, caption: str, rng: np.random.Generator) -> str:
-        words = (cleaned(caption) or caption.lower().split()) if self.clean else caption.split()
-        if not words:
+        if not caption.strip():
             return caption
+        if not self.clean:
+            return caption_view(caption, rng, self.strength, self.folder)
+        words = cleaned(caption) or caption.lower().split()
         operation = (self.replace, self.insert, self.swap, self.delete)[rng.integers(4)]
         return " ".join(operation(words, rng))
 
@@ -82,8 +84,8 @@ class Eda:
         return max(1, int(self.strength * len(words)))
 
     def synonyms(self, word: str) -> tuple[tuple[str, ...], ...]:
-        """Of a word of a caption, each as its words, in alphabetical order; none of a stop word."""
-        return choices(self.folder, word, self.clean)
+        """Of a clean word, each as its words, in alphabetical order; none of a stop word."""
+        return () if word in STOP else clean_synonyms(self.folder, word)
 
     def draw(self, word, rng):
         found = self.synonyms(word)
@@ -103,19 +105,22 @@ def synonym_source() -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def choices(folder, word, clean):
-    """Eda.synonyms, of the WordNet in `folder` or, without one, of the table."""
-    key = word.lower().strip(MARKS)
-    if key in STOP:
-        return ()
-    names = wordnet.opened(folder).synonyms(key) if folder else synonyms().get(key, ())
-    split = (tuple(cleaned(name.replace("_", " ")) if clean else name.split("_")) for name in names)
-    return tuple(sorted({parts for parts in split if parts and parts != (key,)}))
+def clean_synonyms(folder, word):
+    """Eda.synonyms of a word that is no stop word."""
+    return tuple(sorted({tuple(cleaned(name)) for name in synonyms(folder, word)} - {(), (word,)}))
 
 
-def caption_view(text, rng, rate=0.1):
-    """The default preset's form: one of EDA's four operations on about `rate` of the words, at least one, with the synonyms of the
-    table; words as they are, places drawn with replacement. Never empty."""
+@lru_cache(maxsize=1 << 16)
+def synonyms(folder, word):
+    """tuple of the synonyms of a word in lower case: of the WordNet in `folder` or, where that is None, of the table."""
+    if folder:
+        return tuple(sorted(name.replace("_", " ") for name in wordnet.opened(folder).synonyms(word)))
+    return tuple(table().get(word, ()))
+
+
+def caption_view(text: str, rng: np.random.Generator, rate: float = 0.1, folder: str | None = None) -> str:
+    """The default preset's form: words stay as they are, one operation on round(rate * W) of them, at least one; stop words too are
+    replaced, one place at a time, and the two places of a swap may be the same. Never empty."""
     words = text.split()
     count = max(1, round(rate * len(words)))
     operation = ("replace", "insert", "swap", "delete")[rng.integers(4)]
@@ -127,12 +132,12 @@ def caption_view(text, rng, rate=0.1):
             i, j = rng.integers(len(words), size=2)
             words[i], words[j] = words[j], words[i]
             continue
-        known = [i for i, word in enumerate(words) if word.lower().strip(MARKS) in synonyms()]
+        found = [synonyms(folder, word.lower().strip(MARKS)) for word in words]
+        known = [i for i, others in enumerate(found) if others]
         if not known:
             break
         i = known[rng.integers(len(known))]
-        found = synonyms()[words[i].lower().strip(MARKS)]
-        chosen = found[rng.integers(len(found))]
+        chosen = found[i][rng.integers(len(found[i]))]
         if operation == "replace":
             words[i] = chosen
         else:
@@ -141,11 +146,11 @@ def caption_view(text, rng, rate=0.1):
 
 
 @lru_cache(maxsize=1)
-def synonyms():
+def table():
     """dict: word -> the other words of its lines in synonyms.tsv."""
-    table = {}
+    words = {}
     for line in (Path(__file__).parent / "synonyms.tsv").read_text(encoding="utf-8").splitlines():
         group = line.split("\t")
         for word in group:
-            table.setdefault(word, []).extend(other for other in group if other != word)
-    return table
+            words.setdefault(word, []).extend(other for other in group if other != word)
+    return words

