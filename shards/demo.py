@@ -67,7 +67,7 @@ FORMS = (
 
 
 def shapes(out, pairs=18_000, test=1_080, seed=0):
-    """Build the data set in OUT: train/, test/ (CLIP_benchmark layout), index/, labels/ (of train), test_index/.
+    """Build the data set in OUT: train/, test/ (CLIP_benchmark layout), index/, labels/ (of train), test_index/, test_captions/.
 
     A finished one with the same arguments is used again. Raises UserError when OUT holds something else.
     """
@@ -75,8 +75,8 @@ def shapes(out, pairs=18_000, test=1_080, seed=0):
         out,
         {"data": "shapes", "pairs": pairs, "test": test, "seed": seed},
         lambda: (
-            (render(number, seed, captioned=True) for number in range(pairs)),
-            (render(number, seed, captioned=False) for number in range(pairs, pairs + test)),
+            (render(number, seed) for number in range(pairs)),
+            (render(number, seed) for number in range(pairs, pairs + test)),
             CLASSES,
         ),
         TEMPLATES,
@@ -112,7 +112,7 @@ def build(out, made_by, make, templates):
     unfinished.unlink()
 
 
-def render(number, seed, captioned):
+def render(number, seed):
     """The sample with this number: {"__key__", "png", "cls", "txt"}; a pure function of (number, seed)."""
     rng = np.random.default_rng([seed, number])
     pick = partial(choose, rng)
@@ -121,7 +121,7 @@ def render(number, seed, captioned):
     file = io.BytesIO()
     draw_scene(rng, colour, shape, ground, texture, size, place).save(file, "PNG")
     sample = {"__key__": f"{number:06d}", "png": file.getvalue(), "cls": CLASSES.index(f"{colour} {shape}")}
-    return {**sample, "txt": caption(rng, colour, shape, ground, texture, size, place)} if captioned else sample
+    return {**sample, "txt": caption(rng, colour, shape, ground, texture, size, place)}
 
 
 def choose(rng, options):

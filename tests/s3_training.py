@@ -29,7 +29,7 @@ def main():
     options.add_argument("--dir", default="runs/s3_training")
     folder = Path(options.parse_args().dir).absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    samples = (render(number, 0, captioned=True) for number in range(4000))
+    samples = (render(number, 0) for number in range(4000))
     paths = write_shards(samples, folder / "shards", per_shard=40)
     server, client = start_server(folder)
     try:

@@ -51,7 +51,7 @@ def pairs(kind, pictures, count):
 
 def data_sets(folder, energon=None):
     """{32: folder, 224: folder, "large": folder}, each with tars/ and index/, prepared for energon where its Python is given."""
-    shapes = [render(number, 0, captioned=True) for number in range(2000)]
+    shapes = [render(number, 0) for number in range(2000)]
     small = [sample["png"] for sample in shapes]
     wanted = {
         32: ("png", lambda: small, 16_000),

@@ -16,13 +16,13 @@ from shards.samples import Samples
 
 
 def test_a_scene_is_a_function_of_its_number_and_seed():
-    assert render(7, 0, True) == render(7, 0, True)
-    assert len({render(n, s, True)["png"] for n in (7, 8) for s in (0, 1)}) == 4
+    assert render(7, 0) == render(7, 0)
+    assert len({render(n, s)["png"] for n in (7, 8) for s in (0, 1)}) == 4
 
 
 def test_the_caption_names_the_class_and_the_picture_is_decodable():
     for number in range(200):
-        sample = render(number, 0, True)
+        sample = render(number, 0)
         assert CLASSES[sample["cls"]] in sample["txt"]
         assert Image.open(io.BytesIO(sample["png"])).size == (32, 32)
 
@@ -46,11 +46,13 @@ def test_the_layout_and_a_second_call(tmp_path):
     labels, captions = Samples(ShardIndex.load(out / "labels")), Samples(ShardIndex.load(out / "index"))
     assert captions.index.samples == 30 and ShardIndex.load(out / "test_index").samples == 8
     assert all(CLASSES[labels.label(0, p)] in captions.caption(0, p) for p in range(30))
+    shown, told = Samples(ShardIndex.load(out / "test_index")), Samples(ShardIndex.load(out / "test_captions"))
+    assert all(CLASSES[shown.label(0, p)] in told.caption(0, p) for p in range(8))
     assert (out / "test" / "nshards.txt").read_text() == "1\n"
     assert (out / "classnames.txt").read_text().splitlines() == CLASSES
     assert "{c}" in (out / "zeroshot_classification_templates.txt").read_text()
     with tarfile.open(out / "test" / "0.tar") as tar:
-        assert {name.partition(".")[2] for name in tar.getnames()} == {"png", "cls"}
+        assert {name.partition(".")[2] for name in tar.getnames()} == {"png", "cls", "txt"}
     before = (out / "train" / "00000.tar").stat().st_mtime_ns
     shapes(out, pairs=30, test=8)
     assert (out / "train" / "00000.tar").stat().st_mtime_ns == before
