@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.attacks import load_trigger
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, lacking
 from pipeline.safety.selection import select_top
@@ -66,7 +67,7 @@ def keep_unpoisoned(overlay, index, out, share=1.0, seed=0):
     """
     if not 0 < share <= 1:
         raise UserError(f"--share: got {share}, expected a share of the pairs, more than 0 and at most 1")
-    manifest = Overlay.load(overlay, index)
+    manifest = Overlay.load(overlay, index, load_trigger)
     score_N = np.ones(index.samples, np.float32)
     for row in manifest.rows + manifest.decoys:
         score_N[index.offsets[row["shard"]] + row["position"]] = 0

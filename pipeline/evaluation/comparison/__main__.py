@@ -82,6 +82,9 @@ def compare(args, rows):
     locks = [lock(Path(args.work) / name) for name in sets]
 
     def run(tasks, progress):
+        tasks = [task for task in tasks if not task.done]
+        if not tasks:
+            return {}, False
         pool = Pool(jobs, progress, gpus, locks)
         failed = pool.run(tasks)
         return {task.name: why for task, why in failed.items()}, pool.stopped

@@ -30,8 +30,8 @@ class Attack:
         return digest({**values, "seed": seed, "data": fingerprint})
 
 
-@dataclass(frozen=True)
-
+@dataclass(frozen=True, eq=False)
+class DataSet:
     """name; config: of the runs; data: words for `safeclip data` that make it, () for shards that are there; attacks: {group: Attack};
     overrides: `a.b=value` for every run."""
 
