@@ -1,6 +1,6 @@
 """Views of a sample. Their randomness is keyed by (seed, epoch, sample, view), never by worker or call order.
 
-Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: EDA (Wei and Zou 2019).
+Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: shards/views/eda.py.
 """
 
 import hashlib
