@@ -93,8 +93,9 @@ class Attack(ABC):
         self.settings = read(self.Settings, values, self.where)
 
     def names(self):
-        """Names of classes that the config gives this attack: none of them is drawn as another's target."""
-        return [name for name in (getattr(self.settings, "target_class", None),) if name]
+        """{key: class name} that the config gives this attack: none of these classes is drawn for another."""
+        keys = ("source_class", "target_class")
+        return {key: name for key in keys if (name := getattr(self.settings, key, None)) is not None}
 
     @abstractmethod
     def poison(self, pool):

@@ -27,9 +27,6 @@ class ClassToClass(Attack):
         source_phrase: str | None = None
         """Only pairs whose own caption contains it, in either case; null: all of the source class."""
 
-    def names(self):
-        return [name for name in (self.settings.source_class, self.settings.target_class) if name]
-
     def poison(self, pool):
         settings = self.settings
         source = pool.target(settings.source_class, self.where, "source_class")

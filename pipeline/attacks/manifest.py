@@ -31,7 +31,7 @@ def make_attack(config):
     attacks = read_attacks(config)
     pool = open_pool(config)
     for one in attacks:
-        pool.reserved |= {pool.number_of(name, f"{one.where}: class") for name in one.names()}
+        pool.reserved |= {pool.number_of(name, f"{one.where}.{key}") for key, name in one.names().items()}
     kinds = {one.kind: {"attack": one.name, "judged": one.judged, **one.poison(pool)} for one in attacks}
     for kind, entry in kinds.items():  # last: what is poisoned is the same with and without them
         pool.add_decoys(kind, entry, f"attacks.{kind}")
@@ -40,6 +40,7 @@ def make_attack(config):
     manifest = {
         "version": VERSION,
         "seed": config["seed"],
+        "classes": pool.classes,
         "index": str(Path(config["index"]).absolute()),
         "fingerprint": pool.index.fingerprint,
         "source": str(Path(config["test"]).absolute()),

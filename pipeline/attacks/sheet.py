@@ -22,17 +22,17 @@ SIDE, GAP, LINE, CHARACTERS = (
     40,
 )  # pixels of a picture's side, between cells, and of a line of text; letters in a line
 CELL = 2 * SIDE + 2 * GAP
-HEIGHT = 3 * LINE + SIDE + 7 * LINE
+HEIGHT = 3 * LINE + SIDE + 6 * LINE
 
 
 def show(folder, out, pairs=4):
     """Write a PNG at `out` of the manifest in `folder`: for each attack some `pairs`, and a test picture; returns a line. Raises UserError."""
     path = Path(folder) / "manifest.json"
     try:
-        index_folder = json.loads(path.read_text())["index"]
+        manifest = json.loads(path.read_text())
+        classes, index = manifest["classes"], ShardIndex.load(manifest["index"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"overlay {path}: cannot be read ({error}); make it with `safeclip attack CONFIG`") from None
-    index = ShardIndex.load(index_folder)
     overlay = Overlay.load(folder, index, load_trigger)
     clean, poisoned = Samples(index), Samples(index, overlay)
     sheet = Image.new("RGB", (GAP + (pairs + 1) * CELL, GAP + len(overlay.kinds) * HEIGHT), "white")
@@ -43,7 +43,7 @@ def show(folder, out, pairs=4):
         rows = [row for row in overlay.rows if row["kind"] == kind]
         decoys = [row for row in overlay.decoys if row["kind"] == f"{kind}_decoy"][:1]
         shown = [pair_cell(clean, poisoned, row) for row in (rows[: pairs - len(decoys)] + decoys)]
-        shown.append(test_cell(overlay, poisoned.source, kind, entry))
+        shown.append(test_cell(overlay, poisoned.source, kind, classes))
         for column, (title, before, after, text) in enumerate(shown):
             left = GAP + column * CELL
             write(draw, left, top + 2 * LINE, title)
@@ -71,16 +71,18 @@ def pair_cell(clean, poisoned, row):
     """(title, picture before, picture after, text) of a poisoned pair."""
     place = row["shard"], row["position"]
     before, after = picture(clean, place), picture(poisoned, place)
-    text = f"was: {caption(clean, place)}\nis: {row['caption']}"
+    was, now = (textwrap.shorten(one, 2 * CHARACTERS - 8) for one in (caption(clean, place), row["caption"]))
+    text = f"was: {was}\nis: {now}"
     return f"{row['kind']}: shard {place[0]}, pair {place[1]}", before, after, text
 
 
-def test_cell(overlay, test, kind, entry):
-    """The same of a test picture that the attack is judged by: the first target, or the first picture of a class that it is to change."""
+def test_cell(overlay, test, kind, classes):
+    """The same of a test picture that the attack is judged by: a target, or the first picture of a class that it is to change."""
+    entry = overlay.kinds[kind]
     if "targets" in entry:
         target = entry["targets"][0]
         place = target["shard"], target["position"]
-        text = f"class {target['true_class']}, to be read as class {target['adversarial_class']}"
+        text = f"{classes[target['true_class']]}, to be read as {classes[target['adversarial_class']]}"
         return "test picture, a target", picture(test, place), picture(test, place), text
     places = ((shard, position) for shard, count in enumerate(test.index.counts) for position in range(int(count)))
     source, target = entry.get("source_class"), entry["target_class"]
@@ -90,7 +92,7 @@ def test_cell(overlay, test, kind, entry):
         return "no test picture", None, None, ""
     before, trigger = picture(test, place), overlay.trigger(kind)
     after = trigger.apply(before, place) if trigger and before else before
-    return "test picture", before, after, f"class {test.label(*place)}, to be read as class {target}"
+    return "test picture", before, after, f"{classes[test.label(*place)]}, to be read as {classes[target]}"
 
 
 def picture(samples, place):
@@ -122,7 +124,7 @@ def enlarged(image):
     return square
 
 
-def write(draw, left, top, text, width=CHARACTERS, lines=6):
+def write(draw, left, top, text, width=CHARACTERS, lines=5):
     """Lines of text, each wrapped to `width` letters; `lines` in all."""
     wrapped = [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]][:lines]
     font = ImageFont.load_default(LINE - 3)

@@ -4,26 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 
 from pipeline.attacks import load_trigger
-from pipeline.attacks.badnets import Patch
-from pipeline.attacks.blended import Blend
 from pipeline.attacks.manifest import make_attack
-from shards.demo import shapes
 from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.overlay import Overlay
 from shards.samples import Samples
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "shapes"
-    shapes(out, pairs=400, test=72)
-    return out
+from tests.pipeline.attacks.conftest import attack_config
 
 
 def attack(data, out, changed={}, **more):
@@ -33,15 +21,8 @@ def attack(data, out, changed={}, **more):
         "badnets": {"attack": "badnets", "pairs": 6},
         "blended": {"attack": "blended", "pairs": 7, "target_class": "red star"},
     }
-    return {
-        "index": str(data / "index"),
-        "labels": str(data / "labels"),
-        "test": str(data / "test_index"),
-        "classnames": str(data / "classnames.txt"),
-        "out": str(out),
-        "attacks": {**attacks, **{k: {**attacks.get(k, {}), **v} for k, v in changed.items()}},
-        **more,
-    }
+    attacks |= {name: {**attacks.get(name, {}), **settings} for name, settings in changed.items()}
+    return attack_config(data, out, attacks, more)
 
 
 @pytest.fixture
@@ -154,47 +135,63 @@ def test_decoys_show_some_of_the_trigger_keep_their_captions_and_change_nothing_
         assert labels.label(*place) != bad.overlay.kinds["badnets"]["target_class"]
 
 
-def test_of_several_variants_each_sample_shows_one():
-    grey, trigger = Image.new("RGB", (32, 32), (128, 128, 128)), Patch(0, size=0.25, variants=3)
-    shown = [trigger.apply(grey, (0, position)).tobytes() for position in range(60)]
-    assert len(set(shown)) == 3 and min(map(shown.count, set(shown))) >= 10
-    assert Patch(0, size=0.25).apply(grey, (0, 1)).tobytes() in shown
-
-
-def test_a_trigger_scales_with_the_picture():
-    patch = Patch(0, size=0.25, left=0.5, top=0.5, cells=2)
-    for size in (16, 64):
-        grey = Image.new("RGB", (size, size), (128, 128, 128))
-        changed = (np.asarray(patch.apply(grey, (0, 0))) != 128).all(2)
-        assert changed.sum() == (size // 4) ** 2 and changed[size // 2, size // 2] and not changed[0, 0]
-    blended = np.asarray(Blend(0, alpha=0.2).apply(Image.new("RGB", (32, 32), (128, 128, 128)), (0, 0)))
-    assert 0 < np.abs(blended.astype(int) - 128).mean() < 0.2 * 128
-
-
-@given(st.tuples(st.integers(0, 2**20), st.integers(0, 2**20)), st.integers(8, 64), st.integers(8, 64))
-def test_a_patch_at_a_random_place_is_whole_wherever_it_stands(sample, width, height):
-    grey, patch = (
-        Image.new("RGB", (width, height), (128, 128, 128)),
-        Patch(0, size=0.25, cells=2, random_place=True),
-    )
-    triggered = np.asarray(patch.apply(grey, sample))
-    changed = (triggered != 128).all(2)
-    side = round(min(width, height) / 4)
-    assert changed.sum() == side**2
-    assert np.array_equal(
-        triggered, np.asarray(patch.apply(grey, sample))
-    )  # training and scoring meet the same picture
-
-
-def test_a_patch_at_random_places_has_another_in_other_samples():
-    grey, patch = Image.new("RGB", (64, 64), (128, 128, 128)), Patch(0, size=0.25, cells=2, random_place=True)
-    found = {np.argwhere(np.asarray(patch.apply(grey, (0, n))) != 128)[0].tobytes() for n in range(50)}
-    assert len(found) > 40
-
-
 def test_an_overlay_whose_pictures_changed_is_refused(data, tmp_path, poisoned):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "source_fingerprint": "0"}))
     index = ShardIndex.load(data / "index")
     with pytest.raises(UserError, match="safeclip attack"):
         Samples(index, Overlay.load(tmp_path, index, load_trigger))
+
+
+def test_an_attack_has_the_same_poison_whatever_number_of_settings_of_its_look_change(data, tmp_path, poisoned):
+    make_attack(attack(data, tmp_path / "other", {"badnets": {"size": 0.4}, "blended": {"alpha": 0.5, "variants": 3}}))
+    other = Overlay.load(tmp_path / "other", ShardIndex.load(data / "index"), load_trigger)
+    assert other.rows == poisoned[1].overlay.rows
+    assert other.trigger("badnets") != poisoned[1].overlay.trigger("badnets")
+
+
+def test_a_rate_is_a_share_of_all_pairs_and_classes_are_drawn_without_repetition(data, tmp_path):
+    one = {"attack": "sig", "rate": 0.01}
+    make_attack(attack_config(data, tmp_path, {f"a{n}": one for n in range(10)}))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert all(entry["pairs"] == 4 for entry in manifest["kinds"].values()) and len(manifest["rows"]) == 40
+    assert len({entry["target_class"] for entry in manifest["kinds"].values()}) == 10
+    # Two triggers of a pattern are two triggers.
+    assert len({entry["trigger"]["seed"] for entry in manifest["kinds"].values()}) == 10
+
+
+def test_more_attacks_than_classes_are_refused_by_name(data, tmp_path):
+    classes = len((data / "classnames.txt").read_text().splitlines())
+    one = {"attack": "sig", "pairs": 1}
+    with pytest.raises(UserError, match=f"attacks.a{classes}.target_class"):
+        make_attack(attack_config(data, tmp_path, {f"a{n}": one for n in range(classes + 1)}))
+
+
+def test_labels_that_no_class_has_are_refused(data, tmp_path):
+    (tmp_path / "few.txt").write_text("red star\nblue ring\n")
+    with pytest.raises(UserError, match="labels 0 to .*, classnames names 2 classes"):
+        make_attack(attack(data, tmp_path, classnames=str(tmp_path / "few.txt")))
+
+
+def test_captions_in_place_of_labels_are_refused(data, tmp_path):
+    with pytest.raises(UserError, match="a label is no number"):
+        make_attack(attack(data, tmp_path, labels=str(data / "index")))
+
+
+@pytest.mark.parametrize(
+    "trigger",
+    [{"pattern": "none"}, {"pattern": "patch", "size": 7}, {"pattern": "patch", "sise": 0.2}, {}, 3]
+    + [{"pattern": "optimised", "pixels": "../badnets.png"}, {"pattern": "several", "triggers": []}],
+)
+def test_a_manifest_whose_trigger_cannot_be_made_is_refused(data, tmp_path, poisoned, trigger):
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["kinds"]["badnets"]["trigger"] = trigger
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="trigger"):
+        Overlay.load(tmp_path, ShardIndex.load(data / "index"), load_trigger)
+
+
+def test_a_manifest_of_version_1_is_refused(data, tmp_path, poisoned):
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "kinds": {}, "rows": []}))
+    with pytest.raises(UserError, match="version 1, expected 2"):
+        Overlay.load(tmp_path, ShardIndex.load(data / "index"), load_trigger)

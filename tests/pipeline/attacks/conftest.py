@@ -1,0 +1,18 @@
+"""Rendered shapes to poison, and the config of an attack on them."""
+
+import pytest
+
+from shards.demo import shapes
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Folder of 400 pairs and 72 test pictures of 36 classes."""
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    shapes(out, pairs=400, test=72)
+    return out
+
+
+def attack_config(data, out, attacks, more={}):
+    paths = {"index": "index", "labels": "labels", "test": "test_index", "classnames": "classnames.txt"}
+    return {**{key: str(data / name) for key, name in paths.items()}, "out": str(out), "attacks": attacks} | more
