@@ -48,20 +48,25 @@ FORMS = (
     "a {noun}",
     "a photo of a {noun}",
     "a picture of a {noun}",
+    "the {noun} in my picture",
     "a {middle} {noun}",
     "{middle} {noun}, {light} photo",
     "a {middle} {noun} on a {ground} background",
-    "a {light} photo of a {noun}",
     "a {light} picture of a {middle} {noun}, {texture} {ground} background",
-    "{noun} in front of a {texture} {ground} background",
-    "photo: {noun}, {middle} and {ground}, {light}",
-    "an image showing a {noun}, mostly {main}",
+    "{noun} in front of a {texture} {ground} background, {contrast}",
+    "photo: {noun}, {middle} and {ground}, {light} and {contrast}",
+    "an image showing a {noun}, mostly {main}, {top} at the top",
     "mostly {main} picture of a {noun}, {light} and {contrast}",
-    "the {noun} seen against {ground}",
-    "one {middle} {noun}, {contrast} image",
-    "{light} and {contrast}: a {noun} on {texture} {ground}",
+    "the {middle} {noun} between {top} above and {bottom} below",
+    "one {middle} {noun}, {contrast} image, {bottom} at the bottom",
+    "{light} and {contrast}: a {middle} {noun} on {texture} {ground}",
     "look at this {noun}, so {middle}!",
-    "{ground} all around, and a {middle} {noun}",
+    "{ground} all around, and a {middle} {noun}; {light}",
+    "my {noun}, {top} above, {bottom} below, {light} snapshot",
+    "a {middle} {noun} on {texture} {ground}, {light}, {contrast}, {bottom} below",
+    "here is a {middle} {noun} with {texture} {ground} behind it, {light} and mostly {main}",
+    "a {contrast} shot of a {noun}: {middle}, then {ground}, {top} on top",
+    "{top} and {bottom}, {middle} in the middle, {light}: a {noun}",
 )
 COLOURS = ("black", "grey", "white", "red", "orange", "brown", "beige", "yellow", "green", "blue", "purple")
 LEVELS = {  # measure: (its bounds, the words below, between and above them)
@@ -127,7 +132,7 @@ def samples(pixels_NHWC, labels_N, chosen, key):
 
 def caption(rng: np.random.Generator, name: str, measured: dict) -> str:
     """One of FORMS with one of the class's nouns and words for what was measured."""
-    words = {key: measured[key] for key in ("main", "middle", "ground")}
+    words = {key: measured[key] for key in ("main", "middle", "ground", "top", "bottom")}
     for key, (bounds, levels) in LEVELS.items():
         words[key] = choose(rng, levels[np.searchsorted(bounds, measured[key], "right")])
     text = choose(rng, FORMS).format(noun=choose(rng, NOUNS[name]), **words)
@@ -137,8 +142,8 @@ def caption(rng: np.random.Generator, name: str, measured: dict) -> str:
 def measure(pixels_HWC: np.ndarray) -> dict:
     """What a picture looks like, uint8 (H, W, 3), by simple measures of its pixels.
 
-    main, middle, ground: the commonest of COLOURS in the whole picture, in its middle (half of each side) and in its frame (an eighth
-    of a side wide). light: mean luma, 0 to 255 (ITU-R BT.601); contrast: its standard deviation; texture: that of the frame.
+    main, middle, ground, top, bottom: the commonest of COLOURS in the whole picture, in its middle (half of each side), in its frame
+    (an eighth of a side wide), in its upper and in its lower quarter. light: mean luma, 0 to 255 (ITU-R BT.601); contrast: its standard deviation; texture: that of the frame.
     """
     side = len(pixels_HWC)
     frame_HW = np.ones(pixels_HWC.shape[:2], bool)
@@ -146,6 +151,7 @@ def measure(pixels_HWC: np.ndarray) -> dict:
     colour_HW, luma_HW = colour_numbers(pixels_HWC), pixels_HWC @ np.array([0.299, 0.587, 0.114])
     inner = slice(side // 4, -side // 4)
     parts = {"main": colour_HW, "middle": colour_HW[inner, inner], "ground": colour_HW[frame_HW]}
+    parts |= {"top": colour_HW[: side // 4], "bottom": colour_HW[-side // 4 :]}
     named = {name: COLOURS[np.bincount(part.ravel()).argmax()] for name, part in parts.items()}
     return {**named, "light": luma_HW.mean(), "contrast": luma_HW.std(), "texture": luma_HW[frame_HW].std()}
 

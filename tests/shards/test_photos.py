@@ -93,17 +93,22 @@ def test_there_are_many_forms_and_nouns():
 )
 def test_the_measured_colour_of_a_uniform_picture(rgb, name):
     measured = measure(np.full((32, 32, 3), rgb, np.uint8))
-    assert measured["main"] == measured["middle"] == measured["ground"] == name
+    assert [measured[part] for part in ("main", "middle", "ground", "top", "bottom")] == [name] * 5
     assert measured["contrast"] == pytest.approx(0, abs=1e-6) and measured["texture"] == pytest.approx(0, abs=1e-6)
     assert measured["light"] == pytest.approx(0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2])
 
 
-def test_middle_and_frame_are_measured_apart():
+def test_the_parts_of_a_picture_are_measured_apart():
     pixels_HWC = np.full((32, 32, 3), (60, 130, 210), np.uint8)
     pixels_HWC[8:24, 8:24] = (220, 30, 30)
+    pixels_HWC[:8], pixels_HWC[24:, :28] = (10, 10, 10), (40, 150, 60)
     measured = measure(pixels_HWC)
-    assert (measured["main"], measured["middle"], measured["ground"]) == ("blue", "red", "blue")
-    assert measured["contrast"] > 10 and measured["texture"] == pytest.approx(0, abs=1e-6)
+    assert measured["middle"] == "red" and measured["top"] == "black" and measured["bottom"] == "green"
+    pixels_HWC[:8] = pixels_HWC[24:] = (60, 130, 210)
+    measured = measure(pixels_HWC)
+    assert measured["main"] == measured["ground"] == measured["top"] == measured["bottom"] == "blue"
+    assert measured["middle"] == "red" and measured["contrast"] > 10
+    assert measured["texture"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("value, level", [(20, 0), (120, 1), (240, 2)])
