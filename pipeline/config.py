@@ -1,4 +1,4 @@
-"""What can be configured: every key with its default, which is the published value where there is one, and the presets."""
+"""What can be configured: every key with its default, which is that of the released recipe where it has one, and the presets."""
 
 import hashlib
 import json
@@ -62,14 +62,22 @@ class Data:
     """Augmentation of both views for the unimodal loss."""
     augment_on: str = "worker"
     """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up to rounding."""
-    clip_eda: float = 0.0
-    """Share of a caption's words that EDA changes for the CLIP loss."""
+    clip_eda: float = 0.1
+    """Strength of EDA for the CLIP loss: the share of a caption's words that it changes; 0 = captions as they are."""
+    unimodal_eda: float = 0.1
+    """The same for the unimodal loss."""
+    eda_synonyms: str = "wordnet"
+    """Where EDA takes synonyms from: wordnet, or table, the small table of this package (also used where WordNet is not installed)."""
+    eda_clean: bool = True
+    """EDA gives lower-case captions without punctuation."""
+    eda_once: bool = True
+    """The variants of a caption are drawn once for the whole run; false: in every epoch."""
+    mask: str | None = None
+    """Folder of a saved mask: the run trains only on its safe pairs, and each epoch is filled up with them. Not for train.method safeclip."""
     clip_mix: float = 0.0
     """Probability that another picture of the batch lies faintly over one for the CLIP loss (shards/mixing.py)."""
     clip_paste: float = 0.0
     """Probability that a square of another picture of the batch stands in one for the CLIP loss."""
-    unimodal_eda: float = 0.1
-    """The same for the unimodal loss."""
 
 
 @dataclass
@@ -78,23 +86,29 @@ class Model:
     """An open_clip architecture: RN50, ViT-B-32, ViT-B-16 ..."""
     config: dict | None = None
     """Or an open_clip model config: embed_dim, vision_cfg, text_cfg."""
+    pretrained: str | None = None
+    """Start from the weights of this run directory (its newest checkpoint) or .safetensors file; null: from random weights."""
 
 
 @dataclass
 class Train:
     method: str = "safeclip"
-    """safeclip, or clip: plain CLIP on all pairs."""
+    """safeclip; clip: plain CLIP on all pairs; roclip or cleanclip: other published defences (pipeline/training/curriculum.py)."""
     epochs: int = 32
     """All epochs, warm-up included."""
     unimodal_epochs: int = 5
     """Epochs of unimodal warm-up."""
     slow_epochs: int = 1
     """Epochs of the CLIP loss at slow_lr, on all pairs but marked ones and copies (selection.suspicion, selection.copies)."""
-    batch_size: int = 512
+    batch_size: int = 128
     """Pairs of a global batch, over all ranks."""
+    clip_views: int = 2
+    """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view 2; or 1."""
     lr: float = 5e-4
     slow_lr: float = 5e-6
     warmup_steps: int = 10_000
+    schedule: str = "per_loss"
+    """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine of its own."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.999
@@ -107,8 +121,10 @@ class Train:
     """DeepSpeed ZeRO stage, 0 to 3."""
     on_nan: str = "stop"
     """When a gradient is infinite or no number: stop, or skip the step and count it."""
-    pool: int = 4096
+    pool: int = 256
     """Past embeddings of each modality in which the nearest neighbour is searched."""
+    match_every: int = 2
+    """roclip: in every n-th epoch a picture is matched with the nearest caption of the pool instead of its own."""
 
     @property
     def betas(self):
@@ -121,8 +137,15 @@ class Selection:
     """First safe set: pairs above the cosine where the mixture's higher component reaches this posterior."""
     first_share: float | None = None
     """First safe share of the pairs; null: by the posterior."""
-    least_share: float = 0.05
+    least_share: float = 0.0
     """The posterior rule may give almost nothing; the first share is at least this."""
+    mixture: str = "sklearn"
+    """How the mixture is fitted. sklearn: its GaussianMixture at default tolerance, on all scores in memory; converged: EM to the maximum,
+    on a histogram (pipeline/safety/mixture.py)."""
+    rank_by: str = "posterior"
+    """What the safe set is the highest of: posterior, which is not monotone in the score; or score."""
+    scored_view: str = "augmented"
+    """The view of a pair that is scored: augmented, the first view of the CLIP loss; or plain."""
     growth: float = 0.01
     """Share of the pairs by which the safe set grows with each later epoch."""
     cap: float = 0.85
@@ -163,6 +186,8 @@ class Evaluation:
     """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null."""
     index: str | None = None
     """Index of its shards (text="cls")."""
+    labels: str | None = None
+    """Index of the training shards with text="cls", for the linear probe; null: the folder `labels` beside data.index, where it is there."""
     every: int = 1
     """Evaluate after every n-th epoch; 0 = only at the end."""
 
@@ -177,7 +202,8 @@ class Wandb:
 @dataclass
 class Config:
     preset: str = "paper"
-    """paper (as published), default (the best recipe known to us) or clip (plain CLIP); the keys below override it."""
+    """paper (the released recipe), paper_fixed (without its faults), default (the best recipe known to us), clip (plain CLIP), roclip or
+    cleanclip (other published defences); the keys below override it."""
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -202,7 +228,7 @@ def learnt(values):
     sources = flat.pop("data.sources", None)
     if sources:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
-    others = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction")
+    others = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
     others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 
@@ -213,17 +239,43 @@ def differences(old, new):
     return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
 
 
-# What a preset sets beyond the defaults above, which are the published ones.
+# Plain CLIP: one view a pair, captions as they are, one schedule.
+CLIP = {
+    "data": {"clip_eda": 0.0, "clip_augment": {"blur": 0.5}},
+    "train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0, "clip_views": 1, "schedule": "run"},
+}
+# What a preset sets beyond the defaults above, which are those of the released recipe.
 PRESETS = {
     "paper": {},
-    "clip": {"train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0}},
+    # The released recipe without its faults (pipeline/safety/README.md).
+    "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_share": 0.05}},
+    "clip": CLIP,
+    # Yang and Mirzasoleiman 2023: one strong augmented view of picture and caption, the caption's drawn once.
+    "roclip": {"train": {**CLIP["train"], "method": "roclip"}},
+    # Bansal et al. 2023: fine-tuning of model.pretrained on the clean part data.mask, at a fiftieth of the rate.
+    "cleanclip": {
+        "data": {"eda_once": False},
+        "train": {**CLIP["train"], "method": "cleanclip", "lr": 1e-5, "warmup_steps": 50},
+    },
     "default": {
-        "data": {"clip_mix": 0.3, "clip_paste": 0.3},
-        "train": {"unimodal_epochs": 1},
+        "data": {
+            "clip_mix": 0.3,
+            "clip_paste": 0.3,
+            "clip_eda": 0.0,
+            "eda_synonyms": "table",
+            "eda_clean": False,
+            "eda_once": False,
+            "clip_augment": {"blur": 0.5},
+            "unimodal_augment": {"blur": 0.5},
+        },
+        "train": {"unimodal_epochs": 1, "clip_views": 1, "schedule": "run"},
         "selection": {
             "first_share": 0.6,
             "growth": 0.05,
             "cap": 0.9,
+            "mixture": "converged",
+            "rank_by": "score",
+            "scored_view": "plain",
             "coarse": 0.1875,
             "crop": 0.6,
             "copies": 2,

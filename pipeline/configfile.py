@@ -12,18 +12,25 @@ from shards.errors import UserError
 
 CHOICES = {
     "data.augment_on": ("worker", "device"),
-    "train.method": ("safeclip", "clip"),
+    "data.eda_synonyms": ("wordnet", "table"),
+    "train.method": ("safeclip", "clip", "roclip", "cleanclip"),
+    "train.clip_views": (1, 2),
+    "train.schedule": ("per_loss", "run"),
     "train.precision": ("fp32", "bf16"),
     "train.zero_stage": (0, 1, 2, 3),
     "train.on_nan": ("stop", "skip"),
     "selection.risky": ("unimodal", "skip"),
     "selection.score": ("cosine", "agreement"),
+    "selection.mixture": ("sklearn", "converged"),
+    "selection.rank_by": ("posterior", "score"),
+    "selection.scored_view": ("augmented", "plain"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
 AT_LEAST_ONE = (
     "train.epochs",
     "train.batch_size",
     "train.pool",
+    "train.match_every",
     "data.streams",
     "data.window",
     "data.limits.max_bytes",
@@ -154,6 +161,7 @@ def check(config):
             raise UserError(f"{key}: got {value(key)}, expected a share from 0 to 1")
     if not config.selection.suspicion >= 0:
         raise UserError(f"selection.suspicion: got {config.selection.suspicion}, expected 0 or more")
+    check_method(config)
     if not config.data.index and not config.data.sources:
         raise UserError("data.index: missing; make one with `safeclip index SHARDS... --out DIR` and name DIR")
     check_sources(config.data)
@@ -167,6 +175,25 @@ def check(config):
             f"data.streams: got {config.data.streams}, which does not divide train.batch_size "
             f"{config.train.batch_size}; take a divisor of it"
         )
+
+
+def check_method(config):
+    """Raise UserError for settings that the training method, or another setting, leaves no room for."""
+    method, data, selection = config.train.method, config.data, config.selection
+    if method == "safeclip" and data.mask:
+        raise UserError(
+            f"data.mask: got {data.mask}, but train.method safeclip selects its own pairs; filter the shards with `safeclip mask apply`"
+        )
+    if method == "cleanclip" and not (config.model.pretrained and data.mask):
+        raise UserError(
+            "train.method: cleanclip fine-tunes a trained model on clean pairs; name them with model.pretrained=RUN data.mask=MASK"
+        )
+    if config.train.clip_views == 2 and (data.clip_mix or data.clip_paste):
+        raise UserError(
+            "train.clip_views: got 2, but data.clip_mix and data.clip_paste mix one view; set them to 0, or take 1 view"
+        )
+    if selection.rank_by == "posterior" and selection.suspicion:
+        raise UserError("selection.rank_by: got posterior, but selection.suspicion lowers scores; set rank_by to score")
 
 
 def check_sources(data):

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from shards.views.eda import caption_view as caption_view
-
 LARGE = (
     128  # pixels of the shorter side from which on a picture is cropped at whole pixels, and a JPEG may come smaller
 )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards.augment import caption_view, coloured, drawn_view, least_side, plain_view, sample_rng
+from shards.augment import Colour, coloured, drawn_view, image_view, least_side, plain_view, sample_rng
 from shards.colour import NUMBERS, as_numbers, coloured_batch
 from shards.errors import BadSample
 from shards.mixing import Mixing, mixed
@@ -51,23 +51,49 @@ def as_they_are(images_BCHW):
     return [images_BCHW]
 
 
-@dataclass
+@dataclass(frozen=True)
+class View:
+    """How one view of a sample is drawn. augment: shards.augment.ImageAugment, None for the picture as it is; eda: function
+    (caption, rng) -> caption, None for the caption as it is."""
+
+    augment: object = None
+    eda: object = None
+
+    @property
+    def crop_min(self):
+        return self.augment.crop_min if self.augment else 1.0
+
+    def picture(self, pixels_HWC, size, rng):
+        """(uint8 (size, size, 3), Colour): colours are drawn, and not changed yet."""
+        if self.augment is None:
+            return plain_view(pixels_HWC, size), Colour([], False, 0.0)
+        return drawn_view(pixels_HWC, size, rng, self.augment)
+
+
+@dataclass(frozen=True)
 class Views:
-    """How samples become rows: picture size in pixels, tokenizer (list[str] -> (N, L) int64), and per kind of view its augmentation."""
+    """How samples become rows: picture size in pixels, tokenizer (list[str] -> (N, L) int64), and the views that each loss takes."""
 
     size: int
     tokenize: object
-    clip: object  # ImageAugment
-    unimodal: object  # ImageAugment
-    eda: float  # share of the words that EDA changes; 0 = captions as they are
-    clip_eda: float
+    of: dict  # loss -> tuple of View
     on_device: bool = False  # the colours are changed where the batch goes to, not where it is read
+    eda_once: bool = False  # a caption's variants are drawn once for the whole run, not in every epoch
     clip_mixing: Mixing = Mixing()
     scored: object = as_they_are  # pictures to the list of views in which they are scored (pipeline/safety/views.py)
+    scored_as: tuple | None = (
+        None  # (seed, epoch): pairs are scored by an augmented view, the first of the CLIP loss; None: as they are
+    )
+
+    def caption(self, view, number, caption, rng, seed, shard, position):
+        """The caption of view `number` (from 1)."""
+        if view.eda is None:
+            return caption
+        return view.eda(caption, sample_rng(seed, "run", shard, position, number) if self.eda_once else rng)
 
 
 class TrainBatches(Dataset):
-    """Item i: the batch of the epoch's i-th step. One augmented view for the CLIP loss, two for the unimodal loss."""
+    """Item i: the batch of the epoch's i-th step, in the views that its loss takes."""
 
     def __init__(self, samples, steps, views, *, seed, epoch, rank=0, world=1):
         """`steps`: list of pipeline.training.curriculum.Step (loss, plan, number in the plan, mask and view to locate)."""
@@ -85,29 +111,28 @@ class TrainBatches(Dataset):
         step = self.steps[i]
         shard_B, nth_B, again_B = step.plan.batch(step.number, self.rank, self.world)
         position_B = step.mask.locate(step.view, shard_B, nth_B) if step.mask else nth_B
-        unimodal = step.loss == "unimodal"
-        augment = self.views.unimodal if unimodal else self.views.clip
-        eda = self.views.eda if unimodal else self.views.clip_eda
-        # A lap is another pass over the same samples in the same epoch, and `again` another time in the same pass: other views.
-        passes = [step.lap * 4 + view + 1 for view in range(2 if unimodal else 1)]
-        least = least_side(self.views.size, augment.crop_min)
-        mixing = None if unimodal else self.views.clip_mixing
+        kinds, size = self.views.of[step.loss], self.views.size
+        least = max(least_side(size, view.crop_min) for view in kinds)
+        mixing = self.views.clip_mixing if step.loss == "clip" else None
         mixing_B4 = np.zeros((len(shard_B), 4), np.float32)
 
         def read(row, shard, position):
             pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
             views = []
-            for view in (number + (int(again_B[row]) << 32) for number in passes):
-                rng = sample_rng(self.seed, self.epoch, shard, position, view)
-                pixels, colour = drawn_view(pixels_HWC, self.views.size, rng, augment)
+            for number, view in enumerate(kinds, 1):
+                # A lap is another pass over the same samples in the same epoch, and `again` another time in the same pass: other views.
+                key = step.lap * 4 + number + (int(again_B[row]) << 32)
+                rng = sample_rng(self.seed, self.epoch, shard, position, key)
+                pixels, colour = view.picture(pixels_HWC, size, rng)
                 picture = pixels if self.views.on_device else coloured(pixels, colour)
-                views.append((picture, caption_view(caption, rng, eda) if eda else caption, colour))
+                text = self.views.caption(view, number, caption, rng, self.seed, shard, position)
+                views.append((picture, text, colour))
                 if mixing:
                     mixing_B4[row] = mixing.draw(rng)
             return views
 
         drawn = self.views.on_device
-        batch = collate(self.samples, self.views, shard_B, position_B, read, len(passes), drawn)
+        batch = collate(self.samples, self.views, shard_B, position_B, read, len(kinds), drawn)
         batch.mixing = torch.from_numpy(mixing_B4) if mixing else None
         return batch
 
@@ -115,7 +140,8 @@ class TrainBatches(Dataset):
 class PlainBatches(Dataset):
     """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the captions of the second.
 
-    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row. Un-augmented.
+    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row. Un-augmented,
+    or with views.scored_as in an augmented view of that epoch.
     """
 
     def __init__(self, samples, batches, views):
@@ -133,12 +159,21 @@ class PlainBatches(Dataset):
         shard_B, position_B = self.samples.index.place(row_B)
         caption_place_B = list(zip(*(place.tolist() for place in self.samples.index.place(caption_row_B))))
 
-        size, least = self.views.size, least_side(self.views.size)
+        size, view, scored_as = self.views.size, View(), self.views.scored_as
+        if scored_as:
+            view = self.views.of["clip"][0]
+        least = least_side(size, view.crop_min)
 
         def read(row, shard, position):
             pixels_HWC = self.samples.pixels(shard, position, least)
             caption = self.samples.caption(*caption_place_B[row])
-            return [(plain_view(pixels_HWC, size), caption)]
+            if not scored_as:
+                return [(plain_view(pixels_HWC, size), caption)]
+            seed, epoch = scored_as
+            # Views are numbered from 1 in training: 0 is another draw. The caption's variant is the first.
+            rng = sample_rng(seed, epoch, shard, position, 0)
+            picture = image_view(pixels_HWC, size, rng, view.augment)
+            return [(picture, self.views.caption(view, 1, caption, rng, seed, *caption_place_B[row]))]
 
         return collate(self.samples, self.views, shard_B, position_B, read, 1)
 

@@ -14,6 +14,7 @@ COARSE = 1_024  # groups of bins on which the starts are compared: 64 times less
 EM_STEPS = 20
 # Starts: the share of the lowest scores that are one component to begin with, the rest the other.
 STARTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+SATURATED = 53 * np.log(2)  # log-odds from which on the posterior is 1 in float64
 
 
 class DegenerateFit(Exception):
@@ -29,13 +30,21 @@ class Mixture:
     weight: tuple
     log_likelihood: float
 
-    def posterior(self, scores):
-        """Probability that a score comes from the higher component; the shape of `scores`, NaN stays NaN."""
+    def log_odds(self, scores):
+        """float64: log of the higher over the lower component's density at the scores, weights included; NaN stays NaN."""
         scores = np.asarray(scores, np.float64)
         low, high = (
             np.log(w) - np.log(s) - 0.5 * ((scores - m) / s) ** 2 for m, s, w in zip(self.mean, self.std, self.weight)
         )
-        return 1 / (1 + np.exp(np.clip(low - high, -700, 700)))
+        return high - low
+
+    def posterior(self, scores):
+        """Probability that a score comes from the higher component; the shape of `scores`, NaN stays NaN."""
+        return 1 / (1 + np.exp(np.clip(-self.log_odds(scores), -700, 700)))
+
+    def rank(self, scores):
+        """float32: numbers in the order of the posterior: log-odds, equal where the posterior is 1 in float64."""
+        return np.minimum(self.log_odds(scores), SATURATED).astype(np.float32)
 
     def to_dict(self):
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -98,6 +107,21 @@ def fit_mixture(counts_K, low, high):
     return Mixture(
         tuple(m[order].tolist()), tuple(np.sqrt(v[order]).tolist()), tuple(w[order].tolist()), float(likelihood)
     )
+
+
+def fit_sklearn(scores_N):
+    """Mixture by sklearn.mixture.GaussianMixture(2, random_state=0), as in the released recipe: on all scores at once, and stopped by its
+    default tolerance before the maximum. Raises DegenerateFit when there are fewer than 3 different scores."""
+    from sklearn.mixture import GaussianMixture
+
+    x_N1 = np.asarray(scores_N, np.float64)[:, None]
+    x_N1 = x_N1[~np.isnan(x_N1[:, 0])]
+    if len(np.unique(x_N1[: 1 << 16])) < 3 and len(np.unique(x_N1)) < 3:
+        raise DegenerateFit("fewer than 3 different scores")
+    found = GaussianMixture(2, random_state=0).fit(x_N1)
+    order = np.argsort(found.means_[:, 0])
+    parts = found.means_[order, 0], np.sqrt(found.covariances_[order, 0, 0]), found.weights_[order]
+    return Mixture(*(tuple(part.tolist()) for part in parts), float(found.lower_bound_))
 
 
 def grouped(x, n, group):

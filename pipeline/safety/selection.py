@@ -22,17 +22,21 @@ def score_of(key):
     return float(np.uint32(key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF).view(np.float32))
 
 
-def kth_largest(scores_N, k, total=lambda counts_K: counts_K):
+def as_it_is(scores):
+    return scores
+
+
+def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=as_it_is):
     """(key, rest): key of the k-th largest score, and how many of its equals belong to the k largest; NaN is no score.
 
     Two counting passes of 65,536 integers. Where the scores are one rank's part, `total` sums the counts over the ranks. With fewer
-    than k scores it is the smallest one; (NOTHING, 0) where there is none to take.
+    than k scores it is the smallest one; (NOTHING, 0) where there is none to take. `rank` maps scores to the numbers that are compared.
     """
     prefix, rest = 0, k
     for shift in (16, 0):
         counts_K = np.zeros(65_536, np.int64)
         for start in range(0, len(scores_N), PIECE):
-            keys = ordered_keys(scores_N[start : start + PIECE])
+            keys = ordered_keys(rank(scores_N[start : start + PIECE]))
             keys = keys[(keys > 0) if shift else (keys >> 16 == prefix)]
             counts_K += np.bincount((keys >> shift) & 0xFFFF, minlength=65_536)
         above_K = np.cumsum(total(counts_K)[::-1])
@@ -46,11 +50,12 @@ def kth_largest(scores_N, k, total=lambda counts_K: counts_K):
     return prefix, rest
 
 
-def top_by_shard(scores_N, counts_S, key, rest):
-    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to it."""
+def top_by_shard(scores_N, counts_S, key, rest, rank=as_it_is):
+    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to it. `rank` as for
+    kth_largest."""
     start = 0
     for count in counts_S:
-        keys = ordered_keys(scores_N[start : start + count])
+        keys = ordered_keys(rank(scores_N[start : start + count]))
         chosen, equals = keys > key, np.flatnonzero(keys == key)[:rest]
         chosen[equals] = True
         rest -= len(equals)
@@ -58,17 +63,16 @@ def top_by_shard(scores_N, counts_S, key, rest):
         yield chosen
 
 
-def select_top(scores_N, k):
+def select_top(scores_N, k, rank=as_it_is):
     """bool (N,): the k highest scores; among equals the first rows. NaN is never selected, so fewer where numbers run out."""
-    return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k)))
+    return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k, rank=rank), rank))
 
 
-def count_at_least(scores_N, cut, lowered_N=None):
+def count_at_least(scores_N, cut, lowered_N=None, rank=as_it_is):
     """int: scores at or above `cut`; with float32 lowered_N, of scores that were lowered by it, those that were before."""
     pieces = [slice(start, start + PIECE) for start in range(0, len(scores_N), PIECE)]
-    return sum(
-        int(np.count_nonzero(scores_N[here] + (0 if lowered_N is None else lowered_N[here]) >= cut)) for here in pieces
-    )
+    raised = (scores_N[here] + (0 if lowered_N is None else lowered_N[here]) for here in pieces)
+    return sum(int(np.count_nonzero(rank(scores) >= cut)) for scores in raised)
 
 
 def held_back(scores_N, lowered_N, k, total=lambda counts: counts):
@@ -82,4 +86,4 @@ def held_back(scores_N, lowered_N, k, total=lambda counts: counts):
 
 def growth(first_share, split, step, cap):
     """Safe share at the `split`-th split (from 0): the first share, and `step` more at each later one, up to `cap`."""
-    return min(cap, first_share + split * step)
+    return min(cap, first_share + split * step) if split else first_share

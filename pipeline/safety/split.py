@@ -9,8 +9,17 @@ import numpy as np
 from pipeline import comm
 from pipeline.safety.canaries import passing
 from pipeline.safety.diagnosis import change, separation
-from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
-from pipeline.safety.selection import RANGES, count_at_least, growth, held_back, kth_largest, score_of, top_by_shard
+from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, fit_sklearn, histogram, upper_cut
+from pipeline.safety.selection import (
+    RANGES,
+    as_it_is,
+    count_at_least,
+    growth,
+    held_back,
+    kth_largest,
+    score_of,
+    top_by_shard,
+)
 from shards.errors import UserError
 from shards.masks import SafeMask, byte_starts, shard_list
 from shards.storage import write_bytes
@@ -80,39 +89,48 @@ def split_pairs(
         lowered_M = np.array_split(lowered_N, comm.world())[comm.rank()]
         diagnosis["held_back"] = held_back(mine_N, lowered_M, wanted, comm.sum_counts)
         wanted = min(wanted, int(counts_K.sum())) - diagnosis["held_back"]
-    key, rest = kth_largest(mine_N, wanted, comm.sum_counts)
-    mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest), counts_S)
+    rank = mixture.rank if mixture and selection.rank_by == "posterior" else as_it_is
+    key, rest = kth_largest(mine_N, wanted, comm.sum_counts, rank)
+    mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest, rank), counts_S)
     if before:
         diagnosis |= comm.on_main(change_since, before, counts_K, limits, mask)
-    cut = score_of(key) if rest else float("inf")
+    threshold = score_of(key) if rest else float("inf")
+    cut = threshold if rank is as_it_is else lowest_safe(score_N, mask)
     if not np.isnan(canary_C).all():
-        diagnosis |= {"canaries": passing(canary_C, cut)}
+        diagnosis |= {"canaries": passing(rank(canary_C), threshold)}
         if diagnosis["canaries"]["low"] > BLUNT:
             told = "over a third of the canaries would pass: this cut keeps few wrong captions out, lower selection.cap or selection.suspicion"
             note = f"{note}; {told}" if note else told
     live = {kind: score_N[row_L] for kind, row_L in (live or {}).items() if not np.isnan(score_N[row_L]).all()}
     if live:
-        diagnosis |= {"live_canaries": {kind: passing(score_L, cut) for kind, score_L in live.items()}}
+        diagnosis |= {"live_canaries": {kind: passing(rank(score_L), threshold) for kind, score_L in live.items()}}
     return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C)
 
 
 def decide(counts_K, score_N, selection, number, first_share, lowered_N=None):
-    """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds."""
+    """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds.
+
+    The released recipe (selection.mixture=sklearn) does not ask whether it is one."""
     mixture, note, diagnosis, by_posterior = None, "", {}, None
-    limits = RANGES[selection.score]
+    limits, released = RANGES[selection.score], selection.mixture == "sklearn"
     try:
-        mixture = fit_mixture(counts_K, *limits)
+        mixture = fit_sklearn(score_N) if released else fit_mixture(counts_K, *limits)
         diagnosis = separation(counts_K, *limits, mixture)
-        if diagnosis["bic_two"] >= diagnosis["bic_one"]:
+        if diagnosis["bic_two"] >= diagnosis["bic_one"] and not released:
             raise DegenerateFit("one Gaussian describes the scores as well as two (BIC)")
-        by_posterior = count_at_least(score_N, upper_cut(mixture, selection.posterior), lowered_N) / len(score_N)
+        if selection.rank_by == "posterior":
+            least = np.log(selection.posterior) - np.log1p(-selection.posterior)
+            found = count_at_least(score_N, least, rank=mixture.rank)
+        else:
+            found = count_at_least(score_N, upper_cut(mixture, selection.posterior), lowered_N)
+        by_posterior = found / len(score_N)
     except DegenerateFit as error:
         note = f"no cut by the mixture: {error}"
     if number == 0 or first_share is None:
         first_share = selection.first_share
         if first_share is None:
             found = by_posterior or 0.0
-            first_share = min(max(found, selection.least_share), selection.cap)
+            first_share = max(found, selection.least_share)
             if first_share != found:
                 note = note or f"posterior > {selection.posterior} holds for {found:.1%}"
                 note += f"; the first share is {first_share:.1%}"
@@ -127,6 +145,13 @@ def decide(counts_K, score_N, selection, number, first_share, lowered_N=None):
         note,
         {**diagnosis, "share_by_posterior": by_posterior, "share_by_schedule": share},
     )
+
+
+def lowest_safe(score_N, mask):
+    """float: the lowest score of the safe set; infinity where it is empty."""
+    starts = np.concatenate([[0], np.cumsum(mask.counts_S)])
+    safe = (score_N[starts[s] : starts[s + 1]][mask.shard_flags(s)] for s in range(len(mask.counts_S)))
+    return float(min((scores.min() for scores in safe if len(scores)), default=np.inf))
 
 
 def broadcast_mask(safe_S, counts_S):

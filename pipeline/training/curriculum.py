@@ -1,14 +1,24 @@
 """The curriculum: which stage an epoch is, which batches it has, and at what rate it learns. Pure functions.
 
-METHOD (ICML 2024, section 4): unimodal warm-up, slow CLIP epochs, then epochs that split the data and train CLIP on the safe
-set and unimodally on the risky. Plain CLIP is the same program with no warm-up and no split.
+safeclip (Yang, Gao, Mirzasoleiman 2024): unimodal warm-up, low-rate CLIP epochs on all pairs, then epochs that select a safe set and train
+CLIP on it and unimodally on the rest. clip: the same program with no warm-up and no selection. roclip (Yang and Mirzasoleiman 2023): in
+every n-th epoch pictures are matched with the nearest captions of a support queue. cleanclip (Bansal et al. 2023): fine-tuning of a
+trained CLIP on clean pairs, with the CLIP loss and a loss within each modality.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from pipeline.config import Config, Selection, Train
+from pipeline.safety.selection import growth
 from shards.errors import UserError
+from shards.masks import SafeMask
 from shards.plan import EpochPlan
+
+# The loss of each stage that trains on all pairs, or on those of data.mask.
+LOSS = {"unimodal": "unimodal", "slow": "clip", "clip": "clip", "match": "match", "cleanclip": "cleanclip"}
 
 
 @dataclass(frozen=True)
@@ -16,14 +26,14 @@ class Epoch:
     """One epoch. `number` counts from 0."""
 
     number: int
-    stage: str  # "unimodal" | "slow" | "clip" | "safeclip"
+    stage: str  # a key of LOSS, or "safeclip"
     split: int | None  # where the data are split before it: how many SafeCLIP epochs were before
     mask_of: int | None  # number of the epoch with the last split: its mask holds
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an epoch: batch `number` of `plan` over `view`, with `loss` "clip" or "unimodal"."""
+    """One step of an epoch: batch `number` of `plan` over `view`, with `loss` "clip", "unimodal", "match" or "cleanclip"."""
 
     loss: str
     view: str
@@ -33,12 +43,14 @@ class Step:
     mask: object = None
 
 
-def curriculum(train, every=1):
-    """List of Epoch for a `config.Train`; the data are split before every `every`-th SafeCLIP epoch."""
+def curriculum(train: Train, every: int = 1) -> list[Epoch]:
+    """The epochs of a run; before every `every`-th SafeCLIP epoch the pairs are selected anew."""
     epochs, first = [], train.unimodal_epochs + train.slow_epochs
     for number in range(train.epochs):
-        if train.method == "clip":
-            stage = "clip"
+        if train.method in ("clip", "cleanclip"):
+            stage = train.method
+        elif train.method == "roclip":
+            stage = "match" if (number + 1) % train.match_every == 0 else "clip"
         elif number < train.unimodal_epochs:
             stage = "unimodal"
         elif number < first:
@@ -53,12 +65,15 @@ def curriculum(train, every=1):
     return epochs
 
 
-def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
-    """List of Step: the whole epoch, the same on every rank; on all pairs where there is no mask. repeats_S: how often each sample of a shard is seen (None: once).
+def epoch_steps(
+    epoch: Epoch, counts_S: np.ndarray, mask: SafeMask | None, config: Config, repeats_S: np.ndarray | None = None
+) -> list[Step]:
+    """The steps of an epoch, the same on every rank; on all pairs where there is no mask.
 
-    Every epoch has at most samples (each as often as it is seen) // batch_size steps, whatever its stage, so all methods train on equal sample views.
-    Safe and risky batches are interleaved in proportion to their numbers. With selection.refill, and in slow epochs, the safe set is gone over
-    again (another order, other views) until the epoch is full.
+    Every epoch has at most as many steps as one over all pairs, so all methods train on as many pairs. A SafeCLIP epoch goes over the
+    risky pairs first (unless selection.risky=skip), then over the safe ones. With selection.refill, and in all other stages, the
+    mask's pairs are gone over again, in another order and other views, until the epoch is full.
+    counts_S: samples of each shard; repeats_S: how often each of them is seen (None: once). Raises UserError.
     """
     train, chosen = config.train, config.selection
     total = int((counts_S * (1 if repeats_S is None else repeats_S)).sum()) // train.batch_size
@@ -79,8 +94,7 @@ def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
 
     if mask is None:
         whole = plan("all")
-        loss = "unimodal" if epoch.stage == "unimodal" else "clip"
-        return [Step(loss, "all", whole, number) for number in range(whole.steps)]
+        return [Step(LOSS[epoch.stage], "all", whole, number) for number in range(whole.steps)]
 
     safe, risky = plan("safe"), plan("risky")
     if not safe.steps:
@@ -88,30 +102,37 @@ def epoch_steps(epoch, counts_S, mask, config, repeats_S=None):
             f"selection: the safe set of epoch {epoch.number} has {int(mask.counts('safe').sum())} pairs, less than one batch of "
             f"{train.batch_size}; set selection.first_share, selection.copies=null where pictures repeat, or a smaller train.batch_size"
         )
-    risky_steps = (
-        min(risky.steps, total - safe.steps) if chosen.risky == "unimodal" and epoch.stage == "safeclip" else 0
-    )
-    safe_steps = total - risky_steps if chosen.refill or epoch.stage == "slow" else safe.steps
+    full = epoch.stage != "safeclip"
+    risky_steps = 0 if full or chosen.risky == "skip" else min(risky.steps, total - safe.steps)
+    safe_steps = total - risky_steps if full or chosen.refill else safe.steps
     laps = [safe] + [plan("safe", lap) for lap in range(1, math.ceil(safe_steps / safe.steps))]
-    steps, used = [], {"safe": 0, "risky": 0}
-    for i in range(safe_steps + risky_steps):
-        # A safe step wherever the running count of safe steps, in proportion, goes up by one.
-        is_safe = (i + 1) * safe_steps // (safe_steps + risky_steps) > i * safe_steps // (safe_steps + risky_steps)
-        number = used["safe" if is_safe else "risky"]
-        used["safe" if is_safe else "risky"] += 1
-        if is_safe:
-            lap, within = divmod(number, safe.steps)
-            steps.append(Step("clip", "safe", laps[lap], within, lap, mask))
-        else:
-            steps.append(Step("unimodal", "risky", risky, number, 0, mask))
+    steps = [Step("unimodal", "risky", risky, number, 0, mask) for number in range(risky_steps)]
+    for number in range(safe_steps):
+        lap, within = divmod(number, safe.steps)
+        steps.append(Step(LOSS.get(epoch.stage, "clip"), "safe", laps[lap], within, lap, mask))
     return steps
 
 
-def learning_rate(step, epoch, steps_per_epoch, train):
-    """Rate at global step `step` (from 0): linear warm-up, then a cosine to 0 at the run's end; slow epochs at train.slow_lr."""
+def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
+    """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at train.slow_lr."""
     if epoch.stage == "slow":
         return train.slow_lr
-    total = train.epochs * steps_per_epoch
     warm = min(1.0, (step + 1) / max(1, train.warmup_steps))
-    past = max(0, step - train.warmup_steps) / max(1, total - train.warmup_steps)
+    past = max(0, step - train.warmup_steps) / max(1, steps - train.warmup_steps)
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
+
+
+def steps_of_loss(loss: str, views: int, first_share: float, train: Train, chosen: Selection) -> int:
+    """Steps with `loss` ("clip" or "unimodal") that all SafeCLIP epochs have together, where every selection round selects its fraction.
+
+    views: samples of an epoch over all pairs.
+    """
+    total = 0
+    for epoch in curriculum(train, chosen.every):
+        if epoch.stage == "safeclip":
+            first = train.unimodal_epochs + train.slow_epochs
+            safe = round(growth(first_share, epoch.mask_of - first, chosen.growth, chosen.cap) * views)
+            safe_steps, whole = safe // train.batch_size, views // train.batch_size
+            risky_steps = 0 if chosen.risky == "skip" else min((views - safe) // train.batch_size, whole - safe_steps)
+            total += risky_steps if loss == "unimodal" else whole - risky_steps if chosen.refill else safe_steps
+    return total

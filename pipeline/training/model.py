@@ -3,10 +3,13 @@
 import copy
 import difflib
 import math
+from pathlib import Path
 
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -50,6 +53,25 @@ def build_model(model):
         return open_clip.CLIP(**config, nonscalar_logit_scale=True)
     except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
         raise UserError(f"model.config: open_clip refuses it: {' '.join(str(error).split())}") from None
+
+
+def load_pretrained(clip: nn.Module, source: str) -> None:
+    """Load into `clip` the weights of a run directory's newest complete checkpoint, or of a .safetensors file. Raises UserError."""
+    from pipeline.training.checkpoint import newest_complete
+
+    path, where = Path(source), f"model.pretrained: {source}"
+    if path.is_dir():
+        folder, _ = newest_complete(path)
+        if folder is None:
+            raise UserError(f"{where}: no complete checkpoint in it; name a run directory or a .safetensors file")
+        path = folder / "model.safetensors"
+    try:
+        clip.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: cannot be read ({error}); name a run directory or a .safetensors file") from None
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"{where}: does not fit the model ({words[:300]}); use the model it was trained with") from None
 
 
 def tokenizer_for(model):

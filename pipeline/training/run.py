@@ -13,9 +13,9 @@ from pipeline import comm
 from pipeline.training import engine as engines
 from pipeline.training import signals
 from pipeline.training.bad import bad_so_far, record, stop_where_bad
-from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
+from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, steps_of_loss
 from pipeline.training.journal import Meter
-from pipeline.training.losses import clip_loss, unimodal_loss
+from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from pipeline.training.signals import StopSignal, ignore_in_worker
 from pipeline.training.splitting import mask_for
 from pipeline.training.start import Run
@@ -59,7 +59,7 @@ def train(config, evaluators=None, stop=None):
                 waiting = time.monotonic()
                 batch = next(reading).to(run.device)
                 meter.waited += time.monotonic() - waiting
-                rate = learning_rate(state["step"], epoch, run.steps_per_epoch, config.train)
+                rate = rate_at(run, epoch, step.loss)
                 torch.manual_seed((config.run.seed << 40) + (state["step"] << 14) + comm.rank())  # dropout, if any
                 engines.set_lr(run.engine, rate)
                 loss, scale, finite = train_step(run.engine, run.pools, batch, step.loss)
@@ -67,7 +67,8 @@ def train(config, evaluators=None, stop=None):
                     not_finite(run, epoch, step, loss)
                 state["step"] += 1
                 state["epoch_step"] += 1
-                state["sample_views"] += config.train.batch_size
+                state["loss_steps"][step.loss] = state["loss_steps"].get(step.loss, 0) + (epoch.stage == "safeclip")
+                state["sample_views"] += config.train.batch_size * len(run.views.of[step.loss])
                 bad += batch.bad
                 meter.step(config.train.batch_size)
                 if meter.done % LOG_EVERY == 0 or meter.done == len(steps):
@@ -85,23 +86,46 @@ def train(config, evaluators=None, stop=None):
     return state
 
 
+def rate_at(run, epoch, loss):
+    """Learning rate of the next step: of the run's schedule, or of the one that its loss has since the first selection round."""
+    config, state = run.config, run.state
+    if config.train.schedule == "per_loss" and epoch.stage == "safeclip":
+        steps = steps_of_loss(loss, run.index.views, state["first_share"], config.train, config.selection)
+        return learning_rate(epoch, state["loss_steps"][loss], steps, config.train)
+    return learning_rate(epoch, state["step"], config.train.epochs * run.steps_per_epoch, config.train)
+
+
 def train_step(engine, pools, batch, kind):
     """One step on this rank's rows; the gradient is that of the global batch.
 
     Returns (loss, logit scale, finite): two tensors on the device, and False if the gradient was no number and nothing moved.
     """
     image_BD, text_BD, scale = engine(batch.images, batch.tokens)
+    views = len(image_BD) // len(batch.valid)
+    # Rows are [first views, second views]; where there is one view it is both.
+    image1_BD, image2_BD = (image_BD.chunk(views)[view] for view in (0, -1))
+    text1_BD, text2_BD = (text_BD.chunk(views)[view] for view in (0, -1))
     if kind == "clip":
-        loss = clip_loss(image_BD, text_BD, scale, batch.valid)
-    else:
-        # Rows are [first views, second views]. The positive of view 2 is the nearest past embedding to view 1.
-        (image1_BD, image2_BD), (text1_BD, text2_BD) = image_BD.chunk(2), text_BD.chunk(2)
+        loss = clip_loss(image1_BD, text1_BD, image2_BD, text2_BD, scale, batch.valid)
+    elif kind == "unimodal":
         near_image_BD, near_text_BD = pools["image"].search(image1_BD), pools["text"].search(text1_BD)
         loss = unimodal_loss(image2_BD, text2_BD, near_image_BD, near_text_BD, scale, batch.valid)
+    elif kind == "match":
+        # The captions' own embeddings have weight zero: every parameter takes part in every step.
+        near_BD = pools["text"].search(image1_BD)
+        loss = clip_loss(image1_BD, near_BD, image1_BD, near_BD, scale, batch.valid) + 0.0 * text1_BD.sum()
+    else:
+        # View 1 is the plain pair, view 2 an augmented one (Bansal et al. 2023, equations 2 and 3).
+        loss = (
+            clip_loss(image1_BD, text1_BD, image1_BD, text1_BD, scale, batch.valid)
+            + (info_nce(image1_BD, image2_BD, scale, batch.valid) + info_nce(text1_BD, text2_BD, scale, batch.valid))
+            / 2
+        )
     engine.backward(loss)
     finite = engines.step(engine)
     if finite and kind == "unimodal":
         pools["image"].push(image1_BD, batch.valid)
+    if finite and kind in ("unimodal", "match"):
         pools["text"].push(text1_BD, batch.valid)
     engines.clamp_logit_scale(engine)
     return loss.detach(), scale.detach(), finite

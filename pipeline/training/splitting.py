@@ -1,6 +1,7 @@
 """The split before an epoch, as a run makes it: score all pairs, split them, keep what the next split goes on from. What is on disk is used as it is."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def mask_for(run, epoch, stop):
 
     None where it trains on all pairs."""
     if epoch.mask_of is None:
-        return slow_mask(run, epoch) if epoch.stage == "slow" else None
+        return slow_mask(run, epoch) if epoch.stage == "slow" else run.mask
     folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
@@ -44,6 +45,7 @@ def mask_for(run, epoch, stop):
             learn_suspicion(run, folder, score_N, suspicion, epoch.split < PROBATION, canary_C)
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
+        made |= {"rank_by": config.selection.rank_by}
         comm.on_main(save_split, folder, split, index, made)
     else:
         split = load_split(folder, index)
@@ -71,8 +73,10 @@ def scores_for(run, epoch, folder, before, suspicion, stop, meter):
         if done % signals.AGREE_EVERY == 0 and any(comm.most(stop.received)):
             run.leave()  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
 
-    arguments = (run.engine, run.samples, run.views, config.selection.batch_size, run.device)
-    seed, voters = config.run.seed, None
+    seed, voters, views = config.run.seed, None, run.views
+    if config.selection.scored_view == "augmented":
+        views = replace(views, scored_as=(seed, epoch.number))
+    arguments = (run.engine, run.samples, views, config.selection.batch_size, run.device)
     if agreement:
         voters = gather_voters(*arguments, config.selection.voters, seed)
     canary_C = score_canaries(*arguments, config.selection.canaries, seed, voters)

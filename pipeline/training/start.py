@@ -1,5 +1,6 @@
 """Start a run, or go on with it: rank 0 looks at the run directory and decides, all ranks receive."""
 
+import copy
 import os
 import shutil
 from dataclasses import asdict
@@ -16,14 +17,24 @@ from pipeline.safety.views import ScoredViews
 from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
 from pipeline.training.journal import Journal
-from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
+from pipeline.training.model import (
+    Towers,
+    build_model,
+    load_pretrained,
+    open_clip_config,
+    picture_size,
+    pixel_stats,
+    tokenizer_for,
+)
 from pipeline.training.neighbors import NeighborPool
 from pipeline.training.signals import Preempted
 from shards.errors import UserError
 from shards.ledger import Ledger
-from shards.loader import Views
+from shards.loader import View, Views
+from shards.masks import SafeMask, fingerprint
 from shards.mixing import Mixing
 from shards.storage import write_bytes
+from shards.views.eda import Eda, synonym_source
 
 FRESH = {
     "step": 0,
@@ -34,12 +45,13 @@ FRESH = {
     "bad_rows": 0,  # of them those that could not be used
     "skipped": 0,  # steps whose gradient was no number
     "first_share": None,
+    "loss_steps": {"clip": 0, "unimodal": 0},  # since the first selection round
     "metrics_bytes": 0,
 }
 
 
 class Run:
-    """What a run consists of: config, run_dir, device, samples, index, views, engine, pools, state, journal, ledger, saver."""
+    """What a run consists of: config, run_dir, device, samples, index, mask, views, engine, pools, state, journal, ledger, saver."""
 
     def __init__(self, config):
         """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank."""
@@ -55,15 +67,23 @@ class Run:
                 self.samples.scattered(), config.selection.live_canaries, config.run.seed
             )
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
+        self.mask, data = None, self.index.fingerprint
+        if config.data.mask:
+            self.mask, _ = SafeMask.load(config.data.mask, self.index.fingerprint)
+            data += "/" + comm.on_main(fingerprint, Path(config.data.mask) / "safe.npy")
         torch.manual_seed(config.run.seed)
         towers = Towers(build_model(asdict(config.model)), *pixel_stats())
+        if config.model.pretrained:
+            load_pretrained(towers.clip, config.model.pretrained)
         # Only now: a start that fails on its input must not claim the directory.
         self.run_dir = Path(config.run.dir).absolute()
-        found, warnings = comm.on_main(claim, config, self.run_dir, self.index.fingerprint)
-        self.state = FRESH | {"data": self.index.fingerprint}
+        found, warnings = comm.on_main(claim, config, self.run_dir, data)
+        synonyms = synonyms_of(config)
+        self.state = copy.deepcopy(FRESH) | {"data": data, "synonyms": synonyms}
         universal = False
         if found:
-            self.state = FRESH | checkpoint.load_state(found)
+            self.state |= checkpoint.load_state(found)
+            check_synonyms(synonyms, self.state["synonyms"])
             universal = self.state["world"] != comm.world() and config.train.zero_stage > 0
             if universal:
                 comm.on_main(checkpoint.to_universal, found)
@@ -96,6 +116,8 @@ class Run:
             f"{self.run_dir}: {describe(self.index)}, {comm.world()} process(es) on "
             f"{self.device.type}, {config.train.epochs} epochs of {self.steps_per_epoch} steps"
         )
+        if state["synonyms"]:
+            text += f", synonyms of captions from {state['synonyms']}"
         if found:
             text += (
                 f"; goes on after step {state['step']} (epoch {state['epoch']}, {state['epoch_step']} steps of it done)"
@@ -103,6 +125,29 @@ class Run:
             if state["world"] != comm.world():
                 text += f", saved by {state['world']} process(es), the same global batches"
         return text
+
+
+def synonyms_of(config):
+    """Where EDA's synonyms come from, the same on every rank: "WordNet 3.0" or "table"; None where no caption is changed. Raises UserError."""
+    data = config.data
+    if not (data.clip_eda or data.unimodal_eda) or data.eda_synonyms == "table":
+        return None
+    found = comm.gather_objects(synonym_source().partition(" in ")[0])
+    if len(set(found)) > 1:
+        raise UserError(
+            f"data.eda_synonyms: processes found different ones ({', '.join(sorted(set(found)))}); install WordNet on every host "
+            "(`safeclip data wordnet data/wordnet`), or set data.eda_synonyms=table"
+        )
+    return found[0]
+
+
+def check_synonyms(here, then):
+    """Raise UserError unless a run resumes with the synonyms that it began with."""
+    if here != then:
+        raise UserError(
+            f"data.eda_synonyms: the run began with {then}, here is {here}; set WNSEARCHDIR to WordNet's folder, or bring it back "
+            "(`safeclip data wordnet data/wordnet`)"
+        )
 
 
 def steps_per_epoch(config, index, world):
@@ -164,7 +209,7 @@ def inspect(config, run_dir, fingerprint):
         )
     if found and checkpoint.load_state(found)["data"] != fingerprint:
         raise UserError(
-            f"data: these are other shards, or other captions, than those that {run_dir} was trained on; bring them back, or "
+            f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; bring them back, or "
             "take another run.dir"
         )
     return found, warnings
@@ -185,14 +230,23 @@ def check_config(config, run_dir):
 def make_views(config):
     """shards.loader.Views for a config."""
     model, data = asdict(config.model), config.data
+
+    def eda(strength):
+        return Eda(strength, data.eda_synonyms, data.eda_clean) if strength else None
+
+    clip, unimodal = View(data.clip_augment, eda(data.clip_eda)), View(data.unimodal_augment, eda(data.unimodal_eda))
+    views_of_loss = {
+        "clip": (clip,) * config.train.clip_views,
+        "unimodal": (unimodal, unimodal),
+        "match": (clip,),
+        "cleanclip": (View(), unimodal),
+    }
     return Views(
         picture_size(model),
         tokenizer_for(model),
-        data.clip_augment,
-        data.unimodal_augment,
-        data.unimodal_eda,
-        data.clip_eda,
+        views_of_loss,
         data.augment_on == "device",
+        data.eda_once,
         Mixing(data.clip_mix, data.clip_paste),
         ScoredViews(config.selection.coarse, config.selection.crop, config.selection.mirror),
     )

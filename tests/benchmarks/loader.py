@@ -24,7 +24,7 @@ import numpy as np
 from pipeline.training.curriculum import Step
 from pipeline.training.tokens import Tokenizer
 from shards.index import ShardIndex
-from shards.loader import TrainBatches, Views, batches
+from shards.loader import TrainBatches, View, Views, batches
 from shards.masks import SafeMask
 from shards.plan import EpochPlan
 from shards.samples import Samples
@@ -172,7 +172,7 @@ def main():
                 figures[name] = compare(sides, folders[size], size, colour, args.workers, args.rounds)
                 print(name, figures[name], flush=True)
     plain = our_augment(False)
-    index, views = ShardIndex.load(folders["large"] / "index"), Views(32, Tokenizer(), plain, plain, 0.0, 0.0)
+    index, views = ShardIndex.load(folders["large"] / "index"), Views(32, Tokenizer(), {"clip": (View(plain),)})
     if "raw" in args.only:
         figures["raw"] = {f"{size}_px": raw(folders[size], args.rounds) for size in (32, 224)}
     if "start" in args.only:
@@ -180,7 +180,7 @@ def main():
     if "view" in args.only:
         figures["view"] = view(index, views)
     if "growth" in args.only:
-        views = Views(224, Tokenizer(), plain, plain, 0.0, 0.0)
+        views = Views(224, Tokenizer(), {"clip": (View(plain),)})
         figures["growth"] = growth(ShardIndex.load(folders[224] / "index"), views)
     print(json.dumps(figures))
 

@@ -33,7 +33,7 @@ def ours(folder, size, colour, workers, batch, pairs):
     from pipeline.training.model import pixel_stats
     from pipeline.training.tokens import Tokenizer
     from shards.index import ShardIndex
-    from shards.loader import TrainBatches, Views, batches
+    from shards.loader import TrainBatches, View, Views, batches
     from shards.plan import EpochPlan
     from shards.samples import Samples
 
@@ -41,7 +41,7 @@ def ours(folder, size, colour, workers, batch, pairs):
     plan = EpochPlan(index.counts, seed=0, epoch=0, view="all", batch_size=batch, streams=STREAMS, window=WINDOW)
     steps = [Step("clip", "all", plan, number) for number in range(plan.steps)]
     augment = our_augment(colour)
-    views = Views(size, Tokenizer(), augment, augment, 0.0, 0.0)
+    views = Views(size, Tokenizer(), {"clip": (View(augment),)})
     mean, std = (as_column(values) for values in pixel_stats())
     for found in batches(TrainBatches(Samples(index), steps, views, seed=0, epoch=0), workers=workers):
         yield (found.images.float() / 255 - mean) / std, found.tokens  # what the model does on its device

@@ -72,7 +72,7 @@ def test_a_server_lost_in_a_reading_process_is_one_line(folders, tmp_path):
     data = Data(index=a, cache=str(tmp_path / "cache"), remote_timeout=0.5)
     index = open_index(data)
     index.shards = [replace(shard, path="http://127.0.0.1:1/a.tar") for shard in index.shards]
-    dataset = PlainBatches(open_samples(data, index), [(range(2), range(2))], Views(16, None, None, None, 0.0, 0.0))
+    dataset = PlainBatches(open_samples(data, index), [(range(2), range(2))], Views(16, None, {}))
     with pytest.raises(Unreachable) as error:
         next(batches(dataset, workers=1))
     assert own_words(error.value).startswith("shard http://127.0.0.1:1/a.tar: nothing came for 0.5 s")

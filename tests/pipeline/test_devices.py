@@ -17,17 +17,17 @@ def fake_step(name, kind, device="cuda", images_device="cuda", pool_device="cuda
     model = {"name": name}
     with torch.device(device):
         towers = Towers(build_model(model), *pixel_stats())
-    views, size = (2 if kind == "unimodal" else 1), picture_size(model)
+    views, size = (1 if kind == "score" else 2), picture_size(model)
     images = torch.zeros(views * rows, 3, size, size, dtype=torch.uint8, device=images_device)
     tokens = torch.zeros(views * rows, 77, dtype=torch.int64, device=device)
     valid = torch.ones(rows, dtype=torch.bool, device=device)
     image_BD, text_BD, scale = towers(images, tokens)
     if kind == "score":
         return (image_BD * text_BD).sum(1).masked_fill(~valid, float("nan"))
+    (image1, image2), (text1, text2) = image_BD.chunk(2), text_BD.chunk(2)
     if kind == "clip":
-        loss = clip_loss(image_BD, text_BD, scale, valid)
+        loss = clip_loss(image1, text1, image2, text2, scale, valid)
     else:
-        (image1, image2), (text1, text2) = image_BD.chunk(2), text_BD.chunk(2)
         pools = [NeighborPool(64, image_BD.shape[1], pool_device) for _ in range(2)]
         for pool in pools:
             pool.filled = 64
@@ -59,9 +59,9 @@ def test_the_steps_collectives_at_64_ranks(ranks_64):
     rows, dim = 4, 8
     z = [torch.nn.functional.normalize(torch.randn(rows, dim), dim=1).requires_grad_() for _ in range(4)]
     valid, scale = torch.ones(rows, dtype=torch.bool), torch.ones(1)
-    loss = clip_loss(z[0], z[1], scale, valid) + unimodal_loss(z[0], z[1], z[2].detach(), z[3].detach(), scale, valid)
+    loss = clip_loss(*z, scale, valid) + unimodal_loss(z[0], z[1], z[2].detach(), z[3].detach(), scale, valid)
     loss.backward()
-    assert loss.shape == () and all(x.grad.shape == (rows, dim) for x in z[:2])
+    assert loss.shape == () and all(x.grad.shape == (rows, dim) for x in z)
     pool = NeighborPool(300, dim, "cpu")
     pool.push(z[0], valid)
     assert pool.search(z[0]).shape == (rows, dim)

@@ -1,4 +1,4 @@
-"""N ranks train what one rank with the whole batch trains, at every ZeRO stage, for both losses."""
+"""N ranks train what one rank with the whole batch trains, at every ZeRO stage, for every loss."""
 
 import copy
 import math
@@ -27,6 +27,7 @@ RESNET = {
     "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"},
 }
 ROWS, STEPS = 8, 2
+KINDS = ("clip", "crossed", "unimodal", "match", "cleanclip")  # crossed: the CLIP loss over two views
 
 
 def towers(config):
@@ -35,9 +36,9 @@ def towers(config):
 
 
 def global_batch(kind, size, step=0):
-    """(images, tokens, valid) of ROWS rows; for the unimodal loss two views. Rows 0 to 4 hold three bad ones, rows 4 to 8 none."""
+    """(images, tokens, valid) of ROWS rows, in the views of the loss. Rows 0 to 4 hold three bad ones, rows 4 to 8 none."""
     torch.manual_seed(100 + step)
-    views = 2 if kind == "unimodal" else 1
+    views = {"clip": 1, "crossed": 2, "unimodal": 2, "match": 1, "cleanclip": 2}[kind]
     images = torch.randint(0, 256, (views, ROWS, 3, size, size), dtype=torch.uint8)
     tokens = torch.randint(1, 63, (views, ROWS, 8))
     return (
@@ -61,7 +62,7 @@ def train(stages, precision="fp32", config=VIT):
     """{(stage, loss kind): (losses, weights after the steps)} on this rank."""
     results = {}
     for stage in stages:
-        for kind in ("clip", "unimodal"):
+        for kind in KINDS:
             # A large eps: where a true gradient is 0 (the keys' bias) Adam would step by the sign of its rounding error.
             settings = Train(batch_size=ROWS, lr=1e-2, eps=1e-2, zero_stage=stage, precision=precision)
             engine = engines.start_engine(towers(config), settings, comm.device())
@@ -69,7 +70,7 @@ def train(stages, precision="fp32", config=VIT):
             losses = []
             for step in range(STEPS):
                 batch = own_rows(global_batch(kind, config["vision_cfg"]["image_size"], step))
-                losses.append(comm.mean(train_step(engine, pools, batch, kind)[0]))
+                losses.append(comm.mean(train_step(engine, pools, batch, "clip" if kind == "crossed" else kind)[0]))
             results[stage, kind] = losses, engines.consolidated_state(engine)
     return results
 
@@ -87,8 +88,8 @@ def test_two_ranks_are_one_rank_with_the_whole_batch_at_every_stage():
     check_equal(two, one)
     for stage in (1, 2, 3):
         check_equal(
-            {(0, kind): two[stage, kind] for kind in ("clip", "unimodal")},
-            {(0, kind): one[0, kind] for kind in ("clip", "unimodal")},
+            {(0, kind): two[stage, kind] for kind in KINDS},
+            {(0, kind): one[0, kind] for kind in KINDS},
         )
 
 
@@ -96,7 +97,8 @@ def gradients(config, kind):
     """Gradients of the loss of the global batch, averaged over the ranks as DeepSpeed does, without an optimizer."""
     model = towers(config)
     batch = own_rows(global_batch(kind, config["vision_cfg"]["image_size"]))
-    loss = clip_loss(*model(batch.images, batch.tokens), batch.valid)
+    image_BD, text_BD, scale = model(batch.images, batch.tokens)
+    loss = clip_loss(image_BD, text_BD, image_BD, text_BD, scale, batch.valid)
     loss.backward()
     grads = {}
     for name, parameter in model.named_parameters():

@@ -7,9 +7,10 @@ from pipeline.training.curriculum import Step
 from shards import samples as samples_module
 from shards.augment import ImageAugment
 from shards.index import build_index
-from shards.loader import PlainBatches, TrainBatches, Views, batches
+from shards.loader import PlainBatches, TrainBatches, View, Views, batches
 from shards.plan import EpochPlan
 from shards.samples import Samples
+from shards.views.eda import Eda
 
 COUNT, SIZE = 40, 4
 
@@ -30,7 +31,7 @@ def test_starting_at_a_batch_reads_that_batch_and_later_ones_only(samples, start
     todo = [(range(first, first + SIZE),) * 2 for first in range(0, 2 * COUNT, SIZE)]
     read, original = [], samples.reader.read
     monkeypatch.setattr(samples.reader, "read", lambda *where: (read.append(where), original(*where))[1])
-    views = Views(16, tokenize, ImageAugment(), None, 0.0, 0.0)
+    views = Views(16, tokenize, {})
     found = [batch.rows for batch in batches(PlainBatches(samples, todo, views), start)]
     expected = np.arange(2 * COUNT)[start * SIZE :]
     assert np.array_equal(np.concatenate([*found, []]), expected)
@@ -42,7 +43,7 @@ def epoch_of(samples, repeats, rank=0, world=1):
     plan = EpochPlan(samples.index.counts, seed=0, epoch=0, view="all", batch_size=8, streams=4, repeats_S=repeats)
     steps = [Step("clip", "all", plan, number) for number in range(plan.steps)]
     data = TrainBatches(
-        samples, steps, Views(16, tokenize, ImageAugment(), None, 0.0, 0.0), seed=0, epoch=0, rank=rank, world=world
+        samples, steps, Views(16, tokenize, {"clip": (View(ImageAugment()),)}), seed=0, epoch=0, rank=rank, world=world
     )
     seen = {}
     for number in range(len(data)):
@@ -67,7 +68,8 @@ def test_a_sample_that_is_seen_twice_is_seen_in_two_views(samples):
 
 def epoch(samples, on_device=False, workers=0, rank=0, world=1):
     """[Batch] of one unimodal epoch."""
-    views = Views(16, tokenize, None, ImageAugment(crop_min=0.5), 0.1, 0.0, on_device)
+    view = View(ImageAugment(crop_min=0.5), Eda(0.1, "table"))
+    views = Views(16, tokenize, {"unimodal": (view, view)}, on_device)
     plan = EpochPlan(samples.index.counts, seed=1, epoch=2, view="all", batch_size=SIZE, streams=2, window=16)
     steps = [Step("unimodal", "all", plan, number) for number in range(plan.steps)]
     return list(batches(TrainBatches(samples, steps, views, seed=1, epoch=2, rank=rank, world=world), workers=workers))

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.training.curriculum import Step
 from shards.augment import ImageAugment
 from shards.index import build_index
-from shards.loader import TrainBatches, Views
+from shards.loader import TrainBatches, View, Views
 from shards.mixing import FAINT, LEAST, MOST, Mixing, mixed
 from shards.plan import EpochPlan
 from shards.samples import Samples
@@ -56,7 +56,11 @@ def test_mixed_batches_are_the_same_at_any_world_size(make_shards, tmp_path, wor
 
     def epoch(rank, world, mixing):
         views = Views(
-            16, lambda captions: torch.zeros(len(captions), 1), ImageAugment(), None, 0.0, 0.0, workers_device, mixing
+            16,
+            lambda captions: torch.zeros(len(captions), 1),
+            {"clip": (View(ImageAugment()),)},
+            workers_device,
+            clip_mixing=mixing,
         )
         steps = [Step("clip", "all", plan, number) for number in range(plan.steps)]
         data = TrainBatches(samples, steps, views, seed=0, epoch=0, rank=rank, world=world)
