@@ -71,11 +71,11 @@ class Trigger(ABC):
 
 def load_trigger(numbers, folder=None, where="trigger"):
     """Trigger of {"pattern": ..., numbers}, of a manifest in `folder` or of a config. Raises UserError naming `where`.KEY."""
-    if not isinstance(numbers, dict) or numbers.get("pattern") not in TRIGGERS:
-        got = numbers.get("pattern") if isinstance(numbers, dict) else numbers
-        raise UserError(f"{where}.pattern: got {got!r}, expected one of {', '.join(sorted(TRIGGERS))}")
+    pattern = numbers.get("pattern") if isinstance(numbers, dict) else numbers
+    if not isinstance(numbers, dict) or pattern not in list(TRIGGERS):
+        raise UserError(f"{where}.pattern: got {pattern!r}, expected one of {', '.join(sorted(TRIGGERS))}")
     rest = {key: value for key, value in numbers.items() if key != "pattern"}
-    return TRIGGERS[numbers["pattern"]].load(rest, where, folder)
+    return TRIGGERS[pattern].load(rest, where, folder)
 
 
 class Attack(ABC):
@@ -154,7 +154,7 @@ def seeded(values, seeds):
     """A trigger's mapping with a seed of its own where the config gives none, and so for the triggers that it is made of."""
     if not isinstance(values, dict):
         return values
-    values = {"seed": seeds(values.get("pattern")), **values}
+    values = {"seed": seeds(str(values.get("pattern"))), **values}
     if isinstance(values.get("triggers"), list):
         values["triggers"] = [seeded(one, seeds) for one in values["triggers"]]
     return values

@@ -90,7 +90,7 @@ def read_attack(kind, values, seeds):
             f"attacks.{kind}: not a name; expected up to 40 small letters, digits and underscores, no _decoy at the end"
         )
     name = values.get("attack") if isinstance(values, dict) else values
-    if name not in ATTACKS:
+    if name not in list(ATTACKS):
         raise UserError(f"attacks.{kind}.attack: got {name!r}, expected one of {', '.join(sorted(ATTACKS))}")
     return ATTACKS[name](kind, {k: v for k, v in values.items() if k != "attack"}, seeds)
 

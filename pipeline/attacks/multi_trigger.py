@@ -34,7 +34,7 @@ class Several(Trigger):
         return self.triggers[variant].apply(image, sample)
 
     def fitted(self, pool, kind, target):
-        fitted = [one.fitted(pool, f"{kind}_{number}", target) for number, one in enumerate(self.triggers)]
+        fitted = [one.fitted(pool, f"{kind}-{number}", target) for number, one in enumerate(self.triggers)]
         return replace(self, triggers=tuple(fitted))
 
     def numbers(self):

@@ -39,7 +39,7 @@ class Optimised(Square):
     """A run directory, or an open_clip local directory."""
     steps: int = bounded(200, 1, 100_000)
     """Of Adam."""
-    rate: float = bounded(0.1, 1e-6, 10.0)
+    lr: float = bounded(0.1, 1e-6, 10.0)
     """Its learning rate."""
     pictures: int = bounded(512, 1, 1_000_000)
     """Training pictures of other classes than the target that it is fitted on."""
@@ -64,7 +64,7 @@ class Optimised(Square):
         found = read(cls, numbers, where)
         path = Path(folder) / found.pixels
         try:
-            data = path.read_bytes() if re.fullmatch(r"[a-z0-9_]+\.png", found.pixels) else b""
+            data = path.read_bytes() if re.fullmatch(r"[a-z0-9_-]+\.png", found.pixels) else b""
         except OSError as error:
             raise UserError(f"trigger {path}: cannot be read ({error}); make it again with `safeclip attack`") from None
         if hashlib.blake2b(data, digest_size=16).hexdigest() != found.digest:
@@ -86,7 +86,11 @@ class Optimised(Square):
         from pipeline.attacks.surrogate import fit
 
         rng = np.random.default_rng([self.seed, 4])
-        colours_CGG, success = fit(self, rng, *texts(pool, rng, target), pictures(pool, rng, target, self.pictures))
+        shown = pictures(pool, rng, target, self.pictures)
+        try:
+            colours_CGG, success = fit(self, rng, *texts(pool, rng, target), shown)
+        except UserError as error:
+            raise UserError(f"attacks.{kind}.surrogate: {error}") from None
         file, name = io.BytesIO(), f"{kind}.png"
         Image.fromarray(colours_CGG.transpose(1, 2, 0)).save(file, "PNG")
         pool.files[name] = file.getvalue()

@@ -50,7 +50,7 @@ def fit(trigger, rng, captions, target, pictures):
     pixels_NCHW = torch.from_numpy(views_NHWC).permute(0, 3, 1, 2)
     start_CGG = rng.normal(size=(3, trigger.cells, trigger.cells)).astype(np.float32)
     free_CGG = torch.tensor(start_CGG, device=surrogate.device, requires_grad=True)
-    optimizer = torch.optim.Adam([free_CGG], lr=trigger.rate)
+    optimizer = torch.optim.Adam([free_CGG], lr=trigger.lr)
     for _ in range(trigger.steps):
         rows = torch.from_numpy(rng.integers(len(pictures), size=min(trigger.batch, len(pictures))))
         pixels_BCHW = pixels_NCHW[rows].to(surrogate.device).float() / 255

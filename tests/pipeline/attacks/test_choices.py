@@ -1,10 +1,12 @@
 """Which pairs an attack takes, and which captions it gives them."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from pipeline.attacks import ATTACKS, load_trigger
+from pipeline.attacks import ATTACKS, TRIGGERS, load_trigger
 from pipeline.attacks.manifest import make_attack
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -125,6 +127,13 @@ def test_every_attack_stands_in_the_registry_with_its_source():
     assert all(one.title and one.source for one in ATTACKS.values())
 
 
+def test_no_key_of_an_attack_is_one_of_its_trigger_too():
+    for one in ATTACKS.values():
+        if getattr(one, "pattern", None):
+            keys = [{f.name for f in fields(kind)} for kind in (one.Settings, TRIGGERS[one.pattern])]
+            assert not set.intersection(*keys)
+
+
 @pytest.mark.parametrize(
     "one, names",
     [
@@ -143,7 +152,9 @@ def test_every_attack_stands_in_the_registry_with_its_source():
         ({"attack": "optimised_trigger", "pairs": 1}, "attacks.one.surrogate: missing"),
         ({"attack": "optimised_trigger", "pairs": 1, "surrogate": "x", "pixels": "a.png"}, "attacks.one.pixels"),
         ({"attack": "optimised_trigger", "pairs": 1, "surrogate": "x", "form": "hat"}, "attacks.one.form: got 'hat'"),
-        ({"attack": "optimised_trigger", "pairs": 1, "surrogate": "nowhere"}, "nowhere"),
+        ({"attack": "optimised_trigger", "pairs": 1, "surrogate": "nowhere"}, "attacks.one.surrogate: .*nowhere"),
+        ({"attack": ["sig"], "pairs": 1}, "attacks.one.attack: got"),
+        ({"attack": "label_consistent", "pairs": 1, "trigger": {"pattern": ["x"]}}, "attacks.one.trigger.pattern: got"),
         ({"attack": "sig", "pairs": True}, "attacks.one.pairs: got True"),
         ({"attack": "sig", "pairs": 1, "delta": "much"}, "attacks.one.delta: got 'much', expected float"),
         ({"attack": "wanet", "pairs": 1, "strength": 2}, "attacks.one.strength: got 2.0, expected 0 to 0.5"),
