@@ -21,6 +21,7 @@ SIDE, GAP, LINE, CHARACTERS = (
     14,
     40,
 )  # pixels of a picture's side, between cells, and of a line of text; letters in a line
+HIDDEN = "triggers", "digest", "pixels", "surrogate", "seed"  # not of a trigger's look, or long
 CELL = 2 * SIDE + 2 * GAP
 HEIGHT = 3 * LINE + SIDE + 6 * LINE
 
@@ -39,7 +40,7 @@ def show(folder, out, pairs=4):
     draw = ImageDraw.Draw(sheet)
     for number, (kind, entry) in enumerate(overlay.kinds.items()):
         top = GAP + number * HEIGHT
-        write(draw, GAP, top, headline(kind, entry), 240)
+        write(draw, GAP, top, headline(kind, entry), 240, lines=2)
         rows = [row for row in overlay.rows if row["kind"] == kind]
         decoys = [row for row in overlay.decoys if row["kind"] == f"{kind}_decoy"][:1]
         shown = [pair_cell(clean, poisoned, row) for row in (rows[: pairs - len(decoys)] + decoys)]
@@ -59,10 +60,9 @@ def show(folder, out, pairs=4):
 def headline(kind, entry):
     """What an attack is, in two lines."""
     trigger = entry.get("trigger", {})
-    listed = [trigger, *trigger.get("triggers", [])]
-    numbers = "; ".join(
-        ", ".join(f"{k} {v}" for k, v in one.items() if k not in ("triggers", "digest")) for one in listed
-    )
+    look = [one.items() for one in (trigger, *trigger.get("triggers", []))]
+    look = [[f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in one if k not in HIDDEN] for one in look]
+    numbers = "; ".join(map(", ".join, look))
     target = f", target class {entry['class']}" if "class" in entry else ""
     return f"{kind}: {entry['attack']}, {entry['pairs']} pairs{target}\n{numbers}"
 
@@ -71,7 +71,7 @@ def pair_cell(clean, poisoned, row):
     """(title, picture before, picture after, text) of a poisoned pair."""
     place = row["shard"], row["position"]
     before, after = picture(clean, place), picture(poisoned, place)
-    was, now = (textwrap.shorten(one, 2 * CHARACTERS - 8) for one in (caption(clean, place), row["caption"]))
+    was, now = (" ".join(one.split())[: 2 * CHARACTERS - 8] for one in (caption(clean, place), row["caption"]))
     text = f"was: {was}\nis: {now}"
     return f"{row['kind']}: shard {place[0]}, pair {place[1]}", before, after, text
 
