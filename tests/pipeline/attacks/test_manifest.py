@@ -1,6 +1,8 @@
 """The manifest: seeded, disjoint, within the data; the overlay applies it while reading."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -195,3 +197,12 @@ def test_a_manifest_of_version_1_is_refused(data, tmp_path, poisoned):
     (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "kinds": {}, "rows": []}))
     with pytest.raises(UserError, match="version 1, expected 2"):
         Overlay.load(tmp_path, ShardIndex.load(data / "index"), load_trigger)
+
+
+def test_attacks_need_neither_torch_nor_another_part_of_the_pipeline_to_be_read():
+    program = (
+        "import sys, pipeline.attacks.manifest; print(*(m for m in sys.modules if m.startswith(('pipeline', 'torch'))))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "pipeline.attacks.wanet" in found
+    assert all(name == "pipeline" or name.startswith("pipeline.attacks") for name in found)
