@@ -38,12 +38,15 @@ class Cell:
 
     @cached_property
     def words(self):
-        """`a.b=value` of the run, without paths: what the config's hash is of."""
+        """`a.b=value` of the run, without its folders."""
         return [*self.rule.overrides(self.set.load().train), f"run.seed={self.seed}"]
 
     @cached_property
     def config(self):
-        return self.set.load(self.words)
+        """The config.Config of the run, but that names stand for its folders, so that its hash is the same wherever they are."""
+        names = ["data.mask=mask"] if self.rule.mask else []
+        names += ["model.pretrained=none"] if self.rule.starts_from_none else []
+        return self.set.load([*self.words, *names])
 
     @cached_property
     def run_key(self):

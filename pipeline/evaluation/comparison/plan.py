@@ -49,7 +49,7 @@ class Plan:
 
     def __init__(self, cells, work, results, workers=0, keep=False, told=None):
         self.work, self.results, self.keep, self.told = Path(work), results, keep, told
-        self.train_words = [f"data.workers={workers}", "run.keep=1", "evaluation.every=0"]
+        self.train_words = [f"data.workers={workers}", "run.keep=1", "evaluation.test=null"]  # it is judged afterwards
         self.tasks, self.known = [], {}
         for cell in cells:
             self.evaluation(cell)
@@ -116,6 +116,7 @@ class Plan:
         # An unpoisoned run is judged by all groups, each of which writes its eval.json.
         others = [task for task in self.tasks if task.cell and not cell.poisoned and self.run_dir(task.cell) == run_dir]
         words = [*SAFECLIP, "evaluate", run_dir, f"data.overlay={cell.overlay}"]
+        words.append(f"evaluation.test={cell.config.evaluation.test}")
 
         def finish(seconds):
             figures = json.loads((run_dir / "eval.json").read_text())

@@ -44,7 +44,7 @@ class Pool:
         if lost:
             self.failed[task] = f"needs {lost.name}"
             return True
-        ready = all(need in self.done for need in task.needs)
+        ready = all(need in self.done or need.done for need in task.needs)
         if not ready or len(self.running) >= self.jobs or self.stopped:
             return False
         self.start(task)
