@@ -241,7 +241,7 @@ def differences(old, new):
 
 # Plain CLIP: one view a pair, captions as they are, one schedule.
 CLIP = {
-    "data": {"clip_eda": 0.0, "clip_augment": {"blur": 0.5}},
+    "data": {"clip_eda": 0.0, "unimodal_eda": 0.0, "clip_augment": {"blur": 0.5}},
     "train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0, "clip_views": 1, "schedule": "run"},
 }
 # What a preset sets beyond the defaults above, which are those of the released recipe.
