@@ -2,7 +2,7 @@
 
 Rates are shares of 1, null where they are not known or there is nothing to measure.
 
-preset, seed, epochs, seconds, sample_views    of the run; sample_views: pairs read, an augmented pair read twice counted twice
+preset, seed, epochs, seconds, sample_views    of the run; sample_views: views of pairs that the losses saw
 clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py)
 retrieval                                      {"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}} (retrieval.py)
 linear_probe                                   top-1 accuracy (linear_probe.py)
