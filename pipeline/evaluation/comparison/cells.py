@@ -28,6 +28,11 @@ class Cell:
         return DEFENCES[self.defence]
 
     @property
+    def place(self):
+        """Where it stands in the tables, as `place_of` its row."""
+        return self.set.name, self.group, self.defence, self.seed, self.poisoned
+
+    @property
     def label(self):
         return f"{self.set.name} {self.group if self.poisoned else 'unpoisoned'} {self.defence} seed {self.seed}"
 
@@ -91,6 +96,11 @@ class Cell:
             "seconds_own": round(seconds_own, 1),
             "attacks": attacks,
         }
+
+
+def place_of(row):
+    """Where a row stands in the tables: (set, group, defence, seed, poisoned)."""
+    return tuple(row[key] for key in ("set", "group", "defence", "seed", "poisoned"))
 
 
 def commit():

@@ -20,10 +20,10 @@ class Pool:
         self.said = 0.0
 
     def run(self, tasks):
-        """Run what is not done, each task after what it needs. {task: why} of what failed; `stopped` tells whether a signal ended it."""
+        """Run what is not done, each task after what it needs. Then `failed` has {task: why}, and `stopped` tells whether a signal ended it."""
         before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        waiting = list(tasks)
         try:
-            waiting = list(tasks)
             while (waiting and not self.stopped) or self.running:
                 waiting = [task for task in waiting if not self.settle(task)]
                 self.collect()
@@ -32,8 +32,8 @@ class Pool:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.say(last=True)
-        return self.failed
+            if tasks:
+                self.say(last=True)
 
     def settle(self, task):
         """Whether the task needs no more waiting: it is done, is started now, or can never be."""

@@ -8,7 +8,7 @@ from shards.errors import UserError
 
 
 def read_results(path):
-    """List of rows, {} of no file; of rows with the same key the last. Raises UserError where a line is no row."""
+    """List of rows, [] without a file; of rows with the same key the last. Raises UserError where a line is no row."""
     path, rows = Path(path), {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):

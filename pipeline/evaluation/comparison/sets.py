@@ -20,6 +20,12 @@ class Attack:
     config: str
     overrides: tuple = ()
 
+    @property
+    def surrogates(self):
+        """Set of the run directories on which triggers are optimised."""
+        entries = read_yaml(self.config).get("attacks") or {}
+        return {entry["surrogate"] for entry in entries.values() if isinstance(entry, dict) and entry.get("surrogate")}
+
     def digest(self, fingerprint, seed):
         """12 hex digits that change with what it poisons: its config but for paths, the data's fingerprint and the seed."""
         values = read_yaml(self.config)
@@ -49,6 +55,10 @@ class DataSet:
     def fingerprint(self):
         """Of the training data. Raises UserError where they are not there."""
         return ShardIndex.load(self.load().data.index).fingerprint
+
+    def overlay(self, group, seed, work):
+        """The folder of a group's attack below `work`, of a name that changes with what it poisons."""
+        return work / self.name / "attacks" / f"{group}_seed{seed}_{self.attacks[group].digest(self.fingerprint, seed)}"
 
     def with_rates(self, rates, config):
         """The set with a group "rateN" for each number of poisoned pairs N, of every attack in the attack config `config`."""

@@ -4,6 +4,7 @@ import numpy as np
 from scipy import stats
 from scipy.stats import binomtest
 
+from pipeline.evaluation.comparison.cells import place_of
 from pipeline.evaluation.comparison.defences import DEFENCES
 from pipeline.evaluation.comparison.protocol import CHOSEN_SEEDS, TOOK, may_be_chosen_on
 
@@ -18,7 +19,7 @@ class SetRows:
 
     def __init__(self, name, rows):
         self.name = name
-        last = {(r["group"], r["defence"], r["seed"], r["poisoned"]): r for r in rows if r["set"] == name}
+        last = {place_of(row): row for row in rows if row["set"] == name}
         rows = [row for row in last.values() if not row["group"].startswith("rate")]
         self.poisoned = [row for row in rows if row["poisoned"]]
         self.controls = [row for row in rows if not row["poisoned"]]
@@ -222,7 +223,7 @@ def rate_table(name, rows):
 
 def rate_rows(name, rows):
     """{(attack, defence, number of pairs): rows} of a set's rate curves, attacks and defences in their order."""
-    last = {(r["group"], r["defence"], r["seed"]): r for r in rows if r["set"] == name and r["poisoned"]}
+    last = {place_of(row): row for row in rows if row["set"] == name and row["poisoned"]}
     rows = [row for row in last.values() if row["group"].startswith("rate")]
     found = {}
     for attack in dict.fromkeys(attack for row in rows for attack in row["attacks"]):

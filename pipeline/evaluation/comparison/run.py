@@ -1,0 +1,129 @@
+"""A call of the comparison: data and attacks are made where they are missing, then the cells without a row are run."""
+
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+from pipeline.evaluation.comparison.cells import Cell, place_of
+from pipeline.evaluation.comparison.defences import DEFENCES
+from pipeline.evaluation.comparison.plan import SAFECLIP, Plan, Task
+from pipeline.evaluation.comparison.pool import Pool
+from pipeline.evaluation.comparison.progress import Progress
+from pipeline.evaluation.comparison.results import read_results
+from pipeline.evaluation.comparison.sets import read_sets
+from shards.errors import UserError
+
+CURVES = ("none", "paper", "default")  # the defences of rate curves
+
+
+def compare(args):
+    """({name of what failed: why}, whether a signal ended it) of the arguments of __main__.py. Raises UserError."""
+    rows, sets = read_results(args.results), read_sets(args.definition, args.sets, args.rates)
+    groups, work = chosen_groups(args.attacks, sets), Path(args.work)
+    gpus, cores = visible_gpus(), os.cpu_count()
+    jobs = args.jobs or (4 * len(gpus) or cores)
+    locks = [lock(work / name) for name in sets]
+
+    failed = {}
+
+    def run(tasks, progress):
+        """Whether a signal ended it; what failed is in `failed`."""
+        pool = Pool(jobs, progress, gpus, locks)
+        pool.run([task for task in tasks if not task.done])
+        failed.update({task.name: why for task, why in pool.failed.items()})
+        return pool.stopped
+
+    if run([task for one in sets.values() for task in data_tasks(one, work)], lambda pool: "making data"):
+        return failed, True
+    made = {
+        (one, group, seed): one.overlay(group, seed, work)
+        for seed in args.seeds
+        for one in sets.values()
+        if f"{one.name}: data" not in failed
+        for group in groups[one.name]
+    }
+    surrogates = {}
+    attacks = {place: attack_task(*place, folder, surrogates) for place, folder in made.items()}
+    if run([*surrogates.values(), *attacks.values()], lambda pool: "making poisoned sets"):
+        return failed, True
+    there = [place for place in made if attacks[place].name not in failed]
+    cells = [cell for place in there for cell in cells_of(args, *place, made[place])]
+    known = {row["cell"] for row in rows} | ({place_of(row) for row in rows} if args.trust_rows else set())
+    todo = [cell for cell in cells if not {cell.key, cell.place} & known]
+    print(f"{len(cells)} cells, {len(todo)} of them to be run, {jobs} processes at a time", file=sys.stderr)
+    progress, workers = Progress(todo, rows, jobs), max(1, cores // jobs - 1) if gpus else 0
+    plan = Plan(todo, work, args.results, workers, args.keep, progress.finished)
+    return failed, run(plan.tasks, progress)
+
+
+def chosen_groups(named, sets):
+    """{set: [attack group]} that --attacks names; of "unpoisoned" alone all, by which the controls are judged. Raises UserError."""
+    named = [name for name in named or () if name != "unpoisoned"]
+    there = {group for one in sets.values() for group in one.attacks}
+    for name in named:
+        if name not in there:
+            raise UserError(f"--attacks: got {name!r}, expected some of {', '.join([*sorted(there), 'unpoisoned'])}")
+    return {name: [g for g in one.attacks if not named or g in named] for name, one in sets.items()}
+
+
+def cells_of(args, one, group, seed, folder):
+    """List of Cell: of one poisoned set, and of its controls."""
+    named = args.attacks or [group, *([] if args.rates else ["unpoisoned"])]
+    rules = args.defences or (CURVES if args.rates else list(DEFENCES))
+    cells = [Cell(one, group, name, seed, folder) for name in rules] if set(named) != {"unpoisoned"} else []
+    if "unpoisoned" in named:
+        cells += [Cell(one, group, name, seed, folder, poisoned=False) for name in rules if DEFENCES[name].control]
+    return cells
+
+
+def data_tasks(one, work):
+    """The Task that makes a set's data; [] where they are there, or are the user's own."""
+    if not one.data or (Path(one.load().data.index) / "index.json").exists():
+        return []
+    return [Task(f"{one.name}: data", [*SAFECLIP, "data", *one.data], work / one.name / "data.log")]
+
+
+def attack_task(one, group, seed, folder, surrogates):
+    """The Task that poisons a set; those that it needs are added to `surrogates`, {run directory: Task}."""
+    attack, needs = one.attacks[group], []
+    for run_dir in sorted(attack.surrogates):
+        if run_dir not in surrogates:
+            surrogates[run_dir] = surrogate_task(one, Path(run_dir))
+        needs.append(surrogates[run_dir])
+    words = [*SAFECLIP, "attack", attack.config, *attack.overrides, f"seed={seed}", f"out={folder}"]
+    marker, log = folder.with_suffix(".finished"), folder.with_suffix(".log")
+    return Task(f"{one.name} {group} seed {seed}: attack", words, log, marker, needs)
+
+
+def surrogate_task(one, run_dir):
+    """The Task that trains plain CLIP without poison, of weights that no cell has, on which an attacker optimises a trigger."""
+    words = [*SAFECLIP, "train", one.config, *one.overrides, "preset=clip", "run.seed=1000", f"run.dir={run_dir}"]
+    words += ["data.workers=0", "evaluation.test=null"]
+    log, marker = run_dir.with_name(f"{run_dir.name}.log"), run_dir / "finished"
+    return Task(f"{one.name}: surrogate {run_dir}", words, log, marker)
+
+
+def lock(folder):
+    """A descriptor that says that this process, and those that it starts, work in the folder. Raises UserError where others do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(
+            f"--work: another comparison, or a run that one left behind, is at work in {folder}; wait until it has ended, "
+            "or name another folder"
+        ) from None
+    return descriptor
+
+
+def visible_gpus():
+    """Numbers of the GPUs that may be used."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
