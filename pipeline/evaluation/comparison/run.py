@@ -3,6 +3,7 @@
 import fcntl
 import os
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.evaluation.comparison.cells import Cell, place_of
@@ -19,12 +20,17 @@ CURVES = ("none", "paper", "default")  # the defences of rate curves
 
 def compare(args):
     """({name of what failed: why}, whether a signal ended it) of the arguments of __main__.py. Raises UserError."""
-    rows, sets = read_results(args.results), read_sets(args.definition, args.sets, args.rates)
-    groups, work = chosen_groups(args.attacks, sets), Path(args.work)
-    gpus, cores = visible_gpus(), os.cpu_count()
-    jobs = args.jobs or (4 * len(gpus) or cores)
-    locks = [lock(work / name) for name in sets]
+    sets = read_sets(args.definition, args.sets, args.rates)
+    groups = chosen_groups(args.attacks, sets)
+    with ExitStack() as stack:
+        locks = [stack.enter_context(locked(Path(args.work) / name)) for name in sets]
+        return compare_sets(args, sets, groups, locks)
 
+
+def compare_sets(args, sets, groups, locks):
+    """`compare`, the folders being this process's."""
+    rows, work, gpus, cores = read_results(args.results), Path(args.work), visible_gpus(), os.cpu_count()
+    jobs = args.jobs or (4 * len(gpus) or cores)
     failed = {}
 
     def run(tasks, progress):
@@ -104,19 +110,19 @@ def surrogate_task(one, run_dir):
     return Task(f"{one.name}: surrogate {run_dir}", words, log, marker)
 
 
-def lock(folder):
+@contextmanager
+def locked(folder):
     """A descriptor that says that this process, and those that it starts, work in the folder. Raises UserError where others do."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise UserError(
-            f"--work: another comparison, or a run that one left behind, is at work in {folder}; wait until it has ended, "
-            "or name another folder"
-        ) from None
-    return descriptor
+    with open(folder / "lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--work: another comparison, or a run that one left behind, is at work in {folder}; wait until it has ended, "
+                "or name another folder"
+            ) from None
+        yield file.fileno()
 
 
 def visible_gpus():
