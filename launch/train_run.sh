@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and reproduce.sh. What is finished is used again.
+# Sourced by quickstart.sh and audit.sh. What is finished is used again.
 
 # prepare DATA SEED: build the demo data (shapes, shapes_small or emoji; shapes_small_NAME is another attack on shapes_small) and the
 # attack manifest of SEED.
@@ -22,18 +22,8 @@ train_run() {
         data.overlay="data/${data}_attack_seed$seed" data.workers=$(( cores > 1 ? 1 : 0 ))
 }
 
-# train_unpoisoned CONFIG DATA OUT: plain CLIP on the data as they are, into OUT, whose name ends with the seed.
-train_unpoisoned() {
-    [ ! -e "$3/finished" ] || return 0
-    echo "== $2: training clip without poison, $(basename "$3")" >&2
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} safeclip train "$1" preset=clip run.dir="$3" run.seed="${3##*seed}" data.workers=0 evaluation.every=0
-    touch "$3/finished"
-}
-
-# evaluate_run PRESET OUT [UNPOISONED...]: write OUT/PRESET/eval.json. The run of plain CLIP beside it tells whether the attacks took,
-# the runs UNPOISONED what a trigger does to models that have not learnt it.
+# evaluate_run PRESET OUT: write OUT/PRESET/eval.json. The run of plain CLIP beside it tells whether the attacks took.
 evaluate_run() {
     local preset=$1 out=$2
-    shift 2
-    [ -e "$out/$preset/eval.json" ] || safeclip evaluate "$out/$preset" --baseline "$out/clip" ${1:+--unpoisoned "$@"}
+    [ -e "$out/$preset/eval.json" ] || safeclip evaluate "$out/$preset" --baseline "$out/clip"
 }

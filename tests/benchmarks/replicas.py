@@ -4,7 +4,7 @@ python -m tests.benchmarks.replicas shapes_small [--attacks 0 1 2 3 4 5] [--seed
 
 Trains run.seed = each of SEEDS on every attack of launch/train_run.sh's `prepare`, and without poison, and asks every model with every
 attack's triggers. What is finished is used again; after `--minutes` nothing new is begun. Writes tests/benchmarks/replicas/SET.json (an
-object a model and attack) and, from all that are there and the runs of launch/reproduce.sh, tests/benchmarks/replicas.md: the mean success
+object a model and attack) and, from all that are there and the runs in tests/benchmarks/reproduce, tests/benchmarks/replicas.md: the mean success
 with poison less that without, and clean accuracy less plain CLIP's, with 95 % intervals (Welch 1947, over models).
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from pipeline.evaluation.table import read_runs
+from pipeline.evaluation.run import read_eval
 from shards.storage import write_bytes, write_json
 from tests.benchmarks.selection import CONFIGS
 
@@ -182,14 +182,14 @@ def cost_table(found):
 
 
 def recorded():
-    """Rows of the runs of launch/reproduce.sh, which are replicas too: run.seed is the attack's."""
-    runs, _ = read_runs(RESULTS.parent / "reproduce")
-    return [
-        {"set": name, "preset": preset, "poisoned": True, "seed": seed, "attack": seed}
-        | {key: found[key] for key in ("clean_top1", "attacks")}
-        for (name, preset), seeds in runs.items()
-        for seed, found in seeds
-    ]
+    """Rows of the runs that are recorded in reproduce/SET/seedN/PRESET/eval.json, which are replicas too: run.seed is the attack's."""
+    rows = []
+    for path in sorted((RESULTS.parent / "reproduce").glob("*/seed*/*/eval.json")):
+        name, seed, preset = path.parts[-4:-1]
+        number, found = int(seed.removeprefix("seed")), read_eval(path.parent)
+        row = {"set": name, "preset": preset, "poisoned": True, "seed": number, "attack": number}
+        rows.append(row | {key: found[key] for key in ("clean_top1", "attacks")})
+    return rows
 
 
 def collect(name):

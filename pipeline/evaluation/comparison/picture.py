@@ -8,7 +8,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from pipeline.evaluation.comparison.defences import DEFENCES  # noqa: E402
 from pipeline.evaluation.comparison.table import mean, rate_rows  # noqa: E402
 
-COLOURS = dict(zip(DEFENCES, plt.get_cmap("tab20").colors[::2] + plt.get_cmap("Dark2").colors[5:]))
+# Undefended grey, filters blue, fine-tuning and other training pink and brown, SafeCLIP orange and red, the oracle green.
+SHADES = "#222222 #888888 #1f77b4 #9ecae1 #17becf #0b3d91 #e377c2 #8c564b #ff7f0e #ffbb78 #d62728 #2ca02c"
+COLOURS = dict(zip(DEFENCES, SHADES.split()))
 MARKERS = dict(zip(DEFENCES, "os^v<>DPX*hd"))
 
 
