@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
+from pipeline.evaluation.testset import TestSet
 from pipeline.evaluation.zero_shot import predicted_classes
 from shards.errors import UserError
+from shards.overlay import Overlay
 
 TOOK = 0.8  # an undefended attack below this success did not take, and its defence shows nothing
 
@@ -28,7 +30,7 @@ class AttackSuccess:
     (class_to_class), None where there are none. true_class: pictures judged that are read as what they are.
     """
 
-    def __init__(self, test, overlay):
+    def __init__(self, test: TestSet, overlay: Overlay):
         """`test`: testset.TestSet; `overlay`: shards.overlay.Overlay. Raises UserError where an attack cannot be judged on this test set."""
         makers = {"backdoor": Backdoor, "single_target": SingleTarget, "class_to_class": ClassToClass}
         self.attacks = {}
@@ -51,7 +53,7 @@ class AttackSuccess:
 class Backdoor:
     """row_M: the test pictures of other classes than the target."""
 
-    test: object
+    test: TestSet
     row_M: np.ndarray
     target: int
     trigger: object
@@ -76,7 +78,7 @@ class Backdoor:
 class SingleTarget:
     """row_M: the target pictures; true_M and adversarial_M: their class, and the one that the attacker wants read."""
 
-    test: object
+    test: TestSet
     row_M: np.ndarray
     true_M: np.ndarray
     adversarial_M: np.ndarray
@@ -137,7 +139,7 @@ class ClassToClass:
         }
 
 
-def success(hit_M):
+def success(hit_M: np.ndarray) -> dict:
     """{"success", "interval": [low, high], "count"} of bool (M,): Wilson's 95 % interval of a share (Wilson 1927)."""
     interval = binomtest(int(hit_M.sum()), len(hit_M)).proportion_ci(method="wilson")
     return {

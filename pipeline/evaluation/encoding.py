@@ -10,6 +10,7 @@ from pipeline import comm
 from shards.augment import plain_view
 from shards.errors import BadSample
 from shards.loader import Views, batches
+from shards.samples import Samples
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Encoder:
     batch_size: int = 256
     workers: int = 0
 
-    def pictures(self, samples, places, trigger=None):
+    def pictures(self, samples: Samples, places: list, trigger=None) -> torch.Tensor:
         """float32 (N, D), unit length: the pictures at `places`, a list of (shard, position), with `trigger` applied if there is one.
 
         A picture that cannot be read counts as a black one.
@@ -31,14 +32,14 @@ class Encoder:
         dataset = PictureBatches(samples, parts, self.views.size, trigger)
         return self.shared(dataset, [len(part) for part in parts], lambda images: self.towers(images, None)[0])
 
-    def texts(self, texts):
+    def texts(self, texts: list[str]) -> torch.Tensor:
         """float32 (N, D), unit length: a list of str."""
         parts = split(texts, self.batch_size)
         dataset = TokenBatches(parts, self.views.tokenize)
         return self.shared(dataset, [len(part) for part in parts], lambda tokens: self.towers(None, tokens)[1])
 
     @torch.no_grad()
-    def shared(self, dataset, sizes, encode):
+    def shared(self, dataset: Dataset, sizes: list[int], encode) -> torch.Tensor:
         """(N, D): encode(item) of every item of `dataset`, in order; item i has sizes[i] rows. Rank r encodes items r, r + world, ...
 
         All ranks encode equally often, for under ZeRO-3 a forward pass is collective; a result too many is dropped.
@@ -91,6 +92,6 @@ class TokenBatches(Dataset):
         return self.tokenize(self.parts[i])
 
 
-def split(items, size):
+def split(items: list, size: int) -> list[list]:
     """Lists of `size` items each, the last of fewer."""
     return [items[at : at + size] for at in range(0, len(items), size)]

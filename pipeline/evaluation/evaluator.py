@@ -1,10 +1,14 @@
 """What is measured of a model after an epoch, and of a finished run."""
 
+import torch
+
+from pipeline.config import Evaluation
 from pipeline.evaluation.attack_success import AttackSuccess
 from pipeline.evaluation.encoding import Encoder
 from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.testset import TestSet
 from pipeline.evaluation.zero_shot import top_k_accuracy, zero_shot_classifier
+from shards.overlay import Overlay
 
 
 class Evaluator:
@@ -14,7 +18,7 @@ class Evaluator:
     attacks: as of attack_success.AttackSuccess. What a run's eval.json makes of them: pipeline/evaluation/run.py.
     """
 
-    def __init__(self, config, overlay=None):
+    def __init__(self, config: Evaluation, overlay: Overlay | None = None):
         """`config`: config.Evaluation; `overlay`: the attacks, or None. Raises UserError when the test set is missing or damaged."""
         self.test = TestSet(config)
         self.attacks = AttackSuccess(self.test, overlay) if overlay else None
@@ -27,11 +31,11 @@ class Evaluator:
         towers.train(was_training)
         return figures
 
-    def encode(self, encoder):
+    def encode(self, encoder: Encoder) -> torch.Tensor:
         """float32 (N, D), unit length: the test pictures."""
         return encoder.pictures(self.test.samples, self.test.place_N)
 
-    def judge(self, encoder, image_ND):
+    def judge(self, encoder: Encoder, image_ND: torch.Tensor) -> dict:
         """The figures of a model in eval mode, of which image_ND are the embeddings of the test pictures."""
         classes_KD = zero_shot_classifier(encoder, self.test.classnames, self.test.templates)
         top1, top5 = (top_k_accuracy(image_ND, classes_KD, self.test.label_N, k) for k in (1, 5))

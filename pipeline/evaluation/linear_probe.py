@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline.evaluation.testset import read_labels, same_shards
+from pipeline.config import Config
+from pipeline.evaluation.encoding import Encoder
+from pipeline.evaluation.testset import TestSet, read_labels, same_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.samples import Samples
@@ -15,7 +18,9 @@ from shards.samples import Samples
 MOST = 10_000  # training pictures
 
 
-def linear_probe(encoder, image_ND, test, samples, labels, seed):
+def linear_probe(
+    encoder: Encoder, image_ND: torch.Tensor, test: TestSet, samples: Samples, labels: Samples, seed: int
+) -> float:
     """float: top-1 accuracy on the test pictures; the classifier learns from at most MOST clean training pictures.
 
     image_ND: embeddings of the test pictures of `test` (testset.TestSet). samples: the run's training Samples; poisoned pairs and decoys of its
@@ -30,7 +35,7 @@ def linear_probe(encoder, image_ND, test, samples, labels, seed):
     return float(probe.score(image_ND.cpu().numpy(), test.label_N))
 
 
-def chosen_places(samples, seed):
+def chosen_places(samples: Samples, seed: int) -> list[tuple]:
     """List of the (shard, position) of at most MOST clean training pairs, drawn by `seed`, in order."""
     index = samples.index
     clean_N = np.ones(index.samples, bool)
@@ -41,7 +46,7 @@ def chosen_places(samples, seed):
     return list(zip(*(part.tolist() for part in index.place(np.sort(rows)))))
 
 
-def open_labels(config, index):
+def open_labels(config: Config, index: ShardIndex) -> Samples | None:
     """Samples of the training labels: evaluation.labels, or the folder `labels` beside data.index; None where there is none.
 
     Raises UserError when they are of other shards than `index`.

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from scipy.stats import hypergeom
 
+from pipeline.evaluation.encoding import Encoder
+
 KS = (1, 5, 10)
 
 
-def retrieval(encoder, image_ND, captions):
+def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]]) -> dict:
     """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: shares of 1 of the pictures and of the captions.
 
     image_ND: float32, unit length; captions: list of the captions (list of str) of each picture. Equal captions are encoded once.
@@ -28,7 +30,7 @@ def retrieval(encoder, image_ND, captions):
     }
 
 
-def image_to_text(image_ND, text_UD, text_of_image, block=512):
+def image_to_text(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list, block: int = 512) -> dict:
     """{"r1", ...}: text_of_image[n] lists the numbers of picture n's captions in text_UD; one that several pictures have counts as often."""
     device = image_ND.device
     copies_U = torch.bincount(torch.tensor([u for texts in text_of_image for u in texts]), minlength=len(text_UD))
@@ -49,7 +51,7 @@ def image_to_text(image_ND, text_UD, text_of_image, block=512):
     return recall(torch.cat(above), torch.cat(tied), torch.cat(own))
 
 
-def text_to_image(image_ND, text_UD, text_of_image, block=512):
+def text_to_image(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list, block: int = 512) -> dict:
     """{"r1", ...}: every caption of every picture is a query, whose positive is that picture."""
     pairs = [(u, n) for n, texts in enumerate(text_of_image) for u in texts]
     above, tied = [], []
@@ -62,7 +64,7 @@ def text_to_image(image_ND, text_UD, text_of_image, block=512):
     return recall(torch.cat(above), torch.cat(tied), torch.ones(len(pairs), dtype=torch.long))
 
 
-def recall(above_Q, tied_Q, own_Q):
+def recall(above_Q: torch.Tensor, tied_Q: torch.Tensor, own_Q: torch.Tensor) -> dict:
     """{"r1", ...} over queries: `above` candidates score higher than the best positive, `tied` as high, `own` of which are positives.
 
     The chance that one of `own` is among the first k - above of the tied ones in random order is hypergeometric.

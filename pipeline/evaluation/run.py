@@ -31,6 +31,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from pipeline import comm
+from pipeline.config import Config
 from pipeline.configfile import load_config
 from pipeline.data import open_index, open_overlay, open_samples
 from pipeline.evaluation.attack_success import TOOK
@@ -48,10 +49,12 @@ from pipeline.training import checkpoint
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.errors import UserError
+from shards.index import ShardIndex
+from shards.overlay import Overlay
 from shards.storage import write_json
 
 
-def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=()):
+def evaluate_run(run_dir: str | Path, baseline: str | None = None, overrides=(), unpoisoned=()) -> dict:
     """Evaluate the newest complete checkpoint of `run_dir` and write RUN/eval.json; returns it as a dict (see above).
 
     baseline: directory of an evaluated run of plain CLIP on the same poison; unpoisoned: directories of runs on the same data without poison.
@@ -96,7 +99,7 @@ def evaluate_run(run_dir, baseline=None, overrides=(), unpoisoned=()):
     return result
 
 
-def selection_figures(run_dir, config, overlay, index, attacks):
+def selection_figures(run_dir: Path, config: Config, overlay: Overlay | None, index: ShardIndex, attacks: dict) -> dict:
     """{"safe_share", ..., "attacks"}: what eval.json says of a run's selection, `attacks` completed with it."""
     rounds = selection_rounds(run_dir, config, index)
     masks = [round.mask for round in rounds]
@@ -128,7 +131,7 @@ def selection_figures(run_dir, config, overlay, index, attacks):
     return found
 
 
-def summary(result):
+def summary(result: dict) -> str:
     """eval.json as a few lines for the person who reads."""
 
     def percent(share):
@@ -151,7 +154,7 @@ def summary(result):
     return "\n".join(lines)
 
 
-def judge_innocent(run_dir, evaluator):
+def judge_innocent(run_dir: str, evaluator: Evaluator) -> dict:
     """What the attacks achieve on a run without poison, by name. Raises UserError."""
     config, _, towers = load_run(run_dir)
     if config.data.overlay:
@@ -161,7 +164,7 @@ def judge_innocent(run_dir, evaluator):
     return evaluator(towers, make_views(config), comm.device())["attacks"]
 
 
-def load_run(run_dir, overrides=()):
+def load_run(run_dir: str | Path, overrides=()) -> tuple[Config, Path, Towers]:
     """(config, newest complete checkpoint, towers with its weights on this process's device) of a run directory. Raises UserError."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").exists():
@@ -175,7 +178,7 @@ def load_run(run_dir, overrides=()):
     return config, folder, towers.to(comm.device()).eval().requires_grad_(False)
 
 
-def read_eval(run_dir):
+def read_eval(run_dir: str | Path) -> dict:
     """The eval.json of a run directory. Raises UserError."""
     try:
         return json.loads((Path(run_dir) / "eval.json").read_text())
@@ -185,6 +188,6 @@ def read_eval(run_dir):
         ) from None
 
 
-def read_metrics(run_dir):
+def read_metrics(run_dir: str | Path) -> list[dict]:
     """List of the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

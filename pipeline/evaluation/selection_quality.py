@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from pipeline.config import Config
 from pipeline.configfile import load_config
 from pipeline.safety.scores import load_scores
 from pipeline.training.splitting import slow_folder
+from shards.index import ShardIndex
 from shards.masks import SafeMask
+from shards.overlay import Overlay
 
 KEYS = ("recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall")
 
@@ -26,12 +29,12 @@ class Round:
     mask: SafeMask
     folder: Path
 
-    def scores(self):
+    def scores(self) -> np.ndarray | None:
         """float32 (N,), NaN where a pair has none; None where the scores were not kept."""
         return load_scores(self.folder, self.mask.counts_S) if (self.folder / "scores").is_dir() else None
 
 
-def selection_rounds(run_dir, config, index):
+def selection_rounds(run_dir: str | Path, config: Config, index: ShardIndex) -> list[Round]:
     """List of Round: of a run's masks, or of the filter's mask (data.mask) that it trained with; [] for a run without either.
 
     The mask of CleanCLIP is no filter: it names the clean part for the fine-tuning. Raises UserError where a mask is damaged.
@@ -43,7 +46,7 @@ def selection_rounds(run_dir, config, index):
     return [Round(epoch, SafeMask.load(folder, index.fingerprint)[0], folder) for epoch, folder in rounds]
 
 
-def selection_quality(rounds, overlay, index):
+def selection_quality(rounds: list[Round], overlay: Overlay, index: ShardIndex) -> tuple[dict, dict]:
     """(of all poison, {NAME: of that attack's}): dicts of lists with an entry for every round; shares of 1.
 
     epoch               the round is made before this epoch, counted from 0; None for a filter's mask (in all only)
@@ -67,7 +70,7 @@ def selection_quality(rounds, overlay, index):
     return of_all, columns
 
 
-def score_quality(rank_N, honest_N, rows_P):
+def score_quality(rank_N: np.ndarray | None, honest_N: np.ndarray, rows_P: np.ndarray) -> dict:
     """{"auroc", "fpr_at_full_recall", "fpr_at_99_recall"} of scores by their ranks (None: not known), honest pairs and poison."""
     if rank_N is None:
         return dict.fromkeys(KEYS[1:])
@@ -81,19 +84,19 @@ def score_quality(rank_N, honest_N, rows_P):
     }
 
 
-def ranks(score_N):
+def ranks(score_N: np.ndarray | None) -> np.ndarray | None:
     """int64 (N,): 0 for the pairs without a score, more the higher the score; equal where scores are. None for None."""
     if score_N is None:
         return None
     return np.unique(np.where(np.isnan(score_N), -np.inf, score_N), return_inverse=True)[1]
 
 
-def poison_rows(overlay, index, name=None):
+def poison_rows(overlay: Overlay, index: ShardIndex, name: str | None = None) -> np.ndarray:
     """int64 (P,): the poisoned pairs, as numbers over all shards, of one attack or of all."""
     return rows_of([row for row in overlay.rows if name in (None, row["kind"])], index)
 
 
-def honest_pairs(overlay, index):
+def honest_pairs(overlay: Overlay, index: ShardIndex) -> np.ndarray:
     """bool (N,): neither poison nor a decoy."""
     honest_N = np.ones(index.samples, bool)
     honest_N[rows_of(overlay.rows + overlay.decoys, index)] = False
@@ -104,13 +107,13 @@ def rows_of(entries, index):
     return np.array([index.offsets[entry["shard"]] + entry["position"] for entry in entries], np.int64)
 
 
-def poison_shares(masks, overlay, index):
+def poison_shares(masks: list[SafeMask], overlay: Overlay, index: ShardIndex) -> list[float]:
     """List of float: for every mask, poisoned pairs / all pairs of the safe set."""
     rows_P = poison_rows(overlay, index)
     return [float(flag_N[rows_P].sum() / max(1, flag_N.sum())) for flag_N in (mask.flags() for mask in masks)]
 
 
-def trained_on(run_dir, config, index):
+def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.ndarray | None:
     """bool (N,): the pairs that the CLIP loss sees in any epoch of a run, and of the run whose weights it started from.
 
     None where that is not known, for a mask, or a run, is gone.

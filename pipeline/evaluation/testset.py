@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.config import Evaluation
 from shards.errors import BadSample, UserError
 from shards.index import ShardIndex
 from shards.samples import Samples
@@ -18,7 +19,7 @@ class TestSet:
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, evaluation):
+    def __init__(self, evaluation: Evaluation):
         """`evaluation`: config.Evaluation. Raises UserError when the test set is missing, damaged or inconsistent."""
         self.root = Path(evaluation.test)
         self.classnames = read_lines(self.root / "classnames.txt")
@@ -35,7 +36,7 @@ class TestSet:
             )
 
     @cached_property
-    def captions(self):
+    def captions(self) -> list[list[str]] | None:
         """List of the captions (list of str, one a line of the text) of every picture, or None where the test set has no captions.
 
         An unreadable text gives no caption. Raises UserError when the captions are of other shards than the pictures.
@@ -52,17 +53,17 @@ class TestSet:
         captions = [read_captions(samples, *place) for place in self.place_N]
         return captions if any(captions) else None
 
-    def row(self, shard, position):
+    def row(self, shard: int, position: int) -> int:
         """int: the number of a picture over all shards."""
         return int(self.samples.index.offsets[shard] + position)
 
 
-def all_places(index):
+def all_places(index: ShardIndex) -> list[tuple]:
     """List of the (shard, position) of all samples of an index, in order."""
     return [(shard, position) for shard, count in enumerate(index.counts.tolist()) for position in range(count)]
 
 
-def same_shards(index, other):
+def same_shards(index: ShardIndex, other: ShardIndex) -> bool:
     """Whether two indices, which may be of different texts, are of shards with the same content."""
     return [shard.fingerprint for shard in index.shards] == [shard.fingerprint for shard in other.shards]
 
@@ -74,7 +75,7 @@ def read_captions(samples, shard, position):
         return []
 
 
-def read_labels(samples, places):
+def read_labels(samples: Samples, places: list) -> np.ndarray:
     """int64 (N,): the labels at `places` of an index that was made with text="cls". Raises UserError."""
     try:
         return np.array([samples.label(*place) for place in places], np.int64)
@@ -84,7 +85,7 @@ def read_labels(samples, places):
         ) from None
 
 
-def read_lines(path):
+def read_lines(path: Path) -> list[str]:
     """Non-empty lines of a text file of the test set. Raises UserError."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]

@@ -1,22 +1,25 @@
 """Zero-shot classification: a picture's class is the one whose prompts' mean embedding is nearest (Radford et al. 2021, section 3.1)."""
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
+from pipeline.evaluation.encoding import Encoder
 
-def zero_shot_classifier(encoder, classnames, templates):
+
+def zero_shot_classifier(encoder: Encoder, classnames: list[str], templates: list[str]) -> torch.Tensor:
     """float32 (K, D), unit length: for each class the mean embedding of its prompts. `templates` hold {c} in place of the class name."""
     prompts = [template.replace("{c}", name) for name in classnames for template in templates]
     text_KTD = encoder.texts(prompts).unflatten(0, (len(classnames), len(templates)))
     return F.normalize(text_KTD.mean(1), dim=-1)
 
 
-def predicted_classes(image_ND, classes_KD):
+def predicted_classes(image_ND: torch.Tensor, classes_KD: torch.Tensor) -> np.ndarray:
     """int64 numpy (N,): the class that each picture is read as."""
     return (image_ND @ classes_KD.T).argmax(1).cpu().numpy()
 
 
-def top_k_accuracy(image_ND, classes_KD, label_N, k):
+def top_k_accuracy(image_ND: torch.Tensor, classes_KD: torch.Tensor, label_N: np.ndarray, k: int) -> float | None:
     """float: share of the pictures whose label is among the k nearest classes; None where there are fewer than k classes.
 
     image_ND, classes_KD: float32, unit length; label_N: int64 numpy (N,).
