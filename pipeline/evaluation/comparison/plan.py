@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.evaluation.comparison.cells import Cell
 from pipeline.evaluation.comparison.results import append_result
+from pipeline.training import checkpoint
 from shards.storage import write_json
 
 SAFECLIP = (sys.executable, "-m", "pipeline.cli")
@@ -84,8 +85,14 @@ class Plan:
             if run_dir.exists() and not (run_dir / "checkpoints").exists():
                 shutil.rmtree(run_dir)  # of a finished cell whose row was taken out of the results
 
+        def finish(seconds):
+            folder, _ = checkpoint.newest_complete(run_dir)
+            task.mark(max(seconds, checkpoint.load_state(folder)["seconds"]))  # of earlier calls too
+
         name, train = f"{cell.label}: training", [*SAFECLIP, "train", cell.set.config, *words]
-        return self.add(run_dir, name, train, marker=run_dir / "finished", needs=needs, prepare=prepare)
+        marker = run_dir / "finished"
+        task = self.add(run_dir, name, train, marker=marker, needs=needs, prepare=prepare, finish=finish)
+        return task
 
     def mask(self, cell):
         """(Task, folder) of the mask that the cell trains on."""
@@ -120,7 +127,7 @@ class Plan:
 
         def finish(seconds):
             figures = json.loads((run_dir / "eval.json").read_text())
-            own = max(figures["seconds"], training.seconds) + seconds
+            own = training.seconds + seconds
             row = cell.row(figures, sum(task.seconds for task in before(training)), own)
             append_result(self.results, row)
             if self.told:
