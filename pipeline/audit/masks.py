@@ -177,7 +177,7 @@ def replay(folder):
     saved = SavedMask(folder)
     score_N = scores(saved)
     rank = as_it_is
-    if saved.meta.get("rank_by") == "posterior" and saved.meta["mixture"]:
+    if saved.meta.get("rank_by") == "posterior":
         rank = Mixture.from_dict(saved.meta["mixture"]).rank
     safe_N = select_top(score_N, round(saved.meta["share"] * len(score_N)), rank)
     rebuilt = SafeMask.from_flags(saved.mask.counts_S, safe_N)

@@ -40,6 +40,7 @@ class Split:
     diagnosis: dict  # diagnosis.separation, diagnosis.change, the share by posterior and by schedule, pairs that suspicion holds back
     counts_K: np.ndarray  # mixture.histogram of the scores
     canary_C: np.ndarray  # scores of the canaries
+    rank_by: str = "score"  # what the safe set is the highest of: score, or the mixture's posterior
 
     def summary(self):
         """dict for metrics and mask.json."""
@@ -47,6 +48,7 @@ class Split:
             "share": self.share,
             "first_share": self.first_share,
             "cut": self.cut,
+            "rank_by": self.rank_by,
             "note": self.note,
             "mixture": self.mixture.to_dict() if self.mixture else None,
             "diagnosis": self.diagnosis,
@@ -89,7 +91,8 @@ def split_pairs(
         lowered_M = np.array_split(lowered_N, comm.world())[comm.rank()]
         diagnosis["held_back"] = held_back(mine_N, lowered_M, wanted, comm.sum_counts)
         wanted = min(wanted, int(counts_K.sum())) - diagnosis["held_back"]
-    rank = mixture.rank if mixture and selection.rank_by == "posterior" else as_it_is
+    rank_by = selection.rank_by if mixture else "score"
+    rank = mixture.rank if rank_by == "posterior" else as_it_is
     key, rest = kth_largest(mine_N, wanted, comm.sum_counts, rank)
     mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest, rank), counts_S)
     if before:
@@ -104,7 +107,7 @@ def split_pairs(
     live = {kind: score_N[row_L] for kind, row_L in (live or {}).items() if not np.isnan(score_N[row_L]).all()}
     if live:
         diagnosis |= {"live_canaries": {kind: passing(rank(score_L), threshold) for kind, score_L in live.items()}}
-    return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C)
+    return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C, rank_by)
 
 
 def decide(counts_K, score_N, selection, number, first_share, lowered_N=None):
@@ -211,4 +214,5 @@ def load_split(folder, index):
         meta["diagnosis"],
         counts_K,
         canary_C,
+        meta["rank_by"],
     )

@@ -45,7 +45,6 @@ def mask_for(run, epoch, stop):
             learn_suspicion(run, folder, score_N, suspicion, epoch.split < PROBATION, canary_C)
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash()}
         made |= {"score": config.selection.score, "mean_of": mean_of, "suspicion": config.selection.suspicion}
-        made |= {"rank_by": config.selection.rank_by}
         comm.on_main(save_split, folder, split, index, made)
     else:
         split = load_split(folder, index)
