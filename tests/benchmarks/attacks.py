@@ -22,7 +22,6 @@ from pipeline.safety.marks import find_marks
 from pipeline.safety.sample import sample_of_run
 from pipeline.training.start import make_views
 from shards.storage import write_json
-from tests.benchmarks.marks import KINDS
 from tests.benchmarks.selection import CONFIGS
 
 FILE = Path(__file__).with_suffix(".json")
@@ -41,7 +40,7 @@ def marked(name, seed, changes):
     marks = find_marks(sample)
     flags = np.zeros(index.samples, bool)
     flags[sample.row_S] = (marks.lowered_by_looks(torch.from_numpy(sample.row_S), sample.looks()) > 0).numpy()
-    rows = {kind: poison_rows(samples.overlay, index, kind) for kind in KINDS}
+    rows = {kind: poison_rows(samples.overlay, index, kind) for kind in samples.overlay.kinds}
     rows["honest"] = np.setdiff1d(np.arange(index.samples), poison_rows(samples.overlay, index))
     shares = {kind: float(flags[row].mean()) for kind, row in rows.items() if len(row)}
     return {"set": name, "seed": seed, "changes": changes, "marks": marks.marks, "marked": shares}

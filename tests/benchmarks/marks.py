@@ -27,7 +27,6 @@ from pipeline.training.splitting import slow_folder
 from shards.masks import SafeMask, SavedMask
 from shards.storage import write_json
 
-KINDS = "targeted", "patch", "blended"
 
 
 def found_in(run):
@@ -35,7 +34,7 @@ def found_in(run):
     config = load_config(run / "config.yaml")
     index = open_index(config.data)
     overlay = open_samples(config.data, index).overlay
-    rows = {kind: poison_rows(overlay, index, kind) for kind in KINDS}
+    rows = {kind: poison_rows(overlay, index, kind) for kind in overlay.kinds}
     rows["honest"] = np.setdiff1d(np.arange(index.samples), poison_rows(overlay, index))
     splits = [SavedMask(path.parent) for path in sorted(run.glob("masks/epoch_*/mask.json"))]
     flags = {"waits": ~SafeMask.load(slow_folder(run, config.selection), index.fingerprint)[0].flags()}
@@ -114,7 +113,7 @@ def main():
     for name in sorted({run["set"] for run in found}):
         of_set = [run for run in found if run["set"] == name]
         for what in ("waits", "held_first", "held_last", "safe_first", "safe_last"):
-            shares = {kind: [run[what][kind] for run in of_set] for kind in (*KINDS, "honest")}
+            shares = {kind: [run[what][kind] for run in of_set] for kind in of_set[0][what]}
             print(
                 name, what, *(f"{kind} {np.mean(x):.1%} ({min(x):.1%} to {max(x):.1%})" for kind, x in shares.items())
             )
