@@ -157,7 +157,9 @@ def parser():
     sub.add_argument(
         "--review", metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is"
     )
-    sub = command(commands.mask_filter, "a mask of all pairs but the worst, for data.mask: filters of other papers", masks)
+    sub = command(
+        commands.mask_filter, "a mask of all pairs but the worst, for data.mask: filters of other papers", masks
+    )
     sub.add_argument("scores", metavar="SCORES", help="what `safeclip score --model RUN --out SCORES` wrote")
     sub.add_argument("--by", required=True, choices=["cosine", "kdistance", "slof", "dao"])
     sub.add_argument("--remove", type=float, default=0.05, metavar="SHARE", help="of the pairs (default 0.05)")

@@ -28,7 +28,6 @@ from shards.masks import SafeMask, SavedMask
 from shards.storage import write_json
 
 
-
 def found_in(run):
     """The object of a run."""
     config = load_config(run / "config.yaml")

@@ -98,7 +98,9 @@ def test_a_run_leaves_what_it_promises(world):
     assert meta["diagnosis"]["canaries"]["count"] == len(np.load(run / "masks/epoch_002/canaries.npy")) == 120
     assert meta["mixture"] and meta["share"] == mask.share == 96 / 240 and meta["step"] == 20
     live = LiveCanaries(
-        Samples(index := ShardIndex.load(world / "shapes/index"), Overlay.load(world / "attack", index, load_trigger)), 6, 0
+        Samples(index := ShardIndex.load(world / "shapes/index"), Overlay.load(world / "attack", index, load_trigger)),
+        6,
+        0,
     )
     passed = {kind: int(mask.flags()[rows].sum()) for kind, rows in live.rows.items()}
     assert {kind: found["passed"] for kind, found in meta["diagnosis"]["live_canaries"].items()} == passed
