@@ -1,6 +1,6 @@
 """safeclip: pre-training CLIP on image-caption pairs that nobody can trust.
 
-safeclip data shapes OUT                                  demo shards
+safeclip data shapes|emoji|photos OUT                     demo data as shards
 safeclip shards from-csv|from-folder FILE --out DIR       shards of pictures and captions
 safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
 safeclip attack configs/attack.yaml                       an attack manifest
