@@ -62,7 +62,8 @@ def test_a_split_tells_how_it_came_about_and_is_the_same_when_loaded(index, tmp_
 
 @pytest.mark.parametrize("scores", [draw(0, 0.0, (0, 0.2), (1, 0.05), 100), np.full(100, 0.2, np.float32)])
 def test_a_fit_that_is_no_mixture_of_two_does_not_decide(index, scores):
-    split = split_pairs(scores, index.counts, Selection(least_share=0.07), 0)
+    fixed = {"mixture": "converged", "rank_by": "score"}
+    split = split_pairs(scores, index.counts, Selection(least_share=0.07, **fixed), 0)
     assert split.share == 0.07 and "no cut by the mixture" in split.note and "first share is 7.0%" in split.note
     assert split.diagnosis["share_by_posterior"] is None
-    assert split_pairs(scores, index.counts, Selection(growth=0.1), 2, 0.07).share == pytest.approx(0.27)
+    assert split_pairs(scores, index.counts, Selection(growth=0.1, **fixed), 2, 0.07).share == pytest.approx(0.27)

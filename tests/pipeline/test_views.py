@@ -98,8 +98,7 @@ def test_the_score_is_the_mean_of_the_views_cosines_and_the_cosine_that_of_the_p
     make_shards, tmp_path, scored
 ):
     samples = Samples(build_index([str(path) for path in make_shards([6])], tmp_path / "index"))
-    views = Views(SIDE, lambda captions: torch.tensor([[len(c), 3, 5] for c in captions]), {})
-    views.scored = scored
+    views = Views(SIDE, lambda captions: torch.tensor([[len(c), 3, 5] for c in captions]), {}, scored=scored)
     model = Means()
     ((batch, image_BD, text_BD, _, cos_B),) = embed(model, samples, views, [(range(6), range(6))], "cpu")
     each = [(model(view, None)[0] * text_BD).sum(1) for view in scored(batch.images)]
