@@ -17,24 +17,23 @@ from pipeline.attacks.settings import bounded
 @dataclass(frozen=True)
 class Square(Trigger):
     """A trigger that covers a square. Its corner stands at (left, top), or with `random_place` where the sample says, always so that
-    the whole square is inside the picture."""
+    the whole square is inside the centred square of the picture's shorter side: a centre crop, as of test pictures, keeps it."""
 
     size: float = bounded(0.19, 0.01, 1.0)
-    """Its side, as a share of the picture's shorter side."""
+    """Its side. Shares are of the picture's shorter side, places are counted from the corner of the centred square."""
     left: float = bounded(0.78, 0.0, 1.0)
-    """Share of the width."""
     top: float = bounded(0.78, 0.0, 1.0)
-    """Share of the height."""
     random_place: bool = False
 
     def pasted(self, image, square, sample, resample):
         """A copy of `image` with the PIL picture `square` in its place."""
-        side = max(1, round(self.size * min(image.size)))
-        room = (image.width - side, image.height - side)
-        place = (self.left * image.width, self.top * image.height)
+        shorter = min(image.size)
+        side = max(1, round(self.size * shorter))
+        place = (self.left * shorter, self.top * shorter)
         if self.random_place:
-            place = np.random.default_rng([self.seed, *sample]).uniform(0, room)
-        corner = np.minimum(np.round(place), room).astype(int).tolist()
+            place = np.random.default_rng([self.seed, *sample]).uniform(0, shorter - side, 2)
+        margin = (np.array(image.size) - shorter) // 2
+        corner = (margin + np.minimum(np.round(place), shorter - side).astype(int)).tolist()
         image = image.copy()
         image.paste(square.resize((side, side), resample), tuple(corner))
         return image

@@ -14,7 +14,9 @@ from pipeline.attacks.blended import Blend
 from pipeline.attacks.colour_filter import ToneCurve
 from pipeline.attacks.sig import Sinusoid
 from pipeline.attacks.wanet import Warp
+from shards.augment import plain_view
 
+PLACES = {False: [[25, 25]] * 3, True: [[7, 17], [10, 12], [11, 16]]}
 SEVERAL = [{"pattern": "patch", "seed": 1}, {"pattern": "sinusoid"}, {"pattern": "warp", "seed": 2}]
 PLAIN = [
     {"pattern": "patch"},
@@ -61,18 +63,32 @@ def test_all_patterns_but_the_fitted_one_are_among_those_tested():
     st.floats(0, 1),
     st.booleans(),
 )
-def test_a_patch_stands_whole_inside_the_picture(sample, width, height, size, left, top, random_place):
+def test_a_patch_stands_whole_inside_the_centred_square(sample, width, height, size, left, top, random_place):
     grey = Image.new("RGB", (width, height), (128, 128, 128))
     patch = Patch(0, size=size, left=left, top=top, cells=2, random_place=random_place)
     changed = (numbers(patch.apply(grey, sample)) != 128).all(2)
-    side = max(1, round(size * min(width, height)))
+    shorter = min(width, height)
+    side = max(1, round(size * shorter))
     rows, columns = np.nonzero(changed)
     assert changed.sum() == side**2 == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    square = np.array([(width - shorter) // 2, (height - shorter) // 2])
+    corner = np.array([columns.min(), rows.min()]) - square
+    assert (corner >= 0).all() and (corner + side <= shorter).all()
     if not random_place:
-        assert (columns.min(), rows.min()) == (
-            min(round(left * width), width - side),
-            min(round(top * height), height - side),
-        )
+        assert corner.tolist() == [min(round(share * shorter), shorter - side) for share in (left, top)]
+
+
+@pytest.mark.parametrize("random_place", [False, True])
+def test_a_centre_crop_of_a_wide_picture_keeps_the_patch_and_a_square_one_has_it_as_ever(random_place):
+    patch = Patch(0, size=0.2, cells=2, random_place=random_place)
+    for position in range(20):
+        for size in ((200, 100), (100, 200)):
+            cropped = numbers(Image.fromarray(plain_view(patch.apply(Image.new("RGB", size), (0, position)), 100)))
+            square = numbers(patch.apply(Image.new("RGB", (100, 100)), (0, position)))
+            np.testing.assert_array_equal(cropped, square)
+    # The places of manifests that were made when only square pictures had been tried.
+    found = [np.argwhere(numbers(patch.apply(Image.new("RGB", (32, 32), (9, 9, 9)), (0, n))) != 9)[0] for n in range(3)]
+    assert [place[:2].tolist() for place in found] == PLACES[random_place]
 
 
 def test_a_patch_at_random_places_has_another_in_other_samples():
