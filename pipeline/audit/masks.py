@@ -40,6 +40,7 @@ def describe(folder):
         "first_share": meta["first_share"],
         "score": meta.get("score", "cosine"),
         "cut": meta["cut"] if math.isfinite(meta["cut"]) else None,
+        "rank_by": meta.get("rank_by", "score"),
         "mixture": meta["mixture"],
         "least_safe_shard": {"name": saved.shards[least]["name"], "share": float(share_S[least])},
         "most_safe_shard": {"name": saved.shards[most]["name"], "share": float(share_S[most])},
@@ -61,7 +62,7 @@ def show(folder, as_json=False):
         ("made", f"without a run, by {d['step']}" if d["epoch"] is None else made),
         ("pairs", f"{d['pairs']:,} in {d['shards']} shards, fingerprint {d['fingerprint']}"),
         ("safe", f"{d['safe']:,} = {d['share']:.2%} (first split {d['first_share']:.2%})"),
-        ("cut", "none" if d["cut"] is None else f"{d['score']} >= {d['cut']:.6f}"),
+        ("cut", "none" if d["cut"] is None else f"{d['score']} {bound(d)} {d['cut']:.6f}"),
         ("mixture", "none"),
         ("by shard", f"{least['share']:.1%} ({least['name']}) to {most['share']:.1%} ({most['name']}) safe"),
         ("no score", ", ".join(f"{count:,} x {reason}" for reason, count in d["bad_pairs"].items()) or "none"),
@@ -128,8 +129,13 @@ def diff(folder_a, folder_b, out=None):
 def about(saved):
     cut = saved.meta["cut"]
     return f"epoch {saved.meta['epoch']}, step {saved.meta['step']}, " + (
-        f"score >= {cut:.6f}" if math.isfinite(cut) else "no cut"
+        f"score {bound(saved.meta)} {cut:.6f}" if math.isfinite(cut) else "no cut"
     )
+
+
+def bound(meta):
+    """What the cut of a mask is: a threshold, or where pairs are ranked by posterior only the lowest score that is safe."""
+    return "by posterior, the lowest is" if meta.get("rank_by") == "posterior" else ">="
 
 
 def require_same_shards(a, b):

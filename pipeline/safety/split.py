@@ -56,7 +56,8 @@ class Split:
 
     def line(self):
         """The split in one line, for the person who watches."""
-        text, found = f"safe {self.share:.1%}, score >= {self.cut:.3f}", self.diagnosis
+        of = "score >=" if self.rank_by == "score" else "by posterior, lowest score"
+        text, found = f"safe {self.share:.1%}, {of} {self.cut:.3f}", self.diagnosis
         if "ashman_d" in found:
             text += f", D {found['ashman_d']:.2f}, overlap {found['overlap']:.1%}"
         if "held_back" in found:
@@ -214,5 +215,5 @@ def load_split(folder, index):
         meta["diagnosis"],
         counts_K,
         canary_C,
-        meta["rank_by"],
+        meta.get("rank_by", "score"),
     )

@@ -122,16 +122,20 @@ def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
 
 
-def steps_of_loss(loss: str, views: int, first_share: float, train: Train, chosen: Selection) -> int:
+def steps_of_loss(
+    loss: str, views: int, first_share: float, first_views: float, train: Train, chosen: Selection
+) -> int:
     """Steps with `loss` ("clip" or "unimodal") that all SafeCLIP epochs have together, where every selection round selects its fraction.
 
-    views: samples of an epoch over all pairs.
+    views: samples of an epoch over all pairs; first_share, first_views: of the first safe set, the share of the pairs and of the views
+    (the same without weights of data.sources). The pairs that come in later are taken to have the mean weight of the others.
     """
-    total = 0
+    total, first = 0, train.unimodal_epochs + train.slow_epochs
     for epoch in curriculum(train, chosen.every):
         if epoch.stage == "safeclip":
-            first = train.unimodal_epochs + train.slow_epochs
-            safe = round(growth(first_share, epoch.mask_of - first, chosen.growth, chosen.cap) * views)
+            share = growth(first_share, epoch.mask_of - first, chosen.growth, chosen.cap)
+            part = (share - first_share) / (1 - first_share) if first_share < 1 else 0.0
+            safe = round((first_views + (1 - first_views) * part) * views)
             safe_steps, whole = safe // train.batch_size, views // train.batch_size
             risky_steps = 0 if chosen.risky == "skip" else min((views - safe) // train.batch_size, whole - safe_steps)
             total += risky_steps if loss == "unimodal" else whole - risky_steps if chosen.refill else safe_steps

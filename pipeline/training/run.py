@@ -90,7 +90,8 @@ def rate_at(run, epoch, loss):
     """Learning rate of the next step: of the run's schedule, or of the one that its loss has since the first selection round."""
     config, state = run.config, run.state
     if config.train.schedule == "per_loss" and epoch.stage == "safeclip":
-        steps = steps_of_loss(loss, run.index.views, state["first_share"], config.train, config.selection)
+        first = state["first_share"], state["first_views"]
+        steps = steps_of_loss(loss, run.index.views, *first, config.train, config.selection)
         return learning_rate(epoch, state["loss_steps"][loss], steps, config.train)
     return learning_rate(epoch, state["step"], config.train.epochs * run.steps_per_epoch, config.train)
 

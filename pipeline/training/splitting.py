@@ -49,6 +49,8 @@ def mask_for(run, epoch, stop):
     else:
         split = load_split(folder, index)
     state["first_share"] = split.first_share
+    if epoch.split == 0:
+        state["first_views"] = float((split.mask.counts("safe") * index.repeats).sum() / index.views)
     if due:
         seconds = round(meter.seconds, 2)
         run.journal.log(step=state["step"], epoch=epoch.number, stage="split", seconds=seconds, **split.summary())

@@ -44,7 +44,8 @@ FRESH = {
     "sample_views": 0,
     "bad_rows": 0,  # of them those that could not be used
     "skipped": 0,  # steps whose gradient was no number
-    "first_share": None,
+    "first_share": None,  # of the pairs, in the first safe set
+    "first_views": None,  # of an epoch's samples: with weights of data.sources another
     "loss_steps": {"clip": 0, "unimodal": 0},  # since the first selection round
     "metrics_bytes": 0,
 }

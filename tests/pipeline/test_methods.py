@@ -1,17 +1,25 @@
 """Every training method as a whole run: the same on one rank and on two, and the same whether or not it was cut off."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pipeline.config import PRESETS, Config
 from pipeline.configfile import check, merge
+from pipeline.data import open_index, open_samples
 from pipeline.training import checkpoint
 from pipeline.training import run as running
+from pipeline.training.model import Towers, build_model, pixel_stats
+from pipeline.training.start import make_views
 from shards.demo import shapes
 from shards.index import ShardIndex
-from shards.masks import SafeMask
+from shards.loader import PlainBatches
+from shards.masks import SafeMask, SavedMask
 from tests.pipeline.test_resume import cut_off, metrics
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
@@ -38,7 +46,8 @@ def config(folder, preset, name, filtered=True):
     made.data.workers, made.data.streams, made.data.window, made.data.eda_synonyms = 0, 4, 64, "table"
     made.model.config = json.loads(json.dumps(MODEL))
     train = made.train
-    train.epochs, train.batch_size, train.warmup_steps, train.pool, train.lr = 4, 24, 5, 64, 1e-3
+    train.epochs, train.batch_size, train.warmup_steps, train.pool, train.lr = 4, 24, 2, 64, 1e-3
+    made.run.keep = 9
     if train.method == "safeclip":
         train.unimodal_epochs, train.slow_lr, made.selection.batch_size = 1, 1e-5, 32
         made.selection.first_share = 0.3 if preset == "paper_fixed" else None
@@ -86,6 +95,25 @@ def test_the_released_recipe_has_a_schedule_a_loss_and_counts_two_views_a_pair(d
     assert state["sample_views"] == 2 * 24 * state["step"] and sum(state["loss_steps"].values()) == state["step"] - 20
     for kind in ("unimodal", "clip"):
         rates = [row["lr"] for row in rows if row["epoch"] >= 2 and row["loss_kind"] == kind]
-        assert len(rates) >= 6 and rates[:2] == pytest.approx([1e-3 / 5, 2e-3 / 5]) and max(rates) == rates[4]
+        steps, cosine = (
+            len(rates),
+            [(1 + math.cos(math.pi * (n - 2) / (len(rates) - 2))) / 2 for n in range(len(rates))],
+        )
+        assert steps >= 5 and rates == pytest.approx([5e-4, 1e-3, *(1e-3 * x for x in cosine[2:])])
     order = [row["loss_kind"] for row in rows if row["epoch"] == 2]
     assert order == sorted(order, reverse=True)  # unimodal before clip
+
+
+def test_the_released_recipe_scores_augmented_views_in_eval_mode(data):
+    made = config(data, "paper", "one")
+    saved = SavedMask(f"{made.run.dir}/masks/epoch_002")
+    towers = Towers(build_model({"config": MODEL}), *pixel_stats())
+    towers.clip.load_state_dict(
+        load_file(f"{made.run.dir}/checkpoints/step_{saved.meta['step']:08d}/model.safetensors")
+    )
+    samples = open_samples(made.data, open_index(made.data))
+    views = replace(make_views(made), scored_as=(made.run.seed, 2))
+    batch = PlainBatches(samples, [(range(240), range(240))], views)[0]
+    with torch.no_grad():
+        image_BD, text_BD, _ = towers.eval()(batch.images, batch.tokens)
+    np.testing.assert_allclose(saved.table(0)["cosine"].to_numpy(), (image_BD * text_BD).sum(1).numpy(), atol=1e-5)

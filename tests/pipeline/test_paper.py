@@ -162,8 +162,11 @@ def test_the_rate_is_one_cosine_then_constant_then_one_cosine_a_loss(paper):
     fractions = [0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 0.26]
     safe = [round(fraction * 6400) // 128 for fraction in fractions]
     risky = [(6400 - round(fraction * 6400)) // 128 for fraction in fractions]
-    assert steps_of_loss("clip", 6400, 0.2, train, chosen) == sum(safe)
-    assert steps_of_loss("unimodal", 6400, 0.2, train, chosen) == sum(risky)
+    assert steps_of_loss("clip", 6400, 0.2, 0.2, train, chosen) == sum(safe)
+    assert steps_of_loss("unimodal", 6400, 0.2, 0.2, train, chosen) == sum(risky)
+    # Where the first safe set is a fifth of the pairs and half of the views, a further 1 % of the pairs has 1/80 of the other half.
+    safe = [(0.5 + 0.5 * n / 80) * 6400 // 128 for n in range(7)]
+    assert steps_of_loss("clip", 6400, 0.2, 0.5, train, chosen) == pytest.approx(sum(safe), abs=7)
 
 
 def test_an_epoch_goes_over_the_risky_pairs_first_then_over_the_safe_ones(paper):
@@ -242,11 +245,16 @@ def samples(make_shards, tmp_path):
 def test_both_losses_read_two_augmented_views_and_scoring_the_first_kind(paper, samples):
     config = paper("train.batch_size=8", "data.eda_synonyms=table")
     views = make_views(config)
-    step = epoch_steps(curriculum(config.train)[5], samples.index.counts, None, config)[0]
+    unimodal, step = (epoch_steps(curriculum(config.train)[n], samples.index.counts, None, config)[0] for n in (0, 5))
 
     def batch(epoch):
         return TrainBatches(samples, [step], views, seed=0, epoch=epoch)[0]
 
+    seen = TrainBatches(samples, [unimodal], views, seed=0, epoch=0)[0]
+    plain = PlainBatches(samples, [(seen.rows, seen.rows)], views)[0]
+    assert unimodal.loss == "unimodal" and seen.images.shape[0] == seen.tokens.shape[0] == 16
+    for pictures in seen.images.chunk(2):  # both views are augmented
+        assert (pictures != plain.images).flatten(1).any(1).all()
     first, later = batch(5), batch(6)
     assert step.loss == "clip" and first.images.shape[0] == 16 and first.tokens.shape[0] == 16
     (pictures1, pictures2), (captions1, captions2) = first.images.chunk(2), first.tokens.chunk(2)
