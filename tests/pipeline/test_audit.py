@@ -62,9 +62,19 @@ def audited(tmp_path_factory):
         "fingerprint": index,
         "source": "",
         "source_fingerprint": "",
+        "classes": ["thing"],
+        "kinds": {
+            "patch": {
+                "attack": "badnets",
+                "judged": "backdoor",
+                "target_class": 0,
+                "pairs": len(rows),
+                "trigger": {"pattern": "patch"},
+            }
+        },
         "rows": rows,
     }
-    (attack / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"patch": {}}}))
+    (attack / "manifest.json").write_text(json.dumps(manifest))
     audit(folder / "scores", folder / "audit", truth=attack, worst=0.2, say=lambda line: None)
     return folder, captions, paths
 

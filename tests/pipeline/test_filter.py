@@ -75,10 +75,22 @@ def manifest(index, rows, decoys=()):
         "fingerprint": index.fingerprint,
         "source": "",
         "source_fingerprint": "",
-        "kinds": {},
-        "targets": [],
+        "classes": ["thing"],
+        "kinds": {
+            "badnets": {
+                "attack": "badnets",
+                "judged": "backdoor",
+                "target_class": 0,
+                "pairs": len(rows),
+                "trigger": {"pattern": "patch"},
+                "decoys": len(decoys),
+                "decoy_opacity": 0.5,
+            }
+        },
         "rows": [{**row, "shard": shard, "position": position} for shard, position in rows],
-        "decoys": [{**row, "shard": shard, "position": position} for shard, position in decoys],
+        "decoys": [
+            {**row, "kind": "badnets_decoy", "shard": shard, "position": position} for shard, position in decoys
+        ],
     }
 
 
