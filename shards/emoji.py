@@ -55,8 +55,8 @@ def emoji(out, cache=None, seed=0):
 
         def samples(test):
             for number, row in enumerate(row for row in rows if row["test"] == test):
-                sample = {"__key__": f"{number:06d}", "png": pictures[row["vendor"], row["image"]], "cls": row["cls"]}
-                yield sample if test else {**sample, "txt": row["caption"]}
+                picture = pictures[row["vendor"], row["image"]]
+                yield {"__key__": f"{number:06d}", "png": picture, "cls": row["cls"], "txt": row["caption"]}
 
         return samples(False), samples(True), classes
 
