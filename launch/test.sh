@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 install test
 ruff check --quiet --line-length 120 --select E,F,I,W --ignore E501 pipeline shards tests
 ruff format --quiet --check --line-length 120 pipeline shards tests
-exec python -m pytest "$@"
+# Two files at a time: many tests start processes that wait for each other.
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"
