@@ -1,7 +1,7 @@
 """A cell of the comparison, what decides its figures, and the row that its run leaves in the results file."""
 
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -65,6 +65,20 @@ class Cell:
         """12 hex digits that change also with the attacks that judge it."""
         return digest([self.run_key, overlay_digest(self.overlay)])
 
+    def origin(self):
+        """Digests by which a table's rows are told to be of one kind.
+
+        setup: of the set's config, its data and the attack's config, the same in every row of a set and group; attack: of the poison, the
+        same in every row of a seed; recipe: of the run's config but for its seed, the same in every row of a defence.
+        """
+        attack = self.set.attacks[self.group].digest(self.set.fingerprint, 0)
+        recipe = replace(self.config, run=replace(self.config.run, seed=0)).hash()
+        return {
+            "setup": digest([self.set.load().hash(), attack]),
+            "attack": overlay_digest(self.overlay),
+            "recipe": recipe,
+        }
+
     def row(self, figures, seconds_before, seconds_own):
         """The row of the results file. figures: the run's eval.json; seconds: of what the run needs first, and of its own tasks.
 
@@ -86,6 +100,7 @@ class Cell:
             "seed": self.seed,
             "poisoned": self.poisoned,
             "config": self.config.hash(),
+            **self.origin(),
             "commit": commit(),
             "model": digest([asdict(self.config.model)]),
         }

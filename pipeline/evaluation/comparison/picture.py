@@ -6,7 +6,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from pipeline.evaluation.comparison.defences import DEFENCES  # noqa: E402
-from pipeline.evaluation.comparison.table import mean, rate_rows  # noqa: E402
+from pipeline.evaluation.comparison.rows import mean, rate_of, rate_rows  # noqa: E402
 
 # Undefended grey, filters blue, fine-tuning and other training pink and brown, SafeCLIP orange and red, the oracle green.
 SHADES = "#222222 #888888 #1f77b4 #9ecae1 #17becf #0b3d91 #e377c2 #8c564b #ff7f0e #ffbb78 #d62728 #2ca02c"
@@ -14,30 +14,47 @@ COLOURS = dict(zip(DEFENCES, SHADES.split()))
 MARKERS = dict(zip(DEFENCES, "os^v<>DPX*hd"))
 
 
-def draw(sets, path):
-    """A panel for each of `sets` (table.SetRows): of each defence the mean success of the attacks that take, large, and each attack, small."""
-    figure, axes = plt.subplots(1, len(sets), figsize=(6.4 * len(sets), 5.4), layout="constrained", squeeze=False)
-    for axis, found in zip(axes[0], sets):
-        took = [attack for attack in found.attacks if not found.void(attack)]
-        for defence in dict.fromkeys(defence for defence, _ in found.blocks):
-            points = []
-            for group, name in took:
-                rows = [row for row in found.of(defence, group) if name in row["attacks"]]
-                if rows:
-                    success = mean([row["attacks"][name]["success"] for row in rows])
-                    points.append((100 * mean([row["clean_top1"] for row in rows]), 100 * success))
-            if points:
-                style = {"color": COLOURS[defence], "marker": MARKERS[defence]}
-                axis.scatter(*zip(*points), s=14, alpha=0.35, linewidths=0, **style)
-                x, y = (mean(values) for values in zip(*points))
-                axis.scatter(x, y, s=110, edgecolors="black", linewidths=0.6, zorder=3, label=defence, **style)
-        axis.set(title=f"{found.name}: {len(took)} attacks that take", xlabel="clean top-1 (%)", ylim=(-3, 103))
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("attack success (%): mean (large), each attack (small)")
-    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
-    figure.savefig(path, dpi=110)
+def draw(groups, path):
+    """A line of panels for each set, a panel for each of its groups (rows.GroupRows): of each defence the mean success of the attacks that
+    take undefended, large, and each attack, small."""
+    names = list(dict.fromkeys(one.name for one in groups))
+    columns = max(sum(one.name == name for one in groups) for name in names)
+    size = (4.4 * columns + 2, 4.2 * len(names))
+    figure, axes = plt.subplots(len(names), columns, figsize=size, layout="constrained", squeeze=False)
+    for line, name in zip(axes, names):
+        of_set = [one for one in groups if one.name == name]
+        for axis, found in zip(line, of_set):
+            panel(axis, found)
+        for axis in line[len(of_set) :]:
+            axis.set_axis_off()
+        line[0].set_ylabel("attack success (%): mean (large), each attack (small)")
+    found = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels())}
+    if found:
+        there = [name for name in DEFENCES if name in found]
+        figure.legend([found[name] for name in there], there, loc="outside right upper", fontsize=9)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def panel(axis, found):
+    """Draw one group's defences. found: rows.GroupRows."""
+    took = [attack for attack in found.attacks if found.void(attack) is False]
+    for defence in dict.fromkeys(defence for defence, _ in found.blocks):
+        points = []
+        for attack in took:
+            rows = [row for row in found.of(defence) if attack in row["attacks"]]
+            if rows:
+                points.append((100 * mean([row["clean_top1"] for row in rows]), 100 * rate_of(rows, attack)))
+        if points:
+            style = {"color": COLOURS[defence], "marker": MARKERS[defence]}
+            axis.scatter(*zip(*points), s=14, alpha=0.35, linewidths=0, **style)
+            x, y = (mean(values) for values in zip(*points))
+            axis.scatter(x, y, s=90, edgecolors="black", linewidths=0.6, zorder=3, label=defence, **style)
+    title = f"{found.name} {found.group}: {len(took)} of {len(found.attacks)} attacks take"
+    if not found.of("none"):
+        title = f"{found.name} {found.group}: undefended not run"
+    axis.set(title=title, xlabel="clean top-1 (%)", ylim=(-3, 103))
+    axis.grid(alpha=0.25)
 
 
 def draw_rates(name, rows, path):
@@ -49,14 +66,15 @@ def draw_rates(name, rows, path):
         for defence in dict.fromkeys(defence for of, defence, _ in found if of == attack):
             counts = sorted(count for of, by, count in found if (of, by) == (attack, defence))
             values = [[100 * row["attacks"][attack]["success"] for row in found[attack, defence, n]] for n in counts]
-            clean = mean([100 * row["clean_top1"] for n in counts for row in found[attack, defence, n]])
-            label = f"{defence} (clean {clean:.1f} %)"
+            clean = [mean([100 * row["clean_top1"] for row in found[attack, defence, n]]) for n in counts]
+            label = f"{defence} (clean {min(clean):.1f} to {max(clean):.1f} %)"
             axis.plot(counts, [mean(v) for v in values], color=COLOURS[defence], marker=MARKERS[defence], label=label)
             axis.fill_between(
                 counts, [min(v) for v in values], [max(v) for v in values], color=COLOURS[defence], alpha=0.15
             )
         axis.set(title=f"{name}: {attack}", xlabel="poisoned pairs", xscale="log", ylim=(-3, 103))
-        axis.set_xticks(counts, [str(n) for n in counts])
+        ticks = sorted({count for of, _, count in found if of == attack})
+        axis.set_xticks(ticks, [str(n) for n in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)

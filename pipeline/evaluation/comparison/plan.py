@@ -120,6 +120,8 @@ class Plan:
     def evaluation(self, cell):
         run_dir, training = self.run_dir(cell), self.training(cell)
         place = run_dir.with_name(f"{run_dir.name}_judged_by_{cell.group}")
+        if not (run_dir / "checkpoints").exists():
+            training.marker.unlink(missing_ok=True)  # there is nothing to judge: it is trained again
         # An unpoisoned run is judged by all groups, each of which writes its eval.json.
         others = [task for task in self.tasks if task.cell and not cell.poisoned and self.run_dir(task.cell) == run_dir]
         words = [*SAFECLIP, "evaluate", run_dir, f"data.overlay={cell.overlay}"]
@@ -133,6 +135,7 @@ class Plan:
             if self.told:
                 self.told(cell, row)
             if cell.poisoned and cell.defence != "none" and not self.keep:
+                training.marker.unlink()  # first: without its checkpoints the training is not done
                 shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
         needs = [training, *others]

@@ -6,20 +6,57 @@ from pathlib import Path
 
 from shards.errors import UserError
 
+NUMBER = (int, float)
+RECALLS = {"r1": NUMBER, "r5": NUMBER, "r10": NUMBER}
+ROUNDS = {"recall": [NUMBER], "auroc": [(*NUMBER, None)], "fpr_at_full_recall": [(*NUMBER, None)]}
+ATTACK = {"success": NUMBER, "count": int, "base": (*NUMBER, None), "true_class": NUMBER}
+# What the tables need of a row: types; a tuple names several, None is null. A row may have more.
+ROW = {
+    **dict.fromkeys(("cell", "set", "group", "defence"), str),
+    **dict.fromkeys(("clean_top1", "clean_top5", "seconds", "seconds_before", "seconds_own", "sample_views"), NUMBER),
+    **dict.fromkeys(("linear_probe", "poison_trained_on"), (*NUMBER, None)),
+    **dict.fromkeys(("commit", "setup", "attack", "recipe"), (str, None)),  # None in rows written before they were kept
+    "seed": int,
+    "poisoned": bool,
+    "retrieval": ({"image_to_text": RECALLS, "text_to_image": RECALLS}, None),
+    "rounds": ({**ROUNDS, "false_positives": [NUMBER]}, None),
+}
+
 
 def read_results(path):
-    """List of rows, [] without a file; of rows with the same key the last. Raises UserError where a line is no row."""
+    """List of rows, [] without a file; of rows with the same key the last, where it stands. Raises UserError where a line is no row."""
     path, rows = Path(path), {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            row = json.loads(line)
-            rows[row["cell"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"results {path}: line {number} is no row of a comparison ({error}); mend or delete it"
-            ) from None
+            row = json.loads(line.decode())
+            wrong = fault(row)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            raise UserError(f"results {path}: line {number} is no row of a comparison ({wrong}); mend or delete it")
+        rows.pop(row["cell"], None)
+        rows[row["cell"]] = row
     return list(rows.values())
+
+
+def fault(row):
+    """What is wrong with a row in one phrase, or None."""
+    if not fits(row, {"attacks": {}}):
+        return "it has no attacks"
+    wrong = [key for key, kind in ROW.items() if not fits(row.get(key), kind)]
+    wrong += [f"attacks.{name}" for name, attack in row["attacks"].items() if not fits(attack, ATTACK)]
+    return f"missing or of a wrong type: {', '.join(wrong)}" if wrong else None
+
+
+def fits(value, kind):
+    """Whether a value is of a kind, as in ROW."""
+    if isinstance(kind, tuple):
+        return any(fits(value, one) for one in kind)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), of) for key, of in kind.items())
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
+    return value is None if kind is None else isinstance(value, kind)
 
 
 def append_result(path, row):

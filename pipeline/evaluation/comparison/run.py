@@ -11,7 +11,7 @@ from pipeline.evaluation.comparison.defences import DEFENCES
 from pipeline.evaluation.comparison.plan import SAFECLIP, Plan, Task
 from pipeline.evaluation.comparison.pool import Pool
 from pipeline.evaluation.comparison.progress import Progress
-from pipeline.evaluation.comparison.results import read_results
+from pipeline.evaluation.comparison.results import append_result, read_results
 from pipeline.evaluation.comparison.sets import read_sets
 from shards.errors import UserError
 
@@ -56,11 +56,20 @@ def compare_sets(args, sets, groups, locks):
     there = [place for place in made if attacks[place].name not in failed]
     cells = [cell for place in there for cell in cells_of(args, *place, made[place])]
     known = {row["cell"] for row in rows} | ({place_of(row) for row in rows} if args.trust_rows else set())
+    bring_back(cells, rows, args)
     todo = [cell for cell in cells if not {cell.key, cell.place} & known]
     print(f"{len(cells)} cells, {len(todo)} of them to be run, {jobs} processes at a time", file=sys.stderr)
     progress, workers = Progress(todo, rows, jobs), max(1, cores // jobs - 1) if gpus else 0
     plan = Plan(todo, work, args.results, workers, args.keep, progress.finished)
     return failed, run(plan.tasks, progress)
+
+
+def bring_back(cells, rows, args):
+    """Write again the rows of cells that later rows stand in front of, so that they count: a config was changed, and changed back."""
+    by_key, last = {row["cell"]: row for row in rows}, {place_of(row): row["cell"] for row in rows}
+    for cell in cells:
+        if cell.key in by_key and last[cell.place] != cell.key and not args.trust_rows:
+            append_result(args.results, by_key[cell.key])
 
 
 def chosen_groups(named, sets):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from pipeline.configfile import load_config, override, read_yaml
 from shards.errors import UserError
 from shards.index import ShardIndex
 
+RATE = re.compile(r"rate(\d+)")  # the name of a group of a rate curve: so many poisoned pairs
 KEYS = ("config", "data", "attacks", "rates", "overrides")
 
 
@@ -83,6 +85,11 @@ def read_sets(path, names, rates=()):
                 f"{path}: {name} has {', '.join(entry)}; expected config, attacks, and of the rest data, rates, overrides"
             )
         attacks = {str(group): Attack(config) for group, config in entry["attacks"].items()}
+        for group in attacks:
+            if RATE.fullmatch(group):
+                raise UserError(
+                    f"{path}: {name}: attacks: got a group {group}, the name of a rate curve's; name it otherwise"
+                )
         words = [tuple(map(str, entry.get(key) or ())) for key in ("data", "overrides")]
         found[name] = DataSet(name, entry["config"], words[0], attacks, words[1])
         if rates:

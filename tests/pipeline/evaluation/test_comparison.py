@@ -1,11 +1,13 @@
 """launch/reproduce.sh's program: what is finished is not run again, what was cut off goes on, what fails is told."""
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ from pipeline.evaluation.comparison.__main__ import main
 from pipeline.evaluation.comparison.cells import Cell
 from pipeline.evaluation.comparison.plan import Plan, before
 from pipeline.evaluation.comparison.results import append_result, read_results
+from pipeline.evaluation.comparison.run import bring_back
 from pipeline.evaluation.comparison.sets import overlay_digest, read_sets
 from shards.demo import shapes
 from shards.errors import UserError
 from shards.storage import write_json
+from tests.pipeline.evaluation.test_comparison_table import row
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["train.epochs=6", "train.batch_size=32", "train.warmup_steps=5", "data.window=256"]
@@ -125,12 +129,81 @@ def test_rate_curves_poison_as_many_pairs_as_they_say(folder):
 def test_a_results_file_is_a_row_a_line(tmp_path):
     path = tmp_path / "deep" / "results.jsonl"
     assert read_results(path) == []
-    for cell, value in (("x", 1), ("y", 2), ("x", 3)):
-        append_result(path, {"cell": cell, "value": value})
-    assert [row["value"] for row in read_results(path)] == [3, 2]
-    path.write_text(path.read_text() + json.dumps({"cell": "z"})[:-3])
-    with pytest.raises(UserError, match="line 4 is no row"):
+    for cell, seconds in (("x", 1), ("y", 2), ("x", 3)):
+        append_result(path, row("none", 0, 0.7, badnets=0.9, seconds=seconds) | {"cell": cell})
+    assert [row["seconds"] for row in read_results(path)] == [2, 3]  # in the order of the last lines
+
+
+GOOD = row("none", 0, 0.7, badnets=0.9)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (json.dumps(GOOD)[:-3], "line 2 is no row"),
+        (json.dumps(GOOD).encode().replace(b"photos", b"ph\xffotos"), "line 2 is no row .*utf-8"),
+        ("[]", "line 2 is no row .*it has no attacks"),
+        (json.dumps({key: GOOD[key] for key in GOOD if key != "seconds"}), "missing or of a wrong type: seconds;?"),
+        (json.dumps(GOOD | {"rounds": {"recall": 1}, "group": None}), "wrong type: group, rounds"),
+        (json.dumps(GOOD | {"attacks": {"sig": {"success": 0.5}}}), "wrong type: attacks.sig"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(UserError, match=message):
         read_results(path)
+
+
+def test_a_cell_whose_row_is_taken_out_is_run_again(folder, tmp_path):
+    """Its checkpoints are gone, and with them the mark that its training is done; so also in folders where that mark was left."""
+    asked = words(folder, "--attacks", "a", "--defences", "oracle", "--work", str(tmp_path / "work"))
+    asked += ["--results", str(tmp_path / "results.jsonl")]
+    assert main(asked) == 0
+    (run_dir,) = tmp_path.glob("work/tiny/a_seed0/oracle_*/")
+    assert not (run_dir / "checkpoints").exists() and not (run_dir / "finished").exists()
+    (first,) = read_results(tmp_path / "results.jsonl")
+    (tmp_path / "results.jsonl").unlink()
+    write_json(run_dir / "finished", {"seconds": 1.0})
+    assert main(asked) == 0
+    (again,) = read_results(tmp_path / "results.jsonl")
+    assert again["cell"] == first["cell"] and again["attacks"] == first["attacks"] and again["seconds_own"] > 1.5
+    assert (first["attack"], first["setup"], first["recipe"]) == (again["attack"], again["setup"], again["recipe"])
+
+
+def test_a_row_tells_what_its_run_was_of(folder):
+    """Of a defence's seeds the recipe is the same, of a group's rows the setup, of a seed's rows the poison."""
+    none, dao, default = (cell.origin() for cell in cells(folder, "none", "dao", "default"))
+    (other,) = (cell.origin() for cell in cells(folder, "none", overlay="y"))
+    assert none["attack"] == dao["attack"] != other["attack"] and none["setup"] == default["setup"] == other["setup"]
+    assert none["recipe"] != default["recipe"]
+    (cell,) = cells(folder, "none")
+    later = Cell(cell.set, "a", "none", 1, cell.overlay)
+    assert later.config.hash() != cell.config.hash() and later.origin() == none
+    one = replace(cell.set, overrides=(*cell.set.overrides, "train.lr=0.123"))
+    changed = Cell(one, "a", "none", 0, cell.overlay).origin()
+    assert changed["setup"] != none["setup"] and changed["recipe"] != none["recipe"]
+
+
+def test_a_config_that_is_changed_back_brings_its_row_back(folder, tmp_path):
+    """Lines A, B; then A is asked for again: its row counts, and nothing is run. Rows that are trusted stay as they are."""
+    (cell,) = cells(folder, "none")
+    a, b = (row("none", 0, 0.7, name="tiny", badnets=0.9) | {"cell": key} for key in (cell.key, "b"))
+    for one in (a, b):
+        append_result(tmp_path / "results.jsonl", one)
+    for trust, expected in ((True, [a, b]), (False, [b, a]), (False, [b, a])):
+        args = argparse.Namespace(results=tmp_path / "results.jsonl", trust_rows=trust)
+        bring_back([cell], read_results(args.results), args)
+        assert read_results(args.results) == expected
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_group_may_not_be_named_like_a_rate_curve(folder, tmp_path):
+    values = yaml.safe_load((folder / "sets.yaml").read_text())
+    values["tiny"]["attacks"] = {"rate25": f"{folder}/attack.yaml", "rated": f"{folder}/attack.yaml"}
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="got a group rate25, the name of a rate curve's"):
+        read_sets(tmp_path / "sets.yaml", None)
 
 
 @pytest.mark.parametrize(

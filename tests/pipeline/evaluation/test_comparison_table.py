@@ -5,16 +5,18 @@ import pytest
 import yaml
 from scipy import stats
 
+from pipeline.evaluation.comparison.picture import draw
 from pipeline.evaluation.comparison.progress import Progress
 from pipeline.evaluation.comparison.report import not_run, write_report
 from pipeline.evaluation.comparison.results import append_result
+from pipeline.evaluation.comparison.rows import GroupRows, counted, groups_of, mixtures
 from pipeline.evaluation.comparison.table import (
-    SetRows,
     attack_table,
     knowledge_table,
     main_table,
     rate_table,
     selection_table,
+    summary_table,
 )
 
 
@@ -74,25 +76,40 @@ def cells(table, *head):
     return dict(zip(lines[0], found))
 
 
+def group(name="a", rows=ROWS, of="photos"):
+    return GroupRows(of, name, counted(rows))
+
+
 def test_success_is_mean_and_worst_beside_models_that_never_saw_poison():
-    table = main_table(SetRows("photos", ROWS))
+    table = main_table(group())
     dao = cells(table, "dao")
-    assert dao["badnets†"] == "4.0 / 6.0 (4.0)" and dao["sig"] == ""
+    assert dao["badnets†"] == "4.0 / 6.0 (4.0)" and dao["runs"] == "2" and "sig" not in dao
     half = stats.t.ppf(0.975, 1) * np.std([69, 65], ddof=1) / 2**0.5
     assert dao["clean top-1"] == f"67.0 ± {half:.1f}"
-    # Seed 0 of plain CLIP has two groups, which count once together: (70 + 68) / 2 and 72.
-    assert cells(table, "none")["clean top-1"].startswith("70.5 ± ")
+    assert cells(table, "none")["clean top-1"].startswith("71.0 ± ")  # its run of group b is another table's
+    assert cells(main_table(group("b")), "none")["clean top-1"] == "68.0"
     assert cells(table, "none, no poison")["badnets†"] == "(4.0)"
 
 
+def test_groups_are_taken_together_over_the_runs_that_all_have():
+    """none stands at 70 on a and at 50 on b, default at 65 on a alone: that is no table of none at 60 beside default at 65."""
+    rows = [row("none", 0, 0.7, badnets=0.9), row("none", 0, 0.5, group="b", sig=1.0), row("none", 1, 0.1, badnets=1)]
+    rows.append(row("default", 0, 0.65, badnets=0.1))
+    assert summary_table(groups_of(rows), True) == ""
+    rows.append(row("default", 0, 0.55, group="b", sig=0.3))
+    table = summary_table(groups_of(rows), True)
+    assert "(a: seeds 0; b: seeds 0)" in table and summary_table(groups_of(rows), False) == ""
+    table = table[table.index("|") :]
+    for defence, clean, rates in (("none", "60.0", "95.0 / 100.0"), ("default", "60.0", "20.0 / 30.0")):
+        found = cells(table, defence)
+        assert (found["runs"], found["clean top-1"]) == ("2", clean)
+        assert found["2 attacks that take, mean / worst attack"] == rates
+
+
 def test_an_attack_that_does_not_take_undefended_is_void_in_every_row():
-    found = SetRows("photos", ROWS)
+    found = group()
     table = main_table(found)
-    assert (found.void(("a", "badnets")), found.void(("a", "blended")), found.void(("b", "sig"))) == (
-        False,
-        True,
-        False,
-    )
+    assert (found.void("badnets"), found.void("blended"), group("b").void("sig")) == (False, True, False)
     for defence, seeds, text in [
         ("none", "0 1†", "void: 60.0 / 70.0 (2.0)"),
         ("dao", "0 1†", "void: 20.0 / 30.0 (2.0)"),
@@ -101,20 +118,20 @@ def test_an_attack_that_does_not_take_undefended_is_void_in_every_row():
     ]:
         assert cells(table, defence, seeds)["blended†"] == text
     assert cells(attack_table(found), "blended†", "dao")["success"] == "20.0 void"
-    undefended_missing = main_table(SetRows("photos", [r for r in ROWS if r["defence"] != "none"]))
+    undefended_missing = main_table(group(rows=[r for r in ROWS if r["defence"] != "none"]))
     assert cells(undefended_missing, "dao")["badnets†"] == "4.0 / 6.0 (?), undefended not run"
 
 
 def test_what_rules_may_be_chosen_on_is_marked():
-    table = main_table(SetRows("photos", ROWS))
-    assert table.splitlines()[0] == "| defence | seeds | clean top-1 | badnets† | blended† | sig |"
+    table = main_table(group())
+    assert table.splitlines()[0] == "| defence | seeds | runs | clean top-1 | badnets† | blended† |"
     assert cells(table, "default", "0†") and cells(table, "default", "3")
-    others = main_table(SetRows("emoji", [row("none", 0, 0.5, name="emoji", badnets=0.9)]))
+    others = main_table(group(rows=[row("none", 0, 0.5, name="emoji", badnets=0.9)], of="emoji"))
     assert "†" not in others
 
 
 def test_selection_is_that_of_the_last_round():
-    table = selection_table(SetRows("photos", ROWS))
+    table = selection_table(group())
     late = cells(table, "default", "0†")
     assert late["poison recall, mean / worst"] == "90.0 / 90.0" and late["false positives"] == "6.0"
     assert late["AUROC"] == "0.980" and late["false positives at 100 % recall"] == "10.0"
@@ -128,14 +145,14 @@ def test_selection_is_that_of_the_last_round():
 
 
 def test_time_counts_what_comes_before():
-    table = knowledge_table(SetRows("photos", ROWS))
+    table = knowledge_table(group())
     assert cells(table, "dao")["time / none's"] == "1.50" and cells(table, "none")["time / none's"] == "1.00"
     assert cells(table, "default", "3")["time / none's"] == "?"
     assert cells(table, "dao")["I→T R@5"] == "20.0" and cells(table, "dao")["top-5"].startswith("77.0")
 
 
 def test_the_interval_of_a_success_is_of_all_pictures():
-    table = attack_table(SetRows("photos", ROWS))
+    table = attack_table(group())
     low, high = stats.binomtest(80, 2000).proportion_ci(method="wilson")
     assert cells(table, "badnets†", "dao")["95 %"] == f"{100 * low:.1f} to {100 * high:.1f}"
     assert cells(table, "badnets†", "dao")["poison recall"] == "90.0"
@@ -145,15 +162,21 @@ def test_rate_curves_stand_apart_with_clean_accuracy_beside():
     rates = [row("none", s, 0.7, group=f"rate{n}", sig=n / 100) for n in (25, 50) for s in (0, 1)]
     rates.append(row("default", 0, 0.6, group="rate50", sig=0.03))
     table = rate_table("photos", ROWS + rates)
-    assert cells(table, "sig", "none")["25 pairs: clean top-1, success"] == "70.0, 25.0 / 25.0"
-    assert cells(table, "sig", "default")["50 pairs: clean top-1, success"] == "60.0, 3.0 / 3.0"
-    assert cells(table, "sig", "default")["25 pairs: clean top-1, success"] == ""
-    assert main_table(SetRows("photos", ROWS + rates)) == main_table(SetRows("photos", ROWS))
+    assert cells(table, "sig", "none")["25 pairs: runs, clean top-1, success"] == "2, 70.0, 25.0 / 25.0"
+    assert cells(table, "sig", "default")["50 pairs: runs, clean top-1, success"] == "1, 60.0, 3.0 / 3.0"
+    assert cells(table, "sig", "default")["25 pairs: runs, clean top-1, success"] == ""
+    assert [one.group for one in groups_of(counted(ROWS + rates))] == ["a", "b"]
+
+
+def test_a_group_may_have_a_name_that_begins_like_a_rate_curve(tmp_path):
+    rows = [row("none", 0, 0.7, group="rated", sig=0.9), row("none", 0, 0.7, group="rate25", sig=0.9)]
+    assert [one.group for one in groups_of(rows)] == ["rated"]
+    assert "25 pairs" in rate_table("photos", rows) and "| sig | none |" in rate_table("photos", rows)
 
 
 def test_of_a_cell_the_last_row_counts():
     later = {**row("dao", 0, 0.9, badnets=0.5, blended=0.5), "cell": "of another config"}
-    assert cells(main_table(SetRows("photos", [*ROWS, later])), "dao")["badnets†"].startswith("28.0 / 50.0")
+    assert cells(main_table(group(rows=[*ROWS, later])), "dao")["badnets†"].startswith("28.0 / 50.0")
 
 
 def test_the_report_says_what_was_not_run(tmp_path):
@@ -166,9 +189,77 @@ def test_the_report_says_what_was_not_run(tmp_path):
         append_result(tmp_path / "results.jsonl", one)
     write_report(tmp_path / "results.jsonl", tmp_path / "sets.yaml")
     report = (tmp_path / "comparison.md").read_text()
-    assert main_table(SetRows("photos", ROWS)) in report and text in report
+    assert main_table(group()) in report and text in report
     for picture in ("comparison.png", "rates_photos.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG") and picture in report
+
+
+def written(tmp_path, rows):
+    """The report of rows."""
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump({"photos": {"config": "c", "attacks": {"a": "x"}}}))
+    for one in rows:
+        append_result(tmp_path / "results.jsonl", one)
+    write_report(tmp_path / "results.jsonl", tmp_path / "sets.yaml")
+    return (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "key, first, second, text",
+    [
+        (
+            "attack",
+            ("none", 0),
+            ("dao", 0),
+            "group a, seed 0: different poisons: old (a none 0, commit abc); new (a dao 0, ",
+        ),
+        ("setup", ("none", 0), ("dao", 1), "group a: different configs, data or attack configs: old (a none 0, "),
+        (
+            "recipe",
+            ("dao", 0),
+            ("dao", 1),
+            "dao: different configs: old (a dao 0, commit abc); new (a dao 1, commit abc)",
+        ),
+    ],
+)
+def test_runs_that_are_not_of_one_kind_are_told(tmp_path, key, first, second, text):
+    """Rows of other places fit with them: other seeds have other poison, other defences other configs, old rows no digest."""
+    rows = [row(*first, 0.7, badnets=0.9), row(*second, 0.7, badnets=0.1), row("default", 0, 0.7, badnets=0.5)]
+    assert "Not comparable" not in written(tmp_path, rows)
+    rows[0][key], rows[1][key] = "old", "new"
+    assert f"**Not comparable**: {text}" in written(tmp_path, rows)
+    rows[1][key] = "old"
+    assert "Not comparable" not in written(tmp_path, rows)
+    others = [{**row("none", 0, 0.7, badnets=0.9), key: "x"}, {**row("dao", 1, 0.7, badnets=0.9), key: "y"}]
+    assert bool(mixtures(others)) == (key == "setup")
+
+
+def test_the_last_line_of_a_place_counts(tmp_path):
+    """Lines A, B, A: what the file says last."""
+    a, b = row("none", 0, 0.7, badnets=0.9), {**row("none", 0, 0.5, badnets=0.8), "cell": "b"}
+    assert cells(table_of(written(tmp_path, [a, b])), "none")["clean top-1"] == "50.0"
+    assert cells(table_of(written(tmp_path, [a])), "none")["clean top-1"] == "70.0"
+
+
+def table_of(report):
+    """The first table of a group in a report."""
+    return report[report.index("| defence | seeds") :].partition("\n\n")[0]
+
+
+def test_a_row_of_a_defence_that_is_gone_is_told_and_no_time_is_no_ratio(tmp_path):
+    rows = [row("none", 0, 0.7, badnets=0.9, seconds=0.0), row("hope", 0, 0.7, badnets=0.1)]
+    rows += [row("hope", 0, 0.7, poisoned=False, badnets=0.1), row("none", 0, 0.7, group="z", poisoned=False, sig=0.1)]
+    report = written(tmp_path, rows)
+    assert "- photos, group a: a hope 0, commit abc: no such defence\n" in report and report.count("hope") == 2
+    assert "- photos, group z: unpoisoned none 0, commit abc: no run on the poison of its group yet" in report
+    assert cells(knowledge_table(group(rows=rows)), "none")["time / none's"] == "?"
+
+
+def test_the_picture_counts_no_attack_that_was_not_run_undefended(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axis, title, **_: titles.append(title))
+    rows = [row("dao", 0, 0.7, badnets=0.1), row("none", 0, 0.7, group="b", sig=0.9, wanet=0.1)]
+    draw(groups_of(rows), tmp_path / "picture.png")
+    assert titles == ["photos a: undefended not run", "photos b: 1 of 2 attacks take"]
 
 
 class Cell:

@@ -1,0 +1,107 @@
+"""The rows of a comparison that its tables and pictures count, by set, group and defence, and whether they are of one kind."""
+
+import numpy as np
+
+from pipeline.evaluation.comparison.cells import place_of
+from pipeline.evaluation.comparison.defences import DEFENCES
+from pipeline.evaluation.comparison.protocol import CHOSEN_SEEDS, TOOK, may_be_chosen_on
+from pipeline.evaluation.comparison.sets import RATE
+
+
+class GroupRows:
+    """The rows of one set and attack group, `rows` being `counted`.
+
+    blocks: [(defence, chosen)]: the defences in their order, seeds that rules may be chosen on apart from others. attacks: names.
+    """
+
+    def __init__(self, name, group, rows):
+        self.name, self.group = name, group
+        rows = [row for row in rows if (row["set"], row["group"]) == (name, group)]
+        self.poisoned = [row for row in rows if row["poisoned"]]
+        self.controls = [row for row in rows if not row["poisoned"]]
+        self.attacks = list(dict.fromkeys(attack for row in self.poisoned for attack in row["attacks"]))
+        self.blocks = [(name, chosen) for name in DEFENCES for chosen in (True, False) if self.of(name, chosen)]
+
+    def of(self, defence, chosen=None, controls=False):
+        """Rows of a defence, of seeds that rules may be chosen on or of the others (None: of all)."""
+        return [
+            row
+            for row in (self.controls if controls else self.poisoned)
+            if row["defence"] == defence and chosen in (None, row["seed"] in CHOSEN_SEEDS)
+        ]
+
+    def void(self, attack):
+        """Whether the attack did not take on plain CLIP, so that it shows nothing; None where that was not run."""
+        success = rate_of(self.of("none"), attack)
+        return None if success is None else success < TOOK
+
+    def unpoisoned(self, attack, key="success"):
+        """Mean rate of plain CLIP that never saw poison; None where it was not run."""
+        return rate_of(self.of("none", controls=True), attack, key)
+
+    def title(self, attack):
+        """The attack's name, with a mark where rules may be chosen on it."""
+        return attack + ("†" if may_be_chosen_on(self.name, attack, CHOSEN_SEEDS[0]) else "")
+
+
+def counted(rows):
+    """The rows that the tables count: of each cell the last, of defences that there are."""
+    last = {place_of(row): row for row in rows if row["defence"] in DEFENCES}
+    return list(last.values())
+
+
+def groups_of(rows):
+    """List of GroupRows: of the sets and groups, in their order, that stand in no rate curve."""
+    names = dict.fromkeys(row["set"] for row in rows)
+    groups = sorted({row["group"] for row in rows if not RATE.fullmatch(row["group"])})
+    found = [GroupRows(name, group, rows) for name in names for group in groups]
+    return [one for one in found if one.poisoned]
+
+
+def rate_rows(name, rows):
+    """{(attack, defence, number of pairs): rows} of a set's rate curves, attacks and defences in their order. `rows`: `counted`."""
+    rows = [row for row in rows if row["set"] == name and row["poisoned"] and RATE.fullmatch(row["group"])]
+    found = {}
+    for attack in dict.fromkeys(attack for row in rows for attack in row["attacks"]):
+        for defence in DEFENCES:
+            for row in rows:
+                if row["defence"] == defence and attack in row["attacks"]:
+                    count = int(RATE.fullmatch(row["group"])[1])
+                    found.setdefault((attack, defence, count), []).append(row)
+    return found
+
+
+def mixtures(rows):
+    """Lines about runs of one set that should be of one kind and are not (Cell.origin); rows without a digest fit with all."""
+    kinds = {
+        "setup": ("configs, data or attack configs", lambda row: f"group {row['group']}"),
+        "attack": ("poisons", lambda row: f"group {row['group']}, seed {row['seed']}"),
+        "recipe": ("configs", lambda row: row["defence"]),
+    }
+    lines = []
+    for key, (what, scope) in kinds.items():
+        found = {}
+        for row in rows:
+            if row.get(key):
+                found.setdefault(scope(row), {}).setdefault(row[key], []).append(row)
+        for where, by_digest in found.items():
+            if len(by_digest) > 1:
+                text = "; ".join(f"{digest} ({named(of_one)})" for digest, of_one in by_digest.items())
+                lines.append(f"**Not comparable**: {where}: different {what}: {text}.\n")
+    return lines
+
+
+def named(rows):
+    """ "a dao 0, unpoisoned none 1, commit 1234567890"."""
+    names = [f"{row['group'] if row['poisoned'] else 'unpoisoned'} {row['defence']} {row['seed']}" for row in rows]
+    return ", ".join(dict.fromkeys([*names, *(f"commit {row['commit']}" for row in rows)]))
+
+
+def rate_of(rows, attack, key="success"):
+    return mean([row["attacks"][attack][key] for row in rows if attack in row["attacks"]])
+
+
+def mean(values):
+    """float, or None of nothing, and of values that are not known."""
+    values = [value for value in values if value is not None]
+    return float(np.mean(values)) if values else None
