@@ -98,11 +98,12 @@ def read_attack(kind, values, seeds):
 def open_pool(config):
     """Pool of the data that the config names. Raises UserError."""
     try:
-        classes = Path(config["classnames"]).read_text(encoding="utf-8").splitlines()
+        lines = Path(config["classnames"]).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"attack config: classnames: cannot read {config['classnames']} ({error}); name the test set's classnames.txt"
         ) from None
+    classes = [line.strip() for line in lines if line.strip()]  # as a test set's are read for evaluation
     index, test = ShardIndex.load(config["index"]), ShardIndex.load(config["test"])
     label_N, test_label_M = (read_labels(config[key], key, len(classes)) for key in ("labels", "test"))
     if len(label_N) != index.samples:

@@ -9,6 +9,7 @@ class_to_class  test pictures of the source class, those whose caption has the s
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from scipy.stats import binomtest
@@ -28,12 +29,22 @@ class AttackSuccess:
     "count", the pictures judged. base: the same pictures without the trigger (backdoor); other test pictures of the targets' classes that are
     read as the adversarial class (single_target); pictures of the source class without the phrase that are read as the target
     (class_to_class), None where there are none. true_class: pictures judged that are read as what they are.
+
+    attacked_N: bool (N,), the test pictures that are to be misread as they are: the targets, and those that class-to-class attacks are
+    about. No base but a backdoor's counts them. No figure counts pictures that cannot be read.
     """
 
     def __init__(self, test: TestSet, overlay: Overlay):
         """`test`: testset.TestSet; `overlay`: shards.overlay.Overlay. Raises UserError where an attack cannot be judged on this test set."""
+        for number, (ours, others) in enumerate(zip_longest(overlay.classes, test.classnames)):
+            if ours != others:
+                raise UserError(
+                    f"data.overlay: class {number} of its {len(overlay.classes)} classes is {ours!r}, of the {len(test.classnames)} of "
+                    f"evaluation.test, {test.root}/classnames.txt, it is {others!r}; evaluate on the test set that the attack was made "
+                    "with, or make it again with `safeclip attack`"
+                )
         makers = {"backdoor": Backdoor, "single_target": SingleTarget, "class_to_class": ClassToClass}
-        self.attacks = {}
+        self.attacks, self.attacked_N = {}, np.zeros(len(test.label_N), bool)
         for name, settings in overlay.kinds.items():
             if settings["judged"] == "single_target" and overlay.source_fingerprint != test.samples.index.fingerprint:
                 raise UserError(
@@ -43,10 +54,22 @@ class AttackSuccess:
             self.attacks[name] = makers[settings["judged"]].of(test, settings, overlay.trigger(name))
             if not len(self.attacks[name].row_M):
                 raise UserError(f"evaluation.test: {test.root} has no picture on which attack {name} can be judged")
+            if settings["judged"] != "backdoor":
+                self.attacked_N[self.attacks[name].row_M] = True
 
     def __call__(self, encoder, image_ND, classes_KD):
         clean_N = predicted_classes(image_ND, classes_KD)
-        return {name: attack.judge(encoder, classes_KD, clean_N) for name, attack in self.attacks.items()}
+        found = {}
+        for name, attack in self.attacks.items():
+            seen_M = clean_N[attack.row_M] >= 0
+            if not seen_M.any():
+                raise UserError(f"evaluation.test: no picture on which attack {name} is judged can be read")
+            found[name] = attack.judge(encoder, classes_KD, clean_N, seen_M, ~self.attacked_N & (clean_N >= 0))
+        return found
+
+
+# The attacks' judge(encoder, classes_KD, clean_N, seen_M, other_N): clean_N, int64 (N,), is what the test pictures are read as; seen_M,
+# bool (M,), which of row_M can be read; other_N, bool (N,), the pictures that can be read and that no attack is about.
 
 
 @dataclass
@@ -63,14 +86,15 @@ class Backdoor:
         target = settings["target_class"]
         return cls(test, np.flatnonzero(test.label_N != target), target, trigger)
 
-    def judge(self, encoder, classes_KD, clean_N):
-        places = [self.test.place_N[row] for row in self.row_M]
+    def judge(self, encoder, classes_KD, clean_N, seen_M, other_N):
+        row_M = self.row_M[seen_M]
+        places = [self.test.place_N[row] for row in row_M]
         read_M = predicted_classes(encoder.pictures(self.test.samples, places, self.trigger), classes_KD)
         return {
             "judged": "backdoor",
             **success(read_M == self.target),
-            "base": float((clean_N[self.row_M] == self.target).mean()),
-            "true_class": float((read_M == self.test.label_N[self.row_M]).mean()),
+            "base": float((clean_N[row_M] == self.target).mean()),
+            "true_class": float((read_M == self.test.label_N[row_M]).mean()),
         }
 
 
@@ -90,28 +114,27 @@ class SingleTarget:
         classes = [[target[name] for target in targets] for name in ("true_class", "adversarial_class")]
         return cls(test, *(np.array(values, np.int64) for values in (rows, *classes)))
 
-    def judge(self, encoder, classes_KD, clean_N):
-        bystander_N = np.ones(len(clean_N), bool)
-        bystander_N[self.row_M] = False
+    def judge(self, encoder, classes_KD, clean_N, seen_M, other_N):
+        row_M, true_M, adversarial_M = (values[seen_M] for values in (self.row_M, self.true_M, self.adversarial_M))
         base = []
-        for true, adversarial in zip(self.true_M, self.adversarial_M):
-            alike_N = bystander_N & (self.test.label_N == true)
+        for true, adversarial in zip(true_M, adversarial_M):
+            alike_N = other_N & (self.test.label_N == true)
             if alike_N.any():
                 base.append((clean_N[alike_N] == adversarial).mean())
         return {
             "judged": "single_target",
-            **success(clean_N[self.row_M] == self.adversarial_M),
+            **success(clean_N[row_M] == adversarial_M),
             "base": float(np.mean(base)) if base else None,
-            "true_class": float((clean_N[self.row_M] == self.true_M).mean()),
+            "true_class": float((clean_N[row_M] == true_M).mean()),
         }
 
 
 @dataclass
 class ClassToClass:
-    """row_M: test pictures of the source class that the attack is about; other_M: those that it is not about."""
+    """row_M: test pictures of the source class that the attack is about."""
 
+    test: TestSet
     row_M: np.ndarray
-    other_M: np.ndarray
     source: int
     target: int
 
@@ -126,16 +149,15 @@ class ClassToClass:
                     f"shards with `safeclip index SHARDS --text txt --out {test.root}/test_captions`"
                 )
             meant_N = np.array([phrase.lower() in " ".join(texts).lower() for texts in test.captions])
-        of_source_N = test.label_N == source
-        rows, others = np.flatnonzero(of_source_N & meant_N), np.flatnonzero(of_source_N & ~meant_N)
-        return cls(rows, others, source, settings["target_class"])
+        return cls(test, np.flatnonzero((test.label_N == source) & meant_N), source, settings["target_class"])
 
-    def judge(self, encoder, classes_KD, clean_N):
+    def judge(self, encoder, classes_KD, clean_N, seen_M, other_N):
+        row_M, other_M = self.row_M[seen_M], np.flatnonzero(other_N & (self.test.label_N == self.source))
         return {
             "judged": "class_to_class",
-            **success(clean_N[self.row_M] == self.target),
-            "base": float((clean_N[self.other_M] == self.target).mean()) if len(self.other_M) else None,
-            "true_class": float((clean_N[self.row_M] == self.source).mean()),
+            **success(clean_N[row_M] == self.target),
+            "base": float((clean_N[other_M] == self.target).mean()) if len(other_M) else None,
+            "true_class": float((clean_N[row_M] == self.source).mean()),
         }
 
 

@@ -26,11 +26,15 @@ class Encoder:
     def pictures(self, samples: Samples, places: list, trigger=None) -> torch.Tensor:
         """float32 (N, D), unit length: the pictures at `places`, a list of (shard, position), with `trigger` applied if there is one.
 
-        A picture that cannot be read counts as a black one.
+        A row of zeros stands for a picture that cannot be read.
         """
         parts = split(places, self.batch_size)
         dataset = PictureBatches(samples, parts, self.views.size, trigger)
-        return self.shared(dataset, [len(part) for part in parts], lambda images: self.towers(images, None)[0])
+
+        def encode(images_BCHW, readable_B):
+            return self.towers(images_BCHW, None)[0].masked_fill(~readable_B[:, None], 0)
+
+        return self.shared(dataset, [len(part) for part in parts], encode)
 
     def texts(self, texts: list[str]) -> torch.Tensor:
         """float32 (N, D), unit length: a list of str."""
@@ -40,7 +44,7 @@ class Encoder:
 
     @torch.no_grad()
     def shared(self, dataset: Dataset, sizes: list[int], encode) -> torch.Tensor:
-        """(N, D): encode(item) of every item of `dataset`, in order; item i has sizes[i] rows. Rank r encodes items r, r + world, ...
+        """(N, D): encode(*item) of every item of `dataset`, in order; item i has sizes[i] rows. Rank r encodes items r, r + world, ...
 
         All ranks encode equally often, for under ZeRO-3 a forward pass is collective; a result too many is dropped.
         """
@@ -49,7 +53,7 @@ class Encoder:
         mine = turns[comm.rank()]
         again = [0] * (len(turns[0]) - len(mine))
         reading = batches(torch.utils.data.Subset(dataset, mine + again), workers=self.workers)
-        found = [encode(item.to(self.device)).float() for item in reading]
+        found = [encode(*(part.to(self.device) for part in item)).float() for item in reading]
         local_MD = torch.cat(found[: len(mine)]) if mine else found[0][:0]
         gathered_ND = comm.all_gather_rows(local_MD, [sum(sizes[i] for i in turn) for turn in turns])
         starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -60,7 +64,7 @@ class Encoder:
 
 
 class PictureBatches(Dataset):
-    """Item i: the pictures at parts[i] = [(shard, position), ...] as uint8 (B, C, H, W)."""
+    """Item i: the pictures at parts[i] = [(shard, position), ...] as uint8 (B, C, H, W), and bool (B,), which of them can be read."""
 
     def __init__(self, samples, parts, size, trigger):
         self.samples, self.parts, self.size, self.trigger = samples, parts, size, trigger
@@ -70,17 +74,19 @@ class PictureBatches(Dataset):
 
     def __getitem__(self, i):
         images = np.zeros((len(self.parts[i]), self.size, self.size, 3), np.uint8)
+        readable_B = torch.ones(len(images), dtype=torch.bool)
         for row, place in enumerate(self.parts[i]):
             try:
                 image = self.samples.image(*place)
             except BadSample:
+                readable_B[row] = False
                 continue
             images[row] = plain_view(self.trigger.apply(image, place) if self.trigger else image, self.size)
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), readable_B
 
 
 class TokenBatches(Dataset):
-    """Item i: the tokens, int64 (B, L), of the list of str parts[i]."""
+    """Item i: a tuple of the tokens, int64 (B, L), of the list of str parts[i]."""
 
     def __init__(self, parts, tokenize):
         self.parts, self.tokenize = parts, tokenize
@@ -89,7 +95,7 @@ class TokenBatches(Dataset):
         return len(self.parts)
 
     def __getitem__(self, i):
-        return self.tokenize(self.parts[i])
+        return (self.tokenize(self.parts[i]),)
 
 
 def split(items: list, size: int) -> list[list]:

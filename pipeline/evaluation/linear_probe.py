@@ -20,8 +20,9 @@ MOST = 10_000  # training pictures
 
 def linear_probe(
     encoder: Encoder, image_ND: torch.Tensor, test: TestSet, samples: Samples, labels: Samples, seed: int
-) -> float:
-    """float: top-1 accuracy on the test pictures; the classifier learns from at most MOST clean training pictures.
+) -> float | None:
+    """float: top-1 accuracy on the test pictures; the classifier learns from at most MOST clean training pictures. None where these are of
+    fewer than two classes. Pictures that cannot be read are left out.
 
     image_ND: embeddings of the test pictures of `test` (testset.TestSet). samples: the run's training Samples; poisoned pairs and decoys of its
     overlay are left out. labels: Samples of the same shards indexed with text="cls". Embeddings are of unit length and then
@@ -30,9 +31,12 @@ def linear_probe(
     place_M = chosen_places(samples, seed)
     label_M = read_labels(labels, place_M)
     image_MD = encoder.pictures(samples, place_M)
+    seen_M, seen_N = (embedded.any(1).cpu().numpy() for embedded in (image_MD, image_ND))
+    if len(np.unique(label_M[seen_M])) < 2:
+        return None
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=0))
-    probe.fit(image_MD.cpu().numpy(), label_M)
-    return float(probe.score(image_ND.cpu().numpy(), test.label_N))
+    probe.fit(image_MD.cpu().numpy()[seen_M], label_M[seen_M])
+    return float(probe.score(image_ND.cpu().numpy()[seen_N], test.label_N[seen_N]))
 
 
 def chosen_places(samples: Samples, seed: int) -> list[tuple]:

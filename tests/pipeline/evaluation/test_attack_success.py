@@ -14,7 +14,7 @@ class Test:
     """Six pictures of three classes, some with captions."""
 
     __test__ = False
-    root, place_N = "shapes", [(0, position) for position in range(6)]
+    root, classnames, place_N = "shapes", ["cat", "dog", "bird"], [(0, position) for position in range(6)]
     label_N, samples = np.array([0, 0, 1, 1, 2, 2]), type("", (), {"index": type("", (), {"fingerprint": "f"})})
     captions = [["a dog"], ["a hound"], ["A small dog", "in the snow"], [], ["a cat"], ["a cat"]]
 
@@ -23,7 +23,7 @@ class Test:
 
 
 class Overlay:
-    source_index, source_fingerprint = "test_index", "f"
+    source_index, source_fingerprint, classes = "test_index", "f", ["cat", "dog", "bird"]
 
     def __init__(self, **kinds):
         self.kinds = kinds
@@ -41,8 +41,9 @@ class Encoder:
 
 
 def judged(read, **kinds):
-    """AttackSuccess of an attack, where picture n without a trigger is read as read[n]."""
-    return AttackSuccess(Test(), Overlay(**kinds))(Encoder(), CLASSES_KD[read], CLASSES_KD)
+    """AttackSuccess of attacks, where picture n without a trigger is read as read[n], and -1 for one that cannot be read."""
+    image_ND = torch.cat([CLASSES_KD, torch.zeros(1, 3)])[read]
+    return AttackSuccess(Test(), Overlay(**kinds))(Encoder(), image_ND, CLASSES_KD)
 
 
 def test_a_backdoor_is_judged_on_pictures_of_other_classes_with_the_trigger():
@@ -67,6 +68,47 @@ def test_class_to_class_is_judged_on_pictures_of_the_source_whose_captions_have_
     settings = {"judged": "class_to_class", "source_class": 0, "target_class": 2, "source_phrase": phrase}
     found = judged([0, 2, 2, 2, 2, 2], near=settings)["near"]
     assert (found["count"], found["success"], found["base"], found["true_class"]) == (count, rate, base, 1 - rate)
+
+
+def test_bases_leave_out_the_pictures_that_any_attack_is_about():
+    one = {"shard": 0, "position": 0, "true_class": 0, "adversarial_class": 2}
+    attacks = {
+        "one": {"judged": "single_target", "targets": [one]},
+        "two": {"judged": "single_target", "targets": [{**one, "position": 1}]},
+        "near": {"judged": "class_to_class", "source_class": 2, "target_class": 1},
+        "dogs": {"judged": "class_to_class", "source_class": 0, "target_class": 1, "source_phrase": "dog"},
+        "three": {"judged": "single_target", "targets": [{**one, "position": 2, "true_class": 1}]},
+    }
+    found = judged([2, 2, 2, 1, 2, 2], **attacks)
+    # Of class 0 both pictures are targets, of class 1 picture 2; only picture 3 is left.
+    assert {name: attack["base"] for name, attack in found.items()} == {
+        "one": None,
+        "two": None,
+        "near": None,
+        "dogs": None,
+        "three": 0.0,
+    }
+    assert AttackSuccess(Test(), Overlay(**attacks)).attacked_N.tolist() == [True, True, True, False, True, True]
+
+
+def test_pictures_that_cannot_be_read_are_in_no_figure():
+    backdoor = judged([0, -1, 1, 1, -1, 0], patch={"judged": "backdoor", "target_class": 1})["patch"]
+    assert (backdoor["count"], backdoor["success"], backdoor["base"]) == (2, 0.5, 0.0)
+    target = {"shard": 0, "position": 0, "true_class": 0, "adversarial_class": 2}
+    targets = [target, {**target, "position": 2, "true_class": 1}]
+    single = judged([-1, 0, 2, -1, 2, 2], one={"judged": "single_target", "targets": targets})["one"]
+    assert (single["count"], single["success"], single["base"]) == (1, 1.0, None)
+    near = {"judged": "class_to_class", "source_class": 0, "target_class": 2}
+    assert judged([-1, 2, 1, 1, 2, 2], near=near)["near"]["count"] == 1
+    with pytest.raises(UserError, match="no picture on which attack near is judged can be read"):
+        judged([-1, -1, 1, 1, 2, 2], near=near)
+
+
+@pytest.mark.parametrize("classes", [["cat", "bird", "dog"], ["cat", "dog"], ["cat", "dog", "bird", "fish"]])
+def test_an_attack_on_other_classes_is_refused(monkeypatch, classes):
+    monkeypatch.setattr(Overlay, "classes", classes)
+    with pytest.raises(UserError, match="data.overlay: class .* evaluation.test, shapes/classnames.txt, it is"):
+        judged([0] * 6, patch={"judged": "backdoor", "target_class": 1})
 
 
 def test_what_cannot_be_judged_is_named(monkeypatch):

@@ -1,5 +1,7 @@
 """The ranks share what is encoded, and all get the same figures as one rank alone."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,17 @@ import torch
 from pipeline.config import Evaluation
 from pipeline.evaluation.encoding import Encoder
 from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.linear_probe import linear_probe
+from pipeline.evaluation.retrieval import retrieval
+from pipeline.evaluation.zero_shot import predicted_classes, zero_shot_classifier
 from pipeline.training.model import Towers, build_model, pixel_stats, tokenizer_for
+from shards.errors import UserError
 from shards.index import build_index
 from shards.loader import Views
+from shards.samples import Samples
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
+from tests.shards.test_index import write_tar
 
 
 @pytest.fixture
@@ -66,17 +74,72 @@ def test_embeddings_are_in_order_and_those_of_the_model(test_set):
     assert set(figures["retrieval"]) == {"image_to_text", "text_to_image"}
 
 
-def test_a_picture_that_cannot_be_read_is_a_black_one(tmp_path):
-    from tests.shards.test_index import write_tar
+def damaged(folder, rows):
+    """The test set with the pictures of these rows broken."""
+    paths = sorted(folder.rglob("*.tar"))
+    for shard, path in enumerate(paths):
+        with tarfile.open(path) as tar:
+            members = [(member.name, tar.extractfile(member).read()) for member in tar]
+        keys = [name for name, _ in members if name.endswith(".png")]
+        broken = {key for n, key in enumerate(keys) if 4 * shard + n in rows}
+        write_tar(path, [(name, b"no picture" if name in broken else data) for name, data in members])
+    build_index([str(path) for path in paths], folder / "test_index", text="cls")
+    build_index([str(path) for path in paths], folder / "test_captions")
 
-    members = [("a.png", b"no picture"), ("a.cls", b"0")]
-    index = build_index([str(write_tar(tmp_path / "bad.tar", members))], tmp_path / "index", text="cls")
-    from shards.samples import Samples
 
-    model = towers().eval()
-    found = Encoder(model, views(), torch.device("cpu")).pictures(Samples(index), [(0, 0)])
-    expected = model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), None)[0].detach()
-    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-6)
+def test_pictures_that_cannot_be_read_are_counted_and_in_no_figure(test_set):
+    (image_ND, *_), _ = embeddings_and_figures(test_set)
+    damaged(test_set, {1, 6})
+    (found_ND, *_), figures = embeddings_and_figures(test_set)
+    rest = [0, 2, 3, 4, 5]
+    assert (found_ND[[1, 6]] == 0).all() and figures["unreadable"] == 2
+    np.testing.assert_allclose(found_ND[rest], image_ND[rest], atol=1e-6)
+    evaluator = Evaluator(Evaluation(test=str(test_set)))
+    encoder = Encoder(towers().eval(), views(), torch.device("cpu"))
+    classes_KD = zero_shot_classifier(encoder, evaluator.test.classnames, evaluator.test.templates)
+    read_N = predicted_classes(torch.from_numpy(found_ND), classes_KD)
+    assert read_N[[1, 6]].tolist() == [-1, -1]
+    assert figures["clean_top1"] == pytest.approx((read_N == evaluator.test.label_N)[rest].mean())
+    captions = [evaluator.test.captions[row] for row in rest]
+    assert figures["retrieval"] == retrieval(encoder, torch.from_numpy(found_ND[rest]), captions)
+
+
+def test_without_any_picture_that_can_be_read_there_are_no_figures(test_set):
+    damaged(test_set, range(7))
+    with pytest.raises(UserError, match="of the 7 pictures of .* 0 can be read"):
+        embeddings_and_figures(test_set)
+
+
+def test_clean_accuracy_leaves_out_the_pictures_that_attacks_are_about(test_set):
+    index = Evaluator(Evaluation(test=str(test_set))).test.samples.index
+
+    class Overlay:
+        classes, source_fingerprint = ["cat", "dog", "bird"], index.fingerprint
+        kinds = {"near": {"judged": "class_to_class", "source_class": 0, "target_class": 1, "source_phrase": None}}
+
+        def trigger(self, name):
+            return None
+
+    evaluator = Evaluator(Evaluation(test=str(test_set)), Overlay())
+    encoder = Encoder(towers().eval(), views(), torch.device("cpu"))
+    image_ND = evaluator.encode(encoder)
+    classes_KD = zero_shot_classifier(encoder, evaluator.test.classnames, evaluator.test.templates)
+    right_N = predicted_classes(image_ND, classes_KD) == evaluator.test.label_N
+    others = [row for row, label in enumerate(evaluator.test.label_N) if label != 0]
+    assert right_N.mean() != right_N[others].mean()
+    assert evaluator.judge(encoder, image_ND)["clean_top1"] == pytest.approx(right_N[others].mean())
+
+
+def test_a_probe_of_one_class_has_no_figure(test_set):
+    paths = [str(path) for path in sorted(test_set.rglob("*.tar"))]
+    labels = Samples(build_index(paths[1:], test_set / "labels", text="cls"))
+    evaluator = Evaluator(Evaluation(test=str(test_set)))
+    encoder = Encoder(towers().eval(), views(), torch.device("cpu"))
+    image_ND = evaluator.encode(encoder)
+    assert linear_probe(encoder, image_ND, evaluator.test, labels, labels, 0) is not None
+    damaged(test_set, {5, 6})  # of the second shard one picture is left
+    labels = Samples(build_index(paths[1:], test_set / "labels", text="cls"))
+    assert linear_probe(encoder, image_ND, evaluator.test, labels, labels, 0) is None
 
 
 def test_a_model_in_training_is_evaluated_in_eval_mode_and_goes_on_training(test_set):
