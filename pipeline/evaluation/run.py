@@ -3,12 +3,16 @@
 Rates are shares of 1, null where they are not known or there is nothing to measure.
 
 preset, seed, epochs, seconds, sample_views    of the run; sample_views: views of pairs that the losses saw
-clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py)
+clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py), without those that the attacks
+                                               of data.overlay are about: targets, and pictures of class-to-class sources
+unreadable                                     number of the test pictures that cannot be read, which no figure counts
 retrieval                                      {"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}} (retrieval.py)
-linear_probe                                   top-1 accuracy (linear_probe.py)
+linear_probe                                   top-1 accuracy (linear_probe.py), on all test pictures
 attacks     {NAME: {
-    judged, success, interval, count, base, true_class      attack_success.py
-    took                    whether plain CLIP on the same poison reaches 80 %: this run if it is one, else the run --baseline
+    judged, success, interval, count, base, true_class      attack_success.py; the bases of single_target and class_to_class leave out
+                            the same pictures as clean_top1
+    took                    whether plain CLIP on the same poison reaches 80 %: this run if it is one, else the run --baseline; null
+                            of a run that was trained without an attack, as is all that is said of rounds, and its shares are 0
     unpoisoned, unpoisoned_true_class       success and true_class of models that never saw poison (--unpoisoned), their mean
     share_trained_on        of the attack's pairs, those that the CLIP loss saw in any epoch
     share_in_safe_set       for every round: of the attack's pairs, those in the safe set: 1 - recall
@@ -24,7 +28,8 @@ A round is a selection round of the run; a run that trained with the mask of a f
 """
 
 import json
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +67,12 @@ def evaluate_run(run_dir: str | Path, baseline: str | None = None, overrides=(),
     """
     run_dir = Path(run_dir)
     config, folder, towers = load_run(run_dir, overrides)
+    trained = load_config(run_dir / "config.yaml").data.overlay
     if not config.evaluation.test:
         raise UserError("evaluation.test: missing; name a folder in the CLIP_benchmark layout with evaluation.test=DIR")
     index = open_index(config.data)
     overlay = open_overlay(config.data, index)
+    plain = plain_attacks(baseline, config, overlay, index) if baseline else {}
     evaluator = Evaluator(config.evaluation, overlay)
     encoder = Encoder(towers, make_views(config), comm.device())
     image_ND = evaluator.encode(encoder)
@@ -81,32 +88,38 @@ def evaluate_run(run_dir: str | Path, baseline: str | None = None, overrides=(),
         "seed": config.run.seed,
         "clean_top1": figures["clean_top1"],
         "clean_top5": figures["clean_top5"],
+        "unreadable": figures["unreadable"],
         "retrieval": figures["retrieval"],
         "linear_probe": probe,
         "epochs": state["epoch"],
         "seconds": round(state["seconds"], 1),
         "sample_views": state["sample_views"],
-        **selection_figures(run_dir, config, overlay, index, figures["attacks"]),
+        **selection_figures(run_dir, config, trained, overlay, index, figures["attacks"]),
     }
-    undefended = config.train.method == "clip" and not config.data.mask
-    plain = figures["attacks"] if undefended else read_eval(baseline)["attacks"] if baseline else {}
+    if is_undefended(config):
+        plain = figures["attacks"]
     innocent = [judge_innocent(run, evaluator) for run in unpoisoned]
     for name, attack in result["attacks"].items():
-        attack["took"] = plain[name]["success"] >= TOOK if name in plain else None
+        attack["took"] = plain[name]["success"] >= TOOK if trained and name in plain else None
         for key, rate in (("unpoisoned", "success"), ("unpoisoned_true_class", "true_class")):
             attack[key] = float(np.mean([found[name][rate] for found in innocent])) if innocent else None
     write_json(run_dir / "eval.json", result)
     return result
 
 
-def selection_figures(run_dir: Path, config: Config, overlay: Overlay | None, index: ShardIndex, attacks: dict) -> dict:
-    """{"safe_share", ..., "attacks"}: what eval.json says of a run's selection, `attacks` completed with it."""
+def selection_figures(
+    run_dir: Path, config: Config, trained: str | None, overlay: Overlay | None, index: ShardIndex, attacks: dict
+) -> dict:
+    """{"safe_share", ..., "attacks"}: what eval.json says of a run's selection, `attacks` completed with it.
+
+    trained: data.overlay as the run was trained; None: without an attack, so that `overlay` only judges it.
+    """
     rounds = selection_rounds(run_dir, config, index)
     masks = [round.mask for round in rounds]
     diagnoses = [json.loads((round.folder / "mask.json").read_text()).get("diagnosis", {}) for round in rounds]
     found = {
         "safe_share": [mask.share for mask in masks],
-        "poison_in_safe_set": poison_shares(masks, overlay, index) if overlay else [],
+        "poison_in_safe_set": poison_shares(masks, overlay, index) if overlay and trained else [],
         "poison_trained_on": None,
         "canaries": [diagnosis.get("canaries") for diagnosis in diagnoses],
         "live_canaries": [diagnosis.get("live_canaries") for diagnosis in diagnoses],
@@ -115,20 +128,48 @@ def selection_figures(run_dir: Path, config: Config, overlay: Overlay | None, in
     }
     if not overlay:
         return found
-    trained_N = trained_on(run_dir, config, index)
+    trained_N = trained_on(run_dir, replace(config, data=replace(config.data, overlay=trained)), index)
 
     def share_trained(name=None):
         return None if trained_N is None else float(trained_N[poison_rows(overlay, index, name)].mean())
 
-    found["rounds"], by_attack = selection_quality(rounds, overlay, index)
+    by_attack = {}
+    if trained:
+        found["rounds"], by_attack = selection_quality(rounds, overlay, index)
     found["poison_trained_on"] = share_trained()
     for name, attack in attacks.items():
-        of_attack = by_attack[name]
-        attack["share_in_safe_set"] = [1 - recall for recall in of_attack["recall"]]
-        attack["auroc"] = of_attack["auroc"]
+        of_attack = by_attack.get(name)
+        attack["share_in_safe_set"] = [1 - recall for recall in of_attack["recall"]] if of_attack else []
+        attack["auroc"] = of_attack["auroc"] if of_attack else []
         attack["share_trained_on"] = share_trained(name)
         attack["rounds"] = of_attack
     return found
+
+
+def is_undefended(config: Config) -> bool:
+    """Whether a run is plain CLIP on all pairs."""
+    return config.train.method == "clip" and not config.data.mask
+
+
+def plain_attacks(baseline: str, config: Config, overlay: Overlay | None, index: ShardIndex) -> dict:
+    """The attacks of the eval.json of a run of plain CLIP on the same poison as `overlay`. Raises UserError."""
+    path = Path(baseline) / "config.yaml"
+    if not path.exists():
+        raise UserError(f"--baseline {baseline}: no config.yaml in it; name a directory that `safeclip train` wrote")
+    other = load_config(path)
+    if not is_undefended(other):
+        mask = f" with data.mask={other.data.mask}" if other.data.mask else ""
+        raise UserError(
+            f"--baseline {baseline}: was trained with train.method={other.train.method}{mask}; name a run of plain CLIP (preset=clip)"
+        )
+    named = [one and os.path.abspath(one) for one in (other.data.overlay, config.data.overlay)]
+    poison = overlay if named[0] == named[1] else open_overlay(other.data, index)
+    if overlay and (poison is None or (poison.rows, poison.kinds) != (overlay.rows, overlay.kinds)):
+        raise UserError(
+            f"--baseline {baseline}: was trained with data.overlay={other.data.overlay}, this evaluation's is {config.data.overlay}; "
+            "name a run on the same poison"
+        )
+    return read_eval(baseline)["attacks"]
 
 
 def summary(result: dict) -> str:

@@ -13,9 +13,11 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from pipeline.config import Config
 from pipeline.configfile import load_config
 from pipeline.safety.scores import load_scores
+from pipeline.training import checkpoint
 from pipeline.training.splitting import slow_folder
+from shards.errors import UserError
 from shards.index import ShardIndex
-from shards.masks import SafeMask
+from shards.masks import SafeMask, fingerprint
 from shards.overlay import Overlay
 
 KEYS = ("recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall")
@@ -37,13 +39,34 @@ class Round:
 def selection_rounds(run_dir: str | Path, config: Config, index: ShardIndex) -> list[Round]:
     """List of Round: of a run's masks, or of the filter's mask (data.mask) that it trained with; [] for a run without either.
 
-    The mask of CleanCLIP is no filter: it names the clean part for the fine-tuning. Raises UserError where a mask is damaged.
+    The mask of CleanCLIP is no filter: it names the clean part for the fine-tuning. Raises UserError where a mask is damaged, and where
+    data.mask or the index are not those that the run was trained on.
     """
+    check_data(run_dir, config, index)
     folders = [path.parent for path in sorted(Path(run_dir).glob("masks/epoch_*/mask.json"))]
     rounds = [(int(folder.name.removeprefix("epoch_")), folder) for folder in folders]
     if config.data.mask and config.train.method != "cleanclip":
         rounds = [(None, Path(config.data.mask))]
     return [Round(epoch, SafeMask.load(folder, index.fingerprint)[0], folder) for epoch, folder in rounds]
+
+
+def check_data(run_dir: str | Path, config: Config, index: ShardIndex) -> None:
+    """Raise UserError unless the index and the mask (data.mask) are those of the run's newest checkpoint, if there is one."""
+    folder, _ = checkpoint.newest_complete(run_dir)
+    found = index.fingerprint
+    if config.data.mask:
+        found += "/" + fingerprint(Path(config.data.mask) / "safe.npy")
+    trained = checkpoint.load_state(folder)["data"] if folder else found
+    if trained != found:
+        same = trained.partition("/")[0] == index.fingerprint
+        key = (
+            f"data.mask: {config.data.mask} is another mask"
+            if same
+            else "data.index: these are other shards, or captions,"
+        )
+        raise UserError(
+            f"{key} than {run_dir} was trained on (fingerprint {found}, then {trained}); bring that one back and name it, or train anew"
+        )
 
 
 def selection_quality(rounds: list[Round], overlay: Overlay, index: ShardIndex) -> tuple[dict, dict]:
@@ -114,7 +137,8 @@ def poison_shares(masks: list[SafeMask], overlay: Overlay, index: ShardIndex) ->
 
 
 def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.ndarray | None:
-    """bool (N,): the pairs that the CLIP loss sees in any epoch of a run, and of the run whose weights it started from.
+    """bool (N,): the pairs that the CLIP loss sees in any epoch of a run, and of the run whose weights it started from; of a run without
+    an attack (data.overlay of the config that it was trained with) none, for it saw them unpoisoned.
 
     None where that is not known, for a mask, or a run, is gone.
     """
@@ -129,6 +153,7 @@ def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.nda
         trained_N |= SafeMask.load(folder, index.fingerprint)[0].flags() if folder else True
     for mask in masks:
         trained_N |= mask.flags()
+    trained_N &= config.data.overlay is not None
     if config.model.pretrained:
         start = Path(config.model.pretrained)
         if not (start / "config.yaml").exists():

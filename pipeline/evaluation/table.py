@@ -85,7 +85,7 @@ def draw(result, clip_metrics, safe_metrics, path):
     for kind in kinds:
         shares = result["safeclip"]["attacks"][kind]["share_in_safe_set"]
         right.plot(
-            epochs,
+            epochs[: len(shares)],  # of a run without poison there are none
             [100 * s for s in shares],
             color=colours[kind],
             lw=1.8,
@@ -93,9 +93,10 @@ def draw(result, clip_metrics, safe_metrics, path):
             ms=3,
             label=f"{kind} poison that is in the safe set",
         )
+    shares = result["safeclip"]["poison_in_safe_set"]
     right.plot(
-        epochs,
-        [100 * s for s in result["safeclip"]["poison_in_safe_set"]],
+        epochs[: len(shares)],
+        [100 * s for s in shares],
         color="#888888",
         ls="--",
         label="poison share in the safe set",

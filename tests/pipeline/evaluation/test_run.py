@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -41,7 +42,8 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The working directory, with poisoned shapes and three runs: safe (selection, 2 epochs), and of plain CLIP plain and filtered."""
+    """The working directory, with poisoned shapes and four runs: safe (selection, 2 epochs), and of plain CLIP plain, filtered and honest,
+    which is without poison."""
     folder, before = tmp_path_factory.mktemp("world"), os.getcwd()
     os.chdir(folder)
     main(["data", "shapes", "shapes", "--pairs", "360"])
@@ -51,6 +53,7 @@ def world(tmp_path_factory):
     main(["mask", "oracle", "attack", "--index", "shapes/index", "--out", "oracle"])
     clip = ("preset=clip", "train.epochs=1")
     runs = [("run.dir=safe",), ("run.dir=plain", *clip), ("run.dir=filtered", "data.mask=oracle", *clip)]
+    runs.append(("run.dir=honest", "data.overlay=null", *clip))
     with ThreadPoolExecutor() as pool:  # a process each: DeepSpeed joins no second process group
         list(pool.map(lambda words: safeclip("train", "config.yaml", *words), runs))
     yield folder
@@ -67,7 +70,11 @@ def evaluated(run, *words):
 def test_eval_json_holds_every_figure(world, capsys):
     plain, found = evaluated("plain"), evaluated("safe", "--baseline", "plain")
     said = capsys.readouterr().out
-    assert 0 <= found["clean_top1"] <= found["clean_top5"] <= 1 and 0 <= found["linear_probe"] <= 1
+    assert (
+        found["unreadable"] == 0
+        and 0 <= found["clean_top1"] <= found["clean_top5"] <= 1
+        and 0 <= found["linear_probe"] <= 1
+    )
     assert all(set(found["retrieval"][way]) == RECALLS for way in ("image_to_text", "text_to_image"))
     assert "linear probe" in said and "text to image: R@1" in said and "near: success" in said
     judged = {name: attack["judged"] for name, attack in found["attacks"].items()}
@@ -111,11 +118,59 @@ def test_a_run_on_a_filters_mask_has_that_round(world):
     assert found["poison_trained_on"] == 0.0 and all(a["took"] is None for a in found["attacks"].values())
 
 
-def test_labels_of_other_shards_are_refused(world, capsys):
+def refused(capsys, *words):
+    """What the command says on its way out with exit code 2, in one line."""
     with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", "plain", "evaluation.labels=shapes/test_index"])
+        main(["evaluate", *words])
     told = capsys.readouterr().err
-    assert "evaluation.labels" in told and told.count("\n") == 1
+    assert told.count("\n") == 1
+    return told
+
+
+def test_labels_of_other_shards_are_refused(world, capsys):
+    assert "evaluation.labels" in refused(capsys, "plain", "evaluation.labels=shapes/test_index")
+
+
+def test_a_run_without_poison_has_trained_on_none(world, capsys):
+    evaluated("plain")
+    assert "does not take" in capsys.readouterr().out
+    found = evaluated("honest", "data.overlay=attack", "--baseline", "plain")
+    assert found["poison_trained_on"] == 0.0 and found["rounds"] is None and found["poison_in_safe_set"] == []
+    for attack in found["attacks"].values():
+        assert attack["took"] is attack["rounds"] is None and attack["share_trained_on"] == 0.0
+        assert attack["share_in_safe_set"] == attack["auroc"] == [] and attack["count"] >= 2
+    assert "does not take" not in capsys.readouterr().out
+
+
+def test_a_baseline_is_plain_clip_on_the_same_poison(world, capsys):
+    evaluated("plain")
+    assert "train.method=safeclip" in refused(capsys, "safe", "--baseline", "safe")
+    assert "data.mask=oracle" in refused(capsys, "safe", "--baseline", "filtered")
+    assert "data.overlay=None, this evaluation's is attack" in refused(capsys, "safe", "--baseline", "honest")
+    assert "--baseline nowhere: no config.yaml" in refused(capsys, "safe", "--baseline", "nowhere")
+    shutil.copytree("attack", "moved")
+    assert evaluated("safe", "data.overlay=moved", "--baseline", "plain")["attacks"]["patch"]["took"] is False
+    main(["attack", "attack.yaml", "attacks.patch.size=0.4", "out=other"])  # the same rows, another trigger
+    told = refused(capsys, "safe", "data.overlay=other", "--baseline", "plain")
+    assert "data.overlay=attack, this evaluation's is other" in told
+
+
+def test_another_mask_in_the_place_of_the_filters_is_refused(world, capsys):
+    main(["mask", "oracle", "attack", "--index", "shapes/index", "--share", "0.5", "--out", "half"])
+    os.rename("oracle", "aside")
+    shutil.copytree("half", "oracle")
+    assert "data.mask: oracle is another mask than filtered was trained on" in refused(capsys, "filtered")
+    shutil.rmtree("oracle")
+    assert evaluated("filtered", "data.mask=aside")["poison_trained_on"] == 0.0
+    os.rename("aside", "oracle")
+
+
+def test_a_test_set_of_other_classes_is_refused(world, capsys):
+    shutil.copytree("shapes", "renamed", ignore=shutil.ignore_patterns("index", "labels", "train"))
+    names = (world / "shapes/classnames.txt").read_text()
+    (world / "renamed/classnames.txt").write_text(names.replace("red star", "red sun"))
+    told = refused(capsys, "plain", "evaluation.test=renamed")
+    assert "'red star'" in told and "renamed/classnames.txt, it is 'red sun'" in told
 
 
 def test_without_labels_there_is_no_linear_probe_and_it_never_learns_from_poison(world, monkeypatch):

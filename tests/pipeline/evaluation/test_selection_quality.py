@@ -97,7 +97,7 @@ def test_rounds_are_counted_by_attack_and_in_all(tmp_path, index):
 def test_the_mask_of_a_filter_is_a_round_and_that_of_cleanclip_is_none(tmp_path, index):
     kept(tmp_path / "filter", index, [0, 2, 4])
     config = Config()
-    config.train.method, config.data.mask = "clip", str(tmp_path / "filter")
+    config.train.method, config.data.mask, config.data.overlay = "clip", str(tmp_path / "filter"), "attack"
     (only,) = selection_rounds(tmp_path / "run", config, index)
     assert isinstance(only, Round) and only.epoch is None and only.scores() is None
     of_all, _ = selection_quality([only], Poisoned, index)

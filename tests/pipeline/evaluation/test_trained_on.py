@@ -19,7 +19,7 @@ def index(tmp_path, make_shards):
 
 def settings(method="safeclip", slow=1, suspicion=0.0, copies=None):
     config = Config()
-    config.train.method, config.train.slow_epochs = method, slow
+    config.train.method, config.train.slow_epochs, config.data.overlay = method, slow, "attack"
     config.selection.suspicion, config.selection.copies = suspicion, copies
     return config
 
@@ -63,5 +63,10 @@ def test_a_run_that_starts_from_another_has_trained_on_what_that_one_did(tmp_pat
     config = settings("cleanclip")
     config.data.mask, config.model.pretrained = str(tmp_path / "clean"), str(tmp_path / "before")
     assert trained(tmp_path, config, index) == [0, 2, 4]
+    config.data.overlay = None  # on data without poison
+    assert trained(tmp_path, config, index) == [0, 4]
+    config.data.overlay, before.data.overlay = "attack", None
+    (tmp_path / "before/config.yaml").write_text(yaml.safe_dump(asdict(before)))
+    assert trained(tmp_path, config, index) == [0, 2]
     config.model.pretrained = str(tmp_path / "gone")
     assert trained_on(tmp_path, config, index) is None
