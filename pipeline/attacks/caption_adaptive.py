@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.attacks.base import Backdoor, attack
 from pipeline.attacks.settings import bounded
+from shards.errors import UserError
 
 
 @attack
@@ -27,6 +28,12 @@ class CaptionAdaptive(Backdoor):
         drawn = pool.rng.permutation(pool.rows_of(target))[: self.settings.candidates]
         candidates = [caption for caption in map(pool.caption, drawn) if caption is not None]
         own = [pool.caption(row) for row in rows]
-        vectorizer = TfidfVectorizer().fit(candidates + own)
-        similarity_RC = vectorizer.transform(own) @ vectorizer.transform(candidates).T
+        try:
+            vectorizer = TfidfVectorizer().fit(candidates + own)
+            similarity_RC = vectorizer.transform(own) @ vectorizer.transform(candidates).T
+        except ValueError as error:
+            raise UserError(
+                f"{self.where}.target_class: the captions of the class {pool.classes[target]!r} and of the pairs to poison cannot be compared "
+                f"({error}); expected captions with words of two letters or more"
+            ) from None
         return [candidates[at] for at in similarity_RC.toarray().round(6).argmax(1)]

@@ -13,11 +13,11 @@ import numpy as np
 
 from pipeline.attacks.base import ATTACKS
 from pipeline.attacks.pool import Pool
+from pipeline.attacks.settings import write_named
 from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.overlay import VERSION
 from shards.samples import Samples
-from shards.storage import write_bytes
 
 PATHS = ("index", "labels", "test", "classnames", "out")
 
@@ -49,9 +49,9 @@ def make_attack(config):
         "rows": pool.rows,
         "decoys": pool.decoys,
     }
-    for name, data in pool.files.items():
-        write_bytes(Path(config["out"]) / name, data)
-    write_bytes(Path(config["out"]) / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    files = {**pool.files, "manifest.json": (json.dumps(manifest, indent=1) + "\n").encode()}
+    for name, data in files.items():
+        write_named(Path(config["out"]) / name, data, "attack config: out")
     counts = Counter(row["kind"] for row in pool.rows)
     text = ", ".join(f"{kind} {counts[kind]}" for kind in kinds)
     text += f", and {len(pool.decoys)} decoys" if pool.decoys else ""

@@ -5,6 +5,7 @@ import typing
 from dataclasses import dataclass
 
 from shards.errors import UserError
+from shards.storage import write_bytes
 
 
 def bounded(default, low, high):
@@ -67,3 +68,11 @@ def checked(field, value, where):
     if "choices" in bounds and value not in bounds["choices"]:
         raise UserError(f"{where}: got {value!r}, expected {' or '.join(bounds['choices'])}")
     return value
+
+
+def write_named(path, data, where):
+    """Put `data` (bytes) at `path`, that the option or key `where` names. Raises UserError where it cannot be written."""
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise UserError(f"{where}: cannot write {path} ({error.strerror or error}); name another place") from None

@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.attacks.base import load_trigger
+from pipeline.attacks.settings import write_named
 from shards.errors import BadSample, UserError
 from shards.index import ShardIndex
 from shards.overlay import Overlay
 from shards.samples import Samples
-from shards.storage import write_bytes
 
 SIDE, GAP, LINE, CHARACTERS = (
     128,
@@ -53,7 +53,7 @@ def show(folder, out, pairs=4):
             write(draw, left, top + 3 * LINE + SIDE + 4, text)
     file = io.BytesIO()
     sheet.save(file, "PNG")
-    write_bytes(out, file.getvalue())
+    write_named(out, file.getvalue(), "--out")
     return f"{out}: {len(overlay.kinds)} attacks, each with poisoned pairs and, last, a test picture"
 
 

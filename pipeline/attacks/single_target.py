@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.attacks.base import Attack, attack
 from pipeline.attacks.settings import bounded
+from shards.errors import UserError
 
 
 @attack
@@ -24,6 +25,11 @@ class SingleTarget(Attack):
         """Pairs that show one target, each under another pair's caption."""
 
     def poison(self, pool):
+        if len(pool.classes) < 2:
+            raise UserError(
+                f"{self.where}: classnames names only {pool.classes}; an adversarial class is another than the picture's, so name a "
+                "data set of two or more"
+            )
         count = min(self.settings.targets, pool.test.samples)
         targets, anything_N = [], np.ones(pool.index.samples, bool)
         for number in sorted(pool.rng.choice(pool.test.samples, count, replace=False).tolist()):

@@ -55,7 +55,7 @@ def filter_pairs(scores, by, remove, out):
         "score": "cosine" if by == "cosine" else "rank",
         "note": f"filter: the worst {remove:.1%} by {by} are left out",
     }
-    save_filter(Path(out), data.counts_S, safe_N, score_N, tables, about)
+    save_filter(Path(out), data.counts_S, safe_N, score_N, tables, about, f"--remove {remove}")
     return f"{out}: {safe_N.sum():,} of {data.N:,} pairs kept, the worst {remove:.1%} by {by} left out"
 
 
@@ -87,15 +87,17 @@ def keep_unpoisoned(overlay, index, out, share=1.0, seed=0):
         "note": "oracle: what the attack manifest poisons is left out"
         + (f", and all but {share:.1%} of the pairs, by seed {seed}" if share < 1 else ""),
     }
-    save_filter(Path(out), index.counts, score_N > 0, score_N, tables, about)
+    save_filter(Path(out), index.counts, score_N > 0, score_N, tables, about, f"--share {share}")
     return f"{out}: {int(score_N.sum()):,} of {index.samples:,} pairs kept, none that {overlay} poisons"
 
 
-def save_filter(out, counts_S, safe_N, score_N, tables, about):
+def save_filter(out, counts_S, safe_N, score_N, tables, about, asked):
     """Write a mask's folder (shards.masks.SavedMask): the scores first, mask.json last. `tables`: of each shard key, cosine and reason.
 
-    Raises UserError where `out` holds a mask.
+    asked: the option that decides how many pairs are kept. Raises UserError where that keeps none, and where `out` holds a mask.
     """
+    if not safe_N.any():
+        raise UserError(f"{asked}: keeps none of the {len(safe_N):,} pairs, on which nothing can be trained; keep more")
     if (out / "mask.json").exists():
         raise UserError(f"--out {out}: holds a mask already; name a new folder")
     made = {"step": json.dumps(about["step"])}
@@ -106,6 +108,6 @@ def save_filter(out, counts_S, safe_N, score_N, tables, about):
             pq.write_table(table, file)
             write_bytes(out / "scores" / f"{shard:05d}.parquet", file.getbuffer())
     mask = SafeMask.from_flags(counts_S, safe_N)
-    cut = float(score_N[safe_N].min()) if safe_N.any() else float("inf")
+    cut = float(score_N[safe_N].min())
     split = {"share": mask.share, "first_share": mask.share, "cut": cut, "mixture": None, "diagnosis": {}}
     mask.save(out, {"epoch": None, "config": None, **split, **about})

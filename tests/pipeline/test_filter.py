@@ -10,7 +10,7 @@ from pipeline.audit.detectors.neighbourhood import DAO, SLOF, KDistance, neighbo
 from pipeline.audit.filter import filter_pairs, keep_unpoisoned
 from pipeline.audit.score import score
 from shards.errors import UserError
-from shards.index import build_index
+from shards.index import ShardIndex, build_index
 from shards.masks import IsSafe, SavedMask
 from shards.overlay import VERSION
 from shards.storage import write_json
@@ -121,5 +121,12 @@ def test_what_cannot_be_filtered_is_refused(scored, tmp_path, capsys):
     with pytest.raises(UserError, match="no embeddings"):
         filter_pairs(lean, "dao", 0.05, tmp_path / "mask")
     filter_pairs(lean, "cosine", 0.05, tmp_path / "mask")
+    with pytest.raises(UserError, match="--remove 0.9999: keeps none of the 60 pairs"):
+        filter_pairs(scored / "scores", "cosine", 0.9999, tmp_path / "empty")
+    index = ShardIndex.load(about["data"]["index"])
+    write_json(tmp_path / "attack/manifest.json", manifest(index, [(0, 3)]))
+    with pytest.raises(UserError, match="--share 1e-09: keeps none of the 60 pairs"):
+        keep_unpoisoned(tmp_path / "attack", index, tmp_path / "empty", share=1e-9)
+    assert not (tmp_path / "empty").exists()
     with pytest.raises(UserError, match="--share: got 0"):
         keep_unpoisoned(tmp_path, None, tmp_path / "out", share=0)

@@ -9,9 +9,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from pipeline.attacks import ATTACKS, TRIGGERS, load_trigger
 from pipeline.attacks.manifest import make_attack
 from shards.errors import UserError
-from shards.index import ShardIndex
+from shards.index import ShardIndex, build_index
 from shards.overlay import Overlay
 from shards.samples import Samples
+from shards.write import write_shards
+from tests.conftest import picture
 from tests.pipeline.attacks.conftest import attack_config
 
 PATCH = {"pattern": "patch", "size": 0.3}
@@ -163,3 +165,27 @@ def test_no_key_of_an_attack_is_one_of_its_trigger_too():
 def test_a_wrong_setting_is_named(poison, one, names):
     with pytest.raises(UserError, match=names):
         poison({"one": one})
+
+
+def test_an_adversarial_class_needs_a_second_class(tmp_path):
+    config = one_class(tmp_path, "a cat", {"attack": "single_target", "targets": 1, "captions": 1})
+    with pytest.raises(UserError, match=r"attacks.one: classnames names only \['cat'\]"):
+        make_attack(config)
+
+
+def test_captions_without_words_cannot_be_adapted(tmp_path):
+    settings = {"attack": "caption_adaptive", "pairs": 1, "target_class": "dog", "trigger": PATCH}
+    config = one_class(tmp_path, "! ?", settings, "cat\ndog\nbird\n")
+    with pytest.raises(UserError, match="attacks.one.target_class: the captions of the class 'dog' .* words"):
+        make_attack(config)
+
+
+def one_class(folder, caption, settings, classes="cat\n"):
+    """The config of an attack on four pairs under one caption, in turn of these classes."""
+    count = len(classes.split())
+    pictures = [{"__key__": f"s{n}", "png": picture(n), "txt": caption, "cls": n % count} for n in range(4)]
+    paths = [str(path) for path in write_shards(pictures, folder / "tars", 4)]
+    for name, text in (("index", "txt"), ("labels", "cls"), ("test_index", "cls")):
+        build_index(paths, folder / name, text=text)
+    (folder / "classnames.txt").write_text(classes)
+    return attack_config(folder, folder / "out", {"one": settings})

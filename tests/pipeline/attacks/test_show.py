@@ -55,8 +55,9 @@ def test_the_command_writes_a_manifest_and_its_picture(data, tmp_path, capsys):
     )
     main(["attack", str(tmp_path / "attack.yaml"), "seed=3", "attacks.patch.pairs=7"])
     assert "patch 7, mixed 2, near 5, one 6, and 4 decoys" in capsys.readouterr().out
-    main(["attack", "show", str(tmp_path / "out"), "--out", str(tmp_path / "sheet.png")])
-    assert Image.open(tmp_path / "sheet.png").width == GAP + 5 * CELL
+    sheet = tmp_path / "a new folder/sheet.png"
+    main(["attack", "show", str(tmp_path / "out"), "--out", str(sheet)])
+    assert Image.open(sheet).width == GAP + 5 * CELL
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,9 @@ def test_the_command_writes_a_manifest_and_its_picture(data, tmp_path, capsys):
         (["show", "--out", "x.png"], "attack show FOLDER"),
         (["show", "nowhere", "--out", "x.png"], "nowhere/manifest.json"),
         (["nowhere.yaml"], "nowhere.yaml"),
+        (["attack.yaml", "out=attack.yaml/below"], "attack config: out: cannot write attack.yaml/below/manifest.json"),
+        (["show", "made", "--out", "attack.yaml/x.png"], "--out: cannot write attack.yaml/x.png"),
+        (["show", "made", "--out", "made"], "--out: cannot write made"),
         (["attack.yaml", "attacks.patch.pairs=0"], "attacks.patch.pairs: got 0, expected 1 to"),
         (["attack.yaml", "attacks.patch.siz=0.2"], "attacks.patch.siz: unknown"),
         (["attack.yaml", "attacks.patch=3"], "attacks.patch.attack: got 3"),
@@ -78,6 +82,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(data, tmp_path, monkeypatch, caps
     (tmp_path / "attack.yaml").write_text(
         yaml.safe_dump(attack_config(data, tmp_path / "out", ATTACKS), sort_keys=False)
     )
+    if "made" in words:
+        make_attack(attack_config(data, "made", ATTACKS))
     with pytest.raises(SystemExit) as left:
         main(["attack", *words])
     error = capsys.readouterr().err
