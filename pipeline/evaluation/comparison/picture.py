@@ -20,7 +20,7 @@ def draw(groups, path):
     names = list(dict.fromkeys(one.name for one in groups))
     columns = max(sum(one.name == name for one in groups) for name in names)
     size = (4.4 * columns + 2, 4.2 * len(names))
-    figure, axes = plt.subplots(len(names), columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(names), columns, figsize=size, layout="constrained", squeeze=False, sharex="row")
     for line, name in zip(axes, names):
         of_set = [one for one in groups if one.name == name]
         for axis, found in zip(line, of_set):

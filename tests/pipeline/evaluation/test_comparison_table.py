@@ -255,11 +255,13 @@ def test_a_row_of_a_defence_that_is_gone_is_told_and_no_time_is_no_ratio(tmp_pat
 
 
 def test_the_picture_counts_no_attack_that_was_not_run_undefended(tmp_path, monkeypatch):
-    titles = []
+    titles, shown = [], []
     monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axis, title, **_: titles.append(title))
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda figure, handles, names, **_: shown.extend(names))
     rows = [row("dao", 0, 0.7, badnets=0.1), row("none", 0, 0.7, group="b", sig=0.9, wanet=0.1)]
     draw(groups_of(rows), tmp_path / "picture.png")
     assert titles == ["photos a: undefended not run", "photos b: 1 of 2 attacks take"]
+    assert shown == ["none"]
 
 
 class Cell:
