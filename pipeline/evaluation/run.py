@@ -72,7 +72,8 @@ def evaluate_run(run_dir: str | Path, baseline: str | None = None, overrides=(),
         raise UserError("evaluation.test: missing; name a folder in the CLIP_benchmark layout with evaluation.test=DIR")
     index = open_index(config.data)
     overlay = open_overlay(config.data, index)
-    plain = plain_attacks(baseline, config, overlay, index) if baseline else {}
+    # Plain CLIP is its own baseline.
+    plain = plain_attacks(baseline, config, overlay, index) if baseline and not is_undefended(config) else {}
     evaluator = Evaluator(config.evaluation, overlay)
     encoder = Encoder(towers, make_views(config), comm.device())
     image_ND = evaluator.encode(encoder)
