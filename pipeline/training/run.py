@@ -67,7 +67,8 @@ def train(config, evaluators=None, stop=None):
                     not_finite(run, epoch, step, loss)
                 state["step"] += 1
                 state["epoch_step"] += 1
-                state["loss_steps"][step.loss] = state["loss_steps"].get(step.loss, 0) + (epoch.stage == "safeclip")
+                if epoch.stage == "safeclip":
+                    state["loss_steps"][step.loss] += 1
                 state["sample_views"] += config.train.batch_size * len(run.views.of[step.loss])
                 bad += batch.bad
                 meter.step(config.train.batch_size)
@@ -116,7 +117,7 @@ def train_step(engine, pools, batch, kind):
         near_BD = pools["text"].search(image1_BD)
         loss = clip_loss(image1_BD, near_BD, image1_BD, near_BD, scale, batch.valid) + 0.0 * text1_BD.sum()
     else:
-        # View 1 is the plain pair, view 2 an augmented one (Bansal et al. 2023, equations 2 and 3).
+        # View 1 is the plain pair, view 2 an augmented one (Bansal et al. 2023).
         loss = (
             clip_loss(image1_BD, text1_BD, image1_BD, text1_BD, scale, batch.valid)
             + (info_nce(image1_BD, image2_BD, scale, batch.valid) + info_nce(text1_BD, text2_BD, scale, batch.valid))
