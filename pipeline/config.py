@@ -74,10 +74,6 @@ class Data:
     """The variants of a caption are drawn once for the whole run; false: in every epoch."""
     mask: str | None = None
     """Folder of a saved mask: the run trains only on its safe pairs, and each epoch is filled up with them. Not for train.method safeclip."""
-    clip_mix: float = 0.0
-    """Probability that another picture of the batch lies faintly over one for the CLIP loss (shards/mixing.py)."""
-    clip_paste: float = 0.0
-    """Probability that a square of another picture of the batch stands in one for the CLIP loss."""
 
 
 @dataclass
@@ -99,13 +95,14 @@ class Train:
     unimodal_epochs: int = 5
     """Epochs of unimodal warm-up."""
     slow_epochs: int = 1
-    """Epochs of the CLIP loss at slow_lr, on all pairs but marked ones and copies (selection.suspicion, selection.copies)."""
+    """Epochs of the CLIP loss at slow_lr, on all pairs but those that guards exclude."""
     batch_size: int = 128
     """Pairs of a global batch, over all ranks."""
     clip_views: int = 2
     """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view 2; or 1."""
     lr: float = 5e-4
-    slow_lr: float = 5e-6
+    slow_lr: float | None = 5e-6
+    """Of the low-rate CLIP epochs; null: lr * 40 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align the towers too."""
     warmup_steps: int = 10_000
     schedule: str = "per_loss"
     """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine of its own."""
@@ -146,30 +143,12 @@ class Selection:
     """What the safe set is the highest of: posterior, which is not monotone in the score; or score."""
     scored_view: str = "augmented"
     """The view of a pair that is scored: augmented, the first view of the CLIP loss; or plain."""
-    growth: float = 0.01
-    """Share of the pairs by which the safe set grows with each later epoch."""
+    growth: float | None = 0.01
+    """Share of the pairs by which the safe set grows with each later epoch; null: so that it reaches the cap after a third of them."""
     cap: float = 0.85
-    """The safe set grows no larger than this share, less the pairs that suspicion holds back."""
-    score: str = "cosine"
-    """What pairs are ranked by: cosine, or agreement, for which other pairs are asked too (pipeline/safety/agreement.py)."""
-    coarse: float = 1.0
-    """Pairs are scored also by their picture at this share of its resolution; 1 = not (pipeline/safety/views.py)."""
-    crop: float = 1.0
-    """Pairs are scored also by the middle of their picture: the share of its area; 1 = not."""
-    mirror: bool = False
-    """Pairs are scored by their pictures mirrored."""
-    suspicion: float = 0.0
-    """For each deviation, beyond the sixth, by which a picture stands out towards a group of pictures that share a mark, its pair's score is
-    lowered by so many deviations of the scores; marked pairs wait from the start; 0 = not (pipeline/safety/marks.py, suspicion.py)."""
-    copies: int | None = None
-    """A pair whose picture stands in more pairs than this is never safe; null: it may be."""
-    voters: int = 4096
-    """Pairs that are asked: random ones, the same all the run."""
+    """The safe set grows no larger than this share of the pairs that no guard excludes."""
     canaries: int = 500
-    """Mismatched pairs that are scored and never trained on: the share that passes is told at every split, and suspicion compares groups
-    with them; 0 = none."""
-    live_canaries: int = 0
-    """So many pairs are given a patch, and as many a blended pattern, with a caption not theirs, and trained on if they pass; 0 = none."""
+    """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
     every: int = 1
     """Split before every n-th SafeCLIP epoch; in between the last mask holds. The share grows by the epoch all the same."""
     risky: str = "unimodal"
@@ -209,6 +188,8 @@ class Config:
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     selection: Selection = field(default_factory=Selection)
+    guards: dict = field(default_factory=dict)
+    """What keeps pairs out of the safe set beyond the paper: {NAME: {setting: value}}, NAME: null is off (pipeline/guards)."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     wandb: Wandb = field(default_factory=Wandb)
 
@@ -259,8 +240,6 @@ PRESETS = {
     },
     "default": {
         "data": {
-            "clip_mix": 0.3,
-            "clip_paste": 0.3,
             "clip_eda": 0.0,
             "eda_synonyms": "table",
             "eda_clean": False,
@@ -268,20 +247,17 @@ PRESETS = {
             "clip_augment": {"blur": 0.5},
             "unimodal_augment": {"blur": 0.5},
         },
-        "train": {"unimodal_epochs": 1, "clip_views": 1, "schedule": "run"},
+        "train": {"unimodal_epochs": 0, "slow_lr": None, "clip_views": 1, "schedule": "run"},
         "selection": {
-            "first_share": 0.6,
-            "growth": 0.05,
-            "cap": 0.9,
+            "first_share": 0.8,
+            "growth": None,
+            "cap": 0.97,
             "mixture": "converged",
             "rank_by": "score",
             "scored_view": "plain",
-            "coarse": 0.1875,
-            "crop": 0.6,
-            "copies": 2,
-            "suspicion": 0.8,
             "risky": "skip",
             "refill": True,
         },
+        "guards": {"duplicates": {}, "trigger_clusters": {}},
     },
 }

@@ -1,5 +1,6 @@
 """Reads a configuration: defaults <- preset <- YAML file <- a.b=value from the command line. Unknown keys are errors."""
 
+import copy
 import difflib
 import functools
 from dataclasses import fields, is_dataclass
@@ -20,7 +21,6 @@ CHOICES = {
     "train.zero_stage": (0, 1, 2, 3),
     "train.on_nan": ("stop", "skip"),
     "selection.risky": ("unimodal", "skip"),
-    "selection.score": ("cosine", "agreement"),
     "selection.mixture": ("sklearn", "converged"),
     "selection.rank_by": ("posterior", "score"),
     "selection.scored_view": ("augmented", "plain"),
@@ -38,7 +38,6 @@ AT_LEAST_ONE = (
     "data.limits.max_caption",
     "run.keep",
     "selection.every",
-    "selection.voters",
     "selection.batch_size",
 )
 SHARES = (
@@ -47,10 +46,6 @@ SHARES = (
     "selection.least_share",
     "selection.growth",
     "selection.cap",
-    "selection.coarse",
-    "selection.crop",
-    "data.clip_mix",
-    "data.clip_paste",
     "data.clip_eda",
     "data.unimodal_eda",
     "data.max_bad_fraction",
@@ -72,6 +67,10 @@ def load_config(path, overrides=()):
     config = Config()
     for layer in (PRESETS[preset], own.get(preset) or {}, values):
         merge(config, layer, "")
+    if config.guards:
+        from pipeline.guards import complete  # only now: it takes torch a second to load
+
+        config.guards = complete(config.guards)
     check(config)
     return config
 
@@ -118,8 +117,19 @@ def merge(target, values, prefix):
             if not isinstance(value, dict):
                 raise UserError(f"config key {name}: got {value!r}, expected a section")
             merge(current, value, name + ".")
+        elif name == "guards":
+            setattr(target, key, merged_guards(current, convert(name, value or {}, dict)))
         else:
             setattr(target, key, convert(name, value, known[key].type))
+
+
+def merged_guards(guards, values):
+    """The guards of a config with `values` laid over them, setting by setting; NAME: null takes a guard off."""
+    guards = copy.deepcopy(guards)
+    for name, given in values.items():
+        both = isinstance(given, dict) and isinstance(guards.get(name), dict)
+        guards[name] = {**guards[name], **given} if both else given
+    return guards
 
 
 def convert(name, value, kind):
@@ -151,16 +161,11 @@ def check(config):
     for key in AT_LEAST_ONE:
         if value(key) < 1:
             raise UserError(f"{key}: got {value(key)}, expected 1 or more")
-    for key in ("selection.canaries", "selection.live_canaries"):
-        if value(key) < 0:
-            raise UserError(f"{key}: got {value(key)}, expected 0 (none) or more")
-    if config.selection.copies is not None and config.selection.copies < 1:
-        raise UserError(f"selection.copies: got {config.selection.copies}, expected 1 or more, or null")
+    if config.selection.canaries < 0:
+        raise UserError(f"selection.canaries: got {config.selection.canaries}, expected 0 (none) or more")
     for key in SHARES:
         if value(key) is not None and not 0 <= value(key) <= 1:
             raise UserError(f"{key}: got {value(key)}, expected a share from 0 to 1")
-    if not config.selection.suspicion >= 0:
-        raise UserError(f"selection.suspicion: got {config.selection.suspicion}, expected 0 or more")
     check_method(config)
     if not config.data.index and not config.data.sources:
         raise UserError("data.index: missing; make one with `safeclip index SHARDS... --out DIR` and name DIR")
@@ -179,7 +184,7 @@ def check(config):
 
 def check_method(config):
     """Raise UserError for settings that the training method, or another setting, leaves no room for."""
-    method, data, selection = config.train.method, config.data, config.selection
+    method, data = config.train.method, config.data
     if method == "safeclip" and data.mask:
         raise UserError(
             f"data.mask: got {data.mask}, but train.method safeclip selects its own pairs; filter the shards with `safeclip mask apply`"
@@ -188,12 +193,6 @@ def check_method(config):
         raise UserError(
             "train.method: cleanclip fine-tunes a trained model on clean pairs; name them with model.pretrained=RUN data.mask=MASK"
         )
-    if config.train.clip_views == 2 and (data.clip_mix or data.clip_paste):
-        raise UserError(
-            "train.clip_views: got 2, but data.clip_mix and data.clip_paste mix one view; set them to 0, or take 1 view"
-        )
-    if selection.rank_by == "posterior" and selection.suspicion:
-        raise UserError("selection.rank_by: got posterior, but selection.suspicion lowers scores; set rank_by to score")
 
 
 def check_sources(data):

@@ -6,15 +6,19 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline import comm
+from pipeline.config import Config
+from pipeline.guards import make_guards
 from pipeline.training.curriculum import curriculum
 from pipeline.training.model import build_model, open_clip_config
+from shards.index import ShardIndex
 
 SCORE_BYTES = 40  # of a pair in a split's score files: position, key, cosine
 HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
-LOWERED_BYTES = 4  # and with suspicion, by how much it lowered the score
+SAMPLE_BYTES = 768 + 128 + 4 * 77  # of a pair in the sample of trigger_clusters: its features and tokens
 SPARE = 0.9  # share of a device's memory that may be spoken for before activations
 
 
@@ -50,8 +54,7 @@ def check_memory(config, index, size, ranks):
     if torch.cuda.is_available():
         place, there = "GPU", torch.cuda.get_device_properties(comm.device()).total_memory
     else:
-        place = "host"
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        place, there = "host", host_memory()
     text = (
         f"about {human(total)} a rank of {human(there)} of {place} memory ("
         + ", ".join(f"{name} {human(amount)}" for name, amount in parts.items())
@@ -60,13 +63,32 @@ def check_memory(config, index, size, ranks):
     found = [("ok", "memory", text)]
     if total > SPARE * there:
         found = [("fatal", "memory", f"{text}; take a higher train.zero_stage, more processes, or a smaller model")]
-    host = int(index.samples * (HOST_BYTES + LOWERED_BYTES * (config.selection.suspicion > 0)))
-    temporary = tempfile.gettempdir()
+    return found + check_host(config, index)
+
+
+def check_host(config: Config, index: ShardIndex) -> list[tuple]:
+    """Whether what the ranks of a host share fits its temporary folder, and the sample of a guard their memory."""
+    guards = make_guards(config.guards) if config.train.method == "safeclip" else []
+    # Guards are asked before pairs are scored: of a pair a number and a bit for each, and whether it can be read.
+    asked = sum(np.dtype(guard.dtype).itemsize + 1 / 8 for guard in guards) + 1 if guards else 0
+    host, temporary = int(index.samples * max(HOST_BYTES, asked)), tempfile.gettempdir()
     free = shutil.disk_usage(temporary).free
-    text = f"scores and mask take {human(host)} in {temporary}, one copy a host, of {human(free)} free there"
+    text = f"scores, masks and guards take {human(host)} in {temporary}, one copy a host, of {human(free)} free there"
+    found = [("ok", "memory", text)]
     if host > free:
-        return found + [("fatal", "memory", f"{text}; set TMPDIR to a larger disk of the host's own")]
-    return found + [("ok", "memory", text)]
+        found = [("fatal", "memory", f"{text}; set TMPDIR to a larger disk of the host's own")]
+    pairs = sum(min(guard.settings.sample, index.samples) for guard in guards if guard.name == "trigger_clusters")
+    if pairs:
+        text = f"the sample of trigger_clusters takes {human(SAMPLE_BYTES * pairs)} of host memory on each rank, once"
+        if SAMPLE_BYTES * pairs > SPARE * host_memory():
+            return found + [("fatal", "memory", f"{text}; lower guards.trigger_clusters.sample")]
+        found.append(("ok", "memory", text))
+    return found
+
+
+def host_memory() -> float:
+    """Bytes of the host's memory that are this rank's, if its ranks share it equally."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def check_disk(config, index, size, ranks):

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from shards.augment import Colour, coloured, drawn_view, image_view, least_side, plain_view, sample_rng
 from shards.colour import NUMBERS, as_numbers, coloured_batch
 from shards.errors import BadSample
-from shards.mixing import Mixing, mixed
 
 
 @dataclass
@@ -29,26 +28,18 @@ class Batch:
     colours: torch.Tensor | None = (
         None  # float32 (V*B, P): drawn, and yet to be changed on the device (shards/colour.py)
     )
-    mixing: torch.Tensor | None = None  # float32 (B, 4): drawn, and yet to be done on the device (shards/mixing.py)
 
     def to(self, device):
-        """The same batch with its tensors on `device`, the colours changed and the views mixed."""
+        """The same batch with its tensors on `device`, and the colours changed."""
         images, tokens, valid = (x.to(device, non_blocking=True) for x in (self.images, self.tokens, self.valid))
         if self.colours is not None:
             images = coloured_batch(images, self.colours.to(device, non_blocking=True))
-        if self.mixing is not None:
-            images = mixed(images, self.mixing.to(device, non_blocking=True), valid)
         return Batch(images, tokens, valid, self.rows, self.bad)
 
     def pin_memory(self):
         """For torch's DataLoader, which pins only what it knows: else a copy to the GPU waits for the step before."""
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: x.pin_memory() if torch.is_tensor(x) else x for name, x in pinned.items()})
-
-
-def as_they_are(images_BCHW):
-    """[the pictures]: one view of each, its own."""
-    return [images_BCHW]
 
 
 @dataclass(frozen=True)
@@ -79,8 +70,6 @@ class Views:
     of: dict  # loss -> tuple of View
     on_device: bool = False  # the colours are changed where the batch goes to, not where it is read
     eda_once: bool = False  # a caption's variants are drawn once for the whole run, not in every epoch
-    clip_mixing: Mixing = Mixing()
-    scored: object = as_they_are  # pictures to the list of views in which they are scored (pipeline/safety/views.py)
     scored_as: tuple | None = (
         None  # (seed, epoch): pairs are scored by an augmented view, the first of the CLIP loss; None: as they are
     )
@@ -113,8 +102,6 @@ class TrainBatches(Dataset):
         position_B = step.mask.locate(step.view, shard_B, nth_B) if step.mask else nth_B
         kinds, size = self.views.of[step.loss], self.views.size
         least = max(least_side(size, view.crop_min) for view in kinds)
-        mixing = self.views.clip_mixing if step.loss == "clip" else None
-        mixing_B4 = np.zeros((len(shard_B), 4), np.float32)
 
         def read(row, shard, position):
             pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
@@ -127,14 +114,10 @@ class TrainBatches(Dataset):
                 picture = pixels if self.views.on_device else coloured(pixels, colour)
                 text = self.views.caption(view, number, caption, rng, self.seed, shard, position)
                 views.append((picture, text, colour))
-                if mixing:
-                    mixing_B4[row] = mixing.draw(rng)
             return views
 
         drawn = self.views.on_device
-        batch = collate(self.samples, self.views, shard_B, position_B, read, len(kinds), drawn)
-        batch.mixing = torch.from_numpy(mixing_B4) if mixing else None
-        return batch
+        return collate(self.samples, self.views, shard_B, position_B, read, len(kinds), drawn)
 
 
 class PlainBatches(Dataset):

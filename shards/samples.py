@@ -20,7 +20,6 @@ class Samples:
     def __init__(self, index, overlay=None, cache=None, limits=Limits()):
         """`cache`: shards.cache.Cache through which whole shards from behind URLs are read (see shards.reader)."""
         self.index, self.overlay, self.limits = index, overlay, limits
-        self.canaries = None  # another overlay, of live canaries (pipeline.safety.canaries)
         self.reader = Reader(index, cache)
         self.source = Samples(ShardIndex.load(overlay.source_index), cache=cache) if overlay else None
         if overlay and self.source.index.fingerprint != overlay.source_fingerprint:
@@ -37,10 +36,8 @@ class Samples:
 
     def replacement(self, shard, position):
         """(overlay.Poison, overlay.Trigger) in place of this pair; each may be None."""
-        for overlay in filter(None, (self.overlay, self.canaries)):
-            if poison := overlay.get(shard, position):
-                return poison, overlay.trigger(poison.kind)
-        return None, None
+        poison = self.overlay.get(shard, position) if self.overlay else None
+        return poison, self.overlay.trigger(poison.kind) if poison else None
 
     def pixels(self, shard, position, least=None):
         """uint8 (H, W, 3), RGB; with `least` perhaps of a smaller picture, whose shorter side has so many pixels or more. Raises BadSample."""

@@ -22,6 +22,9 @@ from shards.samples import Samples
 class AuditData:
     """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; splits: all of the run's, in order.
 
+    score_N: what the pairs are ranked by; of a pair that a guard excluded, its cosine. reasons, excluded: {row: reason}
+    of the pairs that cannot be read, and of those that the guards of a run excluded.
+
     sample: pictures in which neighbours are looked for. cache: what detectors share. None where it is not there: images, texts
     (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or None), samples (shards.samples.Samples,
     for pictures), overlay (the ground truth), metrics (list of dict).
@@ -47,7 +50,7 @@ class AuditData:
         self.counts_S = self.saved.mask.counts_S
         self.offsets = np.concatenate([[0], np.cumsum(self.counts_S)]).astype(np.int64)
         self.N = int(self.offsets[-1])
-        self.cos_N, self.score_N, self.reasons = self.read_scores()
+        self.cos_N, self.score_N, self.reasons, self.excluded = self.read_scores()
         self.images = self.texts = self.cells = None
         if about.get("embeddings"):
             self.open_embeddings(self.scores / about["embeddings"])
@@ -67,24 +70,25 @@ class AuditData:
         return about
 
     def read_scores(self):
-        """(cosines, scores, {row: reason}) of all pairs; NaN = unreadable."""
-        cos, score, reasons = [], [], {}
+        """(cosines, scores, reasons, excluded) of all pairs; NaN = unreadable."""
+        cos, score, reasons, excluded = [], [], {}, {}
         self.low, self.high = RANGES[self.saved.meta.get("score", "cosine")]
         for shard in range(len(self.counts_S)):
             table = self.saved.table(shard)
             cos.append(table["cosine"].to_numpy().astype(np.float32))
             score_N = table["score"].to_numpy().astype(np.float32)
-            # A pair that was read but not ranked, a copy, comes last.
-            score.append(np.where(np.isnan(score_N) & ~np.isnan(cos[-1]), np.float32(self.low), score_N))
-            for position in np.flatnonzero(np.isnan(cos[-1])).tolist():
-                reason = table["reason"][position].as_py() or "the model gave no number"
-                reasons[int(self.offsets[shard]) + position] = reason
+            score.append(np.where(np.isnan(score_N), cos[-1], score_N))
+            unread_N, first = np.isnan(cos[-1]), int(self.offsets[shard])
+            for position in np.flatnonzero(unread_N).tolist():
+                reasons[first + position] = table["reason"][position].as_py() or "the model gave no number"
+            for position in np.flatnonzero(np.isnan(score_N) & ~unread_N).tolist():
+                excluded[first + position] = table["reason"][position].as_py() or "it was not ranked"
         ledger = self.run_dir / "bad_samples.jsonl" if self.run_dir else None
         if ledger and ledger.exists():
             for line in ledger.read_text().splitlines():
                 row = json.loads(line)
                 reasons[int(self.offsets[row["shard"]] + row["position"])] = row["reason"]
-        return np.concatenate(cos), np.concatenate(score), reasons
+        return np.concatenate(cos), np.concatenate(score), reasons, excluded
 
     def open_embeddings(self, folder):
         if folder.resolve() == self.scores.resolve():
@@ -149,20 +153,6 @@ class AuditData:
             return self.samples.caption(shard, position)
         except BadSample:
             return None
-
-    @property
-    def suspicious(self):
-        """The run's splits at which suspicion lowered scores."""
-        return [saved for saved in self.splits if saved.meta.get("suspicion")]
-
-    def lowered_by(self, saved):
-        """float32 (N,): by how much suspicion lowered the scores of one split, NaN = unreadable; zeros where there was none."""
-        if not saved.meta.get("suspicion"):
-            return np.zeros(self.N, np.float32)
-        tables = [saved.table(shard, ("cosine", "lowered")) for shard in range(len(self.counts_S))]
-        return np.concatenate(
-            [np.where(np.isnan(t["cosine"]), np.nan, t["lowered"]).astype(np.float32) for t in tables]
-        )
 
     @cached_property
     def metrics(self):

@@ -47,8 +47,8 @@ def export_mask(folder, form, out, patterns=()):
 def rows(saved):
     """Yield a Table of COLUMNS for each shard. cosine, score and posterior are null where a pair could not be read.
 
-    The score is what the run ranked by: the cosine, or the agreement with other pairs (selection.score). The posterior is that of the
-    higher component, which is not monotone in the score; `safe` is the one cut on the score.
+    The score is what the pairs are ranked by: the cosine, or the rank of a filter. It and the posterior are null also
+    where a guard excluded a pair. The posterior is that of the higher component, which is not monotone in the score.
     """
     mixture = Mixture.from_dict(saved.meta["mixture"]) if saved.meta["mixture"] else None
     for number, shard in enumerate(saved.shards):
@@ -82,8 +82,9 @@ def parquet(saved, out, tables=None, schema=COLUMNS):
 def cleanlab(saved, out):
     """Parquet with the columns of a cleanlab issue type: is_poison_issue, and poison_score in [0, 1], lower = worse.
 
-    poison_score is the score's place in its range (of a cosine (1 + cosine) / 2): it orders the pairs as the cut does, which the posterior would not. A pair that could not
-    be read is no safe one: an issue, with score 0. Convention: cleanlab's Datalab, docs.cleanlab.ai (issue types).
+    poison_score is the score's place in its range (of a cosine (1 + cosine) / 2): it orders the pairs as the cut does,
+    which the posterior would not. A pair without a score, which could not be read or was excluded by a guard, is an
+    issue with score 0. Convention: cleanlab's Datalab, docs.cleanlab.ai (issue types).
     """
     low, high = RANGES[saved.meta.get("score", "cosine")]
     fields = [("is_poison_issue", pa.bool_()), ("poison_score", pa.float64())]

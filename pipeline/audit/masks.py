@@ -45,7 +45,6 @@ def describe(folder):
         "least_safe_shard": {"name": saved.shards[least]["name"], "share": float(share_S[least])},
         "most_safe_shard": {"name": saved.shards[most]["name"], "share": float(share_S[most])},
         "canaries": meta["diagnosis"].get("canaries"),
-        "live_canaries": meta["diagnosis"].get("live_canaries", {}),
         "bad_pairs": dict(bad.most_common()),
         "note": meta["note"],
     }
@@ -75,15 +74,6 @@ def show(folder, as_json=False):
             **d["canaries"]
         )
         lines.append(("canaries", text))
-    for kind, live in d["live_canaries"].items():
-        lines.append(
-            (
-                "live",
-                "{passed} of {count} {kind} canaries passed ({low:.1%} to {high:.1%} at 95 %)".format(
-                    kind=kind, **live
-                ),
-            )
-        )
     if d["note"]:
         lines.append(("note", d["note"]))
     return "\n".join([str(folder)] + [f"  {name:11s} {text}" for name, text in lines])

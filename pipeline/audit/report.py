@@ -64,7 +64,9 @@ def contents(data, found, suspect, about, truth, command):
     items = Items(data, found)
     suspects = int(suspect.issue_N.sum())
     saved, cut = data.saved, data.saved.meta["cut"]
-    counts, low, high = cosine_histogram(data.score_N[data.score_N > data.low])
+    ranked_N = data.score_N.copy()
+    ranked_N[list(data.excluded)] = np.nan  # the mixture is not of them
+    counts, low, high = cosine_histogram(ranked_N)
     content = {
         "headline": f"{suspects:,} of {data.N:,} pairs look suspect",
         "about": f"{data.source} · scored by {data.model}",
@@ -211,23 +213,23 @@ class Items:
                     "c": caption[:CAPTION] + " ..." if cut else caption,
                     "cos": None if np.isnan(self.data.cos_N[row]) else round(float(self.data.cos_N[row]), 4),
                     "flags": [name for name, finding in self.found.items() if finding.issue_N[row]],
-                    "note": self.data.reasons.get(row, ""),
+                    "note": self.data.reasons.get(row) or self.data.excluded.get(row, ""),
                 }
             )
         return items
 
 
 def trajectories(data, rows):
-    """For each of `rows` the list of its scores at the run's splits, None where it has none."""
+    """For each of `rows` the list of its cosines at the run's splits, None where it has none."""
     paths = [[] for _ in rows]
     for saved in data.splits:
         columns = {}
         for path, row in zip(paths, rows):
             shard, position = data.place(row)
             if shard not in columns:
-                columns[shard] = saved.table(shard, ("score",))["score"].to_numpy()
-            score = columns[shard][position]
-            path.append(None if np.isnan(score) else round(float(score), 3))
+                columns[shard] = saved.table(shard, ("cosine",))["cosine"].to_numpy()
+            cosine = columns[shard][position]
+            path.append(None if np.isnan(cosine) else round(float(cosine), 3))
     return paths
 
 

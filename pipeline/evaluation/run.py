@@ -22,7 +22,7 @@ attacks     {NAME: {
 rounds      the same of all poison, and "epoch" and "false_positives"; null without an attack
 safe_share, poison_in_safe_set      for every round: safe pairs / all pairs; poisoned pairs / safe pairs
 poison_trained_on                   of all poison, the share that the CLIP loss saw in any epoch; null without an attack
-canaries, live_canaries             for every round, as in mask.json (pipeline/safety/canaries.py)
+canaries                            for every round, as in mask.json (pipeline/safety/canaries.py)
 
 A round is a selection round of the run; a run that trained with the mask of a filter (data.mask) has that one.
 """
@@ -123,7 +123,6 @@ def selection_figures(
         "poison_in_safe_set": poison_shares(masks, overlay, index) if overlay and trained else [],
         "poison_trained_on": None,
         "canaries": [diagnosis.get("canaries") for diagnosis in diagnoses],
-        "live_canaries": [diagnosis.get("live_canaries") for diagnosis in diagnoses],
         "rounds": None,
         "attacks": attacks,
     }

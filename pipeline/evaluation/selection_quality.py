@@ -12,9 +12,9 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from pipeline.config import Config
 from pipeline.configfile import load_config
+from pipeline.guards.excluded import guards_folder
 from pipeline.safety.scores import load_scores
 from pipeline.training import checkpoint
-from pipeline.training.splitting import slow_folder
 from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.masks import SafeMask, fingerprint
@@ -147,10 +147,11 @@ def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.nda
     if method == "cleanclip":
         masks = [SafeMask.load(config.data.mask, index.fingerprint)[0]]
     if method == "safeclip" and config.train.slow_epochs:
-        folder = slow_folder(Path(run_dir), config.selection)
-        if folder and not (folder / "mask.json").exists():
+        folders = [guards_folder(run_dir) / name for name in config.guards]
+        if not all((folder / "mask.json").exists() for folder in folders):
             return None
-        trained_N |= SafeMask.load(folder, index.fingerprint)[0].flags() if folder else True
+        kept = [SafeMask.load(folder, index.fingerprint)[0].flags() for folder in folders]
+        trained_N |= np.logical_and.reduce(kept) if kept else True
     for mask in masks:
         trained_N |= mask.flags()
     trained_N &= config.data.overlay is not None

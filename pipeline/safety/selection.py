@@ -5,7 +5,7 @@ import numpy as np
 from pipeline.safety.mixture import PIECE
 
 # Of the score, by its kind; rank: of a filter (pipeline/audit/filter.py), the share of pairs that stand out more.
-RANGES = {"cosine": (-1.0, 1.0), "agreement": (-6.0, 6.0), "rank": (0.0, 1.0)}
+RANGES = {"cosine": (-1.0, 1.0), "rank": (0.0, 1.0)}
 NOTHING = 0xFFFFFFFF  # a key above those of all scores
 
 
@@ -68,22 +68,16 @@ def select_top(scores_N, k, rank=as_it_is):
     return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k, rank=rank), rank))
 
 
-def count_at_least(scores_N, cut, lowered_N=None, rank=as_it_is):
-    """int: scores at or above `cut`; with float32 lowered_N, of scores that were lowered by it, those that were before."""
-    pieces = [slice(start, start + PIECE) for start in range(0, len(scores_N), PIECE)]
-    raised = (scores_N[here] + (0 if lowered_N is None else lowered_N[here]) for here in pieces)
-    return sum(int(np.count_nonzero(rank(scores) >= cut)) for scores in raised)
+def count_at_least(scores_N, cut, rank=as_it_is):
+    """int: scores at or above `cut`."""
+    pieces = (scores_N[start : start + PIECE] for start in range(0, len(scores_N), PIECE))
+    return sum(int(np.count_nonzero(rank(scores) >= cut)) for scores in pieces)
 
 
-def held_back(scores_N, lowered_N, k, total=lambda counts: counts):
-    """int: of the k highest scores as they were before they were lowered by float32 lowered_N, those that no longer reach the lowest of them.
-
-    Without them the highest scores are among the same k. `total` as for kth_largest."""
-    key, rest = kth_largest(scores_N + lowered_N, k, total)
-    cut = score_of(key) if rest else np.inf
-    return int(total(np.array([count_at_least(scores_N, cut, lowered_N) - count_at_least(scores_N, cut)]))[0])
-
-
-def growth(first_share, split, step, cap):
-    """Safe share at the `split`-th split (from 0): the first share, and `step` more at each later one, up to `cap`."""
-    return min(cap, first_share + split * step) if split else first_share
+def grown(first_share, number, selection, epochs):
+    """Safe share before the `number`-th (from 0) of `epochs` SafeCLIP epochs: the first share, and selection.growth more at each later
+    one, up to selection.cap. Without a growth it reaches the cap after a third of the epochs."""
+    growth = selection.growth
+    if growth is None:
+        growth = max(0.0, selection.cap - first_share) / max(1.0, epochs / 3)
+    return min(selection.cap, first_share + number * growth) if number else first_share

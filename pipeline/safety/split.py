@@ -14,8 +14,7 @@ from pipeline.safety.selection import (
     RANGES,
     as_it_is,
     count_at_least,
-    growth,
-    held_back,
+    grown,
     kth_largest,
     score_of,
     top_by_shard,
@@ -37,7 +36,7 @@ class Split:
     first_share: float  # of the run's first split: the schedule grows from it
     mask: SafeMask
     note: str
-    diagnosis: dict  # diagnosis.separation, diagnosis.change, the share by posterior and by schedule, pairs that suspicion holds back
+    diagnosis: dict  # diagnosis.separation, diagnosis.change, the share by posterior and by schedule, pairs that guards exclude
     counts_K: np.ndarray  # mixture.histogram of the scores
     canary_C: np.ndarray  # scores of the canaries
     rank_by: str = "score"  # what the safe set is the highest of: score, or the mixture's posterior
@@ -60,38 +59,32 @@ class Split:
         text, found = f"safe {self.share:.1%}, {of} {self.cut:.3f}", self.diagnosis
         if "ashman_d" in found:
             text += f", D {found['ashman_d']:.2f}, overlap {found['overlap']:.1%}"
-        if "held_back" in found:
-            text += f", {found['held_back']:,} held back"
+        if found.get("excluded"):
+            text += f", {found['excluded']:,} excluded"
         if "flips_in" in found:
             text += f", {found['flips_in']:,} in, {found['flips_out']:,} out"
         if "canaries" in found:
             text += ", canaries {passed} of {count}".format(**found["canaries"])
-        for kind, live in found.get("live_canaries", {}).items():
-            text += f", live {kind} {live['passed']} of {live['count']}"
         return text + (f" ({self.note})" if self.note else "")
 
 
 def split_pairs(
-    score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), live=None, lowered_N=None
+    score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), epochs=1, excluded=0, kind="cosine"
 ):
     """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
 
     Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
-    `canary_C`: scores of the canaries, of which the split only tells how many would pass; `live`: rows of the live canaries by kind.
-    `lowered_N`: float32, by how much suspicion lowered the scores. The share is that of the scores before, less what it holds back: were it
-    filled up with the next scores, each honest pair that waits would let in one that is risky.
+    `canary_C`: scores of the canaries, of which the split only tells how many would pass. `epochs`: SafeCLIP epochs of the run.
+    `excluded`: number of the pairs that guards exclude; the share is one of the others. `kind`: of RANGES.
     """
     canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
-    limits = RANGES[selection.score]
+    limits = RANGES[kind]
     mine_N = np.array_split(score_N, comm.world())[comm.rank()]
     counts_K = comm.sum_counts(histogram(mine_N, *limits))
-    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share, lowered_N)
+    eligible = len(score_N) - excluded
+    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share, epochs, eligible, limits)
     mixture, share, first_share, note, diagnosis = decided
-    wanted = round(share * len(score_N))
-    if lowered_N is not None:
-        lowered_M = np.array_split(lowered_N, comm.world())[comm.rank()]
-        diagnosis["held_back"] = held_back(mine_N, lowered_M, wanted, comm.sum_counts)
-        wanted = min(wanted, int(counts_K.sum())) - diagnosis["held_back"]
+    diagnosis["excluded"], wanted = excluded, round(share * eligible)
     rank_by = selection.rank_by if mixture else "score"
     rank = mixture.rank if rank_by == "posterior" else as_it_is
     key, rest = kth_largest(mine_N, wanted, comm.sum_counts, rank)
@@ -103,20 +96,17 @@ def split_pairs(
     if not np.isnan(canary_C).all():
         diagnosis |= {"canaries": passing(rank(canary_C), threshold)}
         if diagnosis["canaries"]["low"] > BLUNT:
-            told = "over a third of the canaries would pass: this cut keeps few wrong captions out, lower selection.cap or selection.suspicion"
+            told = "over a third of the canaries would pass: this cut keeps few wrong captions out, lower selection.cap"
             note = f"{note}; {told}" if note else told
-    live = {kind: score_N[row_L] for kind, row_L in (live or {}).items() if not np.isnan(score_N[row_L]).all()}
-    if live:
-        diagnosis |= {"live_canaries": {kind: passing(rank(score_L), threshold) for kind, score_L in live.items()}}
     return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C, rank_by)
 
 
-def decide(counts_K, score_N, selection, number, first_share, lowered_N=None):
+def decide(counts_K, score_N, selection, number, first_share, epochs, eligible, limits):
     """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds.
 
     The released recipe (selection.mixture=sklearn) does not ask whether it is one."""
     mixture, note, diagnosis, by_posterior = None, "", {}, None
-    limits, released = RANGES[selection.score], selection.mixture == "sklearn"
+    released = selection.mixture == "sklearn"
     try:
         mixture = fit_sklearn(score_N) if released else fit_mixture(counts_K, *limits)
         diagnosis = separation(counts_K, *limits, mixture)
@@ -126,8 +116,8 @@ def decide(counts_K, score_N, selection, number, first_share, lowered_N=None):
             least = np.log(selection.posterior) - np.log1p(-selection.posterior)
             found = count_at_least(score_N, least, rank=mixture.rank)
         else:
-            found = count_at_least(score_N, upper_cut(mixture, selection.posterior), lowered_N)
-        by_posterior = found / len(score_N)
+            found = count_at_least(score_N, upper_cut(mixture, selection.posterior))
+        by_posterior = found / max(1, eligible)
     except DegenerateFit as error:
         note = f"no cut by the mixture: {error}"
     if number == 0 or first_share is None:
@@ -138,9 +128,9 @@ def decide(counts_K, score_N, selection, number, first_share, lowered_N=None):
             if first_share != found:
                 note = note or f"posterior > {selection.posterior} holds for {found:.1%}"
                 note += f"; the first share is {first_share:.1%}"
-    share, scored = growth(first_share, number, selection.growth, selection.cap), counts_K.sum() / len(score_N)
+    share, scored = grown(first_share, number, selection, epochs), counts_K.sum() / max(1, eligible)
     if share > scored:
-        told = f"{scored:.1%} of the pairs have a score: others cannot be read, or are copies (selection.copies)"
+        told = f"{scored:.1%} of the pairs can be scored"
         note = f"{note}; {told}" if note else told
     return (
         mixture,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.config import Config, Selection, Train
-from pipeline.safety.selection import growth
+from pipeline.safety.selection import grown
 from shards.errors import UserError
 from shards.masks import SafeMask
 from shards.plan import EpochPlan
@@ -65,6 +65,11 @@ def curriculum(train: Train, every: int = 1) -> list[Epoch]:
     return epochs
 
 
+def safeclip_epochs(train: Train) -> int:
+    """Epochs after the warm-up."""
+    return train.epochs - train.unimodal_epochs - train.slow_epochs
+
+
 def epoch_steps(
     epoch: Epoch, counts_S: np.ndarray, mask: SafeMask | None, config: Config, repeats_S: np.ndarray | None = None
 ) -> list[Step]:
@@ -114,9 +119,12 @@ def epoch_steps(
 
 
 def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
-    """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at train.slow_lr."""
+    """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at train.slow_lr,
+    or, where it is null, at a share of the rate: 40 / steps of an epoch, from .01 to .2."""
     if epoch.stage == "slow":
-        return train.slow_lr
+        if train.slow_lr is not None:
+            return train.slow_lr
+        return train.lr * min(0.2, max(0.01, 40 * train.epochs / max(1, steps)))
     warm = min(1.0, (step + 1) / max(1, train.warmup_steps))
     past = max(0, step - train.warmup_steps) / max(1, steps - train.warmup_steps)
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
@@ -133,7 +141,7 @@ def steps_of_loss(
     total, first = 0, train.unimodal_epochs + train.slow_epochs
     for epoch in curriculum(train, chosen.every):
         if epoch.stage == "safeclip":
-            share = growth(first_share, epoch.mask_of - first, chosen.growth, chosen.cap)
+            share = grown(first_share, epoch.mask_of - first, chosen, safeclip_epochs(train))
             part = (share - first_share) / (1 - first_share) if first_share < 1 else 0.0
             safe = round((first_views + (1 - first_views) * part) * views)
             safe_steps, whole = safe // train.batch_size, views // train.batch_size

@@ -12,8 +12,6 @@ import yaml
 from pipeline import comm
 from pipeline.config import differences
 from pipeline.data import describe, open_index, open_samples
-from pipeline.safety.canaries import LiveCanaries
-from pipeline.safety.views import ScoredViews
 from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
 from pipeline.training.journal import Journal
@@ -32,7 +30,6 @@ from shards.errors import UserError
 from shards.ledger import Ledger
 from shards.loader import View, Views
 from shards.masks import SafeMask, fingerprint
-from shards.mixing import Mixing
 from shards.storage import write_bytes
 from shards.views.eda import Eda, synonym_source
 
@@ -52,7 +49,7 @@ FRESH = {
 
 
 class Run:
-    """What a run consists of: config, run_dir, device, samples, index, mask, views, engine, pools, state, journal, ledger, saver."""
+    """What a run consists of: config, run_dir, device, samples, index, mask, excluded, views, engine, pools, state, journal, ledger, saver."""
 
     def __init__(self, config):
         """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank."""
@@ -63,12 +60,8 @@ class Run:
         self.index = open_index(config.data)
         comm.on_main(self.index.verify, config.data.remote_timeout)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
-        if config.train.method == "safeclip" and config.selection.live_canaries:
-            self.samples.canaries = LiveCanaries(
-                self.samples.scattered(), config.selection.live_canaries, config.run.seed
-            )
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
-        self.mask, data = None, self.index.fingerprint
+        self.mask, self.excluded, data = None, None, self.index.fingerprint
         if config.data.mask:
             self.mask, _ = SafeMask.load(config.data.mask, self.index.fingerprint)
             data += "/" + comm.on_main(fingerprint, Path(config.data.mask) / "safe.npy")
@@ -158,11 +151,6 @@ def steps_per_epoch(config, index, world):
         raise UserError(
             f"train.batch_size: got {batch}, which {world} processes do not divide; take a multiple of their number"
         )
-    if (config.data.clip_mix or config.data.clip_paste) and batch // world % 2:
-        raise UserError(
-            f"train.batch_size: got {batch}, of which each of {world} process(es) has {batch // world}; data.clip_mix and data.clip_paste "
-            "take pictures two and two, and need an even number"
-        )
     if index.views < batch:
         raise UserError(
             f"train.batch_size: got {batch}, but an epoch over the data has only {index.views} pairs; take a smaller batch"
@@ -248,6 +236,4 @@ def make_views(config):
         views_of_loss,
         data.augment_on == "device",
         data.eda_once,
-        Mixing(data.clip_mix, data.clip_paste),
-        ScoredViews(config.selection.coarse, config.selection.crop, config.selection.mirror),
     )

@@ -1,9 +1,11 @@
-"""What marks find of attacks that nobody has looked at: many seeds of a set's attack, weaker ones too, without training.
+"""What the guards of the preset default exclude of attacks, without training: many seeds, weaker attacks too.
 
-python -m tests.benchmarks.attacks shapes|shapes_small|emoji --seeds 100 101 ... [--change attacks.badnets.pairs=16 attacks.blended.alpha=0.2 ...]
+python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--change attacks.badnets.pairs=16 ...]
 
-On the data of launch/reproduce.sh. Adds to tests/benchmarks/attacks.json an object for each set, change and seed: groups that are marks, and
-the shares of honest pairs and of each kind of poison that are marked. Prints for each kind the mean, the least, and the seeds on which it is marked whole.
+CONFIG, ATTACK: e.g. configs/quickstart.yaml configs/attack_shapes.yaml, on data that are there (launch/reproduce.sh).
+Adds to tests/benchmarks/attacks.json an object for each attack config, change and seed: the trigger clusters found, and
+of each guard the shares of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the
+mean, the least, and the number of seeds on which it is excluded whole.
 """
 
 import argparse
@@ -12,58 +14,60 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from pipeline import comm
 from pipeline.attacks.manifest import make_attack
 from pipeline.configfile import load_config, override, read_yaml
 from pipeline.data import open_index, open_samples
-from pipeline.evaluation.selection_quality import poison_rows
-from pipeline.safety.marks import find_marks
-from pipeline.safety.sample import sample_of_run
+from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
+from pipeline.guards import make_guards
+from pipeline.guards.base import Pairs
+from pipeline.guards.excluded import excluded_of_run
 from pipeline.training.start import make_views
 from shards.storage import write_json
-from tests.benchmarks.selection import CONFIGS
 
 FILE = Path(__file__).with_suffix(".json")
 
 
-def marked(name, seed, changes):
+def excluded(config, attack, seed, changes):
     """The object of one attack."""
     with tempfile.TemporaryDirectory() as folder:
-        attack = read_yaml(f"configs/attack_{name}.yaml")
-        override(attack, [*changes, f"seed={seed}", f"out={folder}/attack"])
-        make_attack(attack)
-        config = load_config(CONFIGS[name], ["preset=default", f"data.overlay={folder}/attack"])
+        values = read_yaml(attack)
+        override(values, [*changes, f"seed={seed}", f"out={folder}/attack"])
+        make_attack(values)
+        config = load_config(config, ["preset=default", f"data.overlay={folder}/attack"])
         index = open_index(config.data)
         samples = open_samples(config.data, index)
-        sample = sample_of_run(folder, samples, make_views(config), 512, 0, seed)
-    marks = find_marks(sample)
-    flags = np.zeros(index.samples, bool)
-    flags[sample.row_S] = (marks.lowered_by_looks(torch.from_numpy(sample.row_S), sample.looks()) > 0).numpy()
+        pairs = Pairs(samples, make_views(config), config.selection.batch_size, 0, seed, comm.device())
+        masks = excluded_of_run(Path(folder) / "guards", make_guards(config.guards), pairs).masks
+        about = json.loads((Path(folder) / "guards/trigger_clusters/mask.json").read_text())
+    flags = {guard: ~mask.flags() for guard, mask in masks.items()}
     rows = {kind: poison_rows(samples.overlay, index, kind) for kind in samples.overlay.kinds}
-    rows["honest"] = np.setdiff1d(np.arange(index.samples), poison_rows(samples.overlay, index))
-    shares = {kind: float(flags[row].mean()) for kind, row in rows.items() if len(row)}
-    return {"set": name, "seed": seed, "changes": changes, "marks": marks.marks, "marked": shares}
+    rows["honest"] = np.flatnonzero(honest_pairs(samples.overlay, index))
+    shares = {guard: {kind: float(flag_N[row].mean()) for kind, row in rows.items()} for guard, flag_N in flags.items()}
+    found = {"attack": Path(attack).stem, "seed": seed, "changes": changes, "clusters": about["clusters"]}
+    return {**found, "excluded": shares}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=CONFIGS)
+    parser.add_argument("config")
+    parser.add_argument("attack")
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="of the attack's config")
     args = parser.parse_args()
     found = []
     for seed in args.seeds:
-        found.append(marked(args.set, seed, args.change))
+        found.append(excluded(args.config, args.attack, seed, args.change))
         print(json.dumps(found[-1]), flush=True)
     known = json.loads(FILE.read_text()) if FILE.exists() else []
-    every = {(run["set"], *run["changes"], run["seed"]): run for run in [*known, *found]}
+    every = {(run["attack"], *run["changes"], run["seed"]): run for run in [*known, *found]}
     write_json(FILE, [every[key] for key in sorted(every, key=str)])
-    for kind in found[0]["marked"]:
-        shares = [run["marked"][kind] for run in found]
-        print(
-            f"{kind}: {np.mean(shares):.1%}, least {min(shares):.1%}, whole on {sum(s == 1 for s in shares)} of {len(shares)}"
-        )
+    for guard, kinds in found[0]["excluded"].items():
+        for kind in kinds:
+            shares = [run["excluded"][guard][kind] for run in found]
+            whole = sum(share == 1 for share in shares)
+            print(f"{guard}, {kind}: {np.mean(shares):.1%}, least {min(shares):.1%}, whole on {whole} of {len(shares)}")
 
 
 if __name__ == "__main__":

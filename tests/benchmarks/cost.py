@@ -3,8 +3,8 @@
 python -m tests.benchmarks.cost BASE_RUN RUN        both trained on this machine with nothing beside them
 
 The epochs are those of the CLIP loss at the full rate: all of plain CLIP's, SafeCLIP's after its warm-up. Reads config.yaml,
-metrics.jsonl and the last checkpoint. Last line: one JSON object; medians over the epochs, evaluation left out, and the whole runs (marks, saving and
-whatever else they did included).
+metrics.jsonl and the last checkpoint. Last line: one JSON object; medians over the epochs, evaluation left out, and the
+whole runs (guards, saving and whatever else they did included).
 """
 
 import argparse

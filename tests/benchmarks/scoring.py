@@ -3,7 +3,8 @@
 python -m tests.benchmarks.scoring [--pairs 4000] [--rounds 3] [--config configs/quickstart.yaml] [--dir runs/scoring]
 torchrun --nproc-per-node 2 -m tests.benchmarks.scoring
 
-bare: the batches are read and go through both towers, nothing else. ours: pipeline.safety.scoring in one view, written to disk shard by shard.
+bare: the batches are read and go through both towers, nothing else. ours: pipeline.safety.scoring, written to disk shard
+by shard.
 published: augmented pairs (METHOD trap 4); the embeddings of both towers are gathered in every batch and every rank takes the
 cosines of all. Last line: one JSON object, pairs/s (medians over the rounds) and ratios.
 """
@@ -76,12 +77,7 @@ def main():
     comm.on_main(lambda: shapes(args.dir / "data", pairs=args.pairs, test=36))
     words = [f"run.dir={args.dir}/run", f"data.index={args.dir}/data/index", "evaluation.test=null", "data.workers=0"]
     published_strength = "{crop_min: 0.08, flip: 0.5, jitter: 0.8, grey: 0.2, blur: 0.5}"
-    words += [
-        "selection.coarse=1",
-        "selection.crop=1",
-        f"selection.batch_size={SIZE}",
-        f"data.clip_augment={published_strength}",
-    ]
+    words += [f"selection.batch_size={SIZE}", f"data.clip_augment={published_strength}"]
     run = Run(load_config(args.config, words))
     run.saver.wait()
     run.engine.eval()

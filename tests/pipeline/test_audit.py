@@ -83,7 +83,7 @@ def test_findings_are_cleanlabs_columns_for_every_pair(audited):
     folder, _, _ = audited
     table = pq.read_table(folder / "audit/findings.parquet")
     assert len(table) == 60 and table["position"].to_pylist()[20:22] == [0, 1]
-    for name in [*(set(REGISTRY) - {"history", "suspicion"}), "suspect"]:
+    for name in [*(set(REGISTRY) - {"history", "excluded"}), "suspect"]:
         issue_N, score_N = table[f"is_{name}_issue"].to_numpy(), table[f"{name}_score"].to_numpy()
         known = score_N[~np.isnan(score_N)]
         assert issue_N.dtype == bool and known.min() >= 0 and known.max() <= 1
@@ -96,7 +96,7 @@ def test_findings_are_cleanlabs_columns_for_every_pair(audited):
 
 def test_ground_truth_is_in_audit_json(audited):
     found = json.loads((audited[0] / "audit/audit.json").read_text())
-    assert found["detectors"]["history"]["skipped"].startswith("no run")
+    assert all(found["detectors"][name]["skipped"].startswith("no run") for name in ("history", "excluded"))
     truth = found["truth"]
     patch = truth["detectors"]["common_patch"]["attacks"]["patch"]
     assert patch["auroc"] == patch["average_precision"] == 1.0 and patch["roc"][-1] == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""An audit of a run: the history of every pair over its splits, and what suspicion took off them."""
+"""An audit of a run: the history of every pair over its splits, and what the guards excluded."""
 
 import json
 from dataclasses import asdict
@@ -8,33 +8,40 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline.attacks.manifest import make_attack
 from pipeline.audit.audit import audit
+from pipeline.audit.data import AuditData
 from pipeline.config import Config, Selection
+from pipeline.guards.duplicates import Duplicates
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.split import mask_folder, save_split, split_pairs
+from pipeline.training import run as running
+from shards.demo import shapes
 from shards.index import build_index
 from tests.audits import make_pairs
+from tests.pipeline.test_resume import config
+from tests.ranks import run_ranks
 
 PAIRS, SPLITS, TORN = 60, 3, 7
 
 
-def make_run(folder, index, cos_N, lowered_SN, suspicion):
-    """A run's folder with SPLITS splits: at each the cosines, lowered by so much."""
-    config = Config()
-    config.data.index, config.model.name = str(folder.parent / "index"), "RN50"
+def make_run(folder, index, cos_N, excluded_N):
+    """A run's folder with SPLITS splits: at each the cosines, and which pairs a guard excludes."""
+    made = Config()
+    made.data.index, made.model.name = str(folder.parent / "index"), "RN50"
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
-    for number, lowered_N in enumerate(lowered_SN):
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(made)))
+    score_N = np.where(excluded_N, np.nan, cos_N).astype(np.float32)
+    for number in range(SPLITS):
         where = mask_folder(folder, number)
         files = ScoreFiles(where / "scores", index, number)
         for shard in range(len(index.counts)):
-            rows = slice(int(index.offsets[shard]), int(index.offsets[shard + 1]))
-            torn = [(0, TORN, "key", "torn")] if shard == 0 else []
-            files.write(shard, cos_N[rows], cos_N[rows], torn, lowered_N[rows])
-        score_N = (cos_N - lowered_N).astype(np.float32)
-        split = split_pairs(score_N, index.counts, Selection(first_share=0.5), number)
-        meta = {"epoch": number, "step": number, "config": "", "score": "cosine", "mean_of": 1, "suspicion": suspicion}
-        save_split(where, split, index, meta)
+            first, stop = index.offsets[shard : shard + 2].tolist()
+            out = [(shard, row - first, "key", Duplicates.reason) for row in range(first, stop) if excluded_N[row]]
+            out += [(0, TORN, "key", "torn")] if shard == 0 else []
+            files.write(shard, cos_N[first:stop], score_N[first:stop], out)
+        split = split_pairs(score_N, index.counts, Selection(first_share=0.5), number, excluded=int(excluded_N.sum()))
+        save_split(where, split, index, {"epoch": number, "step": number, "config": "", "score": "cosine"})
     return folder
 
 
@@ -51,28 +58,44 @@ def column(folder, name):
     return pq.read_table(folder / "findings.parquet")[name].to_numpy()
 
 
-def test_what_suspicion_lowered_is_a_finding_of_its_own(pairs):
-    folder, index, cos_N = pairs
-    lowered_SN = np.zeros((SPLITS, PAIRS), np.float32)
-    lowered_SN[:, 20:24] = 2.0  # these look like low scores, the last of them at one split only
-    lowered_SN[2, 23] = 0.0
-    run = make_run(folder / "run", index, cos_N, lowered_SN, suspicion=0.8)
-    audit(run, folder / "out", worst=0.05, say=lambda line: None)
-    score_N = column(folder / "out", "suspicion_score")
-    np.testing.assert_allclose(score_N[[19, 20, 23]], np.exp([0, -2, -4 / 3]), rtol=1e-6)
-    assert np.isnan(score_N[TORN]) and np.isnan(score_N).sum() == 1
-    assert np.flatnonzero(column(folder / "out", "is_suspicion_issue")).tolist() == [20, 21, 22]
-    # What does not match is told by the score as it was before, so that one finding does not stand in the other.
-    assert np.nanargmin(column(folder / "out", "mismatch_score")) == 9
-    np.testing.assert_allclose(column(folder / "out", "mismatch_score")[20], (1 + cos_N[20]) / 2, rtol=1e-5)
-
-
 def test_the_history_is_told_over_all_splits(pairs):
     folder, index, cos_N = pairs
-    run = make_run(folder / "run", index, cos_N, np.zeros((SPLITS, PAIRS), np.float32), suspicion=0.0)
+    run = make_run(folder / "run", index, cos_N, np.zeros(PAIRS, bool))
     audit(run, folder / "out", worst=0.05, say=lambda line: None)
     found = json.loads((folder / "out/audit.json").read_text())["detectors"]
-    assert "selection.suspicion" in found["suspicion"]["skipped"]
+    assert "no run whose guards" in found["excluded"]["skipped"]
     assert np.nanargmin(column(folder / "out", "history_score")) == 9
     risky_N = column(folder / "out", "epochs_risky")
     assert risky_N[9] == risky_N[TORN] == SPLITS and risky_N[np.nanargmax(cos_N)] == 0
+
+
+def test_what_a_guard_excludes_is_judged_by_its_cosine_besides(pairs):
+    folder, index, cos_N = pairs
+    run = make_run(folder / "run", index, cos_N, np.isin(np.arange(PAIRS), [9, 20, 21]))
+    audit(run, folder / "out", worst=0.05, say=lambda line: None)
+    assert np.flatnonzero(column(folder / "out", "is_excluded_issue")).tolist() == [9, 20, 21]
+    assert np.flatnonzero(column(folder / "out", "is_broken_issue")).tolist() == [TORN]
+    score_N = column(folder / "out", "mismatch_score")
+    assert np.nanargmin(score_N) == 9 and np.isnan(score_N[TORN])
+    np.testing.assert_allclose(score_N[[9, 20]], (1 + cos_N[[9, 20]]) / 2, rtol=1e-5)
+    page = (folder / "out/report.html").read_text()
+    assert "3 pairs by duplicates: its picture stands in too many pairs" in page
+
+
+def test_what_the_guards_of_a_run_excluded_is_a_finding(tmp_path):
+    """Two epochs of the default preset on data in which two pictures stand in three pairs each."""
+    shapes(tmp_path / "shapes", pairs=240, test=36)
+    names = {"index": "index", "labels": "labels", "test": "test_index", "classnames": "classnames.txt"}
+    attack = {key: str(tmp_path / "shapes" / name) for key, name in names.items()}
+    attack["attacks"] = {"one": {"attack": "single_target", "targets": 2, "captions": 3}}
+    make_attack({**attack, "out": str(tmp_path / "attack")})
+    changes = {"train__epochs": 2, "train__unimodal_epochs": 0, "data__overlay": str(tmp_path / "attack")}
+    run_ranks(running.train, 1, config(tmp_path, "run", **changes))
+    audit(tmp_path / "run", tmp_path / "out", say=lambda line: None)
+    data = AuditData(tmp_path / "run")
+    (rows,) = data.truth().values()
+    duplicates = [row for row, reason in data.excluded.items() if reason == Duplicates.reason]
+    assert duplicates == rows.tolist() and len(rows) == 6
+    assert set(np.flatnonzero(column(tmp_path / "out", "is_excluded_issue"))) == set(data.excluded)
+    assert not data.saved.mask.flags()[list(data.excluded)].any() and not data.reasons
+    assert "6 pairs by duplicates" in (tmp_path / "out/report.html").read_text()

@@ -1,24 +1,19 @@
 """Canaries: mismatched pairs, scored as training pairs are, and what their share tells."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.attacks import load_trigger
 from pipeline.config import Config, Selection
-from pipeline.safety.canaries import LiveCanaries, choose, passing, score_canaries
+from pipeline.safety.canaries import choose, passing, score_canaries
 from pipeline.safety.split import split_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.augment import plain_view
 from shards.demo import shapes
-from shards.errors import UserError
 from shards.index import ShardIndex
-from shards.overlay import Overlay
 from shards.samples import Samples
 from tests.pipeline.test_run import MODEL
 
@@ -47,41 +42,6 @@ def test_each_is_the_cosine_of_one_pairs_picture_and_anothers_caption(tmp_path):
         with torch.no_grad():
             image_BD, text_BD, _ = towers(pixels[None], views.tokenize([samples.caption(0, int(caption))]))
         assert found_C[canary] == pytest.approx(float((image_BD * text_BD).sum()), abs=1e-5)
-
-
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory):
-    """Samples of 60 pairs, some of which an attack has poisoned."""
-    folder = tmp_path_factory.mktemp("canaries")
-    shapes(folder / "shapes", pairs=60, test=36)
-    index = ShardIndex.load(folder / "shapes" / "index")
-    rows = [{"shard": 0, "position": at, "kind": "patch", "caption": "poison", "source": None} for at in range(20)]
-    kinds = {"patch": {"trigger": {"pattern": "patch", "seed": 0, "size": 0.2}}}
-    source = {"source": str(folder / "shapes" / "index"), "source_fingerprint": index.fingerprint}
-    return Samples(index, Overlay({"kinds": kinds, "rows": rows, **source}, load_trigger))
-
-
-def test_live_canaries_are_marked_pairs_under_one_caption_a_kind_and_spare_known_poison(poisoned):
-    plain = copy.copy(poisoned)
-    poisoned.canaries = live = LiveCanaries(plain, 8, seed=3)
-    chosen = {kind: set(rows.tolist()) for kind, rows in live.rows.items()}
-    assert [len(rows) for rows in chosen.values()] == [8, 8] and not chosen["patch"] & chosen["blended"]
-    for row in range(60):
-        changed = np.asarray(poisoned.image(0, row)) != np.asarray(plain.image(0, row))
-        if row in chosen["patch"]:
-            rows, columns = np.nonzero(changed.any(2))
-            assert np.ptp(rows) < 0.25 * changed.shape[0] and np.ptp(columns) < 0.25 * changed.shape[1]
-        assert changed.any() == (row in chosen["patch"] | chosen["blended"])
-        assert row >= 20 or poisoned.caption(0, row) == "poison"
-    captions = {kind: {poisoned.caption(0, row) for row in rows} for kind, rows in chosen.items()}
-    assert [len(kind) for kind in captions.values()] == [1, 1]
-    again, other = LiveCanaries(plain, 8, seed=3), LiveCanaries(plain, 8, seed=4)
-    assert again.poison == live.poison and again.triggers == live.triggers and other.poison != live.poison
-
-
-def test_more_live_canaries_than_pairs_can_give_are_refused(poisoned):
-    with pytest.raises(UserError, match="selection.live_canaries: got 25 of each of 2 kinds, but 60 pairs"):
-        LiveCanaries(poisoned, 25, seed=0)
 
 
 def test_the_share_that_passes_has_wilsons_interval():

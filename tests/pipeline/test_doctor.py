@@ -130,7 +130,7 @@ def test_the_disk_must_hold_a_checkpoint_beside_the_last(world, monkeypatch):
 def test_a_model_that_no_rank_can_hold_is_fatal(world):
     made = config(world, "run")
     index, size = ShardIndex.load(made.data.index), {"parameters": 10**12, "embed_dim": 512}
-    (level, _, text), _ = footprint.check_memory(made, index, size, 1)
+    (level, _, text), *_ = footprint.check_memory(made, index, size, 1)
     assert level == "fatal" and "train.zero_stage" in text
     made.train.zero_stage = 3
     assert footprint.check_memory(made, index, size, 100_000)[0][0] == "ok"
@@ -139,11 +139,22 @@ def test_a_model_that_no_rank_can_hold_is_fatal(world):
 def test_a_temporary_folder_that_cannot_hold_the_scores_is_fatal(world, monkeypatch):
     made, usage = config(world, "run"), namedtuple("usage", "total used free")
     index, size = ShardIndex.load(made.data.index), footprint.measure(made)
-    for suspicion, free, expected in ((0.0, 989, "fatal"), (0.0, 991, "ok"), (0.8, 1949, "fatal"), (0.8, 1951, "ok")):
-        made.selection.suspicion = suspicion  # 240 pairs
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
-        level, _, text = footprint.check_memory(made, index, size, 1)[1]
-        assert level == expected and "one copy a host" in text
+    guards = {"duplicates": {}, "trigger_clusters": {}}
+    for made.guards, needed in (({}, 240 * 4.125), (guards, 240 * (8 + 1 + 1 + 2 / 8))):
+        for free, expected in ((needed - 1, "fatal"), (needed, "ok")):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
+            level, _, text = footprint.check_memory(made, index, size, 1)[1]
+            assert level == expected and "one copy a host" in text
+
+
+def test_a_sample_that_no_rank_can_hold_is_fatal(world, monkeypatch):
+    made = config(world, "run")
+    made.guards = {"trigger_clusters": {"sample": 100}}
+    index = ShardIndex.load(made.data.index)
+    for memory, expected in ((120_000, "fatal"), (140_000, "ok")):
+        monkeypatch.setattr(footprint, "host_memory", lambda: memory)
+        level, _, text = footprint.check_host(made, index)[-1]
+        assert level == expected and "sample of trigger_clusters takes 120 kB" in text
 
 
 @pytest.mark.parametrize("name", KINDS)

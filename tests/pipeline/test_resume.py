@@ -45,10 +45,8 @@ def config(folder, name, **changes):
         64,
     )
     made.selection.first_share, made.selection.growth, made.selection.batch_size = 0.4, 0.1, 32
-    made.selection.score, made.selection.coarse, made.selection.crop = "agreement", 0.25, 0.6
-    made.selection.suspicion = 0.4
+    made.guards = {"duplicates": {"max_pairs": 2}, "trigger_clusters": {"least": 3}}
     made.train.clip_views, made.selection.rank_by, made.selection.scored_view = 1, "score", "plain"
-    made.data.clip_mix = made.data.clip_paste = 0.5
     for key, value in changes.items():
         section, field = key.split("__")
         setattr(getattr(made, section), field, value)

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from pipeline.attacks import load_trigger
-from pipeline.safety.canaries import LiveCanaries
 from shards.index import ShardIndex, build_index
 from shards.masks import SafeMask
 from shards.overlay import Overlay
@@ -76,7 +75,6 @@ def world(tmp_path_factory):
             "growth": 0.1,
             "risky": "unimodal",
             "refill": False,
-            "live_canaries": 6,
         },
         "wandb": {"mode": "offline"},
     }
@@ -92,18 +90,14 @@ def lines(run):
 def test_a_run_leaves_what_it_promises(world):
     run, metrics = world / "whole", lines(world / "whole")
     assert [m["stage"] for m in metrics if "eval" in m] == ["unimodal", "slow", "safeclip", "safeclip"]
-    assert [round(m["share"], 2) for m in metrics if m["stage"] == "split"] == [0.4, 0.5]
+    assert [round(m["share"], 2) for m in metrics if m["stage"] == "split"] == [0.39, 0.49]  # of all pairs, six of which a guard excludes
     assert all({"step", "epoch", "stage"} <= m.keys() for m in metrics)
     mask, meta = SafeMask.load(run / "masks" / "epoch_002")
     assert meta["diagnosis"]["canaries"]["count"] == len(np.load(run / "masks/epoch_002/canaries.npy")) == 120
-    assert meta["mixture"] and meta["share"] == mask.share == 96 / 240 and meta["step"] == 20
-    live = LiveCanaries(
-        Samples(index := ShardIndex.load(world / "shapes/index"), Overlay.load(world / "attack", index, load_trigger)),
-        6,
-        0,
-    )
-    passed = {kind: int(mask.flags()[rows].sum()) for kind, rows in live.rows.items()}
-    assert {kind: found["passed"] for kind, found in meta["diagnosis"]["live_canaries"].items()} == passed
+    assert meta["mixture"] and meta["share"] == mask.share == 94 / 240 and meta["step"] == 20
+    excluded, about = SafeMask.load(run / "masks/guards/duplicates")
+    assert excluded.counts("risky").sum() == meta["diagnosis"]["excluded"] == 6  # two targets, each in three pairs
+    assert about["settings"] == {"max_pairs": 2} and not (mask.bits & ~excluded.bits).any()
     assert list((run / "wandb").glob("offline-run-*"))
     assert not (run / "bad_samples.jsonl").exists()
 
@@ -180,7 +174,7 @@ def test_evaluate_and_export(world):
     # A step of the unimodal loss sees two views of each pair: 10 of them, 10 at the low rate, then 4 on safe and 6 on risky pairs, 5 and 5.
     assert result["epochs"] == 4 and result["sample_views"] == 24 * (20 + 10 + 4 + 12 + 5 + 10)
     assert 0 <= result["clean_top1"] <= result["clean_top5"] <= 1
-    # The slow epoch trains on all pairs but copies where nothing is marked.
+    # The low-rate epoch trains on all pairs but duplicates: the other trigger is in too few pictures for a cluster.
     trained = {kind: attack["share_trained_on"] for kind, attack in result["attacks"].items()}
     assert trained == {kind: float(kind != "single_target") for kind in trained} and 0 < result["poison_trained_on"] < 1
     for attack in result["attacks"].values():
@@ -264,7 +258,7 @@ def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
     members = [m for m in members if m[0] not in ("07.txt", "09.png")]
     build_index([str(write_tar(tmp_path / "bad.tar", members))], tmp_path / "index")
     words = [f"run.dir={tmp_path}/run", f"data.index={tmp_path}/index", "data.overlay=", "train.batch_size=4"]
-    words += ["evaluation.test=", "selection.first_share=0.5", "selection.live_canaries=0"]
+    words += ["evaluation.test=", "selection.first_share=0.5"]
     words += ["wandb.mode=disabled", "data.max_bad_fraction=0.3"]
     done = safeclip("train", "config.yaml", *words, processes=2, cwd=world)
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.safety.selection import count_at_least, growth, held_back, kth_largest, score_of, select_top, top_by_shard
+from pipeline.config import Selection
+from pipeline.safety.selection import count_at_least, grown, kth_largest, score_of, select_top, top_by_shard
 
 scores = arrays(
     np.float32,
@@ -37,8 +38,12 @@ def test_the_count_above_a_cut_selects_just_those(scores_N, cut):
     assert np.array_equal(select_top(scores_N, count_at_least(scores_N, cut)), scores_N >= cut)
 
 
-def test_growth_stops_at_the_cap():
-    assert [round(growth(0.4, split, 0.2, 0.7), 3) for split in range(4)] == [0.4, 0.6, 0.7, 0.7]
+def test_the_safe_share_grows_to_the_cap():
+    chosen = Selection(growth=0.2, cap=0.7)
+    assert [round(grown(0.4, number, chosen, 4), 3) for number in range(4)] == [0.4, 0.6, 0.7, 0.7]
+    chosen = Selection(growth=None, cap=0.9)  # after a third of the epochs
+    assert [round(grown(0.3, number, chosen, 9), 3) for number in range(5)] == [0.3, 0.5, 0.7, 0.9, 0.9]
+    assert grown(0.95, 0, chosen, 9) == 0.95 and grown(0.95, 1, chosen, 9) == 0.9
 
 
 @given(scores, st.integers(0, 250), st.lists(st.integers(0, 60), max_size=6))
@@ -58,20 +63,3 @@ def test_the_cut_is_the_lowest_score_that_is_selected(scores_N, k):
     assert bool(rest) == chosen.any()
     if rest:
         assert score_of(key) == scores_N[chosen].min()
-
-
-@given(st.data(), scores, st.integers(0, 250))
-def test_what_is_lowered_drops_out_and_nothing_comes_in_for_it(data, before_N, k):
-    amounts = st.sampled_from([np.float32(x) for x in (0, 0, 0.25, 1, 3)])
-    lowered_N = data.draw(arrays(np.float32, len(before_N), elements=amounts))
-    scores_N = before_N - lowered_N
-    before_N = scores_N + lowered_N  # as far as rounding lets it be known
-    k = min(k, int((~np.isnan(before_N)).sum()))
-    held = held_back(scores_N, lowered_N, k)
-    chosen, without = select_top(scores_N, k - held), select_top(before_N, k)
-    if without.any():
-        cut = before_N[without].min()
-        assert (before_N[chosen] >= cut).all() and (scores_N[chosen] >= cut).all()
-        assert held == ((before_N >= cut) & (scores_N < cut)).sum()
-        if (before_N >= cut).sum() == k:  # without ties at the cut: those that still reach it, and no others
-            np.testing.assert_array_equal(chosen, scores_N >= cut)

@@ -1,6 +1,5 @@
-"""A split goes on from the one before it: shards that are scored, the mean of scores, suspicion; and says what is gone."""
+"""A split goes on with the shards that are scored, leaves out what guards exclude, and says what is gone."""
 
-import json
 import shutil
 
 import numpy as np
@@ -8,11 +7,9 @@ import pytest
 
 from pipeline import comm
 from pipeline.config import Selection
-from pipeline.safety.sample import FOLDS, TEXTURES
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.safety.split import split_pairs
-from pipeline.safety.suspicion import Suspicion, weights
 from pipeline.training import run as running
 from pipeline.training.curriculum import Epoch
 from pipeline.training.splitting import mask_for
@@ -20,7 +17,6 @@ from pipeline.training.start import Run
 from shards.demo import shapes
 from shards.errors import UserError
 from shards.index import build_index
-from shards.masks import SafeMask
 from tests.pipeline.test_resume import config
 from tests.ranks import run_ranks
 
@@ -63,100 +59,44 @@ def test_scoring_goes_on_with_the_shards_that_are_not_scored_yet(tmp_path, make_
         assert done == [0, 2] and passes == 6 and other_step == []
 
 
-def lowered_where_they_wait(folder):
-    """(scores as they are, lowered by textures in all pairs, in those alone that are risky in a mask, which those are)."""
-    run = Run(config(folder, "waiting"))
-    weight_FD = np.random.default_rng(0).normal(size=(FOLDS, TEXTURES))
-    suspicion, waits_N = (
-        Suspicion.of([weights(weight_FD, 0.0)]),
-        np.random.default_rng(1).random(run.index.samples) < 0.2,
-    )
-    unmarked = SafeMask.from_flags(run.index.counts, ~waits_N)
-    arguments = run.engine, run.samples, run.views, 16, run.device
-    found = [score_all_pairs(*arguments, **more)[0].copy() for more in ({}, {"suspicion": suspicion})]
-    return *found, score_all_pairs(*arguments, suspicion=suspicion, unmarked=unmarked)[0].copy(), waits_N
-
-
-def test_textures_lower_the_scores_of_pairs_that_wait_alone(data):
-    for plain_N, all_N, some_N, waits_N in run_ranks(lowered_where_they_wait, 2, data):
-        assert (all_N < plain_N).any() and waits_N.any()
-        np.testing.assert_allclose(some_N, np.where(waits_N, all_N, plain_N), atol=1e-4)
-
-
-def suspected():
-    """(float32 scores before they were lowered, by how much) of pairs of which every fifth is suspected."""
-    rng = np.random.default_rng(0)
-    score_N, lowered_N = rng.normal(0, 0.2, 1_000).astype(np.float32), np.zeros(1_000, np.float32)
-    lowered_N[::5] = rng.uniform(0, 0.5, 200)
-    return score_N, lowered_N
-
-
-def split_with_suspicion():
-    """(flags, share, cut, pairs held back, line) of a split of them."""
-    score_N, lowered_N = suspected()
-    split = split_pairs(score_N - lowered_N, [600, 0, 400], Selection(first_share=0.9, cap=1.0), 0, lowered_N=lowered_N)
-    return split.mask.flags(), split.share, split.cut, split.diagnosis["held_back"], split.line()
-
-
-def test_suspicion_holds_back_and_lets_nothing_in_instead():
-    score_N, lowered_N = suspected()
-    cut = np.sort(score_N)[100]
-    for flags, share, found, held, line in run_ranks(split_with_suspicion, 2):
-        assert cut <= found == (score_N - lowered_N)[flags].min()
-        np.testing.assert_array_equal(flags, (score_N >= cut) & (score_N - lowered_N >= cut))
-        assert held == 900 - flags.sum() > 20 and share == flags.mean() and f"{held} held back" in line
-
-
-def masks_of_slow_epochs(folder):
-    """Safe pairs of the slow epoch's mask, by (copies, suspicion); None where there is no mask."""
-    found = {}
-    for copies, suspicion in ((None, 0.0), (1, 0.0), (1, 0.4)):
-        name = f"slow{copies}{suspicion}"
-        run = Run(config(folder, name, selection__copies=copies, selection__suspicion=suspicion))
-        mask = mask_for(run, Epoch(1, "slow", None, None), None)
-        found[copies, suspicion] = mask and mask.flags()
+def masks_of_the_warm_up(folder):
+    """Safe pairs of the low-rate epoch's mask without guards and with one; None where there is no mask."""
+    found = []
+    for name, guards in (("none", {}), ("duplicates", {"duplicates": {"max_pairs": 1}})):
+        made = config(folder, name)
+        made.guards = guards
+        mask = mask_for(Run(made), Epoch(1, "slow", None, None), None)
+        found.append(mask and mask.flags())
     return found
 
 
-def test_a_slow_epoch_trains_on_no_picture_that_stands_in_too_many_pairs(tmp_path, make_shards):
+def test_a_low_rate_epoch_trains_on_nothing_that_a_guard_excludes(tmp_path, make_shards):
     paths = make_shards([30, 90])
     paths.append(shutil.copy(paths[0], tmp_path / "again.tar"))
     build_index([str(path) for path in paths], tmp_path / "shapes" / "index")
-    (found,) = run_ranks(masks_of_slow_epochs, 1, tmp_path)
-    assert found.pop((None, 0.0)) is None
-    for flags in found.values():  # so few pairs have no marks
-        np.testing.assert_array_equal(flags, np.repeat([False, True, False], [30, 90, 30]))
+    ((without, flags),) = run_ranks(masks_of_the_warm_up, 1, tmp_path)
+    assert without is None
+    np.testing.assert_array_equal(flags, np.repeat([False, True, False], [30, 90, 30]))
 
 
-def change_the_score(folder):
-    running.train(config(folder, "other_score", train__epochs=3, selection__score="cosine"))
-    running.train(config(folder, "other_score", train__epochs=5, run__accept_changes=True))
+def without_the_mask_before(folder):
+    """What the last epoch says where the mask of the split before it is gone."""
+    running.train(config(folder, "lost", train__epochs=4))
+    shutil.rmtree(folder / "lost" / "masks" / "epoch_003")
+    try:
+        running.train(config(folder, "lost", train__epochs=5, run__accept_changes=True))
+    except UserError as error:
+        return str(error)
 
 
-def test_the_mean_of_scores_begins_anew_where_the_kind_of_score_was_changed(data):
-    run_ranks(change_the_score, 1, data)
-    masks = [data / "other_score" / "masks" / f"epoch_{epoch:03d}" / "mask.json" for epoch in (2, 3, 4)]
-    made = [json.loads(path.read_text()) for path in masks]
-    assert [(meta["score"], meta["mean_of"]) for meta in made] == [("cosine", 1), ("agreement", 1), ("agreement", 2)]
+def test_a_mask_that_is_gone_is_named(data):
+    (message,) = run_ranks(without_the_mask_before, 1, data)
+    assert "masks/epoch_003 is gone" in message and "\n" not in message
 
 
-def without_suspicion(folder):
-    """What an epoch more says where the last split's suspicion is gone, and whether it has one where the run had none."""
-    found = []
-    for name, before in (("lost", 0.4), ("switched", 0.0)):
-        running.train(config(folder, name, selection__suspicion=before))
-        lost = folder / name / "masks" / "epoch_003" / "suspicion.npz"
-        if before:
-            lost.unlink()
-        made = config(folder, name, train__epochs=5, run__accept_changes=True)
-        try:
-            running.train(made)
-            found.append((folder / name / "masks" / "epoch_004" / "suspicion.npz").exists())
-        except UserError as error:
-            found.append(str(error))
-    return found
-
-
-def test_suspicion_that_is_gone_is_named_and_may_be_switched_on_in_mid_run(data):
-    ((message, switched),) = run_ranks(without_suspicion, 1, data)
-    assert "suspicion.npz cannot be read" in message and "\n" not in message and switched is True
+def test_the_share_is_one_of_the_pairs_that_no_guard_excludes():
+    score_N = np.random.default_rng(0).uniform(-1, 1, 100).astype(np.float32)
+    score_N[:20] = np.nan
+    split = split_pairs(score_N, [60, 40], Selection(first_share=0.5), 0, excluded=20)
+    assert split.mask.flags().sum() == 40 and split.diagnosis["excluded"] == 20 and "20 excluded" in split.line()
+    assert split.cut == np.sort(score_N[20:])[40]

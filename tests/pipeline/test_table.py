@@ -1,11 +1,6 @@
-"""The table of two runs, and the interval of differences between many."""
-
-import numpy as np
-import pytest
-from scipy import stats
+"""The table of two runs."""
 
 from pipeline.evaluation.table import table
-from tests.benchmarks import replicas
 
 
 def test_both_runs_stand_in_one_table_with_base_rates_and_what_did_not_take():
@@ -21,15 +16,3 @@ def test_both_runs_stand_in_one_table_with_base_rates_and_what_did_not_take():
     assert lines[3] == "| badnets success | 100.0% | 2.0% | 1.0% | 50.0% / 50.0% |"
     assert lines[4].startswith("| blended success (attack did not take) | 30.0% | 30.0% |")
     assert lines[5:] == ["| sample views | 2,000 | 2,000 | | |", "| training time | 60 s | 60 s | | |"]
-
-
-def test_a_difference_of_runs_has_welchs_interval():
-    ours, others = [1.0, 2.0, 4.0], [0.0, 0.5, 0.25, 3.0]
-    truth = stats.ttest_ind(ours, others, equal_var=False)
-    mean, half = replicas.difference([ours], [others])
-    assert mean == pytest.approx(np.mean(ours) - np.mean(others))
-    assert mean + half == pytest.approx(truth.confidence_interval().high)
-    # Over attacks each counts once, however many its runs, and what differs between attacks is no chance.
-    mean, half = replicas.difference([[10.0, 12.0], [90.0, 92.0, 91.0]], [[10.0, 10.0], [90.0, 90.0]])
-    assert mean == pytest.approx(1.0) and half < 3
-    assert np.isnan(replicas.difference([[1.0], [2.0]], [[0.0, 1.0]])[1])  # one run of each says nothing of chance

@@ -62,7 +62,7 @@ LACKS = {
     "hash_N": "no picture hashes: `safeclip score` makes them where it reads the pictures itself",
     "captions": "no captions: the shards are not where they were",
     "splits": "no run: scores alone have no history",
-    "suspicious": "no run whose selection.suspicion lowered scores",
+    "excluded": "no run whose guards excluded pairs (config key guards)",
 }
 
 

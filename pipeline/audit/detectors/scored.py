@@ -1,8 +1,9 @@
-"""What the scores say: mismatched pairs, their history over a run's splits, what suspicion took off them, and pairs that could not be read."""
+"""What the score files say: mismatched pairs, their history over a run's splits, excluded and unreadable pairs."""
 
 import numpy as np
 
-from pipeline.audit.detectors import Detector, Finding, detector, lowest
+from pipeline.audit.detectors import Detector, Finding, Group, detector, lowest
+from pipeline.guards import REGISTRY as GUARDS
 
 
 @detector
@@ -15,12 +16,10 @@ class Mismatch(Detector):
 
     def find(self, data, worst):
         """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a posterior below 0.1."""
-        # The score as it was before suspicion lowered it: what the picture alone is suspected of is for Suspicion to say.
-        raised_N = data.score_N + data.lowered_by(data.saved)
-        score_N = np.clip((raised_N - data.low) / (data.high - data.low), 0, 1)
+        score_N = np.clip((data.score_N - data.low) / (data.high - data.low), 0, 1)
         cut = data.cut_at(0.1)
         issue_N = lowest(score_N, worst)
-        return Finding(score_N, issue_N if cut is None else issue_N & (raised_N < cut))
+        return Finding(score_N, issue_N if cut is None else issue_N & (data.score_N < cut))
 
 
 @detector
@@ -50,17 +49,25 @@ class History(Detector):
 
 
 @detector
-class Suspicion(Detector):
-    name = "suspicion"
-    title = "stands out like pairs that do not match"
-    text = "Pictures that show at the same pixels what many pairs of low scores show, as those with one trigger do, whatever their own score is."
-    needs = ("suspicious",)
+class Excluded(Detector):
+    name = "excluded"
+    title = "excluded by a guard"
+    text = "Pairs that guards of the run kept out of its safe sets, by the first guard that excluded them."
+    needs = ("excluded",)
+    ranks = False
 
     def find(self, data, worst):
-        """The score is exp(-x), x: the mean over the splits of what suspicion lowered the score by (pipeline/safety/suspicion.py); 1: by nothing."""
-        lowered_N = sum(map(data.lowered_by, data.suspicious)) / len(data.suspicious)
-        score_N = np.exp(-lowered_N)
-        return Finding(score_N, lowest(score_N, worst))
+        """The score is 0 or 1. A group for each guard, the largest first."""
+        names, rows_of = {guard.reason: name for name, guard in GUARDS.items()}, {}
+        for row, reason in data.excluded.items():
+            rows_of.setdefault(reason, []).append(row)
+        groups = [
+            Group(reason, f"{len(rows):,} pairs by {names.get(reason, 'a guard')}: {reason}", np.array(rows), len(rows))
+            for reason, rows in sorted(rows_of.items(), key=lambda one: -len(one[1]))
+        ]
+        score_N = np.ones(data.N, np.float32)
+        score_N[list(data.excluded)] = 0
+        return Finding(score_N, score_N == 0, groups)
 
 
 @detector

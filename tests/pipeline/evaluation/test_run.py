@@ -36,7 +36,7 @@ CONFIG = {
     "model": {"config": MODEL},
     "evaluation": {"test": "shapes", "every": 0},
     "train": {"epochs": 2, "unimodal_epochs": 0, "slow_epochs": 0, "batch_size": 24, "warmup_steps": 2, "pool": 64},
-    "selection": {"batch_size": 64, "first_share": 0.4, "growth": 0.1, "copies": None, "suspicion": 0.0},
+    "selection": {"batch_size": 64, "first_share": 0.4, "growth": 0.1},
 }
 
 

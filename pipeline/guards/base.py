@@ -1,0 +1,58 @@
+"""A guard: one defence beyond the paper. It names pairs that are never safe, before the model has trained on any caption.
+
+What a guard excludes is left out of the low-rate warm-up and has no score. To add one: a class with a Settings and a name in a module of
+this package, and an entry in REGISTRY (__init__.py); `guards: {NAME: {...}}` in a config switches it on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from shards.loader import Views
+from shards.samples import Samples
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a run, and how they are read. device: where features are taken."""
+
+    samples: Samples
+    views: Views
+    batch_size: int
+    workers: int
+    seed: int
+    device: torch.device
+
+
+class Guard:
+    """What a guard assumes, its source, its cost and where its evidence stands are the docstring of its module.
+
+    Every constant that decides anything is a field of Settings, with its bounds in BOUNDS: {field: (least, most)}.
+    """
+
+    name = ""
+    reason = ""  # of an excluded pair, in its score file
+    dtype = np.int64  # of `numbers`
+
+    @dataclass(frozen=True)
+    class Settings:
+        pass
+
+    BOUNDS: dict = {}
+
+    def __init__(self, settings: "Guard.Settings"):
+        self.settings = settings
+
+    def learn(self, pairs: Pairs) -> dict:
+        """Look at a sample of the pairs, before `numbers` is asked. All ranks call; returns what mask.json shall tell."""
+        return {}
+
+    def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
+        """dtype (B,): one number of each picture, uint8 (B, C, H, W), as it is, on the device."""
+        raise NotImplementedError
+
+    def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield bool (n,) for each shard: the pairs that are not excluded. number_N: of all pairs; valid_N: bool, False = unreadable."""
+        raise NotImplementedError

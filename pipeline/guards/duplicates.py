@@ -1,0 +1,45 @@
+"""Duplicates: pictures that stand in many pairs. Targeted poisoning puts one picture under several captions of one kind.
+
+Assumes    that the copies are the same, pixel for pixel, once decoded and resized: a picture that was changed in any of them is another.
+Source     deduplication by content hash, as image-text datasets are cleaned; the attack is Carlini and Terzis 2022.
+Cost       one look at every picture; 8 bytes a pair on each host meanwhile.
+Evidence   tests/benchmarks/comparison.md.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from pipeline.guards.base import Guard
+
+
+class Duplicates(Guard):
+    name = "duplicates"
+    reason = "its picture stands in too many pairs"
+
+    @dataclass(frozen=True)
+    class Settings:
+        max_pairs: int = 2
+        """A picture that stands in more pairs than this is excluded from all of them."""
+
+    BOUNDS = {"max_pairs": (1, None)}
+
+    def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
+        """int64 (B,): equal for equal pictures, and else hardly ever: the sum of the pixels by fixed random odd weights, modulo 2**64."""
+        flat_BP = images_BCHW.flatten(1).cpu().numpy()
+        weight_P = weights(flat_BP.shape[1])
+        return np.array([(pixels_P * weight_P).sum() for pixels_P in flat_BP], np.int64)
+
+    def kept(self, number_N, valid_N, offsets_S):
+        """A picture that cannot be read is a duplicate of none."""
+        number, count = np.unique(number_N[valid_N], return_counts=True)
+        often = number[count > self.settings.max_pairs]
+        for start, stop in zip(offsets_S, offsets_S[1:]):
+            yield ~(np.isin(number_N[start:stop], often) & valid_N[start:stop])
+
+
+@lru_cache(maxsize=1)
+def weights(pixels: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-(2**63), 2**63, pixels) | 1
