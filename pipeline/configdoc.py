@@ -33,8 +33,8 @@ HEAD = """\
 This file is made by `python -m pipeline.configdoc > configs/README.md`; change `pipeline/config.py` instead.
 
 A configuration is made of four layers, each over the one before it: the defaults below, the preset, the YAML file, and
-`a.b=value` words behind it on the command line (values as in YAML). An unknown key, a value of the wrong type and one out
-of bounds are errors that name the key. `presets: {NAME: {...}}` in a file holds settings that count for that preset only.
+`a.b=value` words behind it on the command line (values as in YAML). An unknown key, a value of the wrong type and one
+out of bounds are errors that name the key. `presets: {NAME: {...}}` in a file holds settings for that preset only.
 
     preset: default
     data: {index: /data/cc3m/index}

@@ -38,7 +38,7 @@ from open_clip_train import data, main
 from shards.masks import IsSafe
 
 is_safe, read = IsSafe(sys.argv[1]), wds.tarfile_to_samples()
-data.tarfile_to_samples_nothrow = lambda shards: filter(is_safe, read(shards))  # what reads training shards, and no others
+data.tarfile_to_samples_nothrow = lambda shards: filter(is_safe, read(shards))  # training shards only
 main.main(sys.argv[2:])
 """.strip()
 
@@ -91,7 +91,7 @@ def test_a_shard_is_trusted_without_its_content_only_when_told_so(here):
 
 
 def test_open_clip_trains_on_the_safe_pairs_in_place(here):
-    """The README's script with the real open_clip_train: two epochs on the CPU; what it read is noted behind the mask."""
+    """The documented script with the real open_clip_train: two epochs on the CPU; what it read is noted behind the mask."""
     model = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
@@ -133,6 +133,6 @@ def test_open_clip_trains_on_the_safe_pairs_in_place(here):
 
 
 def test_the_readme_shows_these_readers():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "pipeline" / "audit" / "README.md").read_text()
     for code in (WEBDATASET, OPEN_CLIP):
         assert textwrap.indent(code, "    ") in readme
