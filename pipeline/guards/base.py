@@ -53,6 +53,8 @@ class Guard:
         """dtype (B,): one number of each picture, uint8 (B, C, H, W), as it is, on the device."""
         raise NotImplementedError
 
-    def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
+    def kept(
+        self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray
+    ) -> Iterator[np.ndarray]:
         """Yield bool (n,) for each shard: the pairs that are not excluded. number_N: of all pairs; valid_N: bool, False = unreadable."""
         raise NotImplementedError

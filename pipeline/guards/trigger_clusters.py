@@ -18,12 +18,13 @@ in which a patch leaves the same trace wherever it is placed.
 Assumes    a trigger that adds something, in at least `least` of the sampled pictures. A warp or a tone curve adds no constant.
 Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels of unlabelled pictures in place of the
            representation that a poisoned model has learnt of one class.
-Cost       2 * seeds * sample * (768 + 128) multiplications on rank 0, before the first CLIP step, and one look at every picture.
+Cost       up to 5 * seeds * sample * (768 + 128) multiplications on rank 0, before the first CLIP step, and one look at every picture.
 Evidence   tests/benchmarks/comparison.md.
 
-Legend: S sampled pairs, D numbers of a picture, M members, T tokens.
+Legend: S sampled pairs, Q seeds, D numbers of a picture, M members, T tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,11 @@ from pipeline.guards.base import Guard, Pairs
 from pipeline.guards.features import FEATURES, read_sample
 from pipeline.guards.statistics import alike, robust, tf_idf, whitening, words
 
-COMPARED, MEMBERS = 16, 256  # of a cluster, whose pictures and whose captions are compared with each other
+AT_ONCE = 256  # seeds
+COMPARED, MEMBERS = (
+    16,
+    256,
+)  # of a cluster, whose pictures and whose captions are compared with each other
 
 
 class TriggerClusters(Guard):
@@ -55,7 +60,7 @@ class TriggerClusters(Guard):
         """Near pictures of a seed."""
         clear: float = 10.0
         """Robust deviations of all responses by which those of a cluster stand out."""
-        between: float = 0.3
+        between: float = 0.2
         """Most pictures whose response is near half of a cluster's (0.35 to 0.65 of it), for each with more: a trigger is there or not."""
         alike: float = 0.35
         """Highest median cosine of some members with the one most like it, once what all share is taken off: else they are look-alikes."""
@@ -76,9 +81,14 @@ class TriggerClusters(Guard):
     def learn(self, pairs: Pairs) -> dict:
         parts = comm.gather_objects(read_sample(pairs, self.settings.sample))
         clusters = comm.on_main(self.find, sum(parts, []))
-        self.filters = [(c["features"], torch.tensor(c["weight"], device=pairs.device), c["cut"]) for c in clusters]
+        self.filters = [
+            (c["features"], torch.tensor(c["weight"], device=pairs.device), c["cut"])
+            for c in clusters
+        ]
         told = ("features", "pictures", "clear", "between", "alike", "words")
-        return {"clusters": [{key: cluster[key] for key in told} for cluster in clusters]}
+        return {
+            "clusters": [{key: cluster[key] for key in told} for cluster in clusters]
+        }
 
     def find(self, parts: list) -> list[dict]:
         """The clusters of a sample, the clearest first. parts: as of features.read_sample."""
@@ -91,17 +101,33 @@ class TriggerClusters(Guard):
             mean_D, white_DD = whitening(seen_SD, name)
             white_SD = (seen_SD - mean_D) @ white_DD
             pixel_SD = white_SD if pixel_SD is None else pixel_SD
-            for filter_D, threshold, about in find_clusters(white_SD, pixel_SD, caption_ST, self.settings, free_S.copy()):
+            for filter_D, threshold, about in find_clusters(
+                white_SD, pixel_SD, caption_ST, self.settings, free_S
+            ):
                 weight_D = white_DD @ filter_D
                 cut = threshold + float(mean_D @ weight_D)
-                found.append({"features": name, "weight": weight_D.cpu().numpy(), "cut": cut, **about})
-                free_S &= (white_SD @ filter_D <= threshold).cpu().numpy()  # what pixels tell needs no other features
+                found.append(
+                    {
+                        "features": name,
+                        "weight": weight_D.cpu().numpy(),
+                        "cut": cut,
+                        **about,
+                    }
+                )
+                free_S &= (
+                    (white_SD @ filter_D <= threshold).cpu().numpy()
+                )  # what pixels tell needs no other features
         return sorted(found, key=lambda cluster: -cluster["clear"])
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
         """bool (B,): whether a picture is excluded."""
-        excluded_B = torch.zeros(len(images_BCHW), dtype=torch.bool, device=images_BCHW.device)
-        seen = {name: FEATURES[name](images_BCHW) for name in {name for name, _, _ in self.filters}}
+        excluded_B = torch.zeros(
+            len(images_BCHW), dtype=torch.bool, device=images_BCHW.device
+        )
+        seen = {
+            name: FEATURES[name](images_BCHW)
+            for name in {name for name, _, _ in self.filters}
+        }
         for name, weight_D, cut in self.filters:
             excluded_B |= seen[name] @ weight_D > cut
         return excluded_B.cpu().numpy()
@@ -112,50 +138,90 @@ class TriggerClusters(Guard):
 
 
 def find_clusters(
-    white_SD: torch.Tensor, pixel_SD: torch.Tensor, caption_ST: csr_matrix, settings: TriggerClusters.Settings, free_S: np.ndarray
+    white_SD: torch.Tensor,
+    pixel_SD: torch.Tensor,
+    caption_ST: csr_matrix,
+    settings: TriggerClusters.Settings,
+    free_S: np.ndarray,
 ) -> list[tuple]:
-    """[(filter_D, threshold of the response, {"pictures", "clear", "alike", "words"})] of the triggers in a sample.
+    """[(filter_D, threshold of the response, {"pictures", "clear", "between", "alike", "words"})] of the triggers in a sample.
 
     white_SD: whitened features in which clusters are looked for; pixel_SD: whitened pixels, in which pictures are compared; caption_ST:
-    tf_idf; free_S: bool, the pictures that are of no cluster yet, changed in place.
+    tf_idf; free_S: bool, the pictures that may be seeds.
     """
-    rng, size, found = np.random.default_rng(0), len(white_SD), []
-    length_S = white_SD.norm(dim=1).clamp(min=1e-6)
-    unit_SD = white_SD / length_S[:, None]
-    one, other = rng.integers(0, size, (2, 20_000))
-    _, deviation = robust((unit_SD[one] * unit_SD[other]).sum(1)[torch.from_numpy(one != other)])
-    near = near_pictures(unit_SD, np.sort(rng.permutation(size)[: settings.seeds]), settings.near * deviation, settings.least)
-    any_words = words(caption_ST[rng.permutation(size)[:1000]])
-    for seed, row_M in sorted(near.items(), key=lambda one: (-len(one[1]), one[0])):
-        if not free_S[seed]:
+    rng, found = np.random.default_rng(0), []
+    seed_Q = np.sort(rng.permutation(len(white_SD))[: settings.seeds])
+    any_words = words(caption_ST[rng.permutation(len(white_SD))[:1000]])
+    candidates = list(
+        clusters_of_seeds(white_SD, seed_Q[free_S[seed_Q]], settings, rng)
+    )
+    covered_S = np.zeros(len(white_SD), bool)
+    for filter_D, threshold, row_M, about in sorted(
+        candidates, key=lambda one: -one[3]["clear"]
+    ):
+        if covered_S[row_M].mean() > 0.5:
             continue
-        free_S[row_M] = False
-        for _ in range(2):  # the second time of all that the first filter found
-            filter_D = white_SD[row_M].mean(0)
-            response_S = white_SD @ filter_D
-            # Of a member without its own part in the filter.
-            own_M = (response_S[row_M] * len(row_M) - length_S[row_M] ** 2) / max(1, len(row_M) - 1)
-            (middle, spread), top = robust(response_S), float(own_M.median())
-            part_S = ((response_S - middle) / max(1e-9, top - middle)).cpu().numpy()
-            row_M = np.flatnonzero(part_S > 0.5)
-        clear = (top - middle) / max(spread, 1e-9)
-        if len(row_M) < settings.least or clear < settings.clear:
-            continue
-        free_S[row_M] = False
         some = rng.permutation(row_M)
-        between = float(((part_S > 0.35) & (part_S <= 0.65)).sum() / max(1, (part_S > 0.65).sum()))
-        about = {"pictures": len(row_M), "clear": clear, "between": between, "alike": alike(pixel_SD, some[:COMPARED])}
+        about["alike"] = alike(pixel_SD, some[:COMPARED])
         about["words"] = words(caption_ST[some[:MEMBERS]]) / max(any_words, 1e-9)
-        if between < settings.between and about["alike"] < settings.alike and about["words"] > settings.words:
-            found.append((filter_D, middle + (top - middle) / 2, about))
+        if about["alike"] < settings.alike and about["words"] > settings.words:
+            covered_S[row_M] = True
+            found.append((filter_D, threshold, about))
     return found
 
 
-def near_pictures(unit_SD: torch.Tensor, seed_Q: np.ndarray, least_cosine: float, least: int) -> dict[int, np.ndarray]:
-    """{seed: int (M,) rows}: of the rows seed_Q those with `least` others of a higher cosine, and these and itself."""
-    near = {}
-    for at in range(0, len(seed_Q), 1024):
-        near_QS = (unit_SD[seed_Q[at : at + 1024]] @ unit_SD.T > least_cosine).cpu().numpy()
-        for row in np.flatnonzero(near_QS.sum(1) > least):
-            near[int(seed_Q[at + row])] = np.flatnonzero(near_QS[row])
-    return near
+def clusters_of_seeds(
+    white_SD: torch.Tensor, seed_Q: np.ndarray, settings: TriggerClusters.Settings, rng
+) -> Iterator[tuple]:
+    """Yield (filter_D, threshold, rows of its pictures, {"pictures", "clear", "between"}) of each seed whose cluster stands out clearly."""
+    size, device = len(white_SD), white_SD.device
+    length_S = white_SD.norm(dim=1).clamp(min=1e-6)
+    unit_SD = white_SD / length_S[:, None]
+    one, other = rng.integers(0, size, (2, 20_000))
+    _, deviation = robust(
+        (unit_SD[one] * unit_SD[other]).sum(1)[torch.from_numpy(one != other)]
+    )
+    some = torch.from_numpy(rng.permutation(size)[:4096]).to(device)
+    for at in range(0, len(seed_Q), AT_ONCE):
+        in_QS = (
+            unit_SD[seed_Q[at : at + AT_ONCE]] @ unit_SD.T > settings.near * deviation
+        )
+        in_QS = in_QS[in_QS.sum(1) > settings.least]  # itself too
+        for _ in range(2):  # the second time of what the first filter found
+            count_Q = in_QS.sum(1).clamp(min=1)
+            filter_QD = in_QS.float() @ white_SD / count_Q[:, None]
+            response_QS = filter_QD @ white_SD.T
+            # The mean response of the members, of each without its own part in the filter.
+            own_Q = (in_QS * length_S**2).sum(1) / count_Q
+            top_Q = (count_Q * filter_QD.square().sum(1) - own_Q) / (count_Q - 1).clamp(
+                min=1
+            )
+            middle_Q = response_QS[:, some].median(1).values
+            spread_Q = (
+                1.4826
+                * (response_QS[:, some] - middle_Q[:, None]).abs().median(1).values
+            )
+            part_QS = (response_QS - middle_Q[:, None]) / (top_Q - middle_Q).clamp(
+                min=1e-9
+            )[:, None]
+            in_QS = part_QS > 0.5
+        clear_Q, pictures_Q = (
+            (top_Q - middle_Q) / spread_Q.clamp(min=1e-9),
+            in_QS.sum(1),
+        )
+        between_Q = ((part_QS > 0.35) & (part_QS <= 0.65)).sum(1) / (
+            part_QS > 0.65
+        ).sum(1).clamp(min=1)
+        good_Q = (
+            (clear_Q > settings.clear)
+            & (pictures_Q >= settings.least)
+            & (between_Q < settings.between)
+        )
+        for q in good_Q.nonzero()[:, 0].tolist():
+            about = {
+                "pictures": int(pictures_Q[q]),
+                "clear": float(clear_Q[q]),
+                "between": float(between_Q[q]),
+            }
+            threshold = float(middle_Q[q] + top_Q[q]) / 2
+            yield filter_QD[q], threshold, np.flatnonzero(in_QS[q].cpu().numpy()), about
