@@ -4,7 +4,8 @@ TOOK = (
     0.8  # an attack that reaches less on plain CLIP, on average over seeds, did not take, and its column shows nothing
 )
 SEEDS = (0, 1, 2)  # what the tables are recorded on
-# BadNets at a fixed place, Blended and single-target by design; the guard trigger_clusters was revised after a look at the others, and at emoji.
+# BadNets at a fixed place, Blended and single-target by design; the guard trigger_clusters was revised after a look at
+# the others, and at emoji.
 CHOSEN_ATTACKS = ("badnets", "blended", "single_target", "badnets_random", "sig", "colour_filter")
 CHOSEN_SEEDS = (0, 1, 2)
 CHOSEN_SETS = ("shapes", "photos", "emoji")
