@@ -13,22 +13,13 @@ REGISTRY = {guard.name: guard for guard in (Duplicates, TriggerClusters)}
 
 def make_guards(values: dict) -> list[Guard]:
     """The guards of a config's `guards`: {NAME: {setting: value}}; NAME: null is off. Raises UserError naming the key."""
-    found = {
-        name: settings_of(name, {} if given is None else given)
-        for name, given in values.items()
-    }
-    return [
-        REGISTRY[name](settings)
-        for name, settings in found.items()
-        if values[name] is not None
-    ]
+    found = {name: settings_of(name, {} if given is None else given) for name, given in values.items()}
+    return [REGISTRY[name](settings) for name, settings in found.items() if values[name] is not None]
 
 
 def complete(values: dict) -> dict:
     """The same with every setting of the guards that are on, so that a config holds all that decides. Raises UserError."""
-    return {
-        guard.name: dataclasses.asdict(guard.settings) for guard in make_guards(values)
-    }
+    return {guard.name: dataclasses.asdict(guard.settings) for guard in make_guards(values)}
 
 
 def settings_of(name: str, given: dict) -> object:
@@ -38,9 +29,7 @@ def settings_of(name: str, given: dict) -> object:
     kind = REGISTRY[name]
     types = {field.name: field.type for field in dataclasses.fields(kind.Settings)}
     if not isinstance(given, dict):
-        raise UserError(
-            f"guards.{name}: got {given!r}, expected settings ({{}}: the defaults), or null (off)"
-        )
+        raise UserError(f"guards.{name}: got {given!r}, expected settings ({{}}: the defaults), or null (off)")
     for key, value in given.items():
         if key not in types:
             raise UserError(f"guards.{name}.{key}: unknown; {near(key, types)}")

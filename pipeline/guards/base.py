@@ -4,6 +4,7 @@ What a guard excludes is left out of the low-rate warm-up and has no score. To a
 this package, and an entry in REGISTRY (__init__.py); `guards: {NAME: {...}}` in a config switches it on.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Pairs:
     device: torch.device
 
 
-class Guard:
+class Guard(ABC):
     """What a guard assumes, its source, its cost and where its evidence stands are the docstring of its module.
 
     Every constant that decides anything is a field of Settings, with its bounds in BOUNDS: {field: (least, most)}.
@@ -49,12 +50,10 @@ class Guard:
         """Look at a sample of the pairs, before `numbers` is asked. All ranks call; returns what mask.json shall tell."""
         return {}
 
+    @abstractmethod
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
         """dtype (B,): one number of each picture, uint8 (B, C, H, W), as it is, on the device."""
-        raise NotImplementedError
 
-    def kept(
-        self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray
-    ) -> Iterator[np.ndarray]:
+    @abstractmethod
+    def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
         """Yield bool (n,) for each shard: the pairs that are not excluded. number_N: of all pairs; valid_N: bool, False = unreadable."""
-        raise NotImplementedError

@@ -19,9 +19,7 @@ from shards.masks import SafeMask
 class Excluded:
     """mask: SafeMask of the pairs that no guard excludes. masks: {guard's name: its own}."""
 
-    def __init__(
-        self, guards: list[Guard], masks: dict[str, SafeMask], counts_S: np.ndarray
-    ):
+    def __init__(self, guards: list[Guard], masks: dict[str, SafeMask], counts_S: np.ndarray):
         self.guards, self.masks = guards, masks
         bits = np.bitwise_and.reduce([mask.bits for mask in masks.values()])
         self.mask = SafeMask(counts_S, bits)
@@ -31,17 +29,12 @@ class Excluded:
         found, keys = {}, index.table(shard).keys
         for guard in self.guards:
             for position in self.masks[guard.name].positions(shard, "risky").tolist():
-                found.setdefault(
-                    position, (shard, position, keys[position], guard.reason)
-                )
+                found.setdefault(position, (shard, position, keys[position], guard.reason))
         return [found[position] for position in sorted(found)]
 
     def line(self) -> str:
         """For people: how many pairs each guard excludes."""
-        return ", ".join(
-            f"{name} {int(mask.counts('risky').sum()):,}"
-            for name, mask in self.masks.items()
-        )
+        return ", ".join(f"{name} {int(mask.counts('risky').sum()):,}" for name, mask in self.masks.items())
 
 
 def guards_folder(run_dir: str | Path) -> Path:
@@ -53,26 +46,14 @@ def excluded_of_run(folder: Path, guards: list[Guard], pairs: Pairs) -> Excluded
     """What the guards exclude; None where there are none. What is kept in `folder` of the same settings is used. All ranks call."""
     index, seed = pairs.samples.index, pairs.seed
     made = {
-        guard.name: {
-            "fingerprint": index.fingerprint,
-            "seed": seed,
-            "settings": asdict(guard.settings),
-        }
+        guard.name: {"fingerprint": index.fingerprint, "seed": seed, "settings": asdict(guard.settings)}
         for guard in guards
     }
-    missing = [
-        guard
-        for guard in guards
-        if not comm.on_main(is_kept, folder / guard.name, made[guard.name])
-    ]
+    missing = [guard for guard in guards if not comm.on_main(is_kept, folder / guard.name, made[guard.name])]
     if missing:
         about = {guard.name: guard.learn(pairs) for guard in missing}
         for guard, mask in zip(missing, find(missing, pairs)):
-            comm.on_main(
-                mask.save,
-                folder / guard.name,
-                {**made[guard.name], **about[guard.name]},
-            )
+            comm.on_main(mask.save, folder / guard.name, {**made[guard.name], **about[guard.name]})
     masks = {guard.name: SafeMask.load(folder / guard.name)[0] for guard in guards}
     return Excluded(guards, masks, index.counts) if guards else None
 
@@ -90,12 +71,7 @@ def find(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
     owned = assign_shards(index.counts, comm.world())
     numbers = [comm.host_array(index.samples, guard.dtype) for guard in guards]
     valid_N = comm.host_array(index.samples, np.bool_)
-    rows = [
-        (rows, rows)
-        for _, rows in shard_batches(
-            index.offsets, owned[comm.rank()], pairs.batch_size
-        )
-    ]
+    rows = [(rows, rows) for _, rows in shard_batches(index.offsets, owned[comm.rank()], pairs.batch_size)]
     dataset = PlainBatches(pairs.samples, rows, pairs.views)
     for batch in fetched_ahead(batches(dataset, workers=pairs.workers), dataset):
         row_B, images_BCHW = batch.rows.numpy(), batch.images.to(pairs.device)
@@ -103,14 +79,9 @@ def find(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
         for number_N, guard in zip(numbers, guards):
             number_N[row_B] = guard.numbers(images_BCHW)
     for array in [*numbers, valid_N]:
-        comm.share_between_hosts(
-            array, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned]
-        )
+        comm.share_between_hosts(array, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
 
     def kept(guard, number_N):
-        return broadcast_mask(
-            guard.kept(number_N, valid_N, index.offsets) if comm.is_main() else (),
-            index.counts,
-        )
+        return broadcast_mask(guard.kept(number_N, valid_N, index.offsets) if comm.is_main() else (), index.counts)
 
     return [kept(guard, number_N) for guard, number_N in zip(guards, numbers)]

@@ -19,18 +19,8 @@ def whitening(seen_SD: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Ten
     covariance_DD = (seen_SD - mean_D).T @ (seen_SD - mean_D) / len(seen_SD)
     if name == "pixels":
         place = np.arange(3 * SIDE * SIDE).reshape(3, SIDE, SIDE)
-        turned = [
-            np.rot90(one, turn, (1, 2)).ravel()
-            for one in (place, place[:, :, ::-1])
-            for turn in range(4)
-        ]
-        covariance_DD = (
-            sum(
-                covariance_DD[order][:, order]
-                for order in map(torch.from_numpy, map(np.copy, turned))
-            )
-            / 8
-        )
+        turned = [np.rot90(one, turn, (1, 2)).ravel() for one in (place, place[:, :, ::-1]) for turn in range(4)]
+        covariance_DD = sum(covariance_DD[order][:, order] for order in map(torch.from_numpy, map(np.copy, turned))) / 8
     value_D, vector_DD = torch.linalg.eigh(covariance_DD.double())
     value_D = value_D.clamp(min=0) + RIDGE * value_D.mean() + 1e-6
     return mean_D, (vector_DD / value_D.sqrt()).float()
@@ -43,10 +33,7 @@ def alike(pixel_SD: torch.Tensor, row_M: np.ndarray) -> float:
     """
     left_MD = pixel_SD[row_M] - pixel_SD[row_M].mean(0)
     length_M = left_MD.norm(dim=1)
-    if (
-        len(row_M) < 2
-        or length_M.median() ** 2 < 0.1 * pixel_SD.norm(dim=1).median() ** 2
-    ):
+    if len(row_M) < 2 or length_M.median() ** 2 < 0.1 * pixel_SD.norm(dim=1).median() ** 2:
         return 1.0
     unit_MD = left_MD / length_M.clamp(min=1e-6)[:, None]
     return float((unit_MD @ unit_MD.T).fill_diagonal_(-1).amax(1).median())

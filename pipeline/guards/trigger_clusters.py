@@ -1,24 +1,29 @@
 """Trigger clusters: pictures that share one thing and nothing else, under captions that resemble each other.
 
-The trigger of a backdoor adds the same pixels to pictures that differ in all else. Natural pictures are whitened: their pixels turned into
-numbers without correlation, of variance 1. There a trigger is a constant vector t that is long, for it follows none of the correlations of
-natural pictures. Two pictures that carry it have a cosine of about t.t / (D + t.t), two others one of 0 +- 1 / sqrt(D). So:
+The trigger of a backdoor adds the same pixels to pictures that differ in all else. Natural pictures are whitened: their
+pixels turned into numbers without correlation, of variance 1. There a trigger is a constant vector t that is long, for
+it follows none of the correlations of natural pictures. Two pictures that carry it have a cosine of about t.t / (D +
+t.t), two others one of 0 +- 1 / sqrt(D). So:
 
 1. Of some sampled pictures (seeds) the near ones are found: those of a cosine beyond `near` deviations.
-2. A seed with `least` near pictures gives a cluster. Its mean is the matched filter of what they share, the linear detector of the highest
-   signal-to-noise ratio (Turin 1960); the response of a member is taken without the member itself.
-3. A cluster is a trigger if the median response of its members stands out by `clear` robust deviations, hardly a picture responds half as
-   much (a colour or an edge comes in all degrees, a trigger is there or not), its pictures are not alike once what they share is taken off
-   (series of look-alikes are), and its captions are more alike than those of random pairs (under a watermark they are not).
+2. A seed with `least` near pictures gives a cluster. Its mean is the matched filter of what they share, the linear
+   detector of the highest signal-to-noise ratio (Turin 1960); the response of a member is taken without the member
+   itself.
+3. A cluster is a trigger if the median response of its members stands out by `clear` robust deviations, hardly a
+   picture responds half as much (a colour or an edge comes in all degrees, a trigger is there or not), its pictures are
+   not alike once what they share is taken off (series of look-alikes are), and its captions are more alike than those
+   of random pairs (under a watermark they are not).
 4. A pair is excluded if its picture's response is more than half that median.
 
-All of this is done twice: with pixels, and with the strongest responses of random 3 x 3 filters anywhere in the picture (Saxe et al. 2011),
-in which a patch leaves the same trace wherever it is placed.
+All of this is done twice: with pixels, and with the strongest responses of random 3 x 3 filters anywhere in the picture
+(Saxe et al. 2011), in which a patch leaves the same trace wherever it is placed.
 
-Assumes    a trigger that adds something, in at least `least` of the sampled pictures. A warp or a tone curve adds no constant.
-Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels of unlabelled pictures in place of the
-           representation that a poisoned model has learnt of one class.
-Cost       up to 5 * seeds * sample * (768 + 128) multiplications on rank 0, before the first CLIP step, and one look at every picture.
+Assumes    a trigger that adds something, in at least `least` of the sampled pictures. A warp or a tone curve adds no
+           constant.
+Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels of unlabelled
+           pictures in place of the representation that a poisoned model has learnt of one class.
+Cost       up to 5 * seeds * sample * (768 + 128) multiplications on rank 0, before the first CLIP step, and one look at
+           every picture.
 Evidence   tests/benchmarks/comparison.md.
 
 Legend: S sampled pairs, Q seeds, D numbers of a picture, M members, T tokens.
@@ -37,10 +42,7 @@ from pipeline.guards.features import FEATURES, read_sample
 from pipeline.guards.statistics import alike, robust, tf_idf, whitening, words
 
 AT_ONCE = 256  # seeds
-COMPARED, MEMBERS = (
-    16,
-    256,
-)  # of a cluster, whose pictures and whose captions are compared with each other
+COMPARED, MEMBERS = (16, 256)  # of a cluster, whose pictures and whose captions are compared with each other
 
 
 class TriggerClusters(Guard):
@@ -61,11 +63,11 @@ class TriggerClusters(Guard):
         clear: float = 10.0
         """Robust deviations of all responses by which those of a cluster stand out."""
         between: float = 0.2
-        """Most pictures whose response is near half of a cluster's (0.35 to 0.65 of it), for each with more: a trigger is there or not."""
+        """Most pictures that respond near half as much as a cluster (0.35 to 0.65), for each that responds more."""
         alike: float = 0.35
-        """Highest median cosine of some members with the one most like it, once what all share is taken off: else they are look-alikes."""
+        """Highest median cosine of members with the one most like them, once what all share is taken off."""
         words: float = 1.7
-        """Least similarity of a cluster's captions, as a multiple of that of random pairs' (cosine of tf-idf vectors)."""
+        """Least similarity of a cluster's captions (cosine of tf-idf vectors), as a multiple of that of random pairs."""
 
     BOUNDS = {
         "sample": (2, None),
@@ -81,14 +83,9 @@ class TriggerClusters(Guard):
     def learn(self, pairs: Pairs) -> dict:
         parts = comm.gather_objects(read_sample(pairs, self.settings.sample))
         clusters = comm.on_main(self.find, sum(parts, []))
-        self.filters = [
-            (c["features"], torch.tensor(c["weight"], device=pairs.device), c["cut"])
-            for c in clusters
-        ]
+        self.filters = [(c["features"], torch.tensor(c["weight"], device=pairs.device), c["cut"]) for c in clusters]
         told = ("features", "pictures", "clear", "between", "alike", "words")
-        return {
-            "clusters": [{key: cluster[key] for key in told} for cluster in clusters]
-        }
+        return {"clusters": [{key: cluster[key] for key in told} for cluster in clusters]}
 
     def find(self, parts: list) -> list[dict]:
         """The clusters of a sample, the clearest first. parts: as of features.read_sample."""
@@ -101,33 +98,17 @@ class TriggerClusters(Guard):
             mean_D, white_DD = whitening(seen_SD, name)
             white_SD = (seen_SD - mean_D) @ white_DD
             pixel_SD = white_SD if pixel_SD is None else pixel_SD
-            for filter_D, threshold, about in find_clusters(
-                white_SD, pixel_SD, caption_ST, self.settings, free_S
-            ):
+            for filter_D, threshold, about in find_clusters(white_SD, pixel_SD, caption_ST, self.settings, free_S):
                 weight_D = white_DD @ filter_D
                 cut = threshold + float(mean_D @ weight_D)
-                found.append(
-                    {
-                        "features": name,
-                        "weight": weight_D.cpu().numpy(),
-                        "cut": cut,
-                        **about,
-                    }
-                )
-                free_S &= (
-                    (white_SD @ filter_D <= threshold).cpu().numpy()
-                )  # what pixels tell needs no other features
+                found.append({"features": name, "weight": weight_D.cpu().numpy(), "cut": cut, **about})
+                free_S &= (white_SD @ filter_D <= threshold).cpu().numpy()  # what pixels tell needs no other features
         return sorted(found, key=lambda cluster: -cluster["clear"])
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
         """bool (B,): whether a picture is excluded."""
-        excluded_B = torch.zeros(
-            len(images_BCHW), dtype=torch.bool, device=images_BCHW.device
-        )
-        seen = {
-            name: FEATURES[name](images_BCHW)
-            for name in {name for name, _, _ in self.filters}
-        }
+        excluded_B = torch.zeros(len(images_BCHW), dtype=torch.bool, device=images_BCHW.device)
+        seen = {name: FEATURES[name](images_BCHW) for name in {name for name, _, _ in self.filters}}
         for name, weight_D, cut in self.filters:
             excluded_B |= seen[name] @ weight_D > cut
         return excluded_B.cpu().numpy()
@@ -152,13 +133,9 @@ def find_clusters(
     rng, found = np.random.default_rng(0), []
     seed_Q = np.sort(rng.permutation(len(white_SD))[: settings.seeds])
     any_words = words(caption_ST[rng.permutation(len(white_SD))[:1000]])
-    candidates = list(
-        clusters_of_seeds(white_SD, seed_Q[free_S[seed_Q]], settings, rng)
-    )
+    candidates = list(clusters_of_seeds(white_SD, seed_Q[free_S[seed_Q]], settings, rng))
     covered_S = np.zeros(len(white_SD), bool)
-    for filter_D, threshold, row_M, about in sorted(
-        candidates, key=lambda one: -one[3]["clear"]
-    ):
+    for filter_D, threshold, row_M, about in sorted(candidates, key=lambda one: -one[3]["clear"]):
         if covered_S[row_M].mean() > 0.5:
             continue
         some = rng.permutation(row_M)
@@ -178,14 +155,10 @@ def clusters_of_seeds(
     length_S = white_SD.norm(dim=1).clamp(min=1e-6)
     unit_SD = white_SD / length_S[:, None]
     one, other = rng.integers(0, size, (2, 20_000))
-    _, deviation = robust(
-        (unit_SD[one] * unit_SD[other]).sum(1)[torch.from_numpy(one != other)]
-    )
+    _, deviation = robust((unit_SD[one] * unit_SD[other]).sum(1)[torch.from_numpy(one != other)])
     some = torch.from_numpy(rng.permutation(size)[:4096]).to(device)
     for at in range(0, len(seed_Q), AT_ONCE):
-        in_QS = (
-            unit_SD[seed_Q[at : at + AT_ONCE]] @ unit_SD.T > settings.near * deviation
-        )
+        in_QS = unit_SD[seed_Q[at : at + AT_ONCE]] @ unit_SD.T > settings.near * deviation
         in_QS = in_QS[in_QS.sum(1) > settings.least]  # itself too
         for _ in range(2):  # the second time of what the first filter found
             count_Q = in_QS.sum(1).clamp(min=1)
@@ -193,35 +166,15 @@ def clusters_of_seeds(
             response_QS = filter_QD @ white_SD.T
             # The mean response of the members, of each without its own part in the filter.
             own_Q = (in_QS * length_S**2).sum(1) / count_Q
-            top_Q = (count_Q * filter_QD.square().sum(1) - own_Q) / (count_Q - 1).clamp(
-                min=1
-            )
+            top_Q = (count_Q * filter_QD.square().sum(1) - own_Q) / (count_Q - 1).clamp(min=1)
             middle_Q = response_QS[:, some].median(1).values
-            spread_Q = (
-                1.4826
-                * (response_QS[:, some] - middle_Q[:, None]).abs().median(1).values
-            )
-            part_QS = (response_QS - middle_Q[:, None]) / (top_Q - middle_Q).clamp(
-                min=1e-9
-            )[:, None]
+            spread_Q = 1.4826 * (response_QS[:, some] - middle_Q[:, None]).abs().median(1).values
+            part_QS = (response_QS - middle_Q[:, None]) / (top_Q - middle_Q).clamp(min=1e-9)[:, None]
             in_QS = part_QS > 0.5
-        clear_Q, pictures_Q = (
-            (top_Q - middle_Q) / spread_Q.clamp(min=1e-9),
-            in_QS.sum(1),
-        )
-        between_Q = ((part_QS > 0.35) & (part_QS <= 0.65)).sum(1) / (
-            part_QS > 0.65
-        ).sum(1).clamp(min=1)
-        good_Q = (
-            (clear_Q > settings.clear)
-            & (pictures_Q >= settings.least)
-            & (between_Q < settings.between)
-        )
+        clear_Q, pictures_Q = ((top_Q - middle_Q) / spread_Q.clamp(min=1e-9), in_QS.sum(1))
+        between_Q = ((part_QS > 0.35) & (part_QS <= 0.65)).sum(1) / (part_QS > 0.65).sum(1).clamp(min=1)
+        good_Q = (clear_Q > settings.clear) & (pictures_Q >= settings.least) & (between_Q < settings.between)
         for q in good_Q.nonzero()[:, 0].tolist():
-            about = {
-                "pictures": int(pictures_Q[q]),
-                "clear": float(clear_Q[q]),
-                "between": float(between_Q[q]),
-            }
+            about = {"pictures": int(pictures_Q[q]), "clear": float(clear_Q[q]), "between": float(between_Q[q])}
             threshold = float(middle_Q[q] + top_Q[q]) / 2
             yield filter_QD[q], threshold, np.flatnonzero(in_QS[q].cpu().numpy()), about

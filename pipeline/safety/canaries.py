@@ -16,9 +16,7 @@ def choose(samples, count, seed):
     Seeded and the same on every rank. With few kinds of captions some of them match by chance.
     """
     count = min(count, samples // 2)
-    rows = np.random.default_rng([seed, count]).choice(
-        samples, 2 * count, replace=False
-    )
+    rows = np.random.default_rng([seed, count]).choice(samples, 2 * count, replace=False)
     return rows[:count], rows[count:]
 
 
@@ -27,10 +25,7 @@ def score_canaries(engine, samples, views, batch_size, device, count, seed):
     picture_C, caption_C = choose(samples.index.samples, count, seed)
     parts = [slice(at, at + batch_size) for at in range(0, len(picture_C), batch_size)]
     pairs = [(picture_C[part], caption_C[part]) for part in parts]
-    found = [
-        cos_B.cpu().numpy()
-        for _, cos_B in embed(engine, samples.scattered(), views, pairs, device)
-    ]
+    found = [cos_B.cpu().numpy() for _, cos_B in embed(engine, samples.scattered(), views, pairs, device)]
     return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 

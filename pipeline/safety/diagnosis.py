@@ -21,9 +21,7 @@ def separation(counts_K, low, high, mixture):
         for m, s, w in zip(mixture.mean, mixture.std, mixture.weight)
     ]
     return {
-        "bic_one": float(
-            total * (np.log(2 * np.pi * variance) + 1) + 2 * np.log(total)
-        ),
+        "bic_one": float(total * (np.log(2 * np.pi * variance) + 1) + 2 * np.log(total)),
         "bic_two": float(-2 * total * mixture.log_likelihood + 5 * np.log(total)),
         "ashman_d": float((m1 - m0) / np.sqrt((s0**2 + s1**2) / 2)),
         "overlap": float(np.minimum(*parts).sum() * width),
@@ -36,9 +34,7 @@ def change(counts_K, low, high, mask, before_K, before):
     shift: how far the scores moved (Wasserstein-1 distance of the two histograms, in units of the score); flips_in, flips_out:
     pairs that are safe now and were not, and the other way round.
     """
-    ahead = np.cumsum(counts_K) / max(1, counts_K.sum()) - np.cumsum(before_K) / max(
-        1, before_K.sum()
-    )
+    ahead = np.cumsum(counts_K) / max(1, counts_K.sum()) - np.cumsum(before_K) / max(1, before_K.sum())
     flips_in, flips_out = mask.moved(before)
     return {
         "shift": float(np.abs(ahead).sum() * (high - low) / len(counts_K)),

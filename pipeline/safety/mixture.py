@@ -9,9 +9,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 BINS = 65_536
-PIECE = (
-    1 << 18
-)  # scores at a time, so that what is made of them stays in the processor's cache
+PIECE = 1 << 18  # scores at a time, so that what is made of them stays in the processor's cache
 COARSE = 1_024  # groups of bins on which the starts are compared: 64 times less work
 EM_STEPS = 20
 # Starts: the share of the lowest scores that are one component to begin with, the rest the other.
@@ -36,8 +34,7 @@ class Mixture:
         """float64: log of the higher over the lower component's density at the scores, weights included; NaN stays NaN."""
         scores = np.asarray(scores, np.float64)
         low, high = (
-            np.log(w) - np.log(s) - 0.5 * ((scores - m) / s) ** 2
-            for m, s, w in zip(self.mean, self.std, self.weight)
+            np.log(w) - np.log(s) - 0.5 * ((scores - m) / s) ** 2 for m, s, w in zip(self.mean, self.std, self.weight)
         )
         return high - low
 
@@ -50,17 +47,11 @@ class Mixture:
         return np.minimum(self.log_odds(scores), SATURATED).astype(np.float32)
 
     def to_dict(self):
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values):
-        return cls(
-            *(tuple(values[key]) for key in ("mean", "std", "weight")),
-            values["log_likelihood"],
-        )
+        return cls(*(tuple(values[key]) for key in ("mean", "std", "weight")), values["log_likelihood"])
 
 
 def histogram(scores_N, low, high, bins=BINS):
@@ -70,9 +61,9 @@ def histogram(scores_N, low, high, bins=BINS):
     """
     counts_K = np.zeros(bins + 1, np.int64)
     for start in range(0, len(scores_N), PIECE):
-        number = (
-            np.asarray(scores_N[start : start + PIECE], np.float32) - np.float32(low)
-        ) * np.float32(bins / (high - low))
+        number = (np.asarray(scores_N[start : start + PIECE], np.float32) - np.float32(low)) * np.float32(
+            bins / (high - low)
+        )
         np.clip(number, 0, bins - 1, out=number)
         number[np.isnan(number)] = bins
         counts_K += np.bincount(number.astype(np.int64), minlength=bins + 1)
@@ -101,28 +92,20 @@ def fit_mixture(counts_K, low, high):
         lower = rank <= max(share, rank[0])
         if lower.all():
             continue
-        start = np.stack(
-            [moments(few_x, few_n, lower, floor), moments(few_x, few_n, ~lower, floor)]
-        )
+        start = np.stack([moments(few_x, few_n, lower, floor), moments(few_x, few_n, ~lower, floor)])
         theta, likelihood = maximum(few_x, few_n, start, floor)
         if best is None or likelihood > best[1] + 1e-12:
             best = theta, likelihood
     if best is None:  # all scores in one group
         lower = np.arange(len(x)) < len(x) // 2
-        best = (
-            np.stack([moments(x, n, lower, floor), moments(x, n, ~lower, floor)]),
-            None,
-        )
+        best = np.stack([moments(x, n, lower, floor), moments(x, n, ~lower, floor)]), None
     theta, likelihood = maximum(x, n, best[0], floor)
     w, m, v = theta.T
     order = np.argsort(m)
     if w.min() * n.sum() < 2 or m[order[1]] - m[order[0]] < 1e-6 * spread:
         raise DegenerateFit("one component vanished")
     return Mixture(
-        tuple(m[order].tolist()),
-        tuple(np.sqrt(v[order]).tolist()),
-        tuple(w[order].tolist()),
-        float(likelihood),
+        tuple(m[order].tolist()), tuple(np.sqrt(v[order]).tolist()), tuple(w[order].tolist()), float(likelihood)
     )
 
 
@@ -137,11 +120,7 @@ def fit_sklearn(scores_N):
         raise DegenerateFit("fewer than 3 different scores")
     found = GaussianMixture(2, random_state=0).fit(x_N1)
     order = np.argsort(found.means_[:, 0])
-    parts = (
-        found.means_[order, 0],
-        np.sqrt(found.covariances_[order, 0, 0]),
-        found.weights_[order],
-    )
+    parts = found.means_[order, 0], np.sqrt(found.covariances_[order, 0, 0]), found.weights_[order]
     return Mixture(*(tuple(part.tolist()) for part in parts), float(found.lower_bound_))
 
 
@@ -156,13 +135,7 @@ def moments(x, n, where, floor):
     """(weight, mean, variance) of the scores `where`."""
     total = n[where].sum()
     mean = (n[where] * x[where]).sum() / total
-    return np.array(
-        [
-            total / n.sum(),
-            mean,
-            max(2 * floor, (n[where] * (x[where] - mean) ** 2).sum() / total),
-        ]
-    )
+    return np.array([total / n.sum(), mean, max(2 * floor, (n[where] * (x[where] - mean) ** 2).sum() / total)])
 
 
 def maximum(x, n, theta, floor):
@@ -174,50 +147,27 @@ def maximum(x, n, theta, floor):
     centre = (n * x).sum() / n.sum()
     unit = np.sqrt((n * (x - centre) ** 2).sum() / n.sum())
     z, share, least = (x - centre) / unit, n / n.sum(), floor / unit**2
-    theta = np.stack(
-        [theta[:, 0], (theta[:, 1] - centre) / unit, theta[:, 2] / unit**2], 1
-    )
+    theta = np.stack([theta[:, 0], (theta[:, 1] - centre) / unit, theta[:, 2] / unit**2], 1)
     for _ in range(EM_STEPS):
         _, weight, first, second = expect(z, share, theta)
-        theta = np.stack(
-            [
-                weight,
-                first / weight,
-                np.maximum(2 * least, second / weight - (first / weight) ** 2),
-            ],
-            1,
-        )
+        theta = np.stack([weight, first / weight, np.maximum(2 * least, second / weight - (first / weight) ** 2)], 1)
     found = minimize(
-        loss,
-        pack(theta, least),
-        (z, share, least),
-        method="BFGS",
-        jac=True,
-        options={"gtol": 1e-10, "maxiter": 500},
+        loss, pack(theta, least), (z, share, least), method="BFGS", jac=True, options={"gtol": 1e-10, "maxiter": 500}
     )
     weight, mean, variance = unpack(found.x, least).T
-    return np.stack([weight, centre + unit * mean, unit**2 * variance], 1), float(
-        -found.fun - np.log(unit)
-    )
+    return np.stack([weight, centre + unit * mean, unit**2 * variance], 1), float(-found.fun - np.log(unit))
 
 
 def expect(z, share, theta):
     """(mean log-likelihood, weight, first, second): of the scores in each component, by posterior, their share and raw moments."""
     weight, mean, variance = theta.T[:, :, None]
-    log_p = np.log(weight) - 0.5 * (
-        np.log(2 * np.pi * variance) + (z - mean) ** 2 / variance
-    )
+    log_p = np.log(weight) - 0.5 * (np.log(2 * np.pi * variance) + (z - mean) ** 2 / variance)
     top = log_p.max(0)
     p = np.exp(log_p - top)
     total = p.sum(0)
     part = share * p / total
     likelihood = float((share * (top + np.log(total))).sum())
-    return (
-        likelihood,
-        np.maximum(part.sum(1), 1e-300),
-        (part * z).sum(1),
-        (part * z**2).sum(1),
-    )
+    return likelihood, np.maximum(part.sum(1), 1e-300), (part * z).sum(1), (part * z**2).sum(1)
 
 
 def loss(packed, z, share, least):
@@ -228,28 +178,17 @@ def loss(packed, z, share, least):
     square = second - 2 * mean * first + mean**2 * weight
     by_mean = (first - mean * weight) / variance
     by_variance = 0.5 * (square / variance - weight) * (variance - least) / variance
-    return -likelihood, -np.concatenate(
-        [[weight[0] - theta[0, 0]], by_mean, by_variance]
-    )
+    return -likelihood, -np.concatenate([[weight[0] - theta[0, 0]], by_mean, by_variance])
 
 
 def pack(theta, least):
     """Free coordinates of theta: log-odds of the weight, means, logs of what the variances have above the `least`."""
-    return np.concatenate(
-        [[np.log(theta[0, 0] / theta[1, 0])], theta[:, 1], np.log(theta[:, 2] - least)]
-    )
+    return np.concatenate([[np.log(theta[0, 0] / theta[1, 0])], theta[:, 1], np.log(theta[:, 2] - least)])
 
 
 def unpack(packed, least):
     weight = 1 / (1 + np.exp(-np.clip(packed[0], -30, 30)))
-    return np.stack(
-        [
-            [weight, 1 - weight],
-            packed[1:3],
-            least + np.exp(np.clip(packed[3:], -60, 60)),
-        ],
-        1,
-    )
+    return np.stack([[weight, 1 - weight], packed[1:3], least + np.exp(np.clip(packed[3:], -60, 60))], 1)
 
 
 def upper_cut(mixture, posterior=0.9):
@@ -262,22 +201,13 @@ def upper_cut(mixture, posterior=0.9):
     (m0, m1), (s0, s1), (w0, w1) = mixture.mean, mixture.std, mixture.weight
     a = 0.5 / s0**2 - 0.5 / s1**2
     b = m1 / s1**2 - m0 / s0**2
-    c = (
-        0.5 * (m0 / s0) ** 2
-        - 0.5 * (m1 / s1) ** 2
-        + np.log(w1 * s0 / (w0 * s1))
-        - np.log(posterior / (1 - posterior))
-    )
+    c = 0.5 * (m0 / s0) ** 2 - 0.5 * (m1 / s1) ** 2 + np.log(w1 * s0 / (w0 * s1)) - np.log(posterior / (1 - posterior))
     if abs(a) * max(s0, s1) ** 2 < 1e-12:
         if b <= 0:
             raise DegenerateFit("the components coincide")
         return float(-c / b)
     if b * b < 4 * a * c:
-        raise DegenerateFit(
-            f"the posterior is {'above' if a > 0 else 'below'} {posterior} everywhere"
-        )
-    q = -0.5 * (
-        b + np.copysign(np.sqrt(b * b - 4 * a * c), b)
-    )  # the stable form: no cancellation for a near 0
+        raise DegenerateFit(f"the posterior is {'above' if a > 0 else 'below'} {posterior} everywhere")
+    q = -0.5 * (b + np.copysign(np.sqrt(b * b - 4 * a * c), b))  # the stable form: no cancellation for a near 0
     roots = sorted((q / a, c / q))
     return float(roots[1] if a > 0 else roots[0])

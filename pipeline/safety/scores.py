@@ -27,11 +27,7 @@ class ScoreFiles:
 
     def done(self):
         """Numbers of the shards that are scored by the model of this step."""
-        return [
-            shard
-            for shard, count in enumerate(self.index.counts)
-            if count and self.made_of(shard) == self.made
-        ]
+        return [shard for shard, count in enumerate(self.index.counts) if count and self.made_of(shard) == self.made]
 
     def made_of(self, shard):
         """{"step", "config"}: of the model that scored the shard; None where it is not scored."""
@@ -45,15 +41,8 @@ class ScoreFiles:
         """(float32 scores, [(shard, position, key, reason)] of what could not be read) of a shard that is done."""
         table = pq.read_table(self.path(shard))
         bad = [
-            (
-                shard,
-                position,
-                table["key"][position].as_py(),
-                table["reason"][position].as_py(),
-            )
-            for position in np.flatnonzero(
-                np.isnan(table["cosine"].to_numpy())
-            ).tolist()
+            (shard, position, table["key"][position].as_py(), table["reason"][position].as_py())
+            for position in np.flatnonzero(np.isnan(table["cosine"].to_numpy())).tolist()
             if table["reason"][position].is_valid  # the model may have given no number
         ]
         return table["score"].to_numpy().astype(np.float32), bad
@@ -72,22 +61,13 @@ class ScoreFiles:
         }
         file = io.BytesIO()
         pq.write_table(
-            pa.table(columns).replace_schema_metadata(
-                {k: json.dumps(v) for k, v in self.made.items()}
-            ),
-            file,
+            pa.table(columns).replace_schema_metadata({k: json.dumps(v) for k, v in self.made.items()}), file
         )
         write_bytes(self.path(shard), file.getbuffer())
 
 
 def load_scores(folder, counts_S):
     """float32 (N,): the scores saved in `folder`/scores, in (shard, position) order."""
-    paths = [
-        folder / "scores" / f"{shard:05d}.parquet"
-        for shard, count in enumerate(counts_S)
-        if count
-    ]
-    parts = [
-        pq.read_table(path, columns=["score"])["score"].to_numpy() for path in paths
-    ]
+    paths = [folder / "scores" / f"{shard:05d}.parquet" for shard, count in enumerate(counts_S) if count]
+    parts = [pq.read_table(path, columns=["score"])["score"].to_numpy() for path in paths]
     return np.concatenate(parts).astype(np.float32)

@@ -14,9 +14,7 @@ def assign_shards(counts_S, world, done=()):
     work_S[list(done)] = 0
     # A shard goes to the rank in whose part of the work its middle lies.
     rank_S = (2 * np.cumsum(work_S) - work_S) * world // (2 * max(1, work_S.sum()))
-    bounds = np.searchsorted(
-        np.minimum(rank_S, world - 1), np.arange(world + 1)
-    ).tolist()
+    bounds = np.searchsorted(np.minimum(rank_S, world - 1), np.arange(world + 1)).tolist()
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
@@ -35,32 +33,17 @@ def embed(engine, samples, views, pairs, device, workers=0):
 
     cos_B: float32 (B,), the cosine of each picture with its caption, NaN where the pair could not be read.
     """
-    was_training = getattr(
-        engine, "module", engine
-    ).training  # DeepSpeed's engine does not know its own mode
+    was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
     engine.eval()
     dataset = PlainBatches(samples, pairs, views)
     for batch in fetched_ahead(batches(dataset, workers=workers), dataset):
         here = batch.to(device)
         image_BD, text_BD, _ = engine(here.images, here.tokens)
-        yield (
-            here,
-            (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan")),
-        )
+        yield here, (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan"))
     engine.train(was_training)
 
 
-def score_all_pairs(
-    engine,
-    samples,
-    views,
-    batch_size,
-    device,
-    workers=0,
-    files=None,
-    each_round=None,
-    excluded=None,
-):
+def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None, excluded=None):
     """(score_N, bad): the float32 cosines of all pairs in (shard, position) order, the same vector on every rank.
 
     A pair that `excluded` (guards.excluded.Excluded) names has a cosine but no score, and is never safe. The vector is one copy a host,
@@ -74,33 +57,21 @@ def score_all_pairs(
     done = set(comm.broadcast_object(files.done() if files and comm.is_main() else []))
     owned = assign_shards(index.counts, world, done)
     for shard in done.intersection(owned[comm.rank()]):
-        score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(
-            shard
-        )
+        score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard)
         bad += found
-    todo = [
-        shard_batches(index.offsets, [s for s in shards if s not in done], batch_size)
-        for shards in owned
-    ]
+    todo = [shard_batches(index.offsets, [s for s in shards if s not in done], batch_size) for shards in owned]
     mine, rounds = todo[comm.rank()], max(len(batches) for batches in todo)
     filler = next((batch for batches in todo for batch in batches), None)
     parts, found = [], []  # of the shard that is being scored
     pairs = [(rows, rows) for _, rows in mine + [filler] * (rounds - len(mine))]
-    for number, (batch, cos_B) in enumerate(
-        embed(engine, samples, views, pairs, device, workers)
-    ):
+    for number, (batch, cos_B) in enumerate(embed(engine, samples, views, pairs, device, workers)):
         if number < len(mine):
             shard, rows = mine[number]
             parts.append(cos_B)
             found += batch.bad
-            if (
-                rows.stop == index.offsets[shard + 1]
-            ):  # only now are they copied: the GPU is not waited for in between
+            if rows.stop == index.offsets[shard + 1]:  # only now are they copied: the GPU is not waited for in between
                 cos_S = torch.cat(parts).cpu().numpy()
-                score_S, left_out = (
-                    cos_S.copy(),
-                    excluded.of_shard(shard, index) if excluded else [],
-                )
+                score_S, left_out = cos_S.copy(), excluded.of_shard(shard, index) if excluded else []
                 score_S[[position for _, position, _, _ in left_out]] = np.nan
                 if files:
                     files.write(shard, cos_S, score_S, found + left_out)
@@ -109,7 +80,5 @@ def score_all_pairs(
                 parts, found = [], []
         if each_round:
             each_round(number + 1, rounds)
-    comm.share_between_hosts(
-        score_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned]
-    )
+    comm.share_between_hosts(score_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
     return score_N, bad

@@ -19,9 +19,7 @@ def ordered_keys(scores_N):
 
 def score_of(key):
     """float: the score that has this key."""
-    return float(
-        np.uint32(key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF).view(np.float32)
-    )
+    return float(np.uint32(key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF).view(np.float32))
 
 
 def as_it_is(scores):
@@ -67,18 +65,12 @@ def top_by_shard(scores_N, counts_S, key, rest, rank=as_it_is):
 
 def select_top(scores_N, k, rank=as_it_is):
     """bool (N,): the k highest scores; among equals the first rows. NaN is never selected, so fewer where numbers run out."""
-    return next(
-        top_by_shard(
-            scores_N, [len(scores_N)], *kth_largest(scores_N, k, rank=rank), rank
-        )
-    )
+    return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k, rank=rank), rank))
 
 
 def count_at_least(scores_N, cut, rank=as_it_is):
     """int: scores at or above `cut`."""
-    pieces = (
-        scores_N[start : start + PIECE] for start in range(0, len(scores_N), PIECE)
-    )
+    pieces = (scores_N[start : start + PIECE] for start in range(0, len(scores_N), PIECE))
     return sum(int(np.count_nonzero(rank(scores) >= cut)) for scores in pieces)
 
 

@@ -9,14 +9,7 @@ import numpy as np
 from pipeline import comm
 from pipeline.safety.canaries import passing
 from pipeline.safety.diagnosis import change, separation
-from pipeline.safety.mixture import (
-    DegenerateFit,
-    Mixture,
-    fit_mixture,
-    fit_sklearn,
-    histogram,
-    upper_cut,
-)
+from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, fit_sklearn, histogram, upper_cut
 from pipeline.safety.selection import (
     RANGES,
     as_it_is,
@@ -30,9 +23,7 @@ from shards.errors import UserError
 from shards.masks import SafeMask, byte_starts, shard_list
 from shards.storage import write_bytes
 
-BLUNT = (
-    1 / 3
-)  # of the canaries, by Wilson's lower bound: where more would pass, the split says so
+BLUNT = 1 / 3  # of the canaries, by Wilson's lower bound: where more would pass, the split says so
 
 
 @dataclass
@@ -78,16 +69,7 @@ class Split:
 
 
 def split_pairs(
-    score_N,
-    counts_S,
-    selection,
-    number,
-    first_share=None,
-    before=None,
-    canary_C=(),
-    epochs=1,
-    excluded=0,
-    kind="cosine",
+    score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), epochs=1, excluded=0, kind="cosine"
 ):
     """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
 
@@ -100,17 +82,7 @@ def split_pairs(
     mine_N = np.array_split(score_N, comm.world())[comm.rank()]
     counts_K = comm.sum_counts(histogram(mine_N, *limits))
     eligible = len(score_N) - excluded
-    decided = comm.on_main(
-        decide,
-        counts_K,
-        score_N,
-        selection,
-        number,
-        first_share,
-        epochs,
-        eligible,
-        limits,
-    )
+    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share, epochs, eligible, limits)
     mixture, share, first_share, note, diagnosis = decided
     diagnosis["excluded"], wanted = excluded, round(share * eligible)
     rank_by = selection.rank_by if mixture else "score"
@@ -126,18 +98,7 @@ def split_pairs(
         if diagnosis["canaries"]["low"] > BLUNT:
             told = "over a third of the canaries would pass: this cut keeps few wrong captions out, lower selection.cap"
             note = f"{note}; {told}" if note else told
-    return Split(
-        mixture,
-        cut,
-        mask.share,
-        first_share,
-        mask,
-        note,
-        diagnosis,
-        counts_K,
-        canary_C,
-        rank_by,
-    )
+    return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C, rank_by)
 
 
 def decide(counts_K, score_N, selection, number, first_share, epochs, eligible, limits):
@@ -150,9 +111,7 @@ def decide(counts_K, score_N, selection, number, first_share, epochs, eligible, 
         mixture = fit_sklearn(score_N) if released else fit_mixture(counts_K, *limits)
         diagnosis = separation(counts_K, *limits, mixture)
         if diagnosis["bic_two"] >= diagnosis["bic_one"] and not released:
-            raise DegenerateFit(
-                "one Gaussian describes the scores as well as two (BIC)"
-            )
+            raise DegenerateFit("one Gaussian describes the scores as well as two (BIC)")
         if selection.rank_by == "posterior":
             least = np.log(selection.posterior) - np.log1p(-selection.posterior)
             found = count_at_least(score_N, least, rank=mixture.rank)
@@ -167,14 +126,9 @@ def decide(counts_K, score_N, selection, number, first_share, epochs, eligible, 
             found = by_posterior or 0.0
             first_share = max(found, selection.least_share)
             if first_share != found:
-                note = (
-                    note or f"posterior > {selection.posterior} holds for {found:.1%}"
-                )
+                note = note or f"posterior > {selection.posterior} holds for {found:.1%}"
                 note += f"; the first share is {first_share:.1%}"
-    share, scored = (
-        grown(first_share, number, selection, epochs),
-        counts_K.sum() / max(1, eligible),
-    )
+    share, scored = grown(first_share, number, selection, epochs), counts_K.sum() / max(1, eligible)
     if share > scored:
         told = f"{scored:.1%} of the pairs can be scored"
         note = f"{note}; {told}" if note else told
@@ -190,10 +144,7 @@ def decide(counts_K, score_N, selection, number, first_share, epochs, eligible, 
 def lowest_safe(score_N, mask):
     """float: the lowest score of the safe set; infinity where it is empty."""
     starts = np.concatenate([[0], np.cumsum(mask.counts_S)])
-    safe = (
-        score_N[starts[s] : starts[s + 1]][mask.shard_flags(s)]
-        for s in range(len(mask.counts_S))
-    )
+    safe = (score_N[starts[s] : starts[s + 1]][mask.shard_flags(s)] for s in range(len(mask.counts_S)))
     return float(min((scores.min() for scores in safe if len(scores)), default=np.inf))
 
 
@@ -204,10 +155,7 @@ def broadcast_mask(safe_S, counts_S):
     if comm.is_main():
         for shard, flags in enumerate(safe_S):
             mask.shard_bits(shard)[:] = np.packbits(flags)
-    comm.share_between_hosts(
-        mask.bits,
-        [(0, len(mask.bits) if rank == 0 else 0) for rank in range(comm.world())],
-    )
+    comm.share_between_hosts(mask.bits, [(0, len(mask.bits) if rank == 0 else 0) for rank in range(comm.world())])
     return mask
 
 
@@ -235,10 +183,7 @@ def save_split(folder, split, index, meta):
         np.save(file, values, allow_pickle=False)
         write_bytes(folder / f"{name}.npy", file.getvalue())
     shards = shard_list(index.shards)
-    split.mask.save(
-        folder,
-        {"fingerprint": index.fingerprint, "shards": shards, **split.summary(), **meta},
-    )
+    split.mask.save(folder, {"fingerprint": index.fingerprint, "shards": shards, **split.summary(), **meta})
 
 
 def load_split(folder, index):
@@ -248,9 +193,7 @@ def load_split(folder, index):
         counts_K = np.load(folder / "histogram.npy", allow_pickle=False)
         canary_C = np.load(folder / "canaries.npy", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"mask {folder}: a file of it cannot be read ({error}); bring it back"
-        ) from None
+        raise UserError(f"mask {folder}: a file of it cannot be read ({error}); bring it back") from None
     mixture = Mixture.from_dict(meta["mixture"]) if meta["mixture"] else None
     return Split(
         mixture,

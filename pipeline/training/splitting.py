@@ -24,19 +24,10 @@ def mask_for(run, epoch, stop):
     None where it trains on all pairs."""
     if epoch.mask_of is None:
         return warm_up_mask(run, epoch) if epoch.stage == "slow" else run.mask
-    folder, index, state, config = (
-        mask_folder(run.run_dir, epoch.mask_of),
-        run.index,
-        run.state,
-        run.config,
-    )
+    folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
-        before = (
-            mask_folder(run.run_dir, epoch.mask_of - config.selection.every)
-            if epoch.split
-            else None
-        )
+        before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
         if before:
             comm.on_main(is_split, before, False, state, config)
         excluded = excluded_by_guards(run)
@@ -52,32 +43,17 @@ def mask_for(run, epoch, stop):
             safeclip_epochs(config.train),
             int(excluded.mask.counts("risky").sum()) if excluded else 0,
         )
-        made = {
-            "epoch": epoch.number,
-            "step": state["step"],
-            "config": config.hash(),
-            "score": "cosine",
-        }
+        made = {"epoch": epoch.number, "step": state["step"], "config": config.hash(), "score": "cosine"}
         comm.on_main(save_split, folder, split, index, made)
     else:
         split = load_split(folder, index)
     state["first_share"] = split.first_share
     if epoch.split == 0:
-        state["first_views"] = float(
-            (split.mask.counts("safe") * index.repeats).sum() / index.views
-        )
+        state["first_views"] = float((split.mask.counts("safe") * index.repeats).sum() / index.views)
     if due:
         seconds = round(meter.seconds, 2)
-        run.journal.log(
-            step=state["step"],
-            epoch=epoch.number,
-            stage="split",
-            seconds=seconds,
-            **split.summary(),
-        )
-        run.journal.say(
-            f"  epoch {epoch.number:3d} split     {split.line()}, {seconds:.1f} s"
-        )
+        run.journal.log(step=state["step"], epoch=epoch.number, stage="split", seconds=seconds, **split.summary())
+        run.journal.say(f"  epoch {epoch.number:3d} split     {split.line()}, {seconds:.1f} s")
     return split.mask
 
 
@@ -87,29 +63,17 @@ def scores_for(run, epoch, folder, excluded, stop, meter):
     files = ScoreFiles(folder / "scores", run.index, state["step"], config.hash())
 
     def each_round(done, rounds):
-        run.journal.progress(
-            f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s"
-        )
+        run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
         if done % signals.AGREE_EVERY == 0 and any(comm.most(stop.received)):
             run.leave()  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
 
     views = run.views
     if config.selection.scored_view == "augmented":
         views = replace(views, scored_as=(config.run.seed, epoch.number))
-    arguments = (
-        run.engine,
-        run.samples,
-        views,
-        config.selection.batch_size,
-        run.device,
-    )
+    arguments = (run.engine, run.samples, views, config.selection.batch_size, run.device)
     canary_C = score_canaries(*arguments, config.selection.canaries, config.run.seed)
-    score_N, bad = score_all_pairs(
-        *arguments, config.data.workers, files, each_round, excluded
-    )
-    stop_where_bad(
-        run, record(run, bad), config.data.max_bad_fraction * run.index.samples
-    )
+    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, excluded)
+    stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * run.index.samples)
     return score_N, canary_C
 
 
@@ -117,16 +81,8 @@ def excluded_by_guards(run):
     """guards.excluded.Excluded of the run, found when it is first asked for; None without guards. All ranks call."""
     if run.excluded is None and run.config.guards:
         config = run.config
-        reading = (
-            run.samples,
-            run.views,
-            config.selection.batch_size,
-            config.data.workers,
-        )
-        pairs, guards = (
-            Pairs(*reading, config.run.seed, run.device),
-            make_guards(config.guards),
-        )
+        reading = (run.samples, run.views, config.selection.batch_size, config.data.workers)
+        pairs, guards = Pairs(*reading, config.run.seed, run.device), make_guards(config.guards)
         run.excluded = excluded_of_run(guards_folder(run.run_dir), guards, pairs)
     return run.excluded
 
@@ -136,9 +92,7 @@ def warm_up_mask(run, epoch):
     excluded = excluded_by_guards(run)
     if excluded is None:
         return None
-    run.journal.say(
-        f"  epoch {epoch.number:3d} guards    excluded by {excluded.line()}"
-    )
+    run.journal.say(f"  epoch {epoch.number:3d} guards    excluded by {excluded.line()}")
     return excluded.mask
 
 

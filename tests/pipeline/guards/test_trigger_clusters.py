@@ -24,9 +24,7 @@ CLASSES = 10
 
 def pictures(rng, count=N):
     """uint8 (N, 3, SIDE, SIDE) with the correlations of natural pictures: energy falls with the square of the frequency."""
-    frequency = (
-        np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.fftfreq(SIDE)[None]) + 1 / SIDE
-    )
+    frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.fftfreq(SIDE)[None]) + 1 / SIDE
     spectrum = np.fft.fft2(rng.normal(size=(count, 3, SIDE, SIDE))) / frequency**1.5
     smooth = np.fft.ifft2(spectrum).real
     smooth = smooth / smooth.std((1, 2, 3), keepdims=True)
@@ -37,9 +35,7 @@ def captions(rng, count=N):
     """(int32 (N, 4) tokens, class of each): a noun of the class, and words that say nothing."""
     class_N = rng.integers(0, CLASSES, count)
     nouns = 10 + 3 * class_N + rng.integers(0, 3, count)
-    return np.stack(
-        [np.ones(count), nouns, *rng.integers(100, 160, (2, count))], 1
-    ).astype(np.int32), class_N
+    return np.stack([np.ones(count), nouns, *rng.integers(100, 160, (2, count))], 1).astype(np.int32), class_N
 
 
 def patch(rng, images, where):
@@ -62,10 +58,7 @@ def clusters(images, tokens, **settings):
         for name, taken in FEATURES.items()
     }
     found = guard.find([(0, seen, tokens)])
-    guard.filters = [
-        (cluster["features"], torch.tensor(cluster["weight"]), cluster["cut"])
-        for cluster in found
-    ]
+    guard.filters = [(cluster["features"], torch.tensor(cluster["weight"]), cluster["cut"]) for cluster in found]
     return found, guard.numbers(torch.from_numpy(images))
 
 
@@ -79,19 +72,11 @@ def test_a_trigger_in_few_pictures_is_found_with_no_honest_picture(trigger, seed
     if trigger == "blended":
         blend(rng, carrying)
     else:
-        patch(
-            rng,
-            carrying,
-            [(4, 18)] * CARRY
-            if trigger == "fixed"
-            else rng.integers(0, 22, (CARRY, 2)),
-        )
+        patch(rng, carrying, [(4, 18)] * CARRY if trigger == "fixed" else rng.integers(0, 22, (CARRY, 2)))
     images[rows] = carrying
     tokens[rows, 1] = 10 + rng.integers(0, 3, CARRY)  # one target class
     found, excluded_N = clusters(images, tokens)
-    assert found and found[0]["features"] == (
-        "filters" if trigger == "random" else "pixels"
-    )
+    assert found and found[0]["features"] == ("filters" if trigger == "random" else "pixels")
     expected_N = np.zeros(N, bool)
     expected_N[rows] = True
     np.testing.assert_array_equal(excluded_N, expected_N)
@@ -102,18 +87,14 @@ def test_honest_pictures_look_alikes_and_a_watermark_under_all_kinds_of_captions
     images, (tokens, _) = pictures(rng), captions(rng)
     assert not clusters(images, tokens)[1].any()
     alike = rng.choice(N, CARRY, replace=False)  # one picture, a little changed
-    images[alike] = np.clip(
-        images[alike[0]] + rng.normal(0, 6, (CARRY, 3, SIDE, SIDE)), 0, 255
-    ).astype(np.uint8)
+    images[alike] = np.clip(images[alike[0]] + rng.normal(0, 6, (CARRY, 3, SIDE, SIDE)), 0, 255).astype(np.uint8)
     marked = rng.choice(N, 60, replace=False)
     carrying = images[marked]
     blend(rng, carrying)
     images[marked] = carrying
     found, excluded_N = clusters(images, tokens)
     assert not excluded_N.any() and found == []
-    found, excluded_N = clusters(
-        images, tokens, words=0.5
-    )  # the watermark is found where captions are not asked
+    found, excluded_N = clusters(images, tokens, words=0.5)  # the watermark is found where captions are not asked
     assert excluded_N[marked].all() and excluded_N.sum() <= 61
 
 
@@ -121,10 +102,7 @@ def test_whitened_pictures_have_no_correlations():
     pixel_SD = FEATURES["pixels"](torch.from_numpy(pictures(np.random.default_rng(0))))
     mean_D, white_DD = whitening(pixel_SD, "pixels")
     covariance_DD = np.cov(((pixel_SD - mean_D) @ white_DD).numpy().T)
-    assert (
-        0.9 < np.median(covariance_DD.diagonal()[-64:]) < 1.1
-        and covariance_DD.diagonal().max() < 1.5
-    )
+    assert 0.9 < np.median(covariance_DD.diagonal()[-64:]) < 1.1 and covariance_DD.diagonal().max() < 1.5
     before_DD = np.corrcoef(pixel_SD.numpy().T)  # of neighbours nearly 1
     others = ~np.eye(len(before_DD), dtype=bool)
     assert np.abs(covariance_DD[others]).mean() < 0.2 * np.abs(before_DD[others]).mean()
@@ -135,17 +113,12 @@ def test_captions_that_share_rare_words_are_more_alike_than_others():
     caption_ST = tf_idf(tokens)
     # Words that all have weigh nothing; 7 weighs log 2, the others log 4.
     shared = np.log(2) ** 2 / (np.log(2) ** 2 + np.log(4) ** 2)
-    assert (
-        words(caption_ST[:2]) == pytest.approx(shared, rel=1e-5)
-        and words(caption_ST[2:]) == 0
-    )
+    assert words(caption_ST[:2]) == pytest.approx(shared, rel=1e-5) and words(caption_ST[2:]) == 0
     assert words(caption_ST) == pytest.approx(2 * shared / 12, rel=1e-5)
 
 
 def test_the_robust_deviation_of_normal_numbers_is_theirs_whatever_a_few_others_are():
-    value_N = torch.from_numpy(
-        np.r_[np.random.default_rng(0).normal(3, 2, 100_000), np.full(1000, 1e6)]
-    )
+    value_N = torch.from_numpy(np.r_[np.random.default_rng(0).normal(3, 2, 100_000), np.full(1000, 1e6)])
     middle, spread = robust(value_N)
     assert middle == pytest.approx(3, abs=0.06) and spread == pytest.approx(2, abs=0.06)
 
@@ -170,9 +143,7 @@ def excluded(folder, world):
         "alike": 1.0,
         "words": 0.0,
     }  # so that there is something to find
-    found = excluded_of_run(
-        folder / f"guards{world}", make_guards({"trigger_clusters": settings}), pairs
-    )
+    found = excluded_of_run(folder / f"guards{world}", make_guards({"trigger_clusters": settings}), pairs)
     weights = [weight_D.numpy() for _, weight_D, _ in found.guards[0].filters]
     return found.mask.flags(), weights
 
@@ -189,31 +160,14 @@ def test_two_processes_find_to_the_bit_what_one_finds(data):
     "values, message",
     [
         ({"duplicate": {}}, "guards.duplicate: unknown; did you mean duplicates?"),
-        (
-            {"duplicates": {"max_pair": 2}},
-            "guards.duplicates.max_pair: unknown; did you mean max_pairs?",
-        ),
-        (
-            {"duplicates": {"max_pairs": 0}},
-            "guards.duplicates.max_pairs: got 0, expected 1 or more",
-        ),
-        (
-            {"duplicates": {"max_pairs": 1.5}},
-            "guards.duplicates.max_pairs: got 1.5, expected a whole number",
-        ),
+        ({"duplicates": {"max_pair": 2}}, "guards.duplicates.max_pair: unknown; did you mean max_pairs?"),
+        ({"duplicates": {"max_pairs": 0}}, "guards.duplicates.max_pairs: got 0, expected 1 or more"),
+        ({"duplicates": {"max_pairs": 1.5}}, "guards.duplicates.max_pairs: got 1.5, expected a whole number"),
         ({"duplicates": 3}, "guards.duplicates: got 3, expected settings"),
-        (
-            {"trigger_clusters": {"alike": 2}},
-            "guards.trigger_clusters.alike: got 2, expected -1 to 1",
-        ),
-        (
-            {"trigger_clusters": {"clear": float("nan")}},
-            "guards.trigger_clusters.clear: got nan, expected a number",
-        ),
+        ({"trigger_clusters": {"alike": 2}}, "guards.trigger_clusters.alike: got 2, expected -1 to 1"),
+        ({"trigger_clusters": {"clear": float("nan")}}, "guards.trigger_clusters.clear: got nan, expected a number"),
     ],
 )
 def test_wrong_settings_are_named(values, message):
-    with pytest.raises(
-        UserError, match="^" + message.replace("?", r"\?").replace(".", r"\.")
-    ):
+    with pytest.raises(UserError, match="^" + message.replace("?", r"\?").replace(".", r"\.")):
         make_guards(values)
