@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
 install test
-ruff check --quiet --line-length 120 --select E,F,I,W --ignore E501 pipeline shards tests
-ruff format --quiet --check --line-length 120 pipeline shards tests
+ruff check --quiet pipeline shards tests
+ruff format --quiet --check pipeline shards tests
 # Two files at a time: many tests start processes that wait for each other.
 exec python -m pytest --numprocesses 2 --dist loadfile "$@"

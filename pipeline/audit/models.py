@@ -57,12 +57,7 @@ def from_run(run_dir):
 
     identity = f"{config.hash()}/{folder.name}"
     return Scorer(
-        PlainPixels(views.size),
-        views.tokenize,
-        encode,
-        f"run {run_dir}, {folder.name}",
-        identity,
-        config.data,
+        PlainPixels(views.size), views.tokenize, encode, f"run {run_dir}, {folder.name}", identity, config.data
     )
 
 
@@ -106,9 +101,5 @@ def from_open_clip(model, pretrained):
 
     told = fingerprint(source) if source and Path(source).is_file() else str(pretrained)
     return Scorer(
-        preprocess,
-        open_clip.get_tokenizer(name),
-        encode,
-        f"{model} {pretrained or ''}".strip(),
-        f"{name}/{told}",
+        preprocess, open_clip.get_tokenizer(name), encode, f"{model} {pretrained or ''}".strip(), f"{name}/{told}"
     )

@@ -95,11 +95,7 @@ def draw(result, clip_metrics, safe_metrics, path):
         )
     shares = result["safeclip"]["poison_in_safe_set"]
     right.plot(
-        epochs[: len(shares)],
-        [100 * s for s in shares],
-        color="#888888",
-        ls="--",
-        label="poison share in the safe set",
+        epochs[: len(shares)], [100 * s for s in shares], color="#888888", ls="--", label="poison share in the safe set"
     )
     right.set(title="SafeCLIP's splits", xlabel="before epoch", ylabel="%", ylim=(-3, 103))
     right.grid(alpha=0.25)

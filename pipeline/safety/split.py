@@ -10,15 +10,7 @@ from pipeline import comm
 from pipeline.safety.canaries import passing
 from pipeline.safety.diagnosis import change, separation
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, fit_sklearn, histogram, upper_cut
-from pipeline.safety.selection import (
-    RANGES,
-    as_it_is,
-    count_at_least,
-    grown,
-    kth_largest,
-    score_of,
-    top_by_shard,
-)
+from pipeline.safety.selection import RANGES, as_it_is, count_at_least, grown, kth_largest, score_of, top_by_shard
 from shards.errors import UserError
 from shards.masks import SafeMask, byte_starts, shard_list
 from shards.storage import write_bytes
@@ -69,7 +61,16 @@ class Split:
 
 
 def split_pairs(
-    score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), epochs=1, excluded=0, kind="cosine"
+    score_N,
+    counts_S,
+    selection,
+    number,
+    first_share=None,
+    before=None,
+    canary_C=(),
+    epochs=1,
+    excluded=0,
+    kind="cosine",
 ):
     """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
 

@@ -230,10 +230,4 @@ def make_views(config):
         "match": (clip,),
         "cleanclip": (View(), unimodal),
     }
-    return Views(
-        picture_size(model),
-        tokenizer_for(model),
-        views_of_loss,
-        data.augment_on == "device",
-        data.eda_once,
-    )
+    return Views(picture_size(model), tokenizer_for(model), views_of_loss, data.augment_on == "device", data.eda_once)

@@ -53,11 +53,7 @@ def data_sets(folder, energon=None):
     """{32: folder, 224: folder, "large": folder}, each with tars/ and index/, prepared for energon where its Python is given."""
     shapes = [render(number, 0) for number in range(2000)]
     small = [sample["png"] for sample in shapes]
-    wanted = {
-        32: ("png", lambda: small, 16_000),
-        224: ("jpg", jpegs, 4_000),
-        "large": ("png", lambda: small, 100_000),
-    }
+    wanted = {32: ("png", lambda: small, 16_000), 224: ("jpg", jpegs, 4_000), "large": ("png", lambda: small, 100_000)}
     for name, (kind, pictures, count) in wanted.items():
         tars = folder / str(name) / "tars"
         if not (folder / str(name) / "index" / "index.json").exists():

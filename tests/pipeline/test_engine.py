@@ -87,10 +87,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch_at_every_stage():
     two = run_ranks(train, 2, [0, 1, 2, 3])[0]
     check_equal(two, one)
     for stage in (1, 2, 3):
-        check_equal(
-            {(0, kind): two[stage, kind] for kind in KINDS},
-            {(0, kind): one[0, kind] for kind in KINDS},
-        )
+        check_equal({(0, kind): two[stage, kind] for kind in KINDS}, {(0, kind): one[0, kind] for kind in KINDS})
 
 
 def gradients(config, kind):

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.attacks import load_trigger
 from shards.index import ShardIndex, build_index
 from shards.masks import SafeMask
-from shards.overlay import Overlay
 from shards.samples import Samples
 from tests.shards.test_index import write_tar
 
@@ -69,13 +67,7 @@ def world(tmp_path_factory):
         "model": {"config": MODEL},
         "evaluation": {"test": "shapes"},
         "train": {"epochs": 4, "unimodal_epochs": 1, "slow_epochs": 1, "batch_size": 24, "warmup_steps": 5, "pool": 64},
-        "selection": {
-            "batch_size": 32,
-            "first_share": 0.4,
-            "growth": 0.1,
-            "risky": "unimodal",
-            "refill": False,
-        },
+        "selection": {"batch_size": 32, "first_share": 0.4, "growth": 0.1, "risky": "unimodal", "refill": False},
         "wandb": {"mode": "offline"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -90,7 +82,8 @@ def lines(run):
 def test_a_run_leaves_what_it_promises(world):
     run, metrics = world / "whole", lines(world / "whole")
     assert [m["stage"] for m in metrics if "eval" in m] == ["unimodal", "slow", "safeclip", "safeclip"]
-    assert [round(m["share"], 2) for m in metrics if m["stage"] == "split"] == [0.39, 0.49]  # of all pairs, six of which a guard excludes
+    shares = [round(m["share"], 2) for m in metrics if m["stage"] == "split"]
+    assert shares == [0.39, 0.49]  # of all pairs, six of which a guard excludes
     assert all({"step", "epoch", "stage"} <= m.keys() for m in metrics)
     mask, meta = SafeMask.load(run / "masks" / "epoch_002")
     assert meta["diagnosis"]["canaries"]["count"] == len(np.load(run / "masks/epoch_002/canaries.npy")) == 120
@@ -157,8 +150,6 @@ def scored_split(folder):
     from pipeline.safety.scoring import score_all_pairs
     from pipeline.safety.split import split_pairs
     from pipeline.training.start import make_views
-    from shards.index import ShardIndex
-    from shards.samples import Samples
 
     os.chdir(folder)
     config, _, towers = load_run("whole")

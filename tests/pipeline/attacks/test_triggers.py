@@ -55,13 +55,7 @@ def test_all_patterns_but_the_fitted_one_are_among_those_tested():
 
 
 @given(
-    samples,
-    st.integers(3, 80),
-    st.integers(3, 80),
-    st.floats(0.01, 1),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.booleans(),
+    samples, st.integers(3, 80), st.integers(3, 80), st.floats(0.01, 1), st.floats(0, 1), st.floats(0, 1), st.booleans()
 )
 def test_a_patch_stands_whole_inside_the_centred_square(sample, width, height, size, left, top, random_place):
     grey = Image.new("RGB", (width, height), (128, 128, 128))

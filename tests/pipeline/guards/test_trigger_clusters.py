@@ -66,7 +66,7 @@ def clusters(images, tokens, **settings):
 @pytest.mark.parametrize("trigger", ["fixed", "random", "blended"])
 def test_a_trigger_in_few_pictures_is_found_with_no_honest_picture(trigger, seed):
     rng = np.random.default_rng(seed)
-    images, (tokens, class_N) = pictures(rng), captions(rng)
+    images, (tokens, _) = pictures(rng), captions(rng)
     rows = rng.choice(N, CARRY, replace=False)
     carrying = images[rows]
     if trigger == "blended":
