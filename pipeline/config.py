@@ -95,14 +95,14 @@ class Train:
     unimodal_epochs: int = 5
     """Epochs of unimodal warm-up."""
     slow_epochs: int = 1
-    """Epochs of the CLIP loss at slow_lr, on all pairs but those that guards exclude."""
+    """Epochs of the CLIP loss at slow_lr, on all pairs."""
     batch_size: int = 128
     """Pairs of a global batch, over all ranks."""
     clip_views: int = 2
     """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view 2; or 1."""
     lr: float = 5e-4
     slow_lr: float | None = 5e-6
-    """Of the low-rate CLIP epochs; null: lr * 40 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align the towers too."""
+    """Of the low-rate CLIP epochs; null: lr * 16 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align the towers too."""
     warmup_steps: int = 10_000
     schedule: str = "per_loss"
     """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine of its own."""
@@ -143,14 +143,15 @@ class Selection:
     """What the safe set is the highest of: posterior, which is not monotone in the score; or score."""
     scored_view: str = "augmented"
     """The view of a pair that is scored: augmented, the first view of the CLIP loss; or plain."""
-    growth: float | None = 0.01
-    """Share of the pairs by which the safe set grows with each later epoch; null: so that it reaches the cap after a third of them."""
+    growth: float = 0.01
+    """Share of the pairs by which the safe set grows with each later epoch."""
     cap: float = 0.85
     """The safe set grows no larger than this share of the pairs that no guard excludes."""
     canaries: int = 500
     """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
-    every: int = 1
-    """Split before every n-th SafeCLIP epoch; in between the last mask holds. The share grows by the epoch all the same."""
+    every: int | None = 1
+    """Select before every n-th SafeCLIP epoch; null: before number 0, 1, 3, 7, 15, ... of them. In between the last mask holds. The share
+    grows by the epoch all the same."""
     risky: str = "unimodal"
     """What risky pairs are trained with: unimodal, or skip."""
     refill: bool = False
@@ -249,14 +250,15 @@ PRESETS = {
         },
         "train": {"unimodal_epochs": 0, "slow_lr": None, "clip_views": 1, "schedule": "run"},
         "selection": {
-            "first_share": 0.8,
-            "growth": None,
+            "first_share": 0.97,
+            "growth": 0.0,
             "cap": 0.97,
             "mixture": "converged",
             "rank_by": "score",
             "scored_view": "plain",
             "risky": "skip",
             "refill": True,
+            "every": None,
         },
         "guards": {"duplicates": {}, "trigger_clusters": {}},
     },

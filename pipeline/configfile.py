@@ -159,7 +159,7 @@ def check(config):
         if value(key) not in choices:
             raise UserError(f"{key}: got {value(key)!r}, expected one of {', '.join(map(str, choices))}")
     for key in AT_LEAST_ONE:
-        if value(key) < 1:
+        if value(key) is not None and value(key) < 1:
             raise UserError(f"{key}: got {value(key)}, expected 1 or more")
     if config.selection.canaries < 0:
         raise UserError(f"selection.canaries: got {config.selection.canaries}, expected 0 (none) or more")

@@ -19,6 +19,7 @@ from pipeline import comm
 from pipeline.data import describe, open_cache, open_index, open_overlay
 from pipeline.evaluation.testset import TestSet
 from pipeline.footprint import check_disk, check_memory, existing, human, measure
+from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.split import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
@@ -177,6 +178,8 @@ def check_config(config, index, ranks):
                 "take fewer",
             )
         )
+    if config.guards and (told := out_of_range(index.samples)):
+        found.append(("warning", "config", told))
     return found
 
 

@@ -18,7 +18,9 @@ from shards.index import ShardIndex
 
 SCORE_BYTES = 40  # of a pair in a split's score files: position, key, cosine
 HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
-SAMPLE_BYTES = 768 + 128 + 4 * 77  # of a pair in the sample of trigger_clusters: its features and tokens
+SAMPLE_BYTES = 2 * (
+    768 + 128
+)  # of trigger_clusters, for each of `sample`: the features of a pair with a low score and of one with a high
 SPARE = 0.9  # share of a device's memory that may be spoken for before activations
 
 
@@ -69,9 +71,9 @@ def check_memory(config, index, size, ranks):
 def check_host(config: Config, index: ShardIndex) -> list[tuple]:
     """Whether what the ranks of a host share fits its temporary folder, and the sample of a guard their memory."""
     guards = make_guards(config.guards) if config.train.method == "safeclip" else []
-    # Guards are asked before pairs are scored: of a pair a number and a bit for each, and whether it can be read.
+    # While guards look, a pair has beside its score a number and a bit of each, and whether it can be read.
     asked = sum(np.dtype(guard.dtype).itemsize + 1 / 8 for guard in guards) + 1 if guards else 0
-    host, temporary = int(index.samples * max(HOST_BYTES, asked)), tempfile.gettempdir()
+    host, temporary = int(index.samples * (HOST_BYTES + asked)), tempfile.gettempdir()
     free = shutil.disk_usage(temporary).free
     text = f"scores, masks and guards take {human(host)} in {temporary}, one copy a host, of {human(free)} free there"
     found = [("ok", "memory", text)]

@@ -24,7 +24,7 @@ def save_mask(folder, index, cos_N, share=0.5, step=30, bad=()):
     for shard, count in enumerate(index.counts):
         if count:
             here = cos_N[index.offsets[shard] : index.offsets[shard + 1]]
-            files.write(shard, here, here, [sample for sample in bad if sample[0] == shard])
+            files.write(shard, here, {position: reason for number, position, _, reason in bad if number == shard})
     split = split_pairs(cos_N, index.counts, Selection(first_share=share, cap=1.0), 0)
     save_split(folder, split, index, {"epoch": 3, "step": step, "config": "0123456789ab"})
     return split

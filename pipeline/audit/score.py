@@ -179,7 +179,7 @@ def score_embeddings(index, out, files):
         keys = index.table(shard).keys
         write_metadata(out, shard, keys, index.captions(shard), None)
         unread = np.flatnonzero(np.isnan(cos_N)).tolist()
-        files.write(shard, cos_N, cos_N, [(shard, i, keys[i], "the embedding has no direction") for i in unread])
+        files.write(shard, cos_N, dict.fromkeys(unread, "the embedding has no direction"))
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def write_shard(out, shard, index, files, parts, keep):
         save_array(part_path(out, "cells", shard), np.concatenate([rows.cells for rows in rowsets]))
     write_metadata(out, shard, index.table(shard).keys, captions, hashes if keep else None)
     cos_N = np.concatenate(cosines)
-    files.write(shard, cos_N, cos_N, [sample for rows in rowsets for sample in rows.bad])
+    files.write(shard, cos_N, {position: reason for rows in rowsets for _, position, _, reason in rows.bad})
 
 
 def save_array(path, array):

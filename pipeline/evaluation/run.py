@@ -14,14 +14,14 @@ attacks     {NAME: {
     took                    whether plain CLIP on the same poison reaches 80 %: this run if it is one, else the run --baseline; null
                             of a run that was trained without an attack, as is all that is said of rounds, and its shares are 0
     unpoisoned, unpoisoned_true_class       success and true_class of models that never saw poison (--unpoisoned), their mean
-    share_trained_on        of the attack's pairs, those that the CLIP loss saw in any epoch
+    share_trained_on        of the attack's pairs, those that the CLIP loss saw in any epoch but low-rate ones
     share_in_safe_set       for every round: of the attack's pairs, those in the safe set: 1 - recall
     auroc                   as in rounds
     rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds (selection_quality.py)
 }}
 rounds      the same of all poison, and "epoch" and "false_positives"; null without an attack
 safe_share, poison_in_safe_set      for every round: safe pairs / all pairs; poisoned pairs / safe pairs
-poison_trained_on                   of all poison, the share that the CLIP loss saw in any epoch; null without an attack
+poison_trained_on                   of all poison, the share that the CLIP loss saw in any epoch but low-rate ones; null without an attack
 canaries                            for every round, as in mask.json (pipeline/safety/canaries.py)
 
 A round is a selection round of the run; a run that trained with the mask of a filter (data.mask) has that one.

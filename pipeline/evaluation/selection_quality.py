@@ -12,7 +12,6 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from pipeline.config import Config
 from pipeline.configfile import load_config
-from pipeline.guards.excluded import guards_folder
 from pipeline.safety.scores import load_scores
 from pipeline.training import checkpoint
 from shards.errors import UserError
@@ -138,7 +137,8 @@ def poison_shares(masks: list[SafeMask], overlay: Overlay, index: ShardIndex) ->
 
 def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.ndarray | None:
     """bool (N,): the pairs that the CLIP loss sees in any epoch of a run, and of the run whose weights it started from; of a run without
-    an attack (data.overlay of the config that it was trained with) none, for it saw them unpoisoned.
+    an attack (data.overlay of the config that it was trained with) none, for it saw them unpoisoned. The low-rate epochs of SafeCLIP,
+    which are on all pairs, do not count.
 
     None where that is not known, for a mask, or a run, is gone.
     """
@@ -146,12 +146,6 @@ def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.nda
     trained_N = np.full(index.samples, method != "safeclip" and not config.data.mask)
     if method == "cleanclip":
         masks = [SafeMask.load(config.data.mask, index.fingerprint)[0]]
-    if method == "safeclip" and config.train.slow_epochs:
-        folders = [guards_folder(run_dir) / name for name in config.guards]
-        if not all((folder / "mask.json").exists() for folder in folders):
-            return None
-        kept = [SafeMask.load(folder, index.fingerprint)[0].flags() for folder in folders]
-        trained_N |= np.logical_and.reduce(kept) if kept else True
     for mask in masks:
         trained_N |= mask.flags()
     trained_N &= config.data.overlay is not None

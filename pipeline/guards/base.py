@@ -1,7 +1,7 @@
-"""A guard: one defence beyond the paper. It names pairs that are never safe, before the model has trained on any caption.
+"""A guard: one defence beyond the paper. It names pairs that are never safe, once, when all pairs have their first score.
 
-What a guard excludes is left out of the low-rate warm-up and has no score. To add one: a class with a Settings and a name in a module of
-this package, and an entry in REGISTRY (__init__.py); `guards: {NAME: {...}}` in a config switches it on.
+To add one: a class with a Settings and a name in a module of this package, and an entry in REGISTRY (__init__.py); `guards: {NAME: {...}}`
+in a config switches it on.
 """
 
 from abc import ABC, abstractmethod
@@ -46,8 +46,10 @@ class Guard(ABC):
     def __init__(self, settings: "Guard.Settings"):
         self.settings = settings
 
-    def learn(self, pairs: Pairs) -> dict:
-        """Look at a sample of the pairs, before `numbers` is asked. All ranks call; returns what mask.json shall tell."""
+    def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:
+        """Look at a sample of the pairs, before `numbers` is asked. All ranks call; returns what mask.json shall tell.
+
+        score_N: float32, the first scores of all pairs; NaN where a pair cannot be read."""
         return {}
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What the guards of a run exclude: found once, in one look at every picture, and kept as a mask of each guard beside those of the rounds."""
+"""What the guards of a run exclude: found once, after the first scoring, and kept as a mask of each guard beside those of the rounds."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,30 +7,42 @@ import numpy as np
 
 from pipeline import comm
 from pipeline.guards.base import Guard, Pairs
+from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import assign_shards, shard_batches
 from pipeline.safety.split import broadcast_mask
 from shards.ahead import fetched_ahead
-from shards.errors import UserError
-from shards.index import ShardIndex
 from shards.loader import PlainBatches, batches
 from shards.masks import SafeMask
 
 
 class Excluded:
-    """mask: SafeMask of the pairs that no guard excludes. masks: {guard's name: its own}."""
+    """masks: {guard's name: SafeMask of the pairs that it does not exclude}."""
 
-    def __init__(self, guards: list[Guard], masks: dict[str, SafeMask], counts_S: np.ndarray):
+    def __init__(self, guards: list[Guard], masks: dict[str, SafeMask]):
         self.guards, self.masks = guards, masks
-        bits = np.bitwise_and.reduce([mask.bits for mask in masks.values()])
-        self.mask = SafeMask(counts_S, bits)
+        self.counts_S = next(iter(masks.values())).counts_S
+        self.bits = np.bitwise_and.reduce([mask.bits for mask in masks.values()])
+        self.count = int(SafeMask(self.counts_S, self.bits).counts("risky").sum())
 
-    def of_shard(self, shard: int, index: ShardIndex) -> list[tuple]:
-        """[(shard, position, key, reason)] of the excluded pairs of a shard, each once."""
-        found, keys = {}, index.table(shard).keys
-        for guard in self.guards:
-            for position in self.masks[guard.name].positions(shard, "risky").tolist():
-                found.setdefault(position, (shard, position, keys[position], guard.reason))
-        return [found[position] for position in sorted(found)]
+    def apply(self, score_N: np.ndarray, files: ScoreFiles) -> None:
+        """Take the scores of excluded pairs away: NaN in the vector that the ranks of a host share, and in the score files, with the
+        guard's reason. All ranks call."""
+        kept, starts = SafeMask(self.counts_S, self.bits), np.concatenate([[0], np.cumsum(self.counts_S)])
+        shards = np.flatnonzero(kept.counts("risky")).tolist()
+        comm.barrier()  # until all have read the vector
+        for shard in shards:
+            score_N[starts[shard] : starts[shard + 1]][~kept.shard_flags(shard)] = np.nan
+        for shard in shards[comm.rank() :: comm.world()]:
+            files.exclude(shard, self.of_shard(shard))
+        comm.barrier()
+
+    def of_shard(self, shard: int) -> dict[int, str]:
+        """{position: reason} of the excluded pairs of a shard; of the first guard, where several exclude one."""
+        return {
+            position: guard.reason
+            for guard in reversed(self.guards)
+            for position in self.masks[guard.name].positions(shard, "risky").tolist()
+        }
 
     def line(self) -> str:
         """For people: how many pairs each guard excludes."""
@@ -42,30 +54,22 @@ def guards_folder(run_dir: str | Path) -> Path:
     return Path(run_dir) / "masks" / "guards"
 
 
-def excluded_of_run(folder: Path, guards: list[Guard], pairs: Pairs) -> Excluded | None:
-    """What the guards exclude; None where there are none. What is kept in `folder` of the same settings is used. All ranks call."""
-    index, seed = pairs.samples.index, pairs.seed
-    made = {
-        guard.name: {"fingerprint": index.fingerprint, "seed": seed, "settings": asdict(guard.settings)}
-        for guard in guards
-    }
-    missing = [guard for guard in guards if not comm.on_main(is_kept, folder / guard.name, made[guard.name])]
-    if missing:
-        about = {guard.name: guard.learn(pairs) for guard in missing}
-        for guard, mask in zip(missing, find(missing, pairs)):
-            comm.on_main(mask.save, folder / guard.name, {**made[guard.name], **about[guard.name]})
-    masks = {guard.name: SafeMask.load(folder / guard.name)[0] for guard in guards}
-    return Excluded(guards, masks, index.counts) if guards else None
+def find_excluded(folder: Path, guards: list[Guard], pairs: Pairs, score_N: np.ndarray) -> Excluded:
+    """Ask the guards, given the first scores of all pairs, and keep in `folder` what they exclude. All ranks call."""
+    about = [guard.learn(pairs, score_N) for guard in guards]
+    masks = look_at_all(guards, pairs)
+    for guard, mask, told in zip(guards, masks, about):
+        made = {"fingerprint": pairs.samples.index.fingerprint, "settings": asdict(guard.settings), **told}
+        comm.on_main(mask.save, folder / guard.name, made)
+    return Excluded(guards, {guard.name: mask for guard, mask in zip(guards, masks)})
 
 
-def is_kept(folder: Path, made: dict) -> bool:
-    try:
-        return made.items() <= SafeMask.load(folder)[1].items()
-    except UserError:
-        return False
+def load_excluded(folder: Path, guards: list[Guard], fingerprint: str) -> Excluded:
+    """What find_excluded kept. Raises UserError where it is gone, or of other data."""
+    return Excluded(guards, {guard.name: SafeMask.load(folder / guard.name, fingerprint)[0] for guard in guards})
 
 
-def find(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
+def look_at_all(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
     """A SafeMask of each guard, the same on every rank: every picture is decoded once. All ranks call."""
     index = pairs.samples.index
     owned = assign_shards(index.counts, comm.world())

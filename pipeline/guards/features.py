@@ -39,21 +39,20 @@ def random_filters() -> torch.Tensor:
     return torch.from_numpy(numbers_FD.astype(np.float32)).reshape(FILTERS, 3, 3, 3)
 
 
-def read_sample(pairs: Pairs, most: int) -> list[tuple]:
-    """[(number, {features: uint8 (B, D), 255 = 1}, tokens int32 (B, T))]: this rank's batches of `most` random pairs.
+def read_features(pairs: Pairs, row_S: np.ndarray) -> dict[str, np.ndarray]:
+    """{features: uint8 (S, D), 255 = 1} of the pictures of these rows, in their order, on every rank; what cannot be read is left out.
 
-    The batches are the same at any world size; what cannot be read is left out.
+    All ranks read a part of the batches, which are the same at any world size.
     """
-    count = pairs.samples.index.samples
-    row_S = np.sort(np.random.default_rng([pairs.seed, 3]).choice(count, min(most, count), replace=False))
-    starts = range(0, len(row_S), pairs.batch_size)
-    mine = list(enumerate(row_S[at : at + pairs.batch_size] for at in starts))[comm.rank() :: comm.world()]
-    dataset, found = (PlainBatches(pairs.samples.scattered(), [(rows, rows) for _, rows in mine], pairs.views), [])
-    for (number, _), batch in zip(mine, batches(dataset, workers=pairs.workers)):
-        valid_B = batch.valid
-        images_BCHW = batch.images[valid_B].to(pairs.device)
-        seen = {
-            name: taken(images_BCHW).mul(255).round().to(torch.uint8).cpu().numpy() for name, taken in FEATURES.items()
-        }
-        found.append((number, seen, batch.tokens[valid_B].numpy().astype(np.int32)))
-    return found
+    batch_rows = [row_S[at : at + pairs.batch_size] for at in range(0, len(row_S), pairs.batch_size)]
+    mine, found = range(len(batch_rows))[comm.rank() :: comm.world()], []
+    rows = [(batch_rows[number], batch_rows[number]) for number in mine]
+    dataset = PlainBatches(pairs.samples.scattered(), rows, pairs.views)
+    for number, batch in zip(mine, batches(dataset, workers=pairs.workers)):
+        images_BCHW = batch.images[batch.valid].to(pairs.device)
+        seen = {name: (255 * taken(images_BCHW)).round().to(torch.uint8) for name, taken in FEATURES.items()}
+        found.append((number, {name: seen_BD.cpu().numpy() for name, seen_BD in seen.items()}))
+    parts = sorted(sum(comm.gather_objects(found), []), key=lambda part: part[0])
+    if not parts:
+        return {name: np.zeros((0, 1), np.uint8) for name in FEATURES}
+    return {name: np.concatenate([seen[name] for _, seen in parts]) for name in FEATURES}

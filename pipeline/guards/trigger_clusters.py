@@ -1,32 +1,30 @@
-"""Trigger clusters: pictures that share one thing and nothing else, under captions that resemble each other.
+"""Trigger clusters: what pictures share that fit their captions badly, and hardly any that fit them well.
 
-The trigger of a backdoor adds the same pixels to pictures that differ in all else. Natural pictures are whitened: their
-pixels turned into numbers without correlation, of variance 1. There a trigger is a constant vector t that is long, for
-it follows none of the correlations of natural pictures. Two pictures that carry it have a cosine of about t.t / (D +
-t.t), two others one of 0 +- 1 / sqrt(D). So:
+A poisoned pair has a picture with a trigger and a caption of something else, so at the first selection round nearly all of
+them have low scores. Natural features are as frequent among low scores as among high ones. So:
 
-1. Of some sampled pictures (seeds) the near ones are found: those of a cosine beyond `near` deviations.
-2. A seed with `least` near pictures gives a cluster. Its mean is the matched filter of what they share, the linear
-   detector of the highest signal-to-noise ratio (Turin 1960); the response of a member is taken without the member
-   itself.
-3. A cluster is a trigger if the median response of its members stands out by `clear` robust deviations, hardly a
-   picture responds half as much (a colour or an edge comes in all degrees, a trigger is there or not), its pictures are
-   not alike once what they share is taken off (series of look-alikes are), and its captions are more alike than those
-   of random pairs (under a watermark they are not).
-4. A pair is excluded if its picture's response is more than half that median.
+1. Sampled pictures are whitened: their features turned into numbers without correlation, of variance 1, by the mean and
+   the covariance of pictures with high scores (half of those sampled; the others are the reference of step 3). A trigger becomes a long constant vector t, for it follows none of the
+   correlations of natural pictures: two pictures that carry it have a cosine of about t.t / (D + t.t), two others one of
+   0 +- 1 / sqrt(D).
+2. Each picture with a low score and `least` near ones (a cosine beyond `near` deviations) gives a cluster. Its mean is the
+   matched filter of what they share, the linear detector of the highest signal-to-noise ratio (Turin 1960). A picture
+   carries it if its response is more than half of the cluster's mean response, each member's taken without itself.
+3. What is carried `ratio` times as often among low scores as among high ones is a trigger, unless the pictures are alike in
+   all else (a series that the model has not learnt yet). Every pair whose picture carries it is excluded.
 
-All of this is done twice: with pixels, and with the strongest responses of random 3 x 3 filters anywhere in the picture
-(Saxe et al. 2011), in which a patch leaves the same trace wherever it is placed.
+Both are done twice: with pixels, and with the strongest responses of random 3 x 3 filters anywhere in the picture (Saxe et
+al. 2011), in which a patch leaves the same trace wherever it is placed.
 
-Assumes    a trigger that adds something, in at least `least` of the sampled pictures. A warp or a tone curve adds no
-           constant.
-Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels of unlabelled
-           pictures in place of the representation that a poisoned model has learnt of one class.
-Cost       up to 5 * seeds * sample * (768 + 128) multiplications on rank 0, before the first CLIP step, and one look at
-           every picture.
+Assumes    a trigger that adds something, in at least `least` of the sampled pictures with low scores. The first safe set must
+           tell poisoned pairs from others at all: captions that fit (label-consistent poisoning) are out of its reach.
+Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels in place of the
+           representation that a poisoned model has learnt of one class; the reference of high scores is this project's.
+Cost       once, after the first scoring: up to 4 * seeds * sample * (768 + 128) multiplications on rank 0, `sample` pictures
+           read twice, and one look at every picture.
 Evidence   tests/benchmarks/comparison.md.
 
-Legend: S sampled pairs, Q seeds, D numbers of a picture, M members, T tokens.
+Legend: L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
 """
 
 from collections.abc import Iterator
@@ -34,83 +32,100 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 
 from pipeline import comm
 from pipeline.guards.base import Guard, Pairs
-from pipeline.guards.features import FEATURES, read_sample
-from pipeline.guards.statistics import alike, robust, tf_idf, whitening, words
+from pipeline.guards.features import FEATURES, read_features
+from pipeline.guards.statistics import alike, robust, whitening
 
 AT_ONCE = 256  # seeds
-COMPARED, MEMBERS = (16, 256)  # of a cluster, whose pictures and whose captions are compared with each other
+COMPARED = 16  # pictures of a cluster, with each other
 
 
 class TriggerClusters(Guard):
     name = "trigger_clusters"
-    reason = "its picture carries what a cluster of pictures shares"
+    reason = "its picture carries what pictures with low scores share"
     dtype = np.bool_
 
     @dataclass(frozen=True)
     class Settings:
-        sample: int = 65_536
-        """Pairs in which clusters are looked for, at most."""
+        low: float = 0.1
+        """Share of the pairs whose scores are low. Those above the median are high."""
+        sample: int = 8_192
+        """Pairs with low scores, and twice as many with high ones, whose pictures are compared, at most."""
         seeds: int = 8_192
-        """Sampled pictures whose near ones are found, at most."""
+        """Pictures with low scores whose near ones are found, at most."""
         near: float = 6.0
         """Robust deviations of the cosines of random pictures, beyond which two are near."""
         least: int = 8
         """Near pictures of a seed."""
-        clear: float = 10.0
-        """Robust deviations of all responses by which those of a cluster stand out."""
-        between: float = 0.2
-        """Most pictures that respond near half as much as a cluster (0.35 to 0.65), for each that responds more."""
+        ratio: float = 10.0
+        """Times that a trigger is more frequent among low scores than among high ones."""
         alike: float = 0.35
         """Highest median cosine of members with the one most like them, once what all share is taken off."""
-        words: float = 1.7
-        """Least similarity of a cluster's captions (cosine of tf-idf vectors), as a multiple of that of random pairs."""
 
     BOUNDS = {
-        "sample": (2, None),
+        "low": (0.001, 0.5),
+        "sample": (64, None),
         "seeds": (1, None),
         "near": (0, None),
         "least": (2, None),
-        "clear": (0, None),
-        "between": (0, None),
+        "ratio": (1, None),
         "alike": (-1, 1),
-        "words": (0, None),
     }
 
-    def learn(self, pairs: Pairs) -> dict:
-        parts = comm.gather_objects(read_sample(pairs, self.settings.sample))
-        clusters = comm.on_main(self.find, sum(parts, []))
-        self.filters = [(c["features"], torch.tensor(c["weight"], device=pairs.device), c["cut"]) for c in clusters]
-        told = ("features", "pictures", "clear", "between", "alike", "words")
-        return {"clusters": [{key: cluster[key] for key in told} for cluster in clusters]}
+    def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:
+        rows = [read_features(pairs, rows) for rows in self.choose(score_N, pairs.seed)]
+        triggers = comm.on_main(self.find, *rows)
+        self.filters = [
+            (one["features"], torch.tensor(one["filter"], device=pairs.device), one["cut"]) for one in triggers
+        ]
+        return {"triggers": [{key: one[key] for key in ("features", "pictures", "ratio", "alike")} for one in triggers]}
 
-    def find(self, parts: list) -> list[dict]:
-        """The clusters of a sample, the clearest first. parts: as of features.read_sample."""
-        parts = sorted(parts, key=lambda part: part[0])
-        caption_ST = tf_idf(np.concatenate([tokens for _, _, tokens in parts]))
-        found, pixel_SD, free_S = [], None, np.ones(caption_ST.shape[0], bool)
-        for name in FEATURES:
-            seen_SD = np.concatenate([features[name] for _, features, _ in parts])
-            seen_SD = torch.from_numpy(seen_SD).to(comm.device()).float() / 255
-            mean_D, white_DD = whitening(seen_SD, name)
-            white_SD = (seen_SD - mean_D) @ white_DD
-            pixel_SD = white_SD if pixel_SD is None else pixel_SD
-            for filter_D, threshold, about in find_clusters(white_SD, pixel_SD, caption_ST, self.settings, free_S):
+    def choose(self, score_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high): sorted rows of `sample` and 2 * `sample` random pairs, or of fewer where there are no more."""
+        settings, rng = self.settings, np.random.default_rng([seed, 3])
+        size = min(len(score_N), int(4 * settings.sample / settings.low))
+        row_R = rng.choice(len(score_N), size, replace=False)
+        row_R = row_R[~np.isnan(score_N[row_R])]
+        cut, median = np.quantile(score_N[row_R], [settings.low, 0.5]) if len(row_R) else (0, 0)
+        low, high = row_R[score_N[row_R] < cut], row_R[score_N[row_R] > median]
+        return np.sort(low[: settings.sample]), np.sort(high[: 2 * settings.sample])
+
+    def find(self, low: dict, high: dict) -> list[dict]:
+        """The triggers of a sample, the least frequent among high scores first. low, high: {features: uint8 (L or H, D)}."""
+        low, high = once(low), once(high)
+        found, pixel_LD, free_L = [], None, np.ones(len(low["pixels"]), bool)
+        for name in FEATURES if len(low["pixels"]) and len(high["pixels"]) else ():
+            low_LD, high_HD = (torch.from_numpy(seen[name]).to(comm.device()).float() / 255 for seen in (low, high))
+            mean_D, white_DD = whitening(high_HD[::2])  # in which these are shorter than others are
+            low_LD, high_HD = (low_LD - mean_D) @ white_DD, (high_HD[1::2] - mean_D) @ white_DD
+            pixel_LD = low_LD if pixel_LD is None else pixel_LD
+            clusters = clusters_of_seeds(low_LD, high_HD, np.flatnonzero(free_L), self.settings)
+            for filter_D, threshold, row_M, ratio in sorted(clusters, key=lambda one: -one[3]):
+                if free_L[row_M].mean() < 0.5:
+                    continue  # the same again, or what pixels have told already
+                some_M = np.random.default_rng(0).permutation(row_M)[:COMPARED]
+                likeness = alike(pixel_LD[some_M], float(pixel_LD.norm(dim=1).median()))
+                if likeness > self.settings.alike:
+                    continue
+                free_L[row_M] = False
                 weight_D = white_DD @ filter_D
-                cut = threshold + float(mean_D @ weight_D)
-                found.append({"features": name, "weight": weight_D.cpu().numpy(), "cut": cut, **about})
-                free_S &= (white_SD @ filter_D <= threshold).cpu().numpy()  # what pixels tell needs no other features
-        return sorted(found, key=lambda cluster: -cluster["clear"])
+                about = {
+                    "features": name,
+                    "pictures": len(row_M),
+                    "ratio": round(ratio, 2),
+                    "alike": round(likeness, 2),
+                }
+                found.append({**about, "filter": weight_D.cpu().numpy(), "cut": threshold + float(mean_D @ weight_D)})
+        return found
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
         """bool (B,): whether a picture is excluded."""
         excluded_B = torch.zeros(len(images_BCHW), dtype=torch.bool, device=images_BCHW.device)
         seen = {name: FEATURES[name](images_BCHW) for name in {name for name, _, _ in self.filters}}
-        for name, weight_D, cut in self.filters:
-            excluded_B |= seen[name] @ weight_D > cut
+        for name, filter_D, cut in self.filters:
+            excluded_B |= seen[name] @ filter_D > cut
         return excluded_B.cpu().numpy()
 
     def kept(self, number_N, valid_N, offsets_S):
@@ -118,63 +133,37 @@ class TriggerClusters(Guard):
             yield ~(number_N[start:stop] & valid_N[start:stop])
 
 
-def find_clusters(
-    white_SD: torch.Tensor,
-    pixel_SD: torch.Tensor,
-    caption_ST: csr_matrix,
-    settings: TriggerClusters.Settings,
-    free_S: np.ndarray,
-) -> list[tuple]:
-    """[(filter_D, threshold of the response, {"pictures", "clear", "between", "alike", "words"})] of the triggers in a sample.
-
-    white_SD: whitened features in which clusters are looked for; pixel_SD: whitened pixels, in which pictures are compared; caption_ST:
-    tf_idf; free_S: bool, the pictures that may be seeds.
-    """
-    rng, found = np.random.default_rng(0), []
-    seed_Q = np.sort(rng.permutation(len(white_SD))[: settings.seeds])
-    any_words = words(caption_ST[rng.permutation(len(white_SD))[:1000]])
-    candidates = list(clusters_of_seeds(white_SD, seed_Q[free_S[seed_Q]], settings, rng))
-    covered_S = np.zeros(len(white_SD), bool)
-    for filter_D, threshold, row_M, about in sorted(candidates, key=lambda one: -one[3]["clear"]):
-        if covered_S[row_M].mean() > 0.5:
-            continue
-        some = rng.permutation(row_M)
-        about["alike"] = alike(pixel_SD, some[:COMPARED])
-        about["words"] = words(caption_ST[some[:MEMBERS]]) / max(any_words, 1e-9)
-        if about["alike"] < settings.alike and about["words"] > settings.words:
-            covered_S[row_M] = True
-            found.append((filter_D, threshold, about))
-    return found
+def once(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The features of different pictures, each once: copies share all, and would hide what others share."""
+    _, first = np.unique(seen["pixels"], axis=0, return_index=True)
+    return {name: seen_SD[np.sort(first)] for name, seen_SD in seen.items()}
 
 
 def clusters_of_seeds(
-    white_SD: torch.Tensor, seed_Q: np.ndarray, settings: TriggerClusters.Settings, rng
+    low_LD: torch.Tensor, high_HD: torch.Tensor, seed_Q: np.ndarray, settings: TriggerClusters.Settings
 ) -> Iterator[tuple]:
-    """Yield (filter_D, threshold, rows of its pictures, {"pictures", "clear", "between"}) of each seed whose cluster stands out clearly."""
-    size, device = len(white_SD), white_SD.device
-    length_S = white_SD.norm(dim=1).clamp(min=1e-6)
-    unit_SD = white_SD / length_S[:, None]
-    one, other = rng.integers(0, size, (2, 20_000))
-    _, deviation = robust((unit_SD[one] * unit_SD[other]).sum(1)[torch.from_numpy(one != other)])
-    some = torch.from_numpy(rng.permutation(size)[:4096]).to(device)
+    """Yield (filter_D, threshold of the response, rows of its pictures, ratio) of each seed whose cluster is a trigger. low_LD, high_HD:
+    whitened features."""
+    rng = np.random.default_rng(0)
+    seed_Q = np.sort(rng.permutation(seed_Q)[: settings.seeds])
+    length_L = low_LD.norm(dim=1).clamp(min=1e-6)
+    unit_LD = low_LD / length_L[:, None]
+    unit_HD = high_HD / high_HD.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    one, other = rng.integers(0, len(unit_HD), (2, 20_000))
+    _, deviation = robust((unit_HD[one] * unit_HD[other]).sum(1)[torch.from_numpy(one != other)])
     for at in range(0, len(seed_Q), AT_ONCE):
-        in_QS = unit_SD[seed_Q[at : at + AT_ONCE]] @ unit_SD.T > settings.near * deviation
-        in_QS = in_QS[in_QS.sum(1) > settings.least]  # itself too
+        in_QL = unit_LD[seed_Q[at : at + AT_ONCE]] @ unit_LD.T > settings.near * deviation
+        in_QL = in_QL[in_QL.sum(1) > settings.least]  # itself too
         for _ in range(2):  # the second time of what the first filter found
-            count_Q = in_QS.sum(1).clamp(min=1)
-            filter_QD = in_QS.float() @ white_SD / count_Q[:, None]
-            response_QS = filter_QD @ white_SD.T
+            count_Q = in_QL.sum(1).clamp(min=1)
+            filter_QD = in_QL.float() @ low_LD / count_Q[:, None]
+            low_QL, high_QH = filter_QD @ low_LD.T, filter_QD @ high_HD.T
             # The mean response of the members, of each without its own part in the filter.
-            own_Q = (in_QS * length_S**2).sum(1) / count_Q
+            own_Q = (in_QL * length_L**2).sum(1) / count_Q
             top_Q = (count_Q * filter_QD.square().sum(1) - own_Q) / (count_Q - 1).clamp(min=1)
-            middle_Q = response_QS[:, some].median(1).values
-            spread_Q = 1.4826 * (response_QS[:, some] - middle_Q[:, None]).abs().median(1).values
-            part_QS = (response_QS - middle_Q[:, None]) / (top_Q - middle_Q).clamp(min=1e-9)[:, None]
-            in_QS = part_QS > 0.5
-        clear_Q, pictures_Q = ((top_Q - middle_Q) / spread_Q.clamp(min=1e-9), in_QS.sum(1))
-        between_Q = ((part_QS > 0.35) & (part_QS <= 0.65)).sum(1) / (part_QS > 0.65).sum(1).clamp(min=1)
-        good_Q = (clear_Q > settings.clear) & (pictures_Q >= settings.least) & (between_Q < settings.between)
-        for q in good_Q.nonzero()[:, 0].tolist():
-            about = {"pictures": int(pictures_Q[q]), "clear": float(clear_Q[q]), "between": float(between_Q[q])}
-            threshold = float(middle_Q[q] + top_Q[q]) / 2
-            yield filter_QD[q], threshold, np.flatnonzero(in_QS[q].cpu().numpy()), about
+            threshold_Q = (high_QH.median(1).values + top_Q) / 2
+            in_QL = low_QL > threshold_Q[:, None]
+        count_Q = in_QL.sum(1)
+        ratio_Q = count_Q / len(low_LD) / (((high_QH > threshold_Q[:, None]).sum(1) + 1) / len(high_HD))
+        for q in ((ratio_Q >= settings.ratio) & (count_Q >= settings.least)).nonzero()[:, 0].tolist():
+            yield filter_QD[q], float(threshold_Q[q]), np.flatnonzero(in_QL[q].cpu().numpy()), float(ratio_Q[q])

@@ -2,6 +2,16 @@
 
 import numpy as np
 
+# Recorded runs of preset default hold on 18,000 and 50,000 pairs, and not on 5,409 (pipeline/guards/README.md).
+LEAST_PAIRS = 10_000
+
+
+def out_of_range(pairs: int) -> str:
+    """A warning where there are fewer pairs than any recorded run has protected; else ""."""
+    if pairs >= LEAST_PAIRS:
+        return ""
+    return f"{pairs:,} pairs are too few to be protected: recorded runs with less than {LEAST_PAIRS:,} did not hold"
+
 
 def separation(counts_K, low, high, mixture):
     """dict of the fit to a `mixture.histogram`: is it one group or two, and how far apart?

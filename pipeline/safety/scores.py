@@ -38,32 +38,37 @@ class ScoreFiles:
             return None
 
     def read(self, shard):
-        """(float32 scores, [(shard, position, key, reason)] of what could not be read) of a shard that is done."""
+        """(float32 cosines, [(shard, position, key, reason)] of what could not be read) of a shard that is done."""
         table = pq.read_table(self.path(shard))
         bad = [
             (shard, position, table["key"][position].as_py(), table["reason"][position].as_py())
             for position in np.flatnonzero(np.isnan(table["cosine"].to_numpy())).tolist()
             if table["reason"][position].is_valid  # the model may have given no number
         ]
-        return table["score"].to_numpy().astype(np.float32), bad
+        return table["cosine"].to_numpy().astype(np.float32), bad
 
-    def write(self, shard, cos_B, score_B, bad):
-        """Put a whole shard's cosines and scores, float32 (n,), and why some have none on disk."""
-        reasons = [None] * len(cos_B)
-        for _, position, _, reason in bad:
-            reasons[position] = reason
+    def write(self, shard, cos_B, reasons, excluded=()):
+        """Put a whole shard's cosines, float32 (n,), on disk. reasons: {position: why it has no score}; excluded: positions that have a
+        cosine all the same."""
+        score_B = cos_B.copy()
+        score_B[list(excluded)] = np.nan
         columns = {
             "position": np.arange(len(cos_B)),
             "key": self.index.table(shard).keys,
             "cosine": cos_B,
             "score": score_B,
-            "reason": pa.array(reasons, pa.string()),
+            "reason": pa.array([reasons.get(position) for position in range(len(cos_B))], pa.string()),
         }
         file = io.BytesIO()
         pq.write_table(
             pa.table(columns).replace_schema_metadata({k: json.dumps(v) for k, v in self.made.items()}), file
         )
         write_bytes(self.path(shard), file.getbuffer())
+
+    def exclude(self, shard, reasons):
+        """Take the scores of some pairs of a shard that is done away. reasons: {position: why}, a pair that cannot be read keeps its own."""
+        cos_B, bad = self.read(shard)
+        self.write(shard, cos_B, {**reasons, **{position: reason for _, position, _, reason in bad}}, reasons)
 
 
 def load_scores(folder, counts_S):

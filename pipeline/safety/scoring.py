@@ -43,12 +43,11 @@ def embed(engine, samples, views, pairs, device, workers=0):
     engine.train(was_training)
 
 
-def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None, excluded=None):
+def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None):
     """(score_N, bad): the float32 cosines of all pairs in (shard, position) order, the same vector on every rank.
 
-    A pair that `excluded` (guards.excluded.Excluded) names has a cosine but no score, and is never safe. The vector is one copy a host,
-    shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that cannot be read as (shard,
-    position, key, reason). Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where
+    The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that
+    cannot be read as (shard, position, key, reason). Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where
     it has fewer. With `files` (scores.ScoreFiles) a shard is written as soon as it is scored, what is there is not scored again, and the
     scores are those that the files hold. `each_round(done, rounds)` is called by all ranks after every pass.
     """
@@ -71,11 +70,9 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files
             found += batch.bad
             if rows.stop == index.offsets[shard + 1]:  # only now are they copied: the GPU is not waited for in between
                 cos_S = torch.cat(parts).cpu().numpy()
-                score_S, left_out = cos_S.copy(), excluded.of_shard(shard, index) if excluded else []
-                score_S[[position for _, position, _, _ in left_out]] = np.nan
                 if files:
-                    files.write(shard, cos_S, score_S, found + left_out)
-                score_N[index.offsets[shard] : rows.stop] = score_S
+                    files.write(shard, cos_S, {position: reason for _, position, _, reason in found})
+                score_N[index.offsets[shard] : rows.stop] = cos_S
                 bad += found
                 parts, found = [], []
         if each_round:

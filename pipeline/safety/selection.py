@@ -74,10 +74,7 @@ def count_at_least(scores_N, cut, rank=as_it_is):
     return sum(int(np.count_nonzero(rank(scores) >= cut)) for scores in pieces)
 
 
-def grown(first_share, number, selection, epochs):
-    """Safe share before the `number`-th (from 0) of `epochs` SafeCLIP epochs: the first share, and selection.growth more at each later
-    one, up to selection.cap. Without a growth it reaches the cap after a third of the epochs."""
-    growth = selection.growth
-    if growth is None:
-        growth = max(0.0, selection.cap - first_share) / max(1.0, epochs / 3)
-    return min(selection.cap, first_share + number * growth) if number else first_share
+def grown(first_share, number, selection):
+    """Safe share before the SafeCLIP epoch `number` (from 0): the first share, and selection.growth more at each later one, up to
+    selection.cap."""
+    return min(selection.cap, first_share + number * selection.growth) if number else first_share

@@ -61,21 +61,12 @@ class Split:
 
 
 def split_pairs(
-    score_N,
-    counts_S,
-    selection,
-    number,
-    first_share=None,
-    before=None,
-    canary_C=(),
-    epochs=1,
-    excluded=0,
-    kind="cosine",
+    score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), excluded=0, kind="cosine"
 ):
     """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
 
     Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
-    `canary_C`: scores of the canaries, of which the split only tells how many would pass. `epochs`: SafeCLIP epochs of the run.
+    `canary_C`: scores of the canaries, of which the split only tells how many would pass.
     `excluded`: number of the pairs that guards exclude; the share is one of the others. `kind`: of RANGES.
     """
     canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
@@ -83,7 +74,7 @@ def split_pairs(
     mine_N = np.array_split(score_N, comm.world())[comm.rank()]
     counts_K = comm.sum_counts(histogram(mine_N, *limits))
     eligible = len(score_N) - excluded
-    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share, epochs, eligible, limits)
+    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share, eligible, limits)
     mixture, share, first_share, note, diagnosis = decided
     diagnosis["excluded"], wanted = excluded, round(share * eligible)
     rank_by = selection.rank_by if mixture else "score"
@@ -102,7 +93,7 @@ def split_pairs(
     return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C, rank_by)
 
 
-def decide(counts_K, score_N, selection, number, first_share, epochs, eligible, limits):
+def decide(counts_K, score_N, selection, number, first_share, eligible, limits):
     """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds.
 
     The released recipe (selection.mixture=sklearn) does not ask whether it is one."""
@@ -129,7 +120,7 @@ def decide(counts_K, score_N, selection, number, first_share, epochs, eligible, 
             if first_share != found:
                 note = note or f"posterior > {selection.posterior} holds for {found:.1%}"
                 note += f"; the first share is {first_share:.1%}"
-    share, scored = grown(first_share, number, selection, epochs), counts_K.sum() / max(1, eligible)
+    share, scored = grown(first_share, number, selection), counts_K.sum() / max(1, eligible)
     if share > scored:
         told = f"{scored:.1%} of the pairs can be scored"
         note = f"{note}; {told}" if note else told

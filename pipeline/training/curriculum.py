@@ -29,6 +29,7 @@ class Epoch:
     stage: str  # a key of LOSS, or "safeclip"
     split: int | None  # where the data are split before it: how many SafeCLIP epochs were before
     mask_of: int | None  # number of the epoch with the last split: its mask holds
+    before: int | None = None  # number of the epoch with the split before that
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Step:
     mask: object = None
 
 
-def curriculum(train: Train, every: int = 1) -> list[Epoch]:
-    """The epochs of a run; before every `every`-th SafeCLIP epoch the pairs are selected anew."""
+def curriculum(train: Train, every: int | None = 1) -> list[Epoch]:
+    """The epochs of a run; before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before the first, and whenever the
+    SafeCLIP epochs since the start have doubled: before number 0, 1, 3, 7, 15, ..."""
     epochs, first = [], train.unimodal_epochs + train.slow_epochs
+    mask_of = before = None
     for number in range(train.epochs):
         if train.method in ("clip", "cleanclip"):
             stage = train.method
@@ -57,17 +60,13 @@ def curriculum(train: Train, every: int = 1) -> list[Epoch]:
             stage = "slow"
         else:
             stage = "safeclip"
-        split = mask_of = None
+        split = None
         if stage == "safeclip":
-            since = (number - first) % every
-            split, mask_of = None if since else number - first, number - since
-        epochs.append(Epoch(number, stage, split, mask_of))
+            past = number - first
+            if past % every == 0 if every else past & (past + 1) == 0:
+                split, mask_of, before = past, number, mask_of
+        epochs.append(Epoch(number, stage, split, mask_of, before))
     return epochs
-
-
-def safeclip_epochs(train: Train) -> int:
-    """Epochs after the warm-up."""
-    return train.epochs - train.unimodal_epochs - train.slow_epochs
 
 
 def epoch_steps(
@@ -120,11 +119,11 @@ def epoch_steps(
 
 def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
     """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at train.slow_lr,
-    or, where it is null, at a share of the rate: 40 / steps of an epoch, from .01 to .2."""
+    or, where it is null, at a share of the rate: 16 / steps of an epoch, from .01 to .2."""
     if epoch.stage == "slow":
         if train.slow_lr is not None:
             return train.slow_lr
-        return train.lr * min(0.2, max(0.01, 40 * train.epochs / max(1, steps)))
+        return train.lr * min(0.2, max(0.01, 16 * train.epochs / max(1, steps)))
     warm = min(1.0, (step + 1) / max(1, train.warmup_steps))
     past = max(0, step - train.warmup_steps) / max(1, steps - train.warmup_steps)
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
@@ -141,7 +140,7 @@ def steps_of_loss(
     total, first = 0, train.unimodal_epochs + train.slow_epochs
     for epoch in curriculum(train, chosen.every):
         if epoch.stage == "safeclip":
-            share = grown(first_share, epoch.mask_of - first, chosen, safeclip_epochs(train))
+            share = grown(first_share, epoch.mask_of - first, chosen)
             part = (share - first_share) / (1 - first_share) if first_share < 1 else 0.0
             safe = round((first_views + (1 - first_views) * part) * views)
             safe_steps, whole = safe // train.batch_size, views // train.batch_size

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pipeline import comm
 from pipeline.guards import make_guards
 from pipeline.guards.base import Pairs
-from pipeline.guards.excluded import excluded_of_run, guards_folder
+from pipeline.guards.excluded import find_excluded, guards_folder, load_excluded
 from pipeline.safety.canaries import score_canaries
+from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.scores import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.safety.split import load_split, mask_folder, save_split, split_pairs
 from pipeline.training import signals
 from pipeline.training.bad import record, stop_where_bad
-from pipeline.training.curriculum import safeclip_epochs
 from pipeline.training.journal import Meter
 from shards.errors import UserError
 
@@ -23,15 +23,17 @@ def mask_for(run, epoch, stop):
 
     None where it trains on all pairs."""
     if epoch.mask_of is None:
-        return warm_up_mask(run, epoch) if epoch.stage == "slow" else run.mask
+        return run.mask
     folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
     if not comm.on_main(is_split, folder, due, state, config):
-        before = mask_folder(run.run_dir, epoch.mask_of - config.selection.every) if epoch.split else None
+        before = mask_folder(run.run_dir, epoch.before) if epoch.split else None
         if before:
             comm.on_main(is_split, before, False, state, config)
-        excluded = excluded_by_guards(run)
-        score_N, canary_C = scores_for(run, epoch, folder, excluded, stop, meter)
+        score_N, canary_C = scores_for(run, epoch, folder, stop, meter)
+        excluded = excluded_by_guards(run, epoch, score_N) if config.guards else None
+        if excluded:
+            excluded.apply(score_N, ScoreFiles(folder / "scores", index, state["step"], config.hash()))
         split = split_pairs(
             score_N,
             index.counts,
@@ -40,9 +42,10 @@ def mask_for(run, epoch, stop):
             state["first_share"],
             before,
             canary_C,
-            safeclip_epochs(config.train),
-            int(excluded.mask.counts("risky").sum()) if excluded else 0,
+            excluded.count if excluded else 0,
         )
+        if config.guards and (told := out_of_range(index.samples)):
+            split.note = f"{split.note}; {told}" if split.note else told
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash(), "score": "cosine"}
         comm.on_main(save_split, folder, split, index, made)
     else:
@@ -57,7 +60,7 @@ def mask_for(run, epoch, stop):
     return split.mask
 
 
-def scores_for(run, epoch, folder, excluded, stop, meter):
+def scores_for(run, epoch, folder, stop, meter):
     """(score_N, canary_C) of the split in `folder`."""
     config, state = run.config, run.state
     files = ScoreFiles(folder / "scores", run.index, state["step"], config.hash())
@@ -72,28 +75,21 @@ def scores_for(run, epoch, folder, excluded, stop, meter):
         views = replace(views, scored_as=(config.run.seed, epoch.number))
     arguments = (run.engine, run.samples, views, config.selection.batch_size, run.device)
     canary_C = score_canaries(*arguments, config.selection.canaries, config.run.seed)
-    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round, excluded)
+    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round)
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * run.index.samples)
     return score_N, canary_C
 
 
-def excluded_by_guards(run):
-    """guards.excluded.Excluded of the run, found when it is first asked for; None without guards. All ranks call."""
-    if run.excluded is None and run.config.guards:
-        config = run.config
+def excluded_by_guards(run, epoch, score_N):
+    """guards.excluded.Excluded of the run, found at its first selection round and loaded at later ones. All ranks call."""
+    config, folder, guards = run.config, guards_folder(run.run_dir), make_guards(run.config.guards)
+    if epoch.split == 0:
         reading = (run.samples, run.views, config.selection.batch_size, config.data.workers)
-        pairs, guards = Pairs(*reading, config.run.seed, run.device), make_guards(config.guards)
-        run.excluded = excluded_of_run(guards_folder(run.run_dir), guards, pairs)
+        run.excluded = find_excluded(folder, guards, Pairs(*reading, config.run.seed, run.device), score_N)
+        run.journal.say(f"  epoch {epoch.number:3d} guards    excluded by {run.excluded.line()}")
+    elif run.excluded is None:
+        run.excluded = load_excluded(folder, guards, run.index.fingerprint)
     return run.excluded
-
-
-def warm_up_mask(run, epoch):
-    """SafeMask of what a low-rate epoch trains on: what no guard excludes; None where it trains on all pairs. All ranks call."""
-    excluded = excluded_by_guards(run)
-    if excluded is None:
-        return None
-    run.journal.say(f"  epoch {epoch.number:3d} guards    excluded by {excluded.line()}")
-    return excluded.mask
 
 
 def is_split(folder, due, state, config):

@@ -1,11 +1,11 @@
-"""What the guards of the preset default exclude of attacks, without training: many seeds, weaker attacks too.
+"""What the guards of the preset default exclude of attacks, after the low-rate epoch alone: many seeds, weaker attacks too.
 
 python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--change attacks.badnets.pairs=16 ...]
 
 CONFIG, ATTACK: e.g. configs/quickstart.yaml configs/attack_shapes.yaml, on data that are there (launch/reproduce.sh).
-Adds to tests/benchmarks/attacks.json an object for each attack config, change and seed: the trigger clusters found, and
-of each guard the shares of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the
-mean, the least, and the number of seeds on which it is excluded whole.
+Adds to tests/benchmarks/attacks.json an object for each attack config, change and seed: the triggers found, and of each
+guard the shares of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the mean, the
+least, and the number of seeds on which it is excluded whole.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import comm
 from pipeline.attacks.manifest import make_attack
 from pipeline.configfile import load_config, override, read_yaml
-from pipeline.data import open_index, open_samples
 from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
-from pipeline.guards import make_guards
-from pipeline.guards.base import Pairs
-from pipeline.guards.excluded import excluded_of_run
-from pipeline.training.start import make_views
+from pipeline.guards.excluded import guards_folder
+from pipeline.training.curriculum import Epoch
+from pipeline.training.run import train
+from pipeline.training.signals import StopSignal
+from pipeline.training.splitting import mask_for
+from pipeline.training.start import Run
 from shards.storage import write_json
 
 FILE = Path(__file__).with_suffix(".json")
@@ -35,17 +35,20 @@ def excluded(config, attack, seed, changes):
         values = read_yaml(attack)
         override(values, [*changes, f"seed={seed}", f"out={folder}/attack"])
         make_attack(values)
-        config = load_config(config, ["preset=default", f"data.overlay={folder}/attack"])
-        index = open_index(config.data)
-        samples = open_samples(config.data, index)
-        pairs = Pairs(samples, make_views(config), config.selection.batch_size, 0, seed, comm.device())
-        masks = excluded_of_run(Path(folder) / "guards", make_guards(config.guards), pairs).masks
-        about = json.loads((Path(folder) / "guards/trigger_clusters/mask.json").read_text())
-    flags = {guard: ~mask.flags() for guard, mask in masks.items()}
-    rows = {kind: poison_rows(samples.overlay, index, kind) for kind in samples.overlay.kinds}
-    rows["honest"] = np.flatnonzero(honest_pairs(samples.overlay, index))
+        words = [f"data.overlay={folder}/attack", f"run.dir={folder}/run", f"run.seed={seed}", "evaluation.test=null"]
+        config = load_config(config, ["preset=default", *words])
+        config.train.epochs = config.train.slow_epochs
+        train(config)
+        with StopSignal() as stop:
+            run = Run(config)
+            mask_for(run, Epoch(config.train.epochs, "safeclip", 0, config.train.epochs), stop)
+        masks, index, overlay = run.excluded.masks, run.index, run.samples.overlay
+        about = json.loads((guards_folder(run.run_dir) / "trigger_clusters" / "mask.json").read_text())
+        flags = {guard: ~mask.flags() for guard, mask in masks.items()}
+    rows = {kind: poison_rows(overlay, index, kind) for kind in overlay.kinds}
+    rows["honest"] = np.flatnonzero(honest_pairs(overlay, index))
     shares = {guard: {kind: float(flag_N[row].mean()) for kind, row in rows.items()} for guard, flag_N in flags.items()}
-    found = {"attack": Path(attack).stem, "seed": seed, "changes": changes, "clusters": about["clusters"]}
+    found = {"attack": Path(attack).stem, "seed": seed, "changes": changes, "triggers": about["triggers"]}
     return {**found, "excluded": shares}
 
 

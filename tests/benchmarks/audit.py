@@ -74,7 +74,7 @@ def make_scores(out, index, width, rng):
         hashes = rng.integers(1, 1 << 40, SHARD).astype(np.uint64) * np.uint64(1 << 20)
         write_metadata(out, shard, index.table(shard).keys, captions, hashes)
         here = score_N[index.offsets[shard] : index.offsets[shard + 1]]
-        files.write(shard, here, here, [])
+        files.write(shard, here, {})
     split = split_pairs(score_N, index.counts, Selection(least_share=0.0, cap=1.0), 0)
     save_split(out, split, index, {"epoch": None, "step": "synthetic", "config": None})
     about = {"model": "synthetic", "embeddings": ".", "data": {"index": str(out.parent / "index")}}

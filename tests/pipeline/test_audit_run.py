@@ -37,9 +37,8 @@ def make_run(folder, index, cos_N, excluded_N):
         files = ScoreFiles(where / "scores", index, number)
         for shard in range(len(index.counts)):
             first, stop = index.offsets[shard : shard + 2].tolist()
-            out = [(shard, row - first, "key", Duplicates.reason) for row in range(first, stop) if excluded_N[row]]
-            out += [(0, TORN, "key", "torn")] if shard == 0 else []
-            files.write(shard, cos_N[first:stop], score_N[first:stop], out)
+            files.write(shard, cos_N[first:stop], {TORN: "torn"} if shard == 0 else {})
+            files.exclude(shard, dict.fromkeys(np.flatnonzero(excluded_N[first:stop]).tolist(), Duplicates.reason))
         split = split_pairs(score_N, index.counts, Selection(first_share=0.5), number, excluded=int(excluded_N.sum()))
         save_split(where, split, index, {"epoch": number, "step": number, "config": "", "score": "cosine"})
     return folder

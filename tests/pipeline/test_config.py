@@ -25,7 +25,7 @@ def file(tmp_path):
 def test_yaml_lies_over_the_preset_and_the_command_line_over_both(file):
     path = file(BASE + "preset: default\nselection: {growth: 0.02}\n")
     config = load_config(path, ["selection.cap=0.7", "train.lr=1e-3"])
-    assert (config.selection.first_share, config.selection.growth, config.selection.cap) == (0.8, 0.02, 0.7)
+    assert (config.selection.first_share, config.selection.growth, config.selection.cap) == (0.97, 0.02, 0.7)
     assert config.train.lr == 1e-3
 
 

@@ -31,6 +31,13 @@ def test_a_mask_holds_until_the_next_split_and_the_share_grows_by_the_epoch():
     assert found == [(None, None), (None, None), (0, 2), (None, 2), (2, 4), (None, 4), (4, 6)]
 
 
+def test_without_a_number_rounds_come_when_the_epochs_since_the_first_have_doubled():
+    epochs = curriculum(Train(epochs=17, unimodal_epochs=0, slow_epochs=1), every=None)
+    assert [e.number for e in epochs if e.split is not None] == [1, 2, 4, 8, 16]
+    assert [(e.mask_of, e.before) for e in epochs[1:6]] == [(1, None), (2, 1), (2, 1), (4, 2), (4, 2)]
+    assert [e.split for e in epochs if e.split is not None] == [0, 1, 3, 7, 15]
+
+
 def test_plain_clip_is_the_same_program_without_warm_up_and_split():
     train = Train(method="clip", epochs=3, unimodal_epochs=0, slow_epochs=0)
     assert [(e.stage, e.split) for e in curriculum(train)] == [("clip", None)] * 3

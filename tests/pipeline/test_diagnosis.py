@@ -5,7 +5,7 @@ import pytest
 
 from pipeline import comm
 from pipeline.config import Selection
-from pipeline.safety.diagnosis import change, separation
+from pipeline.safety.diagnosis import LEAST_PAIRS, change, out_of_range, separation
 from pipeline.safety.mixture import Mixture, fit_mixture, histogram
 from pipeline.safety.split import load_split, save_split, split_pairs
 from shards.index import build_index
@@ -67,3 +67,7 @@ def test_a_fit_that_is_no_mixture_of_two_does_not_decide(index, scores):
     assert split.share == 0.07 and "no cut by the mixture" in split.note and "first share is 7.0%" in split.note
     assert split.diagnosis["share_by_posterior"] is None
     assert split_pairs(scores, index.counts, Selection(growth=0.1, **fixed), 2, 0.07).share == pytest.approx(0.27)
+
+
+def test_too_few_pairs_to_be_protected_are_told():
+    assert out_of_range(LEAST_PAIRS) == "" and out_of_range(5_409).startswith("5,409 pairs are too few")

@@ -185,9 +185,9 @@ def test_an_epoch_goes_over_the_risky_pairs_first_then_over_the_safe_ones(paper)
 
 def test_the_fractions_of_26_rounds(paper):
     chosen = paper().selection
-    found = [grown(0.7, number, chosen, 26) for number in range(26)]
+    found = [grown(0.7, number, chosen) for number in range(26)]
     assert found == pytest.approx([0.7 + 0.01 * n for n in range(15)] + [0.85] * 11)
-    assert grown(0.95, 0, chosen, 26) == 0.95 and grown(0.95, 1, chosen, 26) == 0.85
+    assert grown(0.95, 0, chosen) == 0.95 and grown(0.95, 1, chosen) == 0.85
 
 
 def scores_of_two(seed=0):

@@ -7,16 +7,15 @@ import pytest
 
 from pipeline import comm
 from pipeline.config import Selection
-from pipeline.safety.scores import ScoreFiles
+from pipeline.safety.scores import ScoreFiles, load_scores
 from pipeline.safety.scoring import score_all_pairs
-from pipeline.safety.split import split_pairs
+from pipeline.safety.split import mask_folder, split_pairs
 from pipeline.training import run as running
-from pipeline.training.curriculum import Epoch
-from pipeline.training.splitting import mask_for
 from pipeline.training.start import Run
 from shards.demo import shapes
 from shards.errors import UserError
-from shards.index import build_index
+from shards.index import ShardIndex, build_index
+from shards.masks import SafeMask
 from tests.pipeline.test_resume import config
 from tests.ranks import run_ranks
 
@@ -59,24 +58,31 @@ def test_scoring_goes_on_with_the_shards_that_are_not_scored_yet(tmp_path, make_
         assert done == [0, 2] and passes == 6 and other_step == []
 
 
-def masks_of_the_warm_up(folder):
-    """Safe pairs of the low-rate epoch's mask without guards and with one; None where there is no mask."""
+def rounds_with_a_guard(folder):
+    """At each selection round of a run: the safe set, and which pairs have a score; first whole, then of one that was cut off after a round."""
     found = []
-    for name, guards in (("none", {}), ("duplicates", {"duplicates": {"max_pairs": 1}})):
-        made = config(folder, name)
-        made.guards = guards
-        mask = mask_for(Run(made), Epoch(1, "slow", None, None), None)
-        found.append(mask and mask.flags())
+    for name, epochs in (("whole", (4,)), ("cut", (3, 4))):
+        for number in epochs:
+            made = config(folder, name, train__epochs=number, run__accept_changes=True)
+            made.guards = {"duplicates": {"max_pairs": 1}}
+            running.train(made)
+        index = ShardIndex.load(made.data.index)
+        folders = [mask_folder(made.run.dir, epoch) for epoch in (2, 3)]
+        rounds = [(SafeMask.load(where)[0].flags(), ~np.isnan(load_scores(where, index.counts))) for where in folders]
+        found.append(rounds)
     return found
 
 
-def test_a_low_rate_epoch_trains_on_nothing_that_a_guard_excludes(tmp_path, make_shards):
+def test_what_a_guard_excludes_is_in_no_safe_set_of_any_round(tmp_path, make_shards):
     paths = make_shards([30, 90])
     paths.append(shutil.copy(paths[0], tmp_path / "again.tar"))
     build_index([str(path) for path in paths], tmp_path / "shapes" / "index")
-    ((without, flags),) = run_ranks(masks_of_the_warm_up, 1, tmp_path)
-    assert without is None
-    np.testing.assert_array_equal(flags, np.repeat([False, True, False], [30, 90, 30]))
+    kept_N = np.repeat([False, True, False], [30, 90, 30])
+    for whole, cut in run_ranks(rounds_with_a_guard, 2, tmp_path):
+        for (safe_N, scored_N), (safe_again_N, _) in zip(whole, cut, strict=True):
+            assert safe_N.any() and not safe_N[~kept_N].any()
+            np.testing.assert_array_equal(scored_N, kept_N)
+        np.testing.assert_array_equal(whole[0][0], cut[0][0])
 
 
 def without_the_mask_before(folder):

@@ -65,5 +65,11 @@ DEFENCES = {
     "paper": Defence("SafeCLIP, the released recipe (Yang et al. 2024)", ("preset=paper",), control=True),
     "paper_fixed": Defence("SafeCLIP, the recipe without its faults", ("preset=paper_fixed",), control=True),
     "default": Defence("SafeCLIP, preset default", ("preset=default",), control=True),
+    "default_no_clusters": Defence(
+        "preset default without the guard trigger_clusters", ("preset=default", "guards.trigger_clusters=null")
+    ),
+    "default_no_duplicates": Defence(
+        "preset default without the guard duplicates", ("preset=default", "guards.duplicates=null")
+    ),
     "oracle": Defence("plain CLIP without the poison, which it is told", ("preset=clip",), mask=("oracle",)),
 }

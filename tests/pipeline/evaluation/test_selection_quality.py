@@ -78,7 +78,7 @@ def test_rounds_are_counted_by_attack_and_in_all(tmp_path, index):
     ]
     files = ScoreFiles(tmp_path / "masks/epoch_002/scores", index, 1)
     for shard, scores in enumerate(([0.9, 0.5, 0.8, 0.4], [0.6, 0.7, 0.1])):
-        files.write(shard, np.array(scores, np.float32), np.array(scores, np.float32), [])
+        files.write(shard, np.array(scores, np.float32), {})
     of_all, of_attack = selection_quality(selection_rounds(tmp_path, Config(), index), Poisoned, index)
     # Honest: rows 0, 2, 3 and 5, with scores .9, .8, .4, .7; poison: 1 (patch, .5) and 4 (blend, .6); row 6 is a decoy.
     assert of_all == {

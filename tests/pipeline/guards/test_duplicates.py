@@ -1,19 +1,22 @@
-"""Pictures that stand in many pairs are found at every world size, once a run, and are never safe."""
+"""Pictures that stand in many pairs are found at every world size, and are never safe."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import comm
 from pipeline.config import Config, Selection
 from pipeline.guards import make_guards
 from pipeline.guards.base import Pairs
-from pipeline.guards.excluded import excluded_of_run
-from pipeline.safety.scores import ScoreFiles
+from pipeline.guards.excluded import find_excluded, load_excluded
+from pipeline.safety.scores import ScoreFiles, load_scores
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.safety.split import split_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
+from shards.errors import UserError
 from shards.index import ShardIndex, build_index
 from shards.samples import Samples
 from tests.conftest import picture
@@ -42,11 +45,12 @@ def excluded(folder, max_pairs=2):
     config.model.config = MODEL
     samples, views = Samples(ShardIndex.load(folder / "index")), make_views(config)
     pairs = Pairs(samples, views, 4, 0, 0, torch.device("cpu"))
-    return excluded_of_run(folder / "guards", make_guards({"duplicates": {"max_pairs": max_pairs}}), pairs)
+    score_N = np.zeros(samples.index.samples, np.float32)
+    return find_excluded(folder / "guards", make_guards({"duplicates": {"max_pairs": max_pairs}}), pairs, score_N)
 
 
 def kept(folder):
-    return excluded(folder).mask.flags()
+    return excluded(folder).masks["duplicates"].flags()
 
 
 def test_every_rank_finds_the_same_pairs_and_a_torn_picture_is_no_duplicate(tmp_path):
@@ -55,11 +59,30 @@ def test_every_rank_finds_the_same_pairs_and_a_torn_picture_is_no_duplicate(tmp_
     expected[[shard * 9 + position for shard, position in COPIES]] = False
     for flags in run_ranks(kept, 2, tmp_path):
         np.testing.assert_array_equal(flags, expected)
-    mask = tmp_path / "guards" / "duplicates" / "mask.json"
-    made = mask.stat().st_mtime_ns
-    np.testing.assert_array_equal(kept(tmp_path), expected)
-    assert mask.stat().st_mtime_ns == made  # not looked for again
-    assert excluded(tmp_path, 3).mask.flags().all() and mask.stat().st_mtime_ns != made  # but with other settings
+    guards, index = make_guards({"duplicates": {}}), ShardIndex.load(tmp_path / "index")
+    loaded = load_excluded(tmp_path / "guards", guards, index.fingerprint)
+    np.testing.assert_array_equal(loaded.masks["duplicates"].flags(), expected)
+    assert loaded.count == 3 and loaded.line() == "duplicates 3"
+    with pytest.raises(UserError, match="made for shards with fingerprint"):
+        load_excluded(tmp_path / "guards", guards, "another")
+    assert excluded(tmp_path, 3).count == 0
+
+
+def apply(folder):
+    index, score_N = ShardIndex.load(folder / "index"), comm.host_array(18, np.float32)
+    excluded(folder).apply(score_N, ScoreFiles(folder / "scores", index, 0))
+    return np.flatnonzero(np.isnan(score_N))
+
+
+def test_all_ranks_take_the_scores_of_excluded_pairs_away(tmp_path):
+    index = make(tmp_path)
+    files = ScoreFiles(tmp_path / "scores", index, 0)
+    for shard in range(2):
+        files.write(shard, np.full(9, 0.5, np.float32), {})
+    for rows in run_ranks(apply, 2, tmp_path):
+        assert rows.tolist() == [1, 5, 11]
+    assert np.flatnonzero(np.isnan(load_scores(tmp_path, index.counts))).tolist() == [1, 5, 11]
+    assert (files.read(0)[0] == 0.5).all()
 
 
 def test_a_duplicate_keeps_its_cosine_but_is_never_safe_and_no_bad_sample(tmp_path):
@@ -68,10 +91,12 @@ def test_a_duplicate_keeps_its_cosine_but_is_never_safe_and_no_bad_sample(tmp_pa
     towers, samples = (Towers(build_model({"config": MODEL}), *pixel_stats()), Samples(index))
     arguments = towers, samples, make_views(config), 4, torch.device("cpu")
     files, found = ScoreFiles(tmp_path / "scores", index, 0), excluded(tmp_path)
-    score_N, bad = score_all_pairs(*arguments, files=files, excluded=found)
+    score_N, bad = score_all_pairs(*arguments, files=files)
+    cosine_N = score_N.copy()
+    found.apply(score_N, files)
     assert {sample[:2] for sample in bad} == {(0, 8), (1, 8)} == {s[:2] for n in range(2) for s in files.read(n)[1]}
-    again_N, again = score_all_pairs(*arguments, files=files, excluded=found)  # from the files
-    np.testing.assert_array_equal(again_N, score_N)
+    again_N, again = score_all_pairs(*arguments, files=files)  # from the files
+    np.testing.assert_array_equal(again_N, cosine_N)
     assert sorted(again) == sorted(bad)
     assert set(np.flatnonzero(np.isnan(score_N))) == {1, 5, 8, 11, 17}
     split = split_pairs(score_N, index.counts, Selection(first_share=1.0, cap=1.0), 0, excluded=3)

@@ -1,15 +1,17 @@
-"""A trigger that few pictures carry is found with no honest picture, wherever it is placed; look-alikes and watermarks are not triggers."""
+"""A trigger that few pictures with low scores carry is found with no honest picture, wherever it is placed; a watermark is no trigger."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import Config
 from pipeline.guards import make_guards
 from pipeline.guards.base import Pairs
-from pipeline.guards.excluded import excluded_of_run
+from pipeline.guards.excluded import find_excluded
 from pipeline.guards.features import FEATURES
-from pipeline.guards.statistics import robust, tf_idf, whitening, words
+from pipeline.guards.statistics import robust, whitening
 from pipeline.training.start import make_views
 from shards.demo import shapes
 from shards.errors import UserError
@@ -18,24 +20,16 @@ from shards.samples import Samples
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
 
-N, CARRY, SIDE = 3000, 20, 32
-CLASSES = 10
+CARRY, SIDE = 20, 32
 
 
-def pictures(rng, count=N):
+def pictures(rng, count):
     """uint8 (N, 3, SIDE, SIDE) with the correlations of natural pictures: energy falls with the square of the frequency."""
     frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.fftfreq(SIDE)[None]) + 1 / SIDE
     spectrum = np.fft.fft2(rng.normal(size=(count, 3, SIDE, SIDE))) / frequency**1.5
     smooth = np.fft.ifft2(spectrum).real
     smooth = smooth / smooth.std((1, 2, 3), keepdims=True)
     return np.clip(128 + 45 * smooth, 0, 255).astype(np.uint8)
-
-
-def captions(rng, count=N):
-    """(int32 (N, 4) tokens, class of each): a noun of the class, and words that say nothing."""
-    class_N = rng.integers(0, CLASSES, count)
-    nouns = 10 + 3 * class_N + rng.integers(0, 3, count)
-    return np.stack([np.ones(count), nouns, *rng.integers(100, 160, (2, count))], 1).astype(np.int32), class_N
 
 
 def patch(rng, images, where):
@@ -50,71 +44,95 @@ def blend(rng, images):
     images[:] = (0.7 * images + 0.3 * pattern).astype(np.uint8)
 
 
-def clusters(images, tokens, **settings):
-    """(clusters, bool (N,) excluded) of pictures and the tokens of their captions."""
-    (guard,) = make_guards({"trigger_clusters": settings})
-    seen = {
-        name: taken(torch.from_numpy(images)).mul(255).round().to(torch.uint8).numpy()
+def features(images):
+    return {
+        name: (255 * taken(torch.from_numpy(images))).round().to(torch.uint8).numpy()
         for name, taken in FEATURES.items()
     }
-    found = guard.find([(0, seen, tokens)])
-    guard.filters = [(cluster["features"], torch.tensor(cluster["weight"]), cluster["cut"]) for cluster in found]
-    return found, guard.numbers(torch.from_numpy(images))
+
+
+def triggers(low, high, images=None, **settings):
+    """(what is found, bool (N,): which of `images`, of those with low scores without them, are excluded)."""
+    (guard,) = make_guards({"trigger_clusters": settings})
+    found = guard.find(features(low), features(high))
+    guard.filters = [(one["features"], torch.tensor(one["filter"]), one["cut"]) for one in found]
+    return found, guard.numbers(torch.from_numpy(low if images is None else images))
+
+
+@pytest.fixture(scope="module")
+def high():
+    return pictures(np.random.default_rng(99), 4000)
+
+
+def carriers(rng, trigger, images):
+    """The same pictures with a trigger."""
+    if trigger == "blended":
+        blend(rng, images)
+    else:
+        patch(rng, images, [(4, 18)] * len(images) if trigger == "fixed" else rng.integers(0, 22, (len(images), 2)))
+    return images
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("trigger", ["fixed", "random", "blended"])
-def test_a_trigger_in_few_pictures_is_found_with_no_honest_picture(trigger, seed):
+def test_a_trigger_in_few_pictures_is_found_with_no_honest_picture(trigger, seed, high):
     rng = np.random.default_rng(seed)
-    images, (tokens, _) = pictures(rng), captions(rng)
-    rows = rng.choice(N, CARRY, replace=False)
-    carrying = images[rows]
-    if trigger == "blended":
-        blend(rng, carrying)
-    else:
-        patch(rng, carrying, [(4, 18)] * CARRY if trigger == "fixed" else rng.integers(0, 22, (CARRY, 2)))
-    images[rows] = carrying
-    tokens[rows, 1] = 10 + rng.integers(0, 3, CARRY)  # one target class
-    found, excluded_N = clusters(images, tokens)
+    low = pictures(rng, 1000)
+    low[:CARRY] = carriers(rng, trigger, low[:CARRY])
+    found, excluded_N = triggers(low, high)
     assert found and found[0]["features"] == ("filters" if trigger == "random" else "pixels")
-    expected_N = np.zeros(N, bool)
-    expected_N[rows] = True
-    np.testing.assert_array_equal(excluded_N, expected_N)
+    np.testing.assert_array_equal(np.flatnonzero(excluded_N), np.arange(CARRY))
+    assert triggers(low, high, high)[1].sum() == 0
 
 
-def test_honest_pictures_look_alikes_and_a_watermark_under_all_kinds_of_captions_are_no_trigger():
+def test_what_is_as_frequent_among_high_scores_is_no_trigger(high):
     rng = np.random.default_rng(0)
-    images, (tokens, _) = pictures(rng), captions(rng)
-    assert not clusters(images, tokens)[1].any()
-    alike = rng.choice(N, CARRY, replace=False)  # one picture, a little changed
-    images[alike] = np.clip(images[alike[0]] + rng.normal(0, 6, (CARRY, 3, SIDE, SIDE)), 0, 255).astype(np.uint8)
-    marked = rng.choice(N, 60, replace=False)
-    carrying = images[marked]
-    blend(rng, carrying)
-    images[marked] = carrying
-    found, excluded_N = clusters(images, tokens)
-    assert not excluded_N.any() and found == []
-    found, excluded_N = clusters(images, tokens, words=0.5)  # the watermark is found where captions are not asked
-    assert excluded_N[marked].all() and excluded_N.sum() <= 61
+    low = pictures(rng, 1000)
+    assert triggers(low, high) == ([], pytest.approx(np.zeros(1000, bool)))
+    watermarked = high.copy()
+    both = carriers(rng, "blended", np.concatenate([low[:CARRY], high[:10]]))
+    low[:CARRY], watermarked[:10] = both[:CARRY], both[CARRY:]  # 2 % of the low scores, 0.25 % of the high ones
+    assert triggers(low, watermarked)[0] == []
+    found, excluded_N = triggers(low, watermarked, ratio=5.0)
+    assert [one["ratio"] for one in found] == [pytest.approx(8, abs=2)] and excluded_N[:CARRY].all()
+
+
+def test_copies_and_a_series_of_look_alikes_are_no_trigger_and_hide_none(high):
+    rng = np.random.default_rng(0)
+    low = pictures(rng, 1000)
+    low[CARRY : 2 * CARRY] = low[CARRY]
+    noise = rng.normal(0, 6, (CARRY, 3, SIDE, SIDE))
+    low[2 * CARRY : 3 * CARRY] = np.clip(low[2 * CARRY] + noise, 0, 255)  # one picture, a little changed
+    assert triggers(low, high)[0] == []
+    low[:CARRY] = carriers(rng, "fixed", low[:CARRY])
+    assert np.flatnonzero(triggers(low, high)[1]).tolist() == list(range(CARRY))
+
+
+@given(
+    st.lists(st.floats(-1, 1, width=32) | st.just(float("nan")), max_size=60),
+    st.integers(64, 80),
+    st.floats(0.05, 0.5),
+    st.integers(0, 3),
+)
+def test_low_and_high_scores_are_chosen_from_opposite_ends(scores, sample, low, seed):
+    (guard,) = make_guards({"trigger_clusters": {"sample": sample, "low": low}})
+    score_N = np.array(scores, np.float32)
+    low_L, high_H = guard.choose(score_N, seed)
+    there = np.sort(score_N[~np.isnan(score_N)])
+    assert (np.diff(low_L) > 0).all() and (np.diff(high_H) > 0).all()
+    assert (score_N[low_L] < np.quantile(there, low)).all() if len(there) else len(low_L) == 0
+    assert (score_N[high_H] > np.median(there)).all() if len(there) else len(high_H) == 0
+    assert len(low_L) <= low * len(there) + 1 and len(high_H) <= len(there) / 2
 
 
 def test_whitened_pictures_have_no_correlations():
-    pixel_SD = FEATURES["pixels"](torch.from_numpy(pictures(np.random.default_rng(0))))
-    mean_D, white_DD = whitening(pixel_SD, "pixels")
+    pixel_SD = FEATURES["pixels"](torch.from_numpy(pictures(np.random.default_rng(0), 3000)))
+    mean_D, white_DD = whitening(pixel_SD)
     covariance_DD = np.cov(((pixel_SD - mean_D) @ white_DD).numpy().T)
     assert 0.9 < np.median(covariance_DD.diagonal()[-64:]) < 1.1 and covariance_DD.diagonal().max() < 1.5
     before_DD = np.corrcoef(pixel_SD.numpy().T)  # of neighbours nearly 1
     others = ~np.eye(len(before_DD), dtype=bool)
     assert np.abs(covariance_DD[others]).mean() < 0.2 * np.abs(before_DD[others]).mean()
-
-
-def test_captions_that_share_rare_words_are_more_alike_than_others():
-    tokens = np.array([[1, 7, 9, 0], [1, 7, 8, 0], [1, 5, 6, 0], [1, 4, 3, 0]])
-    caption_ST = tf_idf(tokens)
-    # Words that all have weigh nothing; 7 weighs log 2, the others log 4.
-    shared = np.log(2) ** 2 / (np.log(2) ** 2 + np.log(4) ** 2)
-    assert words(caption_ST[:2]) == pytest.approx(shared, rel=1e-5) and words(caption_ST[2:]) == 0
-    assert words(caption_ST) == pytest.approx(2 * shared / 12, rel=1e-5)
 
 
 def test_the_robust_deviation_of_normal_numbers_is_theirs_whatever_a_few_others_are():
@@ -135,17 +153,10 @@ def excluded(folder, world):
     config.model.config = MODEL
     samples = Samples(ShardIndex.load(folder / "shapes" / "index"))
     pairs = Pairs(samples, make_views(config), 32, 0, 0, torch.device("cpu"))
-    settings = {
-        "near": 3.0,
-        "least": 3,
-        "clear": 3.0,
-        "between": 9.0,
-        "alike": 1.0,
-        "words": 0.0,
-    }  # so that there is something to find
-    found = excluded_of_run(folder / f"guards{world}", make_guards({"trigger_clusters": settings}), pairs)
-    weights = [weight_D.numpy() for _, weight_D, _ in found.guards[0].filters]
-    return found.mask.flags(), weights
+    settings = {"low": 0.3, "near": 3.0, "least": 3, "ratio": 1.5}  # so that there is something to find
+    score_N = np.random.default_rng(0).normal(size=400).astype(np.float32)
+    found = find_excluded(folder / f"guards{world}", make_guards({"trigger_clusters": settings}), pairs, score_N)
+    return found.masks["trigger_clusters"].flags(), [filter_D.numpy() for _, filter_D, _ in found.guards[0].filters]
 
 
 def test_two_processes_find_to_the_bit_what_one_finds(data):
@@ -164,8 +175,8 @@ def test_two_processes_find_to_the_bit_what_one_finds(data):
         ({"duplicates": {"max_pairs": 0}}, "guards.duplicates.max_pairs: got 0, expected 1 or more"),
         ({"duplicates": {"max_pairs": 1.5}}, "guards.duplicates.max_pairs: got 1.5, expected a whole number"),
         ({"duplicates": 3}, "guards.duplicates: got 3, expected settings"),
-        ({"trigger_clusters": {"alike": 2}}, "guards.trigger_clusters.alike: got 2, expected -1 to 1"),
-        ({"trigger_clusters": {"clear": float("nan")}}, "guards.trigger_clusters.clear: got nan, expected a number"),
+        ({"trigger_clusters": {"low": 2}}, "guards.trigger_clusters.low: got 2, expected 0.001 to 0.5"),
+        ({"trigger_clusters": {"near": float("nan")}}, "guards.trigger_clusters.near: got nan, expected a number"),
     ],
 )
 def test_wrong_settings_are_named(values, message):
