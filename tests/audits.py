@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from shards.write import write_shards
+from shards.build.write import write_shards
 
 MODEL = {
     "embed_dim": 16,

@@ -49,7 +49,7 @@ def no_process_group_is_left():
 @pytest.fixture
 def make_shards(tmp_path):
     """Function: counts per shard -> paths of tars with that many samples, written by webdataset."""
-    from shards.write import write_shards
+    from shards.build.write import write_shards
 
     def make(counts, folder="tars"):
         paths = []

@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.augment import ImageAugment, image_view, plain_view, sample_rng
-from shards.decode import Limits, decode_caption, decode_image
 from shards.errors import BadSample, UserError
-from shards.index import build_index
-from shards.samples import Samples
+from shards.index.shard_index import build_index
+from shards.samples.decode import Limits, decode_caption, decode_image
+from shards.samples.samples import Samples
+from shards.views.augment import ImageAugment, image_view, plain_view, sample_rng
 from shards.views.eda import Eda
 
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=4_000_000, max_caption=2_000)

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 import webdataset
 from PIL import Image
 
-from shards import tar
-from shards.index import build_index
-from shards.reader import Reader
+from shards.index import tar
+from shards.index.shard_index import build_index
+from shards.storage.reader import Reader
 
 COUNT, PER_SHARD = 120, 40
 KINDS = ("JPEG", "PNG", "WEBP")

@@ -26,7 +26,7 @@ def _rank(rank, world, port, folder, function, args, timeout):
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    from pipeline import comm
+    from pipeline.distributed import comm
 
     comm.init(timeout)
     torch.save(function(*args), f"{folder}/{rank}")

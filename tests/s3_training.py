@@ -18,8 +18,8 @@ from pathlib import Path
 
 import boto3
 
-from shards.demo import render
-from shards.write import write_shards
+from shards.build.shapes import render
+from shards.build.write import write_shards
 
 ROOT = Path(__file__).parents[1]
 

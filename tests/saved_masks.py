@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
-from pipeline import cli
-from pipeline.config import Selection
-from pipeline.safety.scores import ScoreFiles
-from pipeline.safety.split import save_split, split_pairs
-from shards.masks import SavedMask
+from pipeline.cli import main as cli
+from pipeline.config.schema import Selection
+from pipeline.safety.round import save_split, split_pairs
+from pipeline.safety.score_files import ScoreFiles
+from shards.order.safe_mask import SavedMask
 from tests.conftest import picture
 from tests.shards.test_index import write_tar
 

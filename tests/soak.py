@@ -144,7 +144,7 @@ def main():
     rng, folder = random.Random(args.seed), args.out.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    from shards.demo import shapes
+    from shards.build.shapes import shapes
 
     shapes(folder / "shapes", pairs=PAIRS, test=36)
     (folder / "config.yaml").write_text(CONFIG)

@@ -15,9 +15,9 @@ from pipeline.attacks.base import ATTACKS
 from pipeline.attacks.pool import Pool
 from pipeline.attacks.settings import write_named
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.overlay import VERSION
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.overlay import VERSION
+from shards.samples.samples import Samples
 
 PATHS = ("index", "labels", "test", "classnames", "out")
 

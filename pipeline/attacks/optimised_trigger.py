@@ -18,8 +18,8 @@ from PIL import Image
 from pipeline.attacks.badnets import Square
 from pipeline.attacks.base import Backdoor, attack, trigger
 from pipeline.attacks.settings import bounded, one_of, read
-from shards.decode import decode_image
 from shards.errors import BadSample, UserError
+from shards.samples.decode import decode_image
 
 
 @trigger

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 
 from shards.errors import BadSample, UserError
-from shards.samples import Samples
+from shards.samples.samples import Samples
 
 
 class Pool:

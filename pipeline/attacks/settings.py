@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass
 
 from shards.errors import UserError
-from shards.storage import write_bytes
+from shards.storage.files import write_bytes
 
 
 def bounded(default, low, high):

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.attacks.base import load_trigger
 from pipeline.attacks.settings import write_named
 from shards.errors import BadSample, UserError
-from shards.index import ShardIndex
-from shards.overlay import Overlay
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.overlay import Overlay
+from shards.samples.samples import Samples
 
 SIDE, GAP, LINE, CHARACTERS = (
     128,

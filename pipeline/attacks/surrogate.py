@@ -14,8 +14,8 @@ class Surrogate:
         import torch
         from torch.nn.functional import normalize
 
-        from pipeline import comm
         from pipeline.audit.models import load_scorer
+        from pipeline.distributed import comm
 
         self.device, self.scorer = comm.device(), load_scorer(model)
         self.blank_1L = self.scorer.tokenize([""]).to(self.device)
@@ -43,7 +43,7 @@ def fit(trigger, rng, captions, target, pictures):
     """
     import torch
 
-    from shards.augment import plain_view
+    from shards.views.augment import plain_view
 
     surrogate = Surrogate(trigger.surrogate, captions)
     views_NHWC = np.stack([plain_view(picture, surrogate.size) for picture in pictures])

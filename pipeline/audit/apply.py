@@ -11,8 +11,8 @@ import numpy as np
 
 from pipeline.audit.files import find_shards, members, output
 from shards.errors import UserError
-from shards.masks import SafeMask, SavedMask
-from shards.storage import write_json
+from shards.order.safe_mask import SafeMask, SavedMask
+from shards.storage.files import write_json
 
 RECORD = 10_240  # bytes; tar archives are padded to a multiple of it
 MARK = "applied.json"

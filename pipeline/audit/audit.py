@@ -7,7 +7,7 @@ from pipeline.audit.findings import combined, run_detectors, write_findings
 from pipeline.audit.report import write_report
 from pipeline.audit.truth import against_truth
 from shards.errors import UserError
-from shards.storage import write_json
+from shards.storage.files import write_json
 
 
 def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, sample=1024, say=print):

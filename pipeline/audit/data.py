@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.audit.embeddings import EmbeddingFolder, Rows, parts
-from pipeline.audit.masks import require_same_shards
-from pipeline.config import Data
-from pipeline.configfile import load_config
-from pipeline.data import open_index, open_overlay
+from pipeline.audit.mask_commands import require_same_shards
+from pipeline.config.data import open_index, open_overlay
+from pipeline.config.load import load_config
+from pipeline.config.schema import Data
 from pipeline.safety.mixture import DegenerateFit, Mixture, upper_cut
 from pipeline.safety.selection import RANGES
 from shards.errors import BadSample, UserError
-from shards.masks import SavedMask
-from shards.samples import Samples
+from shards.order.safe_mask import SavedMask
+from shards.samples.samples import Samples
 
 
 class AuditData:
@@ -26,7 +26,7 @@ class AuditData:
     of the pairs that cannot be read, and of those that the guards of a run excluded.
 
     sample: pictures in which neighbours are looked for. cache: what detectors share. None where it is not there: images, texts
-    (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or None), samples (shards.samples.Samples,
+    (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or None), samples (shards.samples.samples.Samples,
     for pictures), overlay (the ground truth), metrics (list of dict).
     """
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
-from shards.index import Shard, ShardIndex
-from shards.masks import fingerprint
+from shards.index.shard_index import Shard, ShardIndex
+from shards.order.safe_mask import fingerprint
 
 KINDS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet", "cells": "npy"}
 
@@ -119,7 +119,7 @@ class EmbeddingFolder(ShardIndex):
 
 
 class Keys:
-    """What pipeline.safety.scores needs of a shard's table."""
+    """What pipeline.safety.score_files needs of a shard's table."""
 
     def __init__(self, keys):
         self.keys = keys

@@ -15,7 +15,7 @@ from pipeline.audit.files import find_shards, members, output
 from pipeline.safety.mixture import Mixture
 from pipeline.safety.selection import RANGES
 from shards.errors import UserError
-from shards.masks import SavedMask
+from shards.order.safe_mask import SavedMask
 
 MAX_JSON = 1 << 20  # bytes of a .json member; more is not read
 COLUMNS = pa.schema(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from shards import tar
 from shards.errors import UserError
-from shards.masks import require_same
-from shards.storage import whole_file
+from shards.index import tar
+from shards.order.safe_mask import require_same
+from shards.storage.files import whole_file
 
 # A member of a sample. Bytes start to stop of the tar: its headers, content and padding; offset and length: its content.
 Member = namedtuple("Member", "position extension start stop offset length")
@@ -19,7 +19,7 @@ Member = namedtuple("Member", "position extension start stop offset length")
 
 @contextlib.contextmanager
 def output(path):
-    """shards.storage.whole_file for a file that a person has named. Raises UserError where there can be none; a full disk stays what it is."""
+    """shards.storage.files.whole_file for a file that a person has named. Raises UserError where there can be none; a full disk stays what it is."""
     if Path(path).is_dir():
         raise UserError(f"file {path}: Is a directory; name one that can be written")
     with contextlib.ExitStack() as stack:

@@ -19,10 +19,10 @@ from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, lacking
 from pipeline.safety.selection import select_top
 from shards.errors import UserError
-from shards.masks import SafeMask, shard_list
-from shards.masks import fingerprint as fingerprint_of
-from shards.overlay import Overlay
-from shards.storage import write_bytes
+from shards.order.safe_mask import SafeMask, shard_list
+from shards.order.safe_mask import fingerprint as fingerprint_of
+from shards.samples.overlay import Overlay
+from shards.storage.files import write_bytes
 
 FILTERS = ("cosine", "kdistance", "slof", "dao")
 
@@ -92,7 +92,7 @@ def keep_unpoisoned(overlay, index, out, share=1.0, seed=0):
 
 
 def save_filter(out, counts_S, safe_N, score_N, tables, about, asked):
-    """Write a mask's folder (shards.masks.SavedMask): the scores first, mask.json last. `tables`: of each shard key, cosine and reason.
+    """Write a mask's folder (shards.order.safe_mask.SavedMask): the scores first, mask.json last. `tables`: of each shard key, cosine and reason.
 
     asked: the option that decides how many pairs are kept. Raises UserError where that keeps none, and where `out` holds a mask.
     """

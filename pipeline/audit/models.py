@@ -7,10 +7,10 @@ from pathlib import Path
 import open_clip
 import torch
 
-from pipeline import comm
-from shards.augment import plain_view
+from pipeline.distributed import comm
 from shards.errors import UserError
-from shards.masks import fingerprint
+from shards.order.safe_mask import fingerprint
+from shards.views.augment import plain_view
 
 
 @dataclass

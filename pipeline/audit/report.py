@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.audit.detectors import REGISTRY
 from pipeline.audit.detectors.neighbourhood import unit
 from shards.errors import BadSample
-from shards.storage import write_bytes
+from shards.storage.files import write_bytes
 
 GALLERY, GROUPS, TABLE = 240, 60, 3000  # pairs with pictures, groups, rows of the table
 STRIP, MEMBERS = 8, 500  # of a group: pictures that are shown, members that a tick marks

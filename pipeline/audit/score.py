@@ -17,20 +17,20 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 
-from pipeline import comm
 from pipeline.audit.embeddings import EmbeddingFolder, Rows, part_path
 from pipeline.audit.pixels import GRID, signature
-from pipeline.config import Data, Selection
-from pipeline.data import open_index, open_samples
-from pipeline.safety.scores import ScoreFiles, load_scores
+from pipeline.config.data import open_index, open_samples
+from pipeline.config.schema import Data, Selection
+from pipeline.distributed import comm
+from pipeline.safety.round import save_split, split_pairs
+from pipeline.safety.score_files import ScoreFiles, load_scores
 from pipeline.safety.scoring import assign_shards, shard_batches
-from pipeline.safety.split import save_split, split_pairs
-from shards.ahead import fetched_ahead
 from shards.errors import BadSample, UserError
-from shards.index import build_index
-from shards.loader import batches
-from shards.masks import fingerprint
-from shards.storage import write_bytes, write_json
+from shards.index.shard_index import build_index
+from shards.order.safe_mask import fingerprint
+from shards.storage.files import write_bytes, write_json
+from shards.storage.prefetch import fetched_ahead
+from shards.views.loader import batches
 
 PATIENCE = 86_400.0  # seconds that a rank waits for the others: each scores its own shards, and they end hours apart
 

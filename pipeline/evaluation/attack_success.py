@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from pipeline.evaluation.testset import TestSet
 from pipeline.evaluation.zero_shot import predicted_classes
 from shards.errors import UserError
-from shards.overlay import Overlay
+from shards.samples.overlay import Overlay
 
 TOOK = 0.8  # an undefended attack below this success did not take, and its defence shows nothing
 
@@ -35,7 +35,7 @@ class AttackSuccess:
     """
 
     def __init__(self, test: TestSet, overlay: Overlay):
-        """`test`: testset.TestSet; `overlay`: shards.overlay.Overlay. Raises UserError where an attack cannot be judged on this test set."""
+        """`test`: testset.TestSet; `overlay`: shards.samples.overlay.Overlay. Raises UserError where an attack cannot be judged on this test set."""
         for number, (ours, others) in enumerate(zip_longest(overlay.classes, test.classnames)):
             if ours != others:
                 raise UserError(

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from pipeline import comm
-from shards.augment import plain_view
+from pipeline.distributed import comm
 from shards.errors import BadSample
-from shards.loader import Views, batches
-from shards.samples import Samples
+from shards.samples.samples import Samples
+from shards.views.augment import plain_view
+from shards.views.loader import Views, batches
 
 
 @dataclass

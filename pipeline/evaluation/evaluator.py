@@ -2,14 +2,14 @@
 
 import torch
 
-from pipeline.config import Evaluation
+from pipeline.config.schema import Evaluation
 from pipeline.evaluation.attack_success import AttackSuccess
 from pipeline.evaluation.encoding import Encoder
 from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.testset import TestSet
 from pipeline.evaluation.zero_shot import top_k_accuracy, zero_shot_classifier
 from shards.errors import UserError
-from shards.overlay import Overlay
+from shards.samples.overlay import Overlay
 
 
 class Evaluator:

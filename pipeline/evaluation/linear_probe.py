@@ -8,12 +8,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.evaluation.encoding import Encoder
 from pipeline.evaluation.testset import TestSet, read_labels, same_shards
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 
 MOST = 10_000  # training pictures
 

@@ -22,7 +22,7 @@ attacks     {NAME: {
 rounds      the same of all poison, and "epoch" and "false_positives"; null without an attack
 safe_share, poison_in_safe_set      for every round: safe pairs / all pairs; poisoned pairs / safe pairs
 poison_trained_on                   of all poison, the share that the CLIP loss saw in any epoch but low-rate ones; null without an attack
-canaries                            for every round, as in mask.json (pipeline/safety/canaries.py)
+canaries                            for every round, as in mask.json (pipeline/safety/negative_controls.py)
 
 A round is a selection round of the run; a run that trained with the mask of a filter (data.mask) has that one.
 """
@@ -35,10 +35,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 
-from pipeline import comm
-from pipeline.config import Config
-from pipeline.configfile import load_config
-from pipeline.data import open_index, open_overlay, open_samples
+from pipeline.config.data import open_index, open_overlay, open_samples
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.distributed import comm
 from pipeline.evaluation.attack_success import TOOK
 from pipeline.evaluation.encoding import Encoder
 from pipeline.evaluation.evaluator import Evaluator
@@ -54,9 +54,9 @@ from pipeline.training import checkpoint
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.overlay import Overlay
-from shards.storage import write_json
+from shards.index.shard_index import ShardIndex
+from shards.samples.overlay import Overlay
+from shards.storage.files import write_json
 
 
 def evaluate_run(run_dir: str | Path, baseline: str | None = None, overrides=(), unpoisoned=()) -> dict:

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from pipeline.config import Config
-from pipeline.configfile import load_config
-from pipeline.safety.scores import load_scores
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.safety.score_files import load_scores
 from pipeline.training import checkpoint
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.masks import SafeMask, fingerprint
-from shards.overlay import Overlay
+from shards.index.shard_index import ShardIndex
+from shards.order.safe_mask import SafeMask, fingerprint
+from shards.samples.overlay import Overlay
 
 KEYS = ("recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall")
 

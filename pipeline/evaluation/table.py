@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.evaluation.run import read_eval, read_metrics
-from shards.storage import write_json
+from shards.storage.files import write_json
 
 
 def compare(clip_run, safe_run, out):

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import Evaluation
+from pipeline.config.schema import Evaluation
 from shards.errors import BadSample, UserError
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 
 
 class TestSet:
     """ROOT/classnames.txt, ROOT/zeroshot_classification_templates.txt, ROOT/test_index (labels), ROOT/test_captions (may be absent).
 
-    samples: shards.samples.Samples of the pictures. place_N: list of (shard, position). label_N: int64 (N,), counted from 0.
+    samples: shards.samples.samples.Samples of the pictures. place_N: list of (shard, position). label_N: int64 (N,), counted from 0.
     """
 
     __test__ = False  # not a pytest class

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shards.loader import Views
-from shards.samples import Samples
+from shards.samples.samples import Samples
+from shards.views.loader import Views
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import comm
+from pipeline.distributed import comm
 from pipeline.guards.base import Guard, Pairs
-from pipeline.safety.scores import ScoreFiles
+from pipeline.safety.round import broadcast_mask
+from pipeline.safety.score_files import ScoreFiles
 from pipeline.safety.scoring import assign_shards, shard_batches
-from pipeline.safety.split import broadcast_mask
-from shards.ahead import fetched_ahead
-from shards.loader import PlainBatches, batches
-from shards.masks import SafeMask
+from shards.order.safe_mask import SafeMask
+from shards.storage.prefetch import fetched_ahead
+from shards.views.loader import PlainBatches, batches
 
 
 class Excluded:

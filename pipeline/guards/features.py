@@ -5,9 +5,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from pipeline import comm
+from pipeline.distributed import comm
 from pipeline.guards.base import Pairs
-from shards.loader import PlainBatches, batches
+from shards.views.loader import PlainBatches, batches
 
 SIDE = 16  # pictures are looked at as SIDE x SIDE, means over areas
 FINE, FILTERS = 32, 128  # random filters answer to pictures of FINE x FINE

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline import comm
+from pipeline.distributed import comm
 from pipeline.guards.base import Guard, Pairs
 from pipeline.guards.features import FEATURES, read_features
 from pipeline.guards.statistics import alike, robust, whitening

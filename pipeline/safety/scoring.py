@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from pipeline import comm
-from shards.ahead import fetched_ahead
-from shards.loader import PlainBatches, batches
+from pipeline.distributed import comm
+from shards.storage.prefetch import fetched_ahead
+from shards.views.loader import PlainBatches, batches
 
 
 def assign_shards(counts_S, world, done=()):

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline import comm
+from pipeline.distributed import comm
 from shards.errors import UserError
 
 

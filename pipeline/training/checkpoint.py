@@ -21,10 +21,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
-from pipeline import comm
+from pipeline.distributed import comm
 from pipeline.training import engine as engines
 from shards.errors import UserError
-from shards.storage import sync_folder, write_bytes, write_json
+from shards.storage.files import sync_folder, write_bytes, write_json
 
 MARKER = "COMPLETE"
 # Of the parameters in the optimizer, by model.param_groups: a checkpoint holds them end to end, without names.

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config import Config, Selection, Train
+from pipeline.config.schema import Config, Selection, Train
 from pipeline.safety.selection import grown
 from shards.errors import UserError
-from shards.masks import SafeMask
-from shards.plan import EpochPlan
+from shards.order.plan import EpochPlan
+from shards.order.safe_mask import SafeMask
 
 # The loss of each stage that trains on all pairs, or on those of data.mask.
 LOSS = {"unimodal": "unimodal", "slow": "clip", "clip": "clip", "match": "match", "cleanclip": "cleanclip"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import comm
+from pipeline.distributed import comm
 from pipeline.training.model import MAX_LOG_SCALE, param_groups
 from shards.errors import UserError
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.training import checkpoint
 from pipeline.training.model import open_clip_config, pixel_stats
 from shards.errors import UserError
-from shards.storage import write_bytes
+from shards.storage.files import write_bytes
 
 
 def export_run(run_dir, config, out):

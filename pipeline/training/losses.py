@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import comm
+from pipeline.distributed import comm
 
 
 class GatherRows(torch.autograd.Function):

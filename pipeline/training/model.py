@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import comm
+from pipeline.distributed import comm
 from pipeline.training.batchnorm import share_batch_norm
 from pipeline.training.tokens import Tokenizer
 from shards.errors import UserError

@@ -9,19 +9,19 @@ from contextlib import nullcontext
 
 import torch
 
-from pipeline import comm
+from pipeline.distributed import comm
 from pipeline.training import engine as engines
 from pipeline.training import signals
-from pipeline.training.bad import bad_so_far, record, stop_where_bad
+from pipeline.training.bad_samples import bad_so_far, record, stop_where_bad
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, steps_of_loss
-from pipeline.training.journal import Meter
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
+from pipeline.training.metrics import Meter
+from pipeline.training.selection_round import mask_for
 from pipeline.training.signals import StopSignal, ignore_in_worker
-from pipeline.training.splitting import mask_for
 from pipeline.training.start import Run
-from shards.ahead import fetched_ahead
 from shards.errors import RunFailed
-from shards.loader import TrainBatches, batches
+from shards.storage.prefetch import fetched_ahead
+from shards.views.loader import TrainBatches, batches
 
 LOG_EVERY = 20  # steps between lines of metrics.jsonl
 

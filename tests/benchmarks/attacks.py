@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.attacks.manifest import make_attack
-from pipeline.configfile import load_config, override, read_yaml
+from pipeline.config.load import load_config, override, read_yaml
 from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
 from pipeline.guards.excluded import guards_folder
 from pipeline.training.curriculum import Epoch
 from pipeline.training.run import train
+from pipeline.training.selection_round import mask_for
 from pipeline.training.signals import StopSignal
-from pipeline.training.splitting import mask_for
 from pipeline.training.start import Run
-from shards.storage import write_json
+from shards.storage.files import write_json
 
 FILE = Path(__file__).with_suffix(".json")
 

@@ -24,12 +24,12 @@ from PIL import Image
 from pipeline.audit.embeddings import part_path
 from pipeline.audit.pixels import GRID
 from pipeline.audit.score import save_array, write_metadata
-from pipeline.config import Selection
-from pipeline.safety.scores import ScoreFiles
-from pipeline.safety.split import save_split, split_pairs
-from shards.index import VERSION, ShardIndex, build_index
-from shards.storage import write_json
-from shards.write import write_shards
+from pipeline.config.schema import Selection
+from pipeline.safety.round import save_split, split_pairs
+from pipeline.safety.score_files import ScoreFiles
+from shards.build.write import write_shards
+from shards.index.shard_index import VERSION, ShardIndex, build_index
+from shards.storage.files import write_json
 
 SHARD = 10_000
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 
 
 def poisoned(folder):

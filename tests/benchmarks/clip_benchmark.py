@@ -15,15 +15,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline import comm
-from pipeline.config import Evaluation
+from pipeline.config.schema import Evaluation
+from pipeline.distributed import comm
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.run import load_run
 from pipeline.training.export import export_run
 from pipeline.training.start import make_views
-from shards.index import build_index
-from shards.storage import write_bytes
-from shards.write import write_test_set
+from shards.build.write import write_test_set
+from shards.index.shard_index import build_index
+from shards.storage.files import write_bytes
 
 RETRIEVAL = {"text_retrieval_recall@": "image_to_text", "image_retrieval_recall@": "text_to_image"}
 

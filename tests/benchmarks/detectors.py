@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.audit.audit import audit
 from pipeline.audit.detectors import REGISTRY
 from pipeline.audit.score import score
-from shards.storage import write_bytes
+from shards.storage.files import write_bytes
 
 
 def name_of(run):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.augment import sample_rng
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 from shards.views import eda
+from shards.views.augment import sample_rng
 from shards.views.eda import Eda, cleaned, synonym_source
 
 CAPTIONS, VIEWS = 2_000, 16

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.index import build_index
-from shards.write import write_shards
+from shards.build.write import write_shards
+from shards.index.shard_index import build_index
 from tests.benchmarks.cost import epochs
 from tests.benchmarks.loader_data import pairs, texture
 

@@ -23,11 +23,11 @@ import numpy as np
 
 from pipeline.training.curriculum import Step
 from pipeline.training.tokens import Tokenizer
-from shards.index import ShardIndex
-from shards.loader import TrainBatches, View, Views, batches
-from shards.masks import SafeMask
-from shards.plan import EpochPlan
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.order.plan import EpochPlan
+from shards.order.safe_mask import SafeMask
+from shards.samples.samples import Samples
+from shards.views.loader import TrainBatches, View, Views, batches
 from tests.benchmarks.loader_data import data_sets
 from tests.benchmarks.loader_sides import STREAMS, WINDOW, our_augment
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.demo import render
-from shards.index import build_index
-from shards.write import write_shards
+from shards.build.shapes import render
+from shards.build.write import write_shards
+from shards.index.shard_index import build_index
 
 WORDS = (
     "a photo of the person in front blue sky and water at sunset with old stone bridge over river people walking dog on beach actor "

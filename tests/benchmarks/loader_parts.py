@@ -25,10 +25,10 @@ from torchvision.transforms.v2 import functional as F
 
 from pipeline.training.model import pixel_stats
 from pipeline.training.tokens import Tokenizer
-from shards.augment import draw_jitter, image_view, jittered, random_box, resized
-from shards.decode import decode_image
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.decode import decode_image
+from shards.samples.samples import Samples
+from shards.views.augment import draw_jitter, image_view, jittered, random_box, resized
 from tests.benchmarks.loader_sides import JITTER, our_augment
 
 SAMPLES = 400

@@ -23,7 +23,7 @@ def their_transform(size, colour):
 
 
 def our_augment(colour):
-    from shards.augment import ImageAugment
+    from shards.views.augment import ImageAugment
 
     return ImageAugment(crop_min=0.9, flip=0, jitter=0.8 if colour else 0, grey=0.2 if colour else 0, blur=0)
 
@@ -32,10 +32,10 @@ def ours(folder, size, colour, workers, batch, pairs):
     from pipeline.training.curriculum import Step
     from pipeline.training.model import pixel_stats
     from pipeline.training.tokens import Tokenizer
-    from shards.index import ShardIndex
-    from shards.loader import TrainBatches, View, Views, batches
-    from shards.plan import EpochPlan
-    from shards.samples import Samples
+    from shards.index.shard_index import ShardIndex
+    from shards.order.plan import EpochPlan
+    from shards.samples.samples import Samples
+    from shards.views.loader import TrainBatches, View, Views, batches
 
     index = ShardIndex.load(Path(folder) / "index")
     plan = EpochPlan(index.counts, seed=0, epoch=0, view="all", batch_size=batch, streams=STREAMS, window=WINDOW)

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 
-from pipeline import comm
+from pipeline.distributed import comm
+from pipeline.safety.round import broadcast_mask
 from pipeline.safety.selection import kth_largest, top_by_shard
-from pipeline.safety.split import broadcast_mask
 
 
 def main():

@@ -16,8 +16,8 @@ import time
 
 import numpy as np
 
-from shards.masks import SafeMask, byte_starts
-from shards.plan import EpochPlan
+from shards.order.plan import EpochPlan
+from shards.order.safe_mask import SafeMask, byte_starts
 
 
 def peak():

@@ -18,13 +18,13 @@ from types import SimpleNamespace
 
 import torch
 
-from pipeline import comm
-from pipeline.config import Train
+from pipeline.config.schema import Train
+from pipeline.distributed import comm
 from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
 from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
-from pipeline.training.neighbors import NeighborPool
 from pipeline.training.run import train_step
+from pipeline.training.support_queue import NeighborPool
 
 POOL = 65_536
 

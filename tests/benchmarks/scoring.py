@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import comm
-from pipeline.configfile import load_config
-from pipeline.safety.scores import ScoreFiles
+from pipeline.config.load import load_config
+from pipeline.distributed import comm
+from pipeline.safety.score_files import ScoreFiles
 from pipeline.safety.scoring import assign_shards, score_all_pairs, shard_batches
 from pipeline.training.curriculum import Step
 from pipeline.training.start import Run
-from shards.demo import shapes
-from shards.loader import PlainBatches, TrainBatches, batches
-from shards.plan import EpochPlan
+from shards.build.shapes import shapes
+from shards.order.plan import EpochPlan
+from shards.views.loader import PlainBatches, TrainBatches, batches
 
 SIZE = 250  # pairs a rank forwards at a time; divides the 1,000 of a shard
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import comm
-from pipeline.safety.scores import ScoreFiles
+from pipeline.distributed import comm
+from pipeline.safety.score_files import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.training import run as running
 from pipeline.training.start import Run
-from shards.augment import ImageAugment, drawn_view, sample_rng
-from shards.colour import as_numbers, coloured_batch
-from shards.demo import shapes
+from shards.build.shapes import shapes
+from shards.samples.colour import as_numbers, coloured_batch
+from shards.views.augment import ImageAugment, drawn_view, sample_rng
 from tests.conftest import GPUS
 from tests.pipeline.test_engine import RESNET
 from tests.pipeline.test_resume import config, cut_off, metrics, weights

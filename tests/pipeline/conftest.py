@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from shards.index import build_index
+from shards.index.shard_index import build_index
 from tests.saved_masks import NAMES, cosines, make_tar, save_mask
 
 

@@ -16,8 +16,8 @@ from pipeline.audit.detectors import REGISTRY, neighbourhood
 from pipeline.audit.report import render
 from pipeline.audit.score import score
 from shards.errors import UserError
-from shards.masks import SavedMask
-from shards.overlay import VERSION
+from shards.order.safe_mask import SavedMask
+from shards.samples.overlay import VERSION
 from tests.audits import make_model, make_pairs, picture
 from tests.browser import CHROMIUM, Browser
 

@@ -11,13 +11,13 @@ import yaml
 from pipeline.attacks.manifest import make_attack
 from pipeline.audit.audit import audit
 from pipeline.audit.data import AuditData
-from pipeline.config import Config, Selection
+from pipeline.config.schema import Config, Selection
 from pipeline.guards.duplicates import Duplicates
-from pipeline.safety.scores import ScoreFiles
-from pipeline.safety.split import mask_folder, save_split, split_pairs
+from pipeline.safety.round import mask_folder, save_split, split_pairs
+from pipeline.safety.score_files import ScoreFiles
 from pipeline.training import run as running
-from shards.demo import shapes
-from shards.index import build_index
+from shards.build.shapes import shapes
+from shards.index.shard_index import build_index
 from tests.audits import make_pairs
 from tests.pipeline.test_resume import config
 from tests.ranks import run_ranks

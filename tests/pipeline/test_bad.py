@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.training import run as running
 from shards.errors import UserError
-from shards.index import build_index
+from shards.index.shard_index import build_index
 from tests.conftest import picture
 from tests.pipeline.test_resume import config
 from tests.ranks import run_ranks

@@ -6,15 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Config, Selection
-from pipeline.safety.canaries import choose, passing, score_canaries
-from pipeline.safety.split import split_pairs
+from pipeline.config.schema import Config, Selection
+from pipeline.safety.negative_controls import choose, passing, score_canaries
+from pipeline.safety.round import split_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
-from shards.augment import plain_view
-from shards.demo import shapes
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.build.shapes import shapes
+from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
+from shards.views.augment import plain_view
 from tests.pipeline.test_run import MODEL
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline import comm
+from pipeline.distributed import comm
 from shards.errors import RunFailed, UserError
 from tests.ranks import run_ranks
 
@@ -76,7 +76,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
 ENDS = """
 import atexit, sys, torch.distributed as dist
 atexit.register(lambda: print(dist.is_initialized()))  # runs after what is registered later
-from pipeline import comm
+from pipeline.distributed import comm
 comm.init()
 sys.exit(75)
 """

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import PRESETS
-from pipeline.configfile import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import PRESETS
 from shards.errors import UserError
 
 BASE = "data: {index: here, streams: 2}\nmodel: {name: RN50}\ntrain: {batch_size: 8}\n"

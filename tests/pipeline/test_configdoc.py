@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pipeline.configdoc import document
+from pipeline.config.reference import document
 
 
 def test_the_reference_of_the_keys_is_current():
-    """If not: python -m pipeline.configdoc > configs/README.md"""
+    """If not: python -m pipeline.config.reference > configs/README.md"""
     assert (Path(__file__).parents[2] / "configs" / "README.md").read_text() == document()

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Config, Data, Selection, Train
+from pipeline.config.schema import Config, Data, Selection, Train
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
-from shards.masks import SafeMask
+from shards.order.safe_mask import SafeMask
 
 COUNTS = np.array([40, 0, 17, 63])
 

@@ -1,8 +1,8 @@
 """A shard of which only a part is intact goes all the way: index, mask, and a filtered copy that is sound."""
 
 from pipeline.audit.apply import apply_mask
-from shards import tar
-from shards.index import build_index
+from shards.index import tar
+from shards.index.shard_index import build_index
 from tests.saved_masks import cosines, make_tar, samples, save_mask
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import own_words
-from pipeline.config import Data, Selection
-from pipeline.data import describe, open_index, open_samples
-from pipeline.safety.split import save_split, split_pairs
+from pipeline.cli.main import own_words
+from pipeline.config.data import describe, open_index, open_samples
+from pipeline.config.schema import Data, Selection
+from pipeline.safety.round import save_split, split_pairs
 from shards.errors import Unreachable, UserError
-from shards.index import ShardIndex, build_index
-from shards.loader import PlainBatches, Views, batches
-from shards.masks import SavedMask
+from shards.index.shard_index import ShardIndex, build_index
+from shards.order.safe_mask import SavedMask
+from shards.views.loader import PlainBatches, Views, batches
 from tests.saved_masks import cosines
 
 
@@ -80,10 +80,10 @@ def test_a_server_lost_in_a_reading_process_is_one_line(folders, tmp_path):
 
 
 FAILS_WHILE_IT_READS = """
-from pipeline import cli, commands
+from pipeline.cli import main as cli, commands
 from pipeline.training.signals import ignore_in_worker
 from shards.errors import UserError
-from shards.loader import batches
+from shards.views.loader import batches
 
 reading = batches(range(100), workers=1, in_worker=ignore_in_worker)
 

@@ -15,7 +15,7 @@ from pipeline.audit.embeddings import Rows
 from pipeline.audit.findings import combined
 from pipeline.audit.pixels import GRID, hamming, signature
 from pipeline.audit.truth import precision_at
-from shards.decode import decode_image
+from shards.samples.decode import decode_image
 from tests.audits import picture
 
 

@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pipeline import comm
+from pipeline.distributed import comm
 from pipeline.training.losses import clip_loss, unimodal_loss
 from pipeline.training.model import Towers, build_model, picture_size, pixel_stats
-from pipeline.training.neighbors import NeighborPool
+from pipeline.training.support_queue import NeighborPool
 
 
 def fake_step(name, kind, device="cuda", images_device="cuda", pool_device="cuda", rows=4):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from pipeline import comm
-from pipeline.config import Selection
+from pipeline.config.schema import Selection
+from pipeline.distributed import comm
 from pipeline.safety.diagnosis import LEAST_PAIRS, change, out_of_range, separation
 from pipeline.safety.mixture import Mixture, fit_mixture, histogram
-from pipeline.safety.split import load_split, save_split, split_pairs
-from shards.index import build_index
-from shards.masks import SafeMask
+from pipeline.safety.round import load_split, save_split, split_pairs
+from shards.index.shard_index import build_index
+from shards.order.safe_mask import SafeMask
 from tests.pipeline.test_mixture import draw
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 import yaml
 
-from pipeline import doctor, footprint
+from pipeline.doctor import checks as doctor
+from pipeline.doctor import footprint
 from pipeline.training import checkpoint
 from pipeline.training import run as running
-from shards.demo import shapes
-from shards.index import ShardIndex, build_index
+from shards.build.shapes import shapes
+from shards.index.shard_index import ShardIndex, build_index
 from tests.pipeline.test_resume import config
 from tests.pipeline.test_run import MODEL, safeclip
 from tests.ranks import run_ranks

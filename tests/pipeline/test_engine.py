@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from pipeline import comm
-from pipeline.config import Train
+from pipeline.config.schema import Train
+from pipeline.distributed import comm
 from pipeline.training import engine as engines
 from pipeline.training.losses import clip_loss
 from pipeline.training.model import MAX_LOG_SCALE, Towers, build_model, pixel_stats
-from pipeline.training.neighbors import NeighborPool
 from pipeline.training.run import train_step
-from shards.loader import Batch
-from shards.storage import write_bytes
+from pipeline.training.support_queue import NeighborPool
+from shards.storage.files import write_bytes
+from shards.views.loader import Batch
 from tests.ranks import run_ranks
 
 VIT = {

@@ -10,10 +10,10 @@ from pipeline.audit.detectors.neighbourhood import DAO, SLOF, KDistance, neighbo
 from pipeline.audit.filter import filter_pairs, keep_unpoisoned
 from pipeline.audit.score import score
 from shards.errors import UserError
-from shards.index import ShardIndex, build_index
-from shards.masks import IsSafe, SavedMask
-from shards.overlay import VERSION
-from shards.storage import write_json
+from shards.index.shard_index import ShardIndex, build_index
+from shards.order.safe_mask import IsSafe, SavedMask
+from shards.samples.overlay import VERSION
+from shards.storage.files import write_json
 from tests.audits import make_model, make_pairs, picture
 from tests.saved_masks import refused, run, samples
 

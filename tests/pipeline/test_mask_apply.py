@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.audit.apply import filter_shard
 from pipeline.audit.files import members, output
 from shards.errors import UserError
-from shards.masks import IsSafe, fingerprint
+from shards.order.safe_mask import IsSafe, fingerprint
 from tests.saved_masks import ALL, NAMES, changed, make_tar, refused, run, safe_samples, samples
 from tests.shards.test_index import write_tar
 

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline import cli
 from pipeline.audit.export import as_array, guarded, uid_of_key
-from shards.index import build_index
-from shards.masks import SafeMask, SavedMask, shard_list
+from pipeline.cli import main as cli
+from shards.index.shard_index import build_index
+from shards.order.safe_mask import SafeMask, SavedMask, shard_list
 from tests.saved_masks import ALL, NAMES, cosines, make_tar, refused, run, safe_samples, save_mask
 from tests.shards.test_index import write_tar
 
@@ -195,7 +195,7 @@ scores = arrays(
 @settings(max_examples=40)
 @given(scores, st.floats(0, 1), st.floats(0, 1))
 def test_any_split_is_rebuilt_bit_for_bit_and_any_other_bit_is_noticed(tmp_path_factory, cos_N, share, other):
-    from pipeline.audit.masks import replay, what_if
+    from pipeline.audit.mask_commands import replay, what_if
 
     folder = tmp_path_factory.mktemp("replay")
     index = SimpleNamespace(counts=np.array([13, 0, 27]), offsets=np.array([0, 13, 13, 40]), fingerprint="f")
@@ -236,7 +236,7 @@ def test_replay_as_a_command(here, capsys):
 
 def test_mask_commands_need_no_torch(here):
     code = (
-        "import sys; from pipeline.cli import main\n"
+        "import sys; from pipeline.cli.main import main\n"
         "for words in (['show', 'masks/one'], ['diff', 'masks/one', 'masks/two'],\n"
         "              ['export', 'masks/one', '--format', 'csv', '--out', 'm.csv'],\n"
         "              ['apply', 'masks/one', 'data/b/00000.tar', '--out', 'out'], ['replay', 'masks/one']):\n"

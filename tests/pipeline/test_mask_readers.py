@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.masks import IsSafe, SavedMask
+from shards.order.safe_mask import IsSafe, SavedMask
 from tests.saved_masks import changed, safe_samples
 
 ROOT = Path(__file__).parents[2]
 
 WEBDATASET = """
 import webdataset as wds
-from shards.masks import IsSafe
+from shards.order.safe_mask import IsSafe
 
 pairs = (
     wds.WebDataset("/data/cc3m/{00000..00331}.tar", shardshuffle=100)
@@ -35,7 +35,7 @@ import sys
 
 import webdataset as wds
 from open_clip_train import data, main
-from shards.masks import IsSafe
+from shards.order.safe_mask import IsSafe
 
 is_safe, read = IsSafe(sys.argv[1]), wds.tarfile_to_samples()
 data.tarfile_to_samples_nothrow = lambda shards: filter(is_safe, read(shards))  # training shards only

@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import PRESETS, Config
-from pipeline.configfile import check, merge
-from pipeline.data import open_index, open_samples
+from pipeline.config.data import open_index, open_samples
+from pipeline.config.load import check, merge
+from pipeline.config.schema import PRESETS, Config
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
-from shards.demo import shapes
-from shards.index import ShardIndex
-from shards.loader import PlainBatches
-from shards.masks import SafeMask, SavedMask
+from shards.build.shapes import shapes
+from shards.index.shard_index import ShardIndex
+from shards.order.safe_mask import SafeMask, SavedMask
+from shards.views.loader import PlainBatches
 from tests.pipeline.test_resume import cut_off, metrics
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks

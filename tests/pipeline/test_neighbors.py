@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pipeline import comm
-from pipeline.training.neighbors import NeighborPool
+from pipeline.distributed import comm
+from pipeline.training.support_queue import NeighborPool
 from tests.ranks import run_ranks
 
 

@@ -10,23 +10,23 @@ import yaml
 from sklearn.mixture import GaussianMixture
 from torch.nn import functional as F
 
-from pipeline import comm
-from pipeline.config import Train
-from pipeline.configfile import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Train
+from pipeline.distributed import comm
 from pipeline.safety.mixture import Mixture, fit_sklearn
+from pipeline.safety.round import split_pairs
 from pipeline.safety.selection import grown, select_top
-from pipeline.safety.split import split_pairs
 from pipeline.training import engine as engines
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, steps_of_loss
 from pipeline.training.losses import clip_loss, unimodal_loss
 from pipeline.training.model import Towers, build_model, pixel_stats
-from pipeline.training.neighbors import NeighborPool
 from pipeline.training.run import train_step
 from pipeline.training.start import make_views
-from shards.index import build_index
-from shards.loader import Batch, PlainBatches, TrainBatches
-from shards.masks import SafeMask
-from shards.samples import Samples
+from pipeline.training.support_queue import NeighborPool
+from shards.index.shard_index import build_index
+from shards.order.safe_mask import SafeMask
+from shards.samples.samples import Samples
+from shards.views.loader import Batch, PlainBatches, TrainBatches
 from tests.ranks import run_ranks
 
 MODEL = {

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pipeline import comm
-from pipeline.config import Config
+from pipeline.config.schema import Config
+from pipeline.distributed import comm
 from pipeline.training import checkpoint, signals
 from pipeline.training import run as running
 from pipeline.training.signals import Preempted
-from shards.demo import shapes
+from shards.build.shapes import shapes
 from shards.errors import RunFailed, UserError
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from shards.index import ShardIndex, build_index
-from shards.masks import SafeMask
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex, build_index
+from shards.order.safe_mask import SafeMask
+from shards.samples.samples import Samples
 from tests.shards.test_index import write_tar
 
 MODEL = {
@@ -96,7 +96,7 @@ def test_a_run_leaves_what_it_promises(world):
 
 
 def test_the_mask_is_the_top_of_the_saved_scores(world):
-    from pipeline.safety.scores import load_scores
+    from pipeline.safety.score_files import load_scores
 
     folder = world / "whole" / "masks" / "epoch_003"
     mask, meta = SafeMask.load(folder)
@@ -147,8 +147,8 @@ def scored_split(folder):
     import torch
 
     from pipeline.evaluation.run import load_run
+    from pipeline.safety.round import split_pairs
     from pipeline.safety.scoring import score_all_pairs
-    from pipeline.safety.split import split_pairs
     from pipeline.training.start import make_views
 
     os.chdir(folder)
@@ -281,6 +281,6 @@ def test_a_shard_that_changed_is_refused(world, tmp_path):
 
 
 def test_help_needs_no_heavy_package():
-    code = "import sys, pipeline.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'numpy', 'deepspeed') if m in sys.modules])"
+    code = "import sys, pipeline.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'numpy', 'deepspeed') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]") and "safeclip train" in done.stdout

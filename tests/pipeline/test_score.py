@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from pipeline.audit.score import score
-from pipeline.safety.scores import load_scores
+from pipeline.safety.score_files import load_scores
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.masks import SavedMask
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.order.safe_mask import SavedMask
+from shards.samples.samples import Samples
 from tests.audits import make_model, make_pairs
 from tests.ranks import run_ranks
 

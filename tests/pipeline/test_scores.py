@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.safety.scores import ScoreFiles, load_scores
-from shards.index import build_index
+from pipeline.safety.score_files import ScoreFiles, load_scores
+from shards.index.shard_index import build_index
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.config import Selection
+from pipeline.config.schema import Selection
 from pipeline.safety.selection import count_at_least, grown, kth_largest, score_of, select_top, top_by_shard
 
 scores = arrays(

@@ -5,17 +5,17 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline import comm
-from pipeline.config import Selection
-from pipeline.safety.scores import ScoreFiles, load_scores
+from pipeline.config.schema import Selection
+from pipeline.distributed import comm
+from pipeline.safety.round import mask_folder, split_pairs
+from pipeline.safety.score_files import ScoreFiles, load_scores
 from pipeline.safety.scoring import score_all_pairs
-from pipeline.safety.split import mask_folder, split_pairs
 from pipeline.training import run as running
 from pipeline.training.start import Run
-from shards.demo import shapes
+from shards.build.shapes import shapes
 from shards.errors import UserError
-from shards.index import ShardIndex, build_index
-from shards.masks import SafeMask
+from shards.index.shard_index import ShardIndex, build_index
+from shards.order.safe_mask import SafeMask
 from tests.pipeline.test_resume import config
 from tests.ranks import run_ranks
 

@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.augment import LARGE, ImageAugment, image_view, least_side, plain_view, random_box, resized, sample_rng
+from shards.views.augment import (
+    LARGE,
+    ImageAugment,
+    image_view,
+    least_side,
+    plain_view,
+    random_box,
+    resized,
+    sample_rng,
+)
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 OFF = ImageAugment(crop_min=1, flip=0, jitter=0, grey=0, blur=0)

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from shards.ahead import FetchAhead
-from shards.cache import Cache
 from shards.errors import Unreachable, UserError
-from shards.index import build_index
+from shards.index.shard_index import build_index
+from shards.storage.cache import Cache
+from shards.storage.prefetch import FetchAhead
 from tests.servers import flaky
 
 processes = multiprocessing.get_context("fork")

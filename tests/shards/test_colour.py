@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shards.augment import ImageAugment, coloured, drawn_view, sample_rng
-from shards.colour import NUMBERS, as_numbers, coloured_batch
+from shards.samples.colour import NUMBERS, as_numbers, coloured_batch
+from shards.views.augment import ImageAugment, coloured, drawn_view, sample_rng
 
 OFF = dict(jitter=0, grey=0, blur=0)
 ONE = [

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from shards import decode
-from shards.decode import ORIENTATION, Limits, decode_caption, decode_image, webp_size
 from shards.errors import BadSample
+from shards.samples import decode
+from shards.samples.decode import ORIENTATION, Limits, decode_caption, decode_image, webp_size
 
 
 def encoded(image, form="PNG", **options):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.demo import CLASSES, SHAPES, draw_shape, render, shapes
-from shards.emoji import list_pictures
+from shards.build.emoji import list_pictures
+from shards.build.shapes import CLASSES, SHAPES, draw_shape, render, shapes
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 
 
 def test_a_scene_is_a_function_of_its_number_and_seed():

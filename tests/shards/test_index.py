@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import BadSample, UserError
-from shards.index import ShardIndex, build_index
-from shards.reader import Reader
+from shards.index.shard_index import ShardIndex, build_index
+from shards.storage.reader import Reader
 from tests.conftest import picture
 
 

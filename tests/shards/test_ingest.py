@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import ingest
+from shards.build import ingest
+from shards.build.ingest import from_csv, from_folder, read_records
 from shards.errors import UserError
-from shards.index import build_index
-from shards.ingest import from_csv, from_folder, read_records
+from shards.index.shard_index import build_index
 from tests.conftest import picture
 from tests.shards.test_index import contents
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from pipeline.training.curriculum import Step
-from shards import samples as samples_module
-from shards.augment import ImageAugment
-from shards.index import build_index
-from shards.loader import PlainBatches, TrainBatches, View, Views, batches
-from shards.plan import EpochPlan
-from shards.samples import Samples
+from shards.index.shard_index import build_index
+from shards.order.plan import EpochPlan
+from shards.samples import samples as samples_module
+from shards.samples.samples import Samples
+from shards.views.augment import ImageAugment
 from shards.views.eda import Eda
+from shards.views.loader import PlainBatches, TrainBatches, View, Views, batches
 
 COUNT, SIZE = 40, 4
 

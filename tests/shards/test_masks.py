@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import UserError
-from shards.ledger import Ledger
-from shards.masks import SafeMask
+from shards.order.safe_mask import SafeMask
+from shards.samples.bad_samples import Ledger
 
 counts = st.lists(st.integers(0, 40), min_size=1, max_size=8)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pytest
 
 from shards.errors import UserError
-from shards.index import build_index
-from shards.overlay import VERSION, Overlay
-from shards.storage import write_json
+from shards.index.shard_index import build_index
+from shards.samples.overlay import VERSION, Overlay
+from shards.storage.files import write_json
 
 BACKDOOR = {"attack": "badnets", "judged": "backdoor", "target_class": 1, "class": "dog", "pairs": 2}
 BACKDOOR |= {"trigger": {"pattern": "patch"}, "decoys": 1, "decoy_opacity": 0.5}

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from shards.build.photos import FORMS, LEVELS, NOUNS, TEST, TRAIN, balanced, caption, measure, photos, rows_to_pictures
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 
 CLASSES = list(NOUNS)
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import UserError
-from shards.masks import SafeMask
-from shards.plan import EpochPlan, permute, permute_one
+from shards.order.plan import EpochPlan, permute, permute_one
+from shards.order.safe_mask import SafeMask
 
 counts = st.lists(st.integers(0, 400), min_size=1, max_size=12)
 

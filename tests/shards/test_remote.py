@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from shards import remote
-from shards.cache import Cache
 from shards.errors import Unreachable, UserError
-from shards.index import ShardIndex, build_index
-from shards.reader import Reader
+from shards.index.shard_index import ShardIndex, build_index
+from shards.storage import remote
+from shards.storage.cache import Cache
+from shards.storage.reader import Reader
 from tests.servers import flaky, gs, s3
 from tests.shards.test_index import contents
 

@@ -13,9 +13,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import scan, tar
 from shards.errors import UserError
-from shards.index import ShardIndex, build_index
+from shards.index import scan, tar
+from shards.index.shard_index import ShardIndex, build_index
 from tests.conftest import picture
 from tests.shards.test_index import contents, write_tar
 
@@ -185,7 +185,7 @@ def test_captions_from_a_field_of_json(tmp_path):
 
 
 def contents_of(index, position):
-    from shards.reader import Reader
+    from shards.storage.reader import Reader
 
     return Reader(index).text_bytes(0, position)
 

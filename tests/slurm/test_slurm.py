@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.training import checkpoint
-from shards.demo import shapes
+from shards.build.shapes import shapes
 from tests.pipeline.test_resume import config
 
 ROOT = Path(__file__).parents[2]

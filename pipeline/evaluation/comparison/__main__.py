@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from pipeline.evaluation.comparison.defences import DEFENCES
+from pipeline.evaluation.comparison.document import write_report
 from pipeline.evaluation.comparison.protocol import SEEDS
-from pipeline.evaluation.comparison.report import write_report
 from pipeline.evaluation.comparison.run import compare
 from pipeline.training.signals import EXIT_CODE
 from shards.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.evaluation.comparison.cells import Cell
 from pipeline.evaluation.comparison.results import append_result
 from pipeline.training import checkpoint
-from shards.storage import write_json
+from shards.storage.files import write_json
 
 SAFECLIP = (sys.executable, "-m", "pipeline.cli")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.configfile import load_config, override, read_yaml
+from pipeline.config.load import load_config, override, read_yaml
 from shards.errors import UserError
-from shards.index import ShardIndex
+from shards.index.shard_index import ShardIndex
 
 RATE = re.compile(r"rate(\d+)")  # the name of a group of a rate curve: so many poisoned pairs
 KEYS = ("config", "data", "attacks", "rates", "overrides")

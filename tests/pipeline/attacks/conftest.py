@@ -2,7 +2,7 @@
 
 import pytest
 
-from shards.demo import shapes
+from shards.build.shapes import shapes
 
 
 @pytest.fixture(scope="session")

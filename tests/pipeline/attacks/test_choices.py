@@ -8,11 +8,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from pipeline.attacks import ATTACKS, TRIGGERS, load_trigger
 from pipeline.attacks.manifest import make_attack
+from shards.build.write import write_shards
 from shards.errors import UserError
-from shards.index import ShardIndex, build_index
-from shards.overlay import Overlay
-from shards.samples import Samples
-from shards.write import write_shards
+from shards.index.shard_index import ShardIndex, build_index
+from shards.samples.overlay import Overlay
+from shards.samples.samples import Samples
 from tests.conftest import picture
 from tests.pipeline.attacks.conftest import attack_config
 

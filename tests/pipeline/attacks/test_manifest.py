@@ -10,9 +10,9 @@ import pytest
 from pipeline.attacks import load_trigger
 from pipeline.attacks.manifest import make_attack
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.overlay import Overlay
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.overlay import Overlay
+from shards.samples.samples import Samples
 from tests.pipeline.attacks.conftest import attack_config
 
 

@@ -13,11 +13,11 @@ from pipeline.attacks import load_trigger
 from pipeline.attacks.manifest import make_attack
 from pipeline.attacks.optimised_trigger import Optimised
 from pipeline.attacks.surrogate import Surrogate, put_on
-from shards.augment import plain_view
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.overlay import Overlay
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.overlay import Overlay
+from shards.samples.samples import Samples
+from shards.views.augment import plain_view
 from tests.audits import make_model
 from tests.pipeline.attacks.conftest import attack_config
 

@@ -8,11 +8,11 @@ from PIL import Image
 from pipeline.attacks import load_trigger
 from pipeline.attacks.manifest import make_attack
 from pipeline.attacks.sheet import CELL, GAP, HEIGHT, LINE, SIDE, enlarged, show
-from pipeline.cli import main
+from pipeline.cli.main import main
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.overlay import Overlay
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.overlay import Overlay
+from shards.samples.samples import Samples
 from tests.pipeline.attacks.conftest import attack_config
 
 ATTACKS = {

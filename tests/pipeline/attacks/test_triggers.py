@@ -14,7 +14,7 @@ from pipeline.attacks.blended import Blend
 from pipeline.attacks.colour_filter import ToneCurve
 from pipeline.attacks.sig import Sinusoid
 from pipeline.attacks.wanet import Warp
-from shards.augment import plain_view
+from shards.views.augment import plain_view
 
 PLACES = {False: [[25, 25]] * 3, True: [[7, 17], [10, 12], [11, 16]]}
 SEVERAL = [{"pattern": "patch", "seed": 1}, {"pattern": "sinusoid"}, {"pattern": "warp", "seed": 2}]

@@ -19,9 +19,9 @@ from pipeline.evaluation.comparison.plan import Plan, before
 from pipeline.evaluation.comparison.results import append_result, read_results
 from pipeline.evaluation.comparison.run import bring_back
 from pipeline.evaluation.comparison.sets import overlay_digest, read_sets
-from shards.demo import shapes
+from shards.build.shapes import shapes
 from shards.errors import UserError
-from shards.storage import write_json
+from shards.storage.files import write_json
 from tests.pipeline.evaluation.test_comparison_table import row
 
 ROOT = Path(__file__).parents[3]

@@ -5,9 +5,9 @@ import pytest
 import yaml
 from scipy import stats
 
+from pipeline.evaluation.comparison.document import not_run, write_report
 from pipeline.evaluation.comparison.picture import draw
 from pipeline.evaluation.comparison.progress import Progress
-from pipeline.evaluation.comparison.report import not_run, write_report
 from pipeline.evaluation.comparison.results import append_result
 from pipeline.evaluation.comparison.rows import GroupRows, counted, groups_of, mixtures
 from pipeline.evaluation.comparison.table import (

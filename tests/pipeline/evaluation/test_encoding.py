@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Evaluation
+from pipeline.config.schema import Evaluation
 from pipeline.evaluation.encoding import Encoder
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.linear_probe import linear_probe
@@ -14,9 +14,9 @@ from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.zero_shot import predicted_classes, zero_shot_classifier
 from pipeline.training.model import Towers, build_model, pixel_stats, tokenizer_for
 from shards.errors import UserError
-from shards.index import build_index
-from shards.loader import Views
-from shards.samples import Samples
+from shards.index.shard_index import build_index
+from shards.samples.samples import Samples
+from shards.views.loader import Views
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
 from tests.shards.test_index import write_tar

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.cli import main
-from pipeline.configfile import load_config
-from pipeline.data import open_index, open_overlay, open_samples
+from pipeline.cli.main import main
+from pipeline.config.data import open_index, open_overlay, open_samples
+from pipeline.config.load import load_config
 from pipeline.evaluation.linear_probe import chosen_places, open_labels
 from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
-from shards.masks import SafeMask
+from shards.order.safe_mask import SafeMask
 from tests.pipeline.test_run import MODEL, safeclip
 
 RECALLS = {"r1", "r5", "r10"}

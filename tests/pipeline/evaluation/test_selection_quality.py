@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.evaluation.selection_quality import (
     Round,
     poison_shares,
@@ -13,9 +13,9 @@ from pipeline.evaluation.selection_quality import (
     selection_rounds,
     trained_on,
 )
-from pipeline.safety.scores import ScoreFiles
-from shards.index import build_index
-from shards.masks import SafeMask
+from pipeline.safety.score_files import ScoreFiles
+from shards.index.shard_index import build_index
+from shards.order.safe_mask import SafeMask
 
 NAN = np.nan
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.evaluation.selection_quality import trained_on
-from shards.index import build_index
-from shards.masks import SafeMask
+from shards.index.shard_index import build_index
+from shards.order.safe_mask import SafeMask
 
 
 @pytest.fixture

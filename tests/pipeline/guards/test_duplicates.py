@@ -6,19 +6,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import comm
-from pipeline.config import Config, Selection
+from pipeline.config.schema import Config, Selection
+from pipeline.distributed import comm
 from pipeline.guards import make_guards
 from pipeline.guards.base import Pairs
 from pipeline.guards.excluded import find_excluded, load_excluded
-from pipeline.safety.scores import ScoreFiles, load_scores
+from pipeline.safety.round import split_pairs
+from pipeline.safety.score_files import ScoreFiles, load_scores
 from pipeline.safety.scoring import score_all_pairs
-from pipeline.safety.split import split_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.errors import UserError
-from shards.index import ShardIndex, build_index
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex, build_index
+from shards.samples.samples import Samples
 from tests.conftest import picture
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks

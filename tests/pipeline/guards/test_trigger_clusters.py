@@ -6,17 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.guards import make_guards
 from pipeline.guards.base import Pairs
 from pipeline.guards.excluded import find_excluded
 from pipeline.guards.features import FEATURES
 from pipeline.guards.statistics import robust, whitening
 from pipeline.training.start import make_views
-from shards.demo import shapes
+from shards.build.shapes import shapes
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.samples import Samples
+from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
 

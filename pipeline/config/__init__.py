@@ -1,0 +1,1 @@
+"""Config: schema, presets, files, and the data that a config names."""

@@ -1,0 +1,45 @@
+"""The data that a config names: one index of all sources, and the samples, read through a cache where shards lie behind URLs."""
+
+import os
+
+from pipeline.attacks import load_trigger
+from shards.index.shard_index import ShardIndex
+from shards.samples.overlay import Overlay
+from shards.samples.samples import Samples
+from shards.storage.cache import Cache, default_folder
+from shards.storage.remote import refuse_pipe
+
+
+def open_index(data):
+    """ShardIndex of a `config.Data`: data.index, or all of data.sources with their weights. Raises UserError."""
+    if data.sources:
+        index = ShardIndex.merged({name: (source["index"], source["weight"]) for name, source in data.sources.items()})
+    else:
+        index = ShardIndex.load(data.index)
+    for shard in index.shards:
+        refuse_pipe(shard.path, data.allow_pipe)
+    return index
+
+
+def open_overlay(data, index, folder=None):
+    """The shards.samples.overlay.Overlay in `folder`, by default the one that the config names, or None. Raises UserError."""
+    folder = folder or data.overlay
+    return Overlay.load(folder, index, load_trigger) if folder else None
+
+
+def open_samples(data, index):
+    """shards.samples.samples.Samples of the index, poisoned by the overlay if there is one. Raises UserError."""
+    cache = open_cache(data) if any(shard.remote for shard in index.shards) else None
+    return Samples(index, open_overlay(data, index), cache, data.limits)
+
+
+def open_cache(data):
+    """shards.storage.cache.Cache of a `config.Data`. Raises UserError."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return Cache(data.cache or default_folder(), int(data.cache_gb * 1e9), data.remote_timeout, data.allow_pipe, ranks)
+
+
+def describe(index):
+    """What an index holds, in a few words."""
+    text = f"{index.samples:,} pairs in {len(index.shards):,} shards"
+    return text + (f" ({index.views:,} an epoch by the sources' weights)" if index.views != index.samples else "")

@@ -1,0 +1,265 @@
+"""What can be configured: every key with its default, which is that of the released recipe where it has one, and the presets."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+from shards.samples.decode import Limits
+from shards.views.augment import ImageAugment
+
+
+@dataclass
+class Run:
+    dir: str = ""
+    """Run directory: everything the run writes."""
+    seed: int = 0
+    """Of the weights, the order and the augmentation."""
+    timeout: float = 600.0
+    """Seconds after which a collective that waits for a dead rank gives up."""
+    save_steps: int = 0
+    """Save after every so many steps, and at every epoch's end; 0 = only there."""
+    save_minutes: float = 0.0
+    """Save also when the last save is so many minutes ago; 0 = never."""
+    keep: int = 2
+    """Newest complete checkpoints to keep."""
+    keep_every: int = 0
+    """Keep also the checkpoint at the end of every n-th epoch; 0 = none."""
+    restart: bool = False
+    """Delete the state of the run directory and start anew."""
+    accept_changes: bool = False
+    """Go on with a run although the config has changed."""
+
+
+@dataclass
+class Data:
+    index: str = ""
+    """Folder written by `safeclip index`."""
+    sources: dict | None = None
+    """Or several: {NAME: {index: FOLDER, weight: 2}, ...}. A weight of 2: each of its samples is seen twice an epoch. Default 1."""
+    cache: str | None = None
+    """Folder for copies of shards from behind URLs, on a disk of the host's own; null: one in the folder for temporary files."""
+    cache_gb: float = 100.0
+    """Its size in GB (1e9 bytes)."""
+    remote_timeout: float = 120.0
+    """Seconds after which a server of which nothing comes is an error; until then it is tried again and again."""
+    allow_pipe: bool = False
+    """Run the shell commands of shards that are named `pipe:COMMAND`."""
+    overlay: str | None = None
+    """Folder written by `safeclip attack`: poison applied while reading, or null."""
+    workers: int = 2
+    """Reading processes of each rank; 0 reads in the training process."""
+    streams: int = 8
+    """Parts of the data that a batch is drawn from. Must divide train.batch_size; not tied to the number of ranks."""
+    window: int = 4096
+    """Samples among which a stream is shuffled."""
+    limits: Limits = field(default_factory=Limits)
+    """What is more than this is a bad sample: max_bytes, max_pixels, max_caption."""
+    max_bad_fraction: float = 0.01
+    """The run stops when more than this share of the samples that it read could not be used; 1 = never."""
+    clip_augment: ImageAugment = field(default_factory=ImageAugment)
+    """Augmentation of the picture for the CLIP loss."""
+    unimodal_augment: ImageAugment = field(default_factory=ImageAugment)
+    """Augmentation of both views for the unimodal loss."""
+    augment_on: str = "worker"
+    """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up to rounding."""
+    clip_eda: float = 0.1
+    """Strength of EDA for the CLIP loss: the share of a caption's words that it changes; 0 = captions as they are."""
+    unimodal_eda: float = 0.1
+    """The same for the unimodal loss."""
+    eda_synonyms: str = "wordnet"
+    """Where EDA takes synonyms from: wordnet, or table, the small table of this package (also used where WordNet is not installed)."""
+    eda_clean: bool = True
+    """EDA gives lower-case captions without punctuation."""
+    eda_once: bool = True
+    """The variants of a caption are drawn once for the whole run; false: in every epoch."""
+    mask: str | None = None
+    """Folder of a saved mask: the run trains only on its safe pairs, and each epoch is filled up with them. Not for train.method safeclip."""
+
+
+@dataclass
+class Model:
+    name: str | None = None
+    """An open_clip architecture: RN50, ViT-B-32, ViT-B-16 ..."""
+    config: dict | None = None
+    """Or an open_clip model config: embed_dim, vision_cfg, text_cfg."""
+    pretrained: str | None = None
+    """Start from the weights of this run directory (its newest checkpoint) or .safetensors file; null: from random weights."""
+
+
+@dataclass
+class Train:
+    method: str = "safeclip"
+    """safeclip; clip: plain CLIP on all pairs; roclip or cleanclip: other published defences (pipeline/training/curriculum.py)."""
+    epochs: int = 32
+    """All epochs, warm-up included."""
+    unimodal_epochs: int = 5
+    """Epochs of unimodal warm-up."""
+    slow_epochs: int = 1
+    """Epochs of the CLIP loss at slow_lr, on all pairs."""
+    batch_size: int = 128
+    """Pairs of a global batch, over all ranks."""
+    clip_views: int = 2
+    """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view 2; or 1."""
+    lr: float = 5e-4
+    slow_lr: float | None = 5e-6
+    """Of the low-rate CLIP epochs; null: lr * 16 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align the towers too."""
+    warmup_steps: int = 10_000
+    schedule: str = "per_loss"
+    """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine of its own."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 0.0
+    """Gradient norm above which gradients are clipped; 0 = off."""
+    precision: str = "fp32"
+    """fp32 or bf16."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    on_nan: str = "stop"
+    """When a gradient is infinite or no number: stop, or skip the step and count it."""
+    pool: int = 256
+    """Past embeddings of each modality in which the nearest neighbour is searched."""
+    match_every: int = 2
+    """roclip: in every n-th epoch a picture is matched with the nearest caption of the pool instead of its own."""
+
+    @property
+    def betas(self):
+        return (self.beta1, self.beta2)
+
+
+@dataclass
+class Selection:
+    posterior: float = 0.9
+    """First safe set: pairs above the cosine where the mixture's higher component reaches this posterior."""
+    first_share: float | None = None
+    """First safe share of the pairs; null: by the posterior."""
+    least_share: float = 0.0
+    """The posterior rule may give almost nothing; the first share is at least this."""
+    mixture: str = "sklearn"
+    """How the mixture is fitted. sklearn: its GaussianMixture at default tolerance, on all scores in memory; converged: EM to the maximum,
+    on a histogram (pipeline/safety/mixture.py)."""
+    rank_by: str = "posterior"
+    """What the safe set is the highest of: posterior, which is not monotone in the score; or score."""
+    scored_view: str = "augmented"
+    """The view of a pair that is scored: augmented, the first view of the CLIP loss; or plain."""
+    growth: float = 0.01
+    """Share of the pairs by which the safe set grows with each later epoch."""
+    cap: float = 0.85
+    """The safe set grows no larger than this share of the pairs that no guard excludes."""
+    canaries: int = 500
+    """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
+    every: int | None = 1
+    """Select before every n-th SafeCLIP epoch; null: before number 0, 1, 3, 7, 15, ... of them. In between the last mask holds. The share
+    grows by the epoch all the same."""
+    risky: str = "unimodal"
+    """What risky pairs are trained with: unimodal, or skip."""
+    refill: bool = False
+    """Go over the safe set again until the epoch has as many steps as one over all pairs."""
+    batch_size: int = 512
+    """Pairs that one rank scores at a time."""
+
+
+@dataclass
+class Evaluation:
+    test: str | None = None
+    """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null."""
+    index: str | None = None
+    """Index of its shards (text="cls")."""
+    labels: str | None = None
+    """Index of the training shards with text="cls", for the linear probe; null: the folder `labels` beside data.index, where it is there."""
+    every: int = 1
+    """Evaluate after every n-th epoch; 0 = only at the end."""
+
+
+@dataclass
+class Wandb:
+    mode: str = "disabled"
+    """disabled, offline or online."""
+    project: str = "safeclip"
+
+
+@dataclass
+class Config:
+    preset: str = "paper"
+    """paper (the released recipe), paper_fixed (without its faults), default (the best recipe known to us), clip (plain CLIP), roclip or
+    cleanclip (other published defences); the keys below override it."""
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    selection: Selection = field(default_factory=Selection)
+    guards: dict = field(default_factory=dict)
+    """What keeps pairs out of the safe set beyond the paper: {NAME: {setting: value}}, NAME: null is off (pipeline/guards)."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    wandb: Wandb = field(default_factory=Wandb)
+
+    def hash(self):
+        """12 hex digits that change with anything that changes what is learnt."""
+        return hashlib.sha256(json.dumps(learnt(asdict(self)), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def learnt(values):
+    """{"a.b": value}: of a Config's dict, what changes what is learnt."""
+    flat = {
+        f"{section}.{key}": value
+        for section, part in values.items()
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
+    sources = flat.pop("data.sources", None)
+    if sources:
+        flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
+    others = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
+    others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
+    return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
+
+
+def differences(old, new):
+    """[(field, old value, new value)] of two Config dicts, among what changes what is learnt."""
+    old, new = learnt(old), learnt(new)
+    return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
+
+
+# Plain CLIP: one view a pair, captions as they are, one schedule.
+CLIP = {
+    "data": {"clip_eda": 0.0, "unimodal_eda": 0.0, "clip_augment": {"blur": 0.5}},
+    "train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0, "clip_views": 1, "schedule": "run"},
+}
+# What a preset sets beyond the defaults above, which are those of the released recipe.
+PRESETS = {
+    "paper": {},
+    # The released recipe without its faults (pipeline/safety/README.md).
+    "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_share": 0.05}},
+    "clip": CLIP,
+    # Yang and Mirzasoleiman 2023: one strong augmented view of picture and caption, the caption's drawn once.
+    "roclip": {"train": {**CLIP["train"], "method": "roclip"}},
+    # Bansal et al. 2023: fine-tuning of model.pretrained on the clean part data.mask, at a fiftieth of the rate.
+    "cleanclip": {
+        "data": {"eda_once": False},
+        "train": {**CLIP["train"], "method": "cleanclip", "lr": 1e-5, "warmup_steps": 50},
+    },
+    "default": {
+        "data": {
+            "clip_eda": 0.0,
+            "eda_synonyms": "table",
+            "eda_clean": False,
+            "eda_once": False,
+            "clip_augment": {"blur": 0.5},
+            "unimodal_augment": {"blur": 0.5},
+        },
+        "train": {"unimodal_epochs": 0, "slow_lr": None, "clip_views": 1, "schedule": "run"},
+        "selection": {
+            "first_share": 0.97,
+            "growth": 0.0,
+            "cap": 0.97,
+            "mixture": "converged",
+            "rank_by": "score",
+            "scored_view": "plain",
+            "risky": "skip",
+            "refill": True,
+            "every": None,
+        },
+        "guards": {"duplicates": {}, "trigger_clusters": {}},
+    },
+}

@@ -1,0 +1,274 @@
+"""safeclip doctor: what would go wrong with a run is found before GPU hours are spent. Nothing is written, nothing trained.
+
+Each check gives findings: ("ok", "warning" or "fatal", what it is about, what was found and what to do). Started under torchrun or
+srun it also checks what only the job itself can see: every host's view of the shards and the run directory, and the network.
+"""
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config.data import describe, open_cache, open_index, open_overlay
+from pipeline.distributed import comm
+from pipeline.doctor.footprint import check_disk, check_memory, existing, human, measure
+from pipeline.evaluation.testset import TestSet
+from pipeline.safety.diagnosis import out_of_range
+from pipeline.safety.round import mask_folder
+from pipeline.training import checkpoint
+from pipeline.training.curriculum import curriculum
+from pipeline.training.start import inspect, steps_per_epoch
+from shards.errors import BadSample, UserError
+from shards.index import tar
+from shards.samples.samples import Samples
+from shards.storage.remote import open_shard
+
+SPREAD = 32  # shards of which one sample is decoded
+NETWORK_MB = 64  # of the all-reduce that is timed
+
+
+def examine(config, ranks=None, content=False):
+    """[(level, about, text)], the same on every rank. All ranks call.
+
+    `ranks`: number of processes that the run will have (default: those that are here). `content`: read all shards and compare
+    their fingerprints.
+    """
+    comm.init(config.run.timeout)
+    ranks = ranks or comm.world()
+    found = everywhere(lambda: check_shards(config, content))
+    if any(level == "fatal" for level, *_ in found):
+        return found + check_network()
+    index = open_index(config.data)
+    found += comm.on_main(lambda: check_config(config, index, ranks))
+    found += comm.on_main(lambda: check_run_dir(config, index, ranks))
+    found += check_shared(config)
+    try:
+        size = measure(config)
+    except UserError as error:
+        return found + [("fatal", "model", str(error))] + check_network()
+    found += comm.on_main(lambda: check_disk(config, index, size, ranks))
+    found += everywhere(lambda: check_memory(config, index, size, ranks))
+    return found + check_network()
+
+
+def everywhere(check):
+    """What `check` finds on each host (on its first rank); what only some hosts find is said of them by name."""
+    mine = check() if os.environ["LOCAL_RANK"] == "0" else None
+    hosts = [(host, found) for host, found in comm.gather_objects((socket.gethostname(), mine)) if found is not None]
+    if all(found == hosts[0][1] for _, found in hosts):
+        return hosts[0][1]
+    return [(level, about, f"on {host}: {text}") for host, found in hosts for level, about, text in found]
+
+
+def check_shards(config, content=False):
+    """The shards are there as they were indexed, and samples of them can be read. On one rank of each host."""
+    try:
+        index = open_index(config.data)
+        index.verify(config.data.remote_timeout)
+        overlay = open_overlay(config.data, index)
+        samples = Samples(
+            index, overlay, limits=config.data.limits
+        )  # without a cache: single samples, not whole shards
+    except UserError as error:
+        return [("fatal", "data", str(error))]
+    found = [("ok", "data", f"{describe(index)}, fingerprint {index.fingerprint}")] + check_cache(config, index)
+    if content:
+        changed = changed_shards(index, config.data)
+        if changed:
+            found.append(
+                (
+                    "fatal",
+                    "data",
+                    f"{len(changed)} shard(s) do not hold what was indexed, the first: {changed[0]}; index them again",
+                )
+            )
+        else:
+            found.append(("ok", "data", "every shard holds what was indexed, byte for byte"))
+    filled = [s for s, count in enumerate(index.counts) if count and not index.shards[s].path.startswith("pipe:")]
+    tried = filled[:: -(-len(filled) // SPREAD) or 1]
+    bad = []
+    for shard in tried:
+        position = int(index.counts[shard]) // 2
+        try:
+            samples.image(shard, position)
+            samples.caption(shard, position)
+        except BadSample as error:
+            bad.append(f"{index.shards[shard].path}, sample {samples.key(shard, position)}: {error}")
+    if bad:
+        found.append(
+            (
+                "warning" if len(bad) < len(tried) else "fatal",
+                "data",
+                f"{len(bad)} of {len(tried)} samples that were tried cannot be read, the first: {bad[0]}; if it is not that "
+                "sample alone, index the shards again or mend them",
+            )
+        )
+    return found
+
+
+def changed_shards(index, data):
+    """Paths of the shards whose bytes are not those that were indexed."""
+
+    def content(shard):
+        with open_shard(shard.path, shard.size, data.remote_timeout, data.allow_pipe) as file:
+            stream = tar.Stream(file)
+            stream.skip_to(float("inf"))
+            return stream.fingerprint()
+
+    with ThreadPoolExecutor(8) as pool:
+        return [s.path for s, found in zip(index.shards, pool.map(content, index.shards)) if found != s.fingerprint]
+
+
+def check_cache(config, index):
+    """Whether the cache of shards from behind URLs can hold what a batch is drawn from, and its disk can hold the cache."""
+    sizes = [shard.size for shard in index.shards if shard.remote]
+    if not sizes:
+        return []
+    try:
+        cache = open_cache(config.data)
+    except UserError as error:
+        return [("fatal", "data", str(error))]
+    # Each stream is inside one window at a time, and reads of the next are fetched ahead of it.
+    mean = sum(sizes) / len(sizes)
+    windows = config.data.streams * (config.data.window / (index.samples / len(index.shards)) + 1) * mean
+    needed = min(2 * windows, sum(sizes))
+    free = shutil.disk_usage(cache.folder).free + sum(path.stat().st_size for path in cache.folder.glob("*.tar"))
+    text = (
+        f"{len(sizes):,} shards of {human(sum(sizes))} lie behind URLs; up to {human(cache.limit)} of them in {cache.folder}, where "
+        f"{human(free)} are free; a batch and the next are drawn from about {human(needed)}"
+    )
+    if cache.limit < needed:
+        return [("warning", "data", f"{text}; raise data.cache_gb, or shards are fetched again and again")]
+    if free < min(cache.limit, sum(sizes)):
+        return [("fatal", "data", f"{text}; lower data.cache_gb, or name another disk with data.cache")]
+    return [("ok", "data", text)]
+
+
+def check_config(config, index, ranks):
+    """Batch, processes and pairs fit each other; the test set is there."""
+    try:
+        steps = steps_per_epoch(config, index, ranks)
+        epochs = curriculum(config.train, config.selection.every)
+        if config.evaluation.test:
+            TestSet(config.evaluation)
+    except UserError as error:
+        return [("fatal", "config", str(error))]
+    splits = sum(epoch.split is not None for epoch in epochs)
+    local = config.train.batch_size // ranks
+    found = [
+        (
+            "ok",
+            "config",
+            f"{len(epochs)} epochs of {steps:,} steps, {splits} splits; {ranks} process(es) with {local} pairs of each batch of "
+            f"{config.train.batch_size}",
+        )
+    ]
+    if config.train.warmup_steps > steps * len(epochs) / 2:
+        found.append(
+            (
+                "warning",
+                "config",
+                f"train.warmup_steps: {config.train.warmup_steps:,} of {steps * len(epochs):,} steps in all; the rate will hardly be reached, "
+                "take fewer",
+            )
+        )
+    if config.guards and (told := out_of_range(index.samples)):
+        found.append(("warning", "config", told))
+    return found
+
+
+def check_run_dir(config, index, ranks):
+    """The run directory's state is complete and belongs to this config and this data."""
+    if not config.run.dir:
+        return [("warning", "run.dir", "none named; name the run's directory with run.dir=DIR to have it checked")]
+    run_dir = Path(config.run.dir).absolute()
+    if config.run.restart:
+        return [("warning", "run.dir", f"run.restart=true: all state in {run_dir} will be deleted")]
+    try:
+        newest, warnings = inspect(config, run_dir, index.fingerprint)
+    except UserError as error:
+        return [("fatal", "run.dir", str(error))]
+    found = [("warning", "run.dir", f"{text}; delete them when you need them no more") for text in warnings]
+    if not newest:
+        return found + [("ok", "run.dir", f"{run_dir} holds no run yet")]
+    state = checkpoint.load_state(newest)
+    text = f"{run_dir} goes on after step {state['step']:,} (epoch {state['epoch']}, {state['epoch_step']:,} steps of it done)"
+    if state["epoch_step"] and state["epoch"] < config.train.epochs:
+        epoch = curriculum(config.train, config.selection.every)[state["epoch"]]
+        if epoch.mask_of is not None and not (mask := mask_folder(run_dir, epoch.mask_of) / "mask.json").exists():
+            found.append(
+                ("fatal", "run.dir", f"{mask} is gone; bring it back, or delete {newest} to go on from an earlier one")
+            )
+    if state["world"] != ranks:
+        text += f", saved by {state['world']} processes and now with {ranks}: the same global batches"
+    return found + [("ok", "run.dir", text)]
+
+
+def check_shared(config):
+    """Every host sees the run directory, or where it will be made: what rank 0 puts there, all must find. All ranks call."""
+    if not config.run.dir:
+        return []
+    place, file, wrong = existing(config.run.dir), None, None
+    if comm.is_main():
+        try:
+            file = tempfile.NamedTemporaryFile(prefix=".doctor_", dir=place)  # lives until it is closed
+        except OSError as error:
+            wrong = error.strerror
+    name, wrong = comm.broadcast_object((file and file.name, wrong))
+    if wrong:
+        return [("fatal", "run.dir", f"{place} cannot be written ({wrong}); take another run.dir, or mend that")]
+
+    def see():
+        if Path(name).exists():
+            return [("ok", "run.dir", f"{Path(name).parent} can be written, and every host sees what is")]
+        return [
+            (
+                "fatal",
+                "run.dir",
+                f"{name}, written by rank 0, is not seen; run.dir must be on a disk that all hosts share",
+            )
+        ]
+
+    found = everywhere(see)
+    if file:
+        file.close()
+    return found
+
+
+def check_network():
+    """All ranks answer, and how fast they sum. All ranks call."""
+    if comm.world() == 1:
+        return [("ok", "network", "one process; start it under torchrun or srun, as the run, to try the network")]
+    hosts = sorted({host for host in comm.gather_objects(socket.gethostname())})
+    numbers = torch.ones(NETWORK_MB << 18, device=comm.device())
+    dist.all_reduce(numbers)  # the first one builds the connections
+    comm.barrier()
+    started = time.monotonic()
+    numbers.fill_(1)
+    dist.all_reduce(numbers)
+    right = bool((numbers == comm.world()).all())
+    seconds = time.monotonic() - started
+    if not all(comm.gather_objects(right)):
+        return [
+            (
+                "fatal",
+                "network",
+                "an all-reduce of ones gives wrong sums; this network or its driver is not to be trusted",
+            )
+        ]
+    text = (
+        f"{comm.world()} processes on {len(hosts)} host(s) ({', '.join(hosts[:8])}{' ...' if len(hosts) > 8 else ''})"
+    )
+    return [
+        (
+            "ok",
+            "network",
+            f"{text} sum {NETWORK_MB} MB in {comm.broadcast_object(round(seconds, 3)):g} s by {dist.get_backend()}",
+        )
+    ]

@@ -1,0 +1,135 @@
+"""What a run takes of memory and disk, worked out before it starts, against what is there."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config.schema import Config
+from pipeline.distributed import comm
+from pipeline.guards import make_guards
+from pipeline.training.curriculum import curriculum
+from pipeline.training.model import build_model, open_clip_config
+from shards.index.shard_index import ShardIndex
+
+SCORE_BYTES = 40  # of a pair in a split's score files: position, key, cosine
+HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
+SAMPLE_BYTES = 2 * (
+    768 + 128
+)  # of trigger_clusters, for each of `sample`: the features of a pair with a low score and of one with a high
+SPARE = 0.9  # share of a device's memory that may be spoken for before activations
+
+
+def measure(config):
+    """{"parameters", "embed_dim"} of the model, without the memory for it. Raises UserError."""
+    with torch.device("meta"):
+        model = build_model(asdict(config.model))
+    width = open_clip_config(asdict(config.model))["embed_dim"]
+    return {"parameters": sum(p.numel() for p in model.parameters()), "embed_dim": width}
+
+
+def memory_parts(config, size, ranks):
+    """{what: bytes} that one rank holds on its device all the time; activations come on top.
+
+    ZeRO shares out the optimizer's state from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et al. 2020, section 5).
+    """
+    count, stage, half = size["parameters"], config.train.zero_stage, config.train.precision == "bf16"
+    one = 2 if half else 4
+    master = 4 if half or stage else 0  # DeepSpeed's flat fp32 copy of the part that this rank steps
+    share = lambda least: ranks if stage >= least else 1  # noqa: E731
+    return {
+        "weights": one * count / share(3),
+        "gradients": one * count / share(2),
+        "optimizer": (8 + master) * count / share(1),
+        "pools": 2 * 4 * config.train.pool * size["embed_dim"] * (config.train.method != "clip"),
+    }
+
+
+def check_memory(config, index, size, ranks):
+    """Whether what a rank holds fits its device, and what its ranks share fits the host. On one rank of each host."""
+    parts = memory_parts(config, size, ranks)
+    total = sum(parts.values())
+    if torch.cuda.is_available():
+        place, there = "GPU", torch.cuda.get_device_properties(comm.device()).total_memory
+    else:
+        place, there = "host", host_memory()
+    text = (
+        f"about {human(total)} a rank of {human(there)} of {place} memory ("
+        + ", ".join(f"{name} {human(amount)}" for name, amount in parts.items())
+        + "; activations come on top)"
+    )
+    found = [("ok", "memory", text)]
+    if total > SPARE * there:
+        found = [("fatal", "memory", f"{text}; take a higher train.zero_stage, more processes, or a smaller model")]
+    return found + check_host(config, index)
+
+
+def check_host(config: Config, index: ShardIndex) -> list[tuple]:
+    """Whether what the ranks of a host share fits its temporary folder, and the sample of a guard their memory."""
+    guards = make_guards(config.guards) if config.train.method == "safeclip" else []
+    # While guards look, a pair has beside its score a number and a bit of each, and whether it can be read.
+    asked = sum(np.dtype(guard.dtype).itemsize + 1 / 8 for guard in guards) + 1 if guards else 0
+    host, temporary = int(index.samples * (HOST_BYTES + asked)), tempfile.gettempdir()
+    free = shutil.disk_usage(temporary).free
+    text = f"scores, masks and guards take {human(host)} in {temporary}, one copy a host, of {human(free)} free there"
+    found = [("ok", "memory", text)]
+    if host > free:
+        found = [("fatal", "memory", f"{text}; set TMPDIR to a larger disk of the host's own")]
+    pairs = sum(min(guard.settings.sample, index.samples) for guard in guards if guard.name == "trigger_clusters")
+    if pairs:
+        text = f"the sample of trigger_clusters takes {human(SAMPLE_BYTES * pairs)} of host memory on each rank, once"
+        if SAMPLE_BYTES * pairs > SPARE * host_memory():
+            return found + [("fatal", "memory", f"{text}; lower guards.trigger_clusters.sample")]
+        found.append(("ok", "memory", text))
+    return found
+
+
+def host_memory() -> float:
+    """Bytes of the host's memory that are this rank's, if its ranks share it equally."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def check_disk(config, index, size, ranks):
+    """Whether the checkpoints and the masks of the run fit where they are written."""
+    if not config.run.dir:
+        return []
+    place = existing(config.run.dir)
+    free = shutil.disk_usage(place).free
+    one = checkpoint_bytes(config, size)
+    epochs = curriculum(config.train, config.selection.every)
+    splits = sum(epoch.split is not None for epoch in epochs)
+    masks = splits * index.samples * (SCORE_BYTES + 1)
+    kept = config.run.keep + (config.train.epochs // config.run.keep_every if config.run.keep_every else 0)
+    run = (kept + 1) * one + masks
+    text = f"{human(free)} free at {place}; a checkpoint takes about {human(one)}, the whole run {human(run)} ({human(masks)} of it scores and masks)"
+    if free < 2 * one:
+        return [("fatal", "disk", f"{text}; free some, a new checkpoint is written before an old one is removed")]
+    if free < run:
+        return [("warning", "disk", f"{text}; free some, or keep fewer checkpoints (run.keep, run.keep_every)")]
+    return [("ok", "disk", text)]
+
+
+def checkpoint_bytes(config, size):
+    """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in fp32, the pools."""
+    stage, half = config.train.zero_stage, config.train.precision == "bf16"
+    weights = (0 if stage == 3 else 2 if half else 4) + 8 + (4 if half or stage else 0) + 4
+    return weights * size["parameters"] + 2 * 4 * config.train.pool * size["embed_dim"]
+
+
+def existing(path):
+    """The folder itself, or the nearest one above it that exists."""
+    path = Path(path).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def human(count):
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

@@ -1,0 +1,78 @@
+"""Scores on disk: one Parquet file a shard, written by the rank that scored it as soon as it is done."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.storage.files import write_bytes
+
+
+class ScoreFiles:
+    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair has no score.
+
+    The score is what pairs are ranked by: the cosine, and none of what a guard excludes. Files of another step of the model, or made by
+    another config, are not used.
+    """
+
+    def __init__(self, folder, index, step, config=""):
+        """`step`: the training step of the model that scores; `config`: the hash of its config."""
+        self.folder, self.index = folder, index
+        self.made = {"step": step, "config": config}
+
+    def path(self, shard):
+        return self.folder / f"{shard:05d}.parquet"
+
+    def done(self):
+        """Numbers of the shards that are scored by the model of this step."""
+        return [shard for shard, count in enumerate(self.index.counts) if count and self.made_of(shard) == self.made]
+
+    def made_of(self, shard):
+        """{"step", "config"}: of the model that scored the shard; None where it is not scored."""
+        try:
+            metadata = pq.read_schema(self.path(shard)).metadata
+            return {key: json.loads(metadata[key.encode()]) for key in self.made}
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+            return None
+
+    def read(self, shard):
+        """(float32 cosines, [(shard, position, key, reason)] of what could not be read) of a shard that is done."""
+        table = pq.read_table(self.path(shard))
+        bad = [
+            (shard, position, table["key"][position].as_py(), table["reason"][position].as_py())
+            for position in np.flatnonzero(np.isnan(table["cosine"].to_numpy())).tolist()
+            if table["reason"][position].is_valid  # the model may have given no number
+        ]
+        return table["cosine"].to_numpy().astype(np.float32), bad
+
+    def write(self, shard, cos_B, reasons, excluded=()):
+        """Put a whole shard's cosines, float32 (n,), on disk. reasons: {position: why it has no score}; excluded: positions that have a
+        cosine all the same."""
+        score_B = cos_B.copy()
+        score_B[list(excluded)] = np.nan
+        columns = {
+            "position": np.arange(len(cos_B)),
+            "key": self.index.table(shard).keys,
+            "cosine": cos_B,
+            "score": score_B,
+            "reason": pa.array([reasons.get(position) for position in range(len(cos_B))], pa.string()),
+        }
+        file = io.BytesIO()
+        pq.write_table(
+            pa.table(columns).replace_schema_metadata({k: json.dumps(v) for k, v in self.made.items()}), file
+        )
+        write_bytes(self.path(shard), file.getbuffer())
+
+    def exclude(self, shard, reasons):
+        """Take the scores of some pairs of a shard that is done away. reasons: {position: why}, a pair that cannot be read keeps its own."""
+        cos_B, bad = self.read(shard)
+        self.write(shard, cos_B, {**reasons, **{position: reason for _, position, _, reason in bad}}, reasons)
+
+
+def load_scores(folder, counts_S):
+    """float32 (N,): the scores saved in `folder`/scores, in (shard, position) order."""
+    paths = [folder / "scores" / f"{shard:05d}.parquet" for shard, count in enumerate(counts_S) if count]
+    parts = [pq.read_table(path, columns=["score"])["score"].to_numpy() for path in paths]
+    return np.concatenate(parts).astype(np.float32)

@@ -1,0 +1,100 @@
+"""What a run tells: metrics.jsonl always, Weights & Biases when configured, a progress line; all of it on rank 0 only."""
+
+import json
+import sys
+import time
+import uuid
+
+from pipeline.distributed import comm
+from shards.storage.files import write_bytes
+
+
+class Journal:
+    """Appends to RUN/metrics.jsonl. `length`: bytes of it to keep; what a dead run wrote after its checkpoint is cut off."""
+
+    def __init__(self, run_dir, config, length=0):
+        self.file, self.wandb, self.last = None, None, 0.0
+        if not comm.is_main():
+            return
+        path = run_dir / "metrics.jsonl"
+        self.file = open(path, "ab")
+        self.file.truncate(length)
+        if config.wandb.mode != "disabled":
+            import wandb
+
+            id_file = run_dir / "wandb_id"  # kept, so that a resumed run is the same run there
+            if not id_file.exists():
+                write_bytes(id_file, uuid.uuid4().hex[:8].encode())
+            self.wandb = wandb.init(
+                project=config.wandb.project,
+                mode=config.wandb.mode,
+                dir=str(run_dir),
+                id=id_file.read_text(),
+                name=run_dir.name,
+                resume="allow",
+                settings=wandb.Settings(silent=True),
+            )
+
+    def log(self, **figures):
+        """One line of metrics: figures of one step, epoch or split."""
+        if not self.file:
+            return
+        self.file.write((json.dumps(figures) + "\n").encode())
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(
+                {key: value for key, value in figures.items() if isinstance(value, (int, float, str))},
+                step=figures["step"],
+            )
+
+    def length(self):
+        """Bytes written so far, to be kept by whoever resumes from here."""
+        return self.file.tell() if self.file else 0
+
+    def say(self, text):
+        """A line for the person who watches."""
+        if comm.is_main():
+            print(text, file=sys.stderr, flush=True)
+
+    def progress(self, text, every=5.0):
+        """The same, at most once in `every` seconds."""
+        now = time.monotonic()
+        if now - self.last >= every:
+            self.last = now
+            self.say(text)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Meter:
+    """Samples per second, share of the time spent waiting for data, and time left. Steps before `first` were done earlier."""
+
+    def __init__(self, total, first=0):
+        self.total, self.first, self.done, self.samples, self.waited = total, first, first, 0, 0.0
+        self.started = time.monotonic()
+
+    def step(self, samples):
+        self.done, self.samples = self.done + 1, self.samples + samples
+
+    @property
+    def seconds(self):
+        return max(1e-9, time.monotonic() - self.started)
+
+    def figures(self):
+        """{"samples_per_s", "data_wait" (share of 1)}."""
+        return {
+            "samples_per_s": round(self.samples / self.seconds, 1),
+            "data_wait": round(self.waited / self.seconds, 3),
+        }
+
+    def line(self, steps_left):
+        """For the progress line; `steps_left` of the whole run."""
+        figures, eta = self.figures(), self.seconds / max(1, self.done - self.first) * steps_left
+        return (
+            f"{figures['samples_per_s']:7.0f} samples/s  data {figures['data_wait']:4.0%}  "
+            f"ETA {int(eta // 3600)}:{int(eta % 3600 // 60):02d}:{int(eta % 60):02d}"
+        )

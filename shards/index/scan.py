@@ -1,0 +1,163 @@
+"""One pass over one shard: where the parts of its samples stand, the fingerprint of its content, and what is wrong with it."""
+
+import hashlib
+import io
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.errors import BadSample, UserError
+from shards.index import tar
+from shards.storage import remote
+from shards.storage.files import write_bytes
+from shards.storage.reader import MAX_JSON, json_field
+
+FORM = 2  # of the tables; another one makes all of them anew
+PICTURES = ("jpg", "jpeg", "png", "webp")
+MISSING = -1  # size of a member that the sample does not have
+LACKS = ("no picture", "no caption")
+SCHEMA = [("key", pa.string())] + [(f"{k}_{p}", pa.int64()) for k in ("image", "text") for p in ("offset", "size")]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong in a shard, at a byte; position and key of the sample where it is one. `damage`: it stops an index that has no report."""
+
+    shard: str
+    byte: int
+    position: int | None
+    key: str | None
+    reason: str
+    damage: bool
+
+    @property
+    def kind(self):
+        """The reason without its names and numbers, to be counted."""
+        return re.sub(r"'.*'|\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
+
+
+def scan_shard(path, text, tables, timeout, allow_pipe):
+    """({"path", "size", "samples", "fingerprint", "table"}, [Finding]) of one tar, its table being in the folder `tables`.
+
+    The table's name is made from the shard's path, size, time of change (behind a URL: its ETag, or what the server has instead)
+    and `text`: where it is there already the shard is not read. A shard without any such mark is always read. Raises UserError.
+    """
+    size, stamp = about(path, timeout)
+    if stamp is not None:
+        name = table_name(path, size, stamp, text)
+        found = saved(tables / name)
+        if found:
+            return {**found["shard"], "table": name}, [Finding(**finding) for finding in found["findings"]]
+    with remote.open_shard(path, size, timeout, allow_pipe) as file:
+        stream = tar.Stream(file)
+        rows, findings = read_samples(path, stream, size, text)
+        while stream.read(1 << 20):  # what follows the end belongs to the fingerprint, not to the archive
+            pass
+    findings += lost_downloads(path, {row["key"] for row in rows})
+    entry = {"path": path, "size": stream.position, "samples": len(rows), "fingerprint": stream.fingerprint()}
+    if stamp is None:
+        name = table_name(path, size, entry["fingerprint"], text)
+    for row in rows:
+        row["key"] = row["key"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    about_it = {"scan": json.dumps({"shard": entry, "findings": [asdict(finding) for finding in findings]})}
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(SCHEMA, metadata=about_it)), sink)
+    write_bytes(tables / name, sink.getvalue())
+    return {**entry, "table": name}, findings
+
+
+def about(path, timeout):
+    """(bytes, mark that changes with the content), None where it is not known. Raises UserError where there is no such shard."""
+    if remote.is_remote(path):
+        return remote.about(path, timeout)
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(
+            f"shard {path}: missing ({error.strerror}); check the path (braces are expanded, wildcards are your shell's)"
+        ) from None
+    return found.st_size, found.st_mtime_ns
+
+
+def table_name(*parts):
+    name = json.dumps([FORM, *parts]).encode()
+    return f"{hashlib.blake2b(name, digest_size=16).hexdigest()}.parquet"
+
+
+def saved(path):
+    """What `scan_shard` found when it wrote this table; None where there is none."""
+    try:
+        return json.loads(pq.read_schema(path).metadata[b"scan"])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        return None
+
+
+def read_samples(path, stream, size, text):
+    """(rows, [Finding]): the samples of a tar in order, as dicts of SCHEMA. A new key begins a new sample."""
+    field = text.partition(":")[2]
+    member_of = {extension: "image" for extension in PICTURES} | {"json" if field else text: "text"}
+    said = {"image": "picture", "text": "caption"}
+    rows, findings, seen, dotted = [], [], set(), {}
+
+    def find(byte, key, reason, damage, position=None):
+        findings.append(Finding(path, byte, position, key, reason, damage))
+
+    def damaged(byte, name, what):
+        find(byte, tar.sample_of(name)[0] if name else None, what, True)
+
+    for member in tar.members(stream, size, damaged):
+        key, extension = tar.sample_of(member.name)
+        if key is None:
+            continue
+        if not rows or key != rows[-1]["key"]:
+            if key in seen:
+                reason = f"key {key!r} comes twice (the members of a sample must stand together: tar --sort=name)"
+                find(member.offset, key, reason, True, len(rows))
+            seen.add(key)
+            rows.append({"key": key, "image_offset": 0, "image_size": MISSING, "text_offset": 0, "text_size": MISSING})
+        row, position, kind = rows[-1], len(rows) - 1, member_of.get(extension)
+        if kind is None:
+            last = member_of.get(extension.rpartition(".")[2])
+            if last and "." in extension:
+                dotted.setdefault((position, last), member)
+            continue
+        if row[f"{kind}_size"] != MISSING:
+            find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
+            continue
+        row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset, member.length
+        if not member.length:
+            find(member.offset, key, f"empty {said[kind]}", False, position)
+        elif kind == "text" and field:
+            try:
+                json_field(stream.read(min(member.length, MAX_JSON + 1)), field)
+            except BadSample as error:
+                find(member.offset, key, str(error), False, position)
+    for position, row in enumerate(rows):
+        for kind, what in said.items():
+            if row[f"{kind}_size"] != MISSING:
+                continue
+            other = dotted.get((position, kind))
+            if other:
+                reason = f"sample {row['key']!r} has no {what}, but a member {other.name!r}: a key ends at the first dot of the base name"
+                find(other.offset, row["key"], reason, True, position)
+            else:
+                find(max(row["image_offset"], row["text_offset"]), row["key"], f"no {what}", False, position)
+    return rows, findings
+
+
+def lost_downloads(path, keys):
+    """[Finding]: samples that img2dataset's table beside a local shard calls a success and that are not in it."""
+    beside = os.path.splitext(path)[0] + ".parquet"
+    if remote.is_remote(path) or not os.path.exists(beside):
+        return []
+    try:
+        table = pq.read_table(beside, columns=["key", "status"])
+        done = [row["key"] for row in table.to_pylist() if row["status"] == "success"]
+    except (OSError, pa.ArrowException, KeyError):  # some other table
+        return []
+    reason = f"lost: {os.path.basename(beside)} says that it was downloaded, and it is not in the shard"
+    return [Finding(path, os.path.getsize(path), None, key, reason, False) for key in done if key not in keys]

@@ -1,0 +1,1 @@
+"""Which samples an epoch reads, and in which order."""

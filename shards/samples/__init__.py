@@ -1,0 +1,1 @@
+"""Samples: decoded pictures, captions, attack overlays, bad samples."""

@@ -1,0 +1,66 @@
+"""Samples: (shard, position) -> a picture and a caption, with the attack overlay applied while reading."""
+
+import copy
+
+import numpy as np
+from PIL import Image
+
+from shards.errors import UserError
+from shards.index.shard_index import ShardIndex
+from shards.samples.decode import Limits, decode_caption, decode_image
+from shards.storage.reader import Reader
+
+
+class Samples:
+    """The pictures and captions of an index, decoded. Cheap to pickle: files are opened where they are read.
+
+    With an `overlay` (shards.samples.overlay.Overlay) the rows that the attack names come back poisoned; the shards stay as they are.
+    """
+
+    def __init__(self, index, overlay=None, cache=None, limits=Limits()):
+        """`cache`: shards.storage.cache.Cache through which whole shards from behind URLs are read (see shards.storage.reader)."""
+        self.index, self.overlay, self.limits = index, overlay, limits
+        self.reader = Reader(index, cache)
+        self.source = Samples(ShardIndex.load(overlay.source_index), cache=cache) if overlay else None
+        if overlay and self.source.index.fingerprint != overlay.source_fingerprint:
+            raise UserError(
+                f"overlay: takes pictures from {overlay.source_index}, which holds other shards than when it was made; "
+                "make it again with `safeclip attack`"
+            )
+
+    def scattered(self):
+        """The same samples for who reads a few from all over: shards behind URLs are not fetched whole for them."""
+        other = copy.copy(self)
+        other.reader, other.source = Reader(self.index), self.source and self.source.scattered()
+        return other
+
+    def replacement(self, shard, position):
+        """(overlay.Poison, overlay.Trigger) in place of this pair; each may be None."""
+        poison = self.overlay.get(shard, position) if self.overlay else None
+        return poison, self.overlay.trigger(poison.kind) if poison else None
+
+    def pixels(self, shard, position, least=None):
+        """uint8 (H, W, 3), RGB; with `least` perhaps of a smaller picture, whose shorter side has so many pixels or more. Raises BadSample."""
+        poison, trigger = self.replacement(shard, position)
+        if poison and poison.source:
+            return self.source.pixels(*poison.source)
+        data = self.reader.image_bytes(shard, position)
+        pixels_HWC = decode_image(data, self.limits, None if trigger else least)
+        return np.array(trigger.apply(Image.fromarray(pixels_HWC), (shard, position))) if trigger else pixels_HWC
+
+    def image(self, shard, position):
+        """The same as a PIL RGB picture. Raises BadSample."""
+        return Image.fromarray(self.pixels(shard, position))
+
+    def caption(self, shard, position):
+        """str. Raises BadSample."""
+        poison, _ = self.replacement(shard, position)
+        return poison.caption if poison else decode_caption(self.reader.text_bytes(shard, position), self.limits)
+
+    def label(self, shard, position):
+        """int: the class number, for an index built with text="cls". Raises ValueError."""
+        return int(self.reader.text_bytes(shard, position))
+
+    def key(self, shard, position):
+        """str: the sample's name in its shard, for people."""
+        return self.index.table(shard).keys[position]

@@ -1,0 +1,76 @@
+"""Raw bytes of one sample, by its place in the shard: one pread, no neighbours touched."""
+
+import json
+import os
+from collections import OrderedDict
+
+from shards.errors import BadSample
+from shards.storage import remote
+
+OPEN_FILES = 64
+OPEN_COPIES = 8  # of shards behind URLs: an open copy keeps its place in the cache
+MAX_JSON = 1 << 20  # bytes of a .json member; more is not parsed
+
+
+class Reader:
+    """Reads members of an index's shards. Files are opened where they are read, so it can be sent to worker processes.
+
+    Shards behind URLs are read whole, through `cache` (shards.storage.cache.Cache); without one, each member by a request of its own,
+    which is for who reads a few samples only.
+    """
+
+    def __init__(self, index, cache=None):
+        self.index, self.cache, self.files = index, cache, OrderedDict()
+
+    def __getstate__(self):
+        return {"index": self.index, "cache": self.cache, "files": OrderedDict()}
+
+    def image_bytes(self, shard, position):
+        """bytes of the encoded picture. Raises BadSample."""
+        table = self.index.table(shard)
+        return self.read(shard, table.image_offset.item(position), table.image_size.item(position), "picture")
+
+    def text_bytes(self, shard, position):
+        """bytes of the caption (or label). Raises BadSample."""
+        table, text = self.index.table(shard), self.index.shards[shard].text
+        data = self.read(shard, table.text_offset.item(position), table.text_size.item(position), "caption")
+        return json_field(data, text.partition(":")[2]) if text.startswith("json:") else data
+
+    def read(self, shard, offset, size, what):
+        if size < 0:
+            raise BadSample(f"no {what}")
+        file = self.descriptor(shard)
+        if file is None:
+            data = remote.read_range(self.index.shards[shard].path, offset, size)
+        else:
+            data = os.pread(file, size, offset)
+        if len(data) != size:
+            raise BadSample(f"{what}: the shard is shorter than its index says")
+        return data
+
+    def descriptor(self, shard):
+        """File descriptor of a shard, None behind a URL without a cache; the least recently used is closed when too many are open."""
+        if shard in self.files:
+            self.files.move_to_end(shard)
+            return self.files[shard]
+        entry = self.index.shards[shard]
+        if entry.remote and self.cache is None:
+            return None
+        self.files[shard] = self.cache.open(entry) if entry.remote else os.open(entry.path, os.O_RDONLY)
+        while len(self.files) > (OPEN_COPIES if entry.remote else OPEN_FILES):
+            os.close(self.files.popitem(last=False)[1])
+        return self.files[shard]
+
+    def __del__(self):
+        for descriptor in self.files.values():
+            os.close(descriptor)
+
+
+def json_field(data, field):
+    """bytes: the text (UTF-8) in a field of a JSON object. Raises BadSample."""
+    if len(data) > MAX_JSON:
+        raise BadSample(f"caption: .json of {len(data)} bytes, at most {MAX_JSON}")
+    try:
+        return json.loads(data)[field].encode("utf-8")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BadSample(f"caption: no text {field!r} in the .json") from None

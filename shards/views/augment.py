@@ -1,0 +1,154 @@
+"""Views of a sample. Their randomness is keyed by (seed, epoch, sample, view), never by worker or call order.
+
+Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: shards/views/eda.py.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+LARGE = (
+    128  # pixels of the shorter side from which on a picture is cropped at whole pixels, and a JPEG may come smaller
+)
+
+
+@dataclass
+class ImageAugment:
+    """Strengths of the picture's augmentation; the defaults are the published ones."""
+
+    crop_min: float = 0.08
+    """Least share of the picture's area that a crop keeps; 1 switches cropping off."""
+    flip: float = 0.5
+    """Probability of a mirror image."""
+    jitter: float = 0.8
+    """Probability of a colour jitter, of the four strengths below."""
+    brightness: float = 0.5
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: float = 0.1
+    grey: float = 0.2
+    """Probability of a grey picture."""
+    blur: float = 1.0
+    """Probability of a Gaussian blur, of a deviation from 0.1 to 2 pixels at 224 pixels."""
+
+
+def sample_rng(seed, epoch, shard, position, view):
+    """np.random.Generator: a pure function of its key (view: int)."""
+    key = hashlib.blake2b(f"{seed}/{epoch}/{shard}/{position}/{view}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
+
+
+@dataclass
+class Colour:
+    """What was drawn of a view's colours: plain numbers, so that they can be changed here or on the device (shards/samples/colour.py)."""
+
+    jitter: list  # [(step, amount)] in their order: 0 brightness, 1 contrast, 2 saturation (factors), 3 hue (255ths of a turn)
+    grey: bool
+    blur: float  # deviation in pixels, 0 = none
+
+
+def image_view(image, size, rng, augment):
+    """uint8 (size, size, 3): a random view of a picture, PIL RGB or uint8 (H, W, 3)."""
+    return coloured(*drawn_view(image, size, rng, augment))
+
+
+def drawn_view(image, size, rng, augment):
+    """(uint8 (size, size, 3), Colour): a random view whose colours are drawn but not changed yet."""
+    image_HWC = np.asarray(image)
+    height, width, _ = image_HWC.shape
+    pixels_HWC = resized(image_HWC, size, random_box(width, height, augment.crop_min, rng))
+    flip, jitter, grey, blur = rng.random(4)
+    colour = Colour(
+        draw_jitter(augment, rng) if jitter < augment.jitter else [],
+        bool(grey < augment.grey),
+        rng.uniform(0.1, 2.0) * size / 224 if blur < augment.blur else 0.0,
+    )
+    return pixels_HWC[:, ::-1] if flip < augment.flip else pixels_HWC, colour
+
+
+def coloured(pixels_HWC, colour):
+    """uint8 (H, W, 3) with its colours changed as `colour` says."""
+    if not (colour.jitter or colour.grey or colour.blur):
+        return pixels_HWC
+    image = jittered(Image.fromarray(pixels_HWC), colour.jitter)
+    if colour.grey:
+        image = image.convert("L").convert("RGB")
+    if colour.blur:
+        image = image.filter(ImageFilter.GaussianBlur(colour.blur))
+    return np.asarray(image)
+
+
+def plain_view(image, size):
+    """uint8 (size, size, 3): shorter side to `size`, centre crop; one bicubic resize."""
+    image_HWC = np.asarray(image)
+    height, width, _ = image_HWC.shape
+    if (width, height) == (size, size):
+        return image_HWC
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return resized(image_HWC, size, (left, top, left + side, top + side))
+
+
+def resized(image_HWC, size, box):
+    """uint8 (size, size, 3): the (left, top, right, bottom) of a picture, bicubic and antialiased.
+
+    Of large pictures by torch, which takes a sixth of PIL's time and differs from PIL's resize of what was cut out by rounding.
+    It knows no boxes between pixels, which small pictures need.
+    """
+    height, width, _ = image_HWC.shape
+    if min(width, height) < LARGE:
+        return np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.BICUBIC, box=box))
+    left, top, right, bottom = (round(edge) for edge in box)
+    left, top = min(left, width - 1), min(top, height - 1)
+    cut_HWC = np.require(image_HWC[top : max(bottom, top + 1), left : max(right, left + 1)], requirements="W")
+    cut_1CHW = torch.from_numpy(cut_HWC).permute(2, 0, 1)[None]
+    found_1CHW = torch.nn.functional.interpolate(cut_1CHW, (size, size), mode="bicubic", antialias=True)
+    return found_1CHW[0].permute(1, 2, 0).numpy()
+
+
+def least_side(size, crop_min=1.0):
+    """Pixels of the shorter side that a picture needs, so that no view of `size` pixels is an enlargement for the lack of them."""
+    return max(LARGE, size / (crop_min * 3 / 4) ** 0.5 if crop_min < 1 else size)
+
+
+def random_box(width, height, crop_min, rng):
+    """(left, top, right, bottom) of a random crop: a share of the area from crop_min to 1, sides in a ratio from 3/4 to 4/3."""
+    if crop_min >= 1:
+        return 0, 0, width, height
+    for _ in range(10):
+        area = width * height * rng.uniform(crop_min, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, top, left + w, top + h
+    side = min(width, height)  # no crop of that area fits: the centre
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def draw_jitter(augment, rng):
+    """[(step, amount)] of Colour: brightness, contrast, saturation and hue in random order."""
+    drawn = []
+    for step in rng.permutation(4).tolist():
+        strength = (augment.brightness, augment.contrast, augment.saturation, augment.hue)[step]
+        if strength and step == 3:
+            drawn.append((step, int(rng.uniform(-strength, strength) * 255)))
+        elif strength:
+            drawn.append((step, rng.uniform(max(0.0, 1 - strength), 1 + strength)))
+    return drawn
+
+
+def jittered(image, drawn):
+    """A PIL RGB picture after the `drawn` steps of a colour jitter."""
+    for step, amount in drawn:
+        if step == 3:
+            hue, saturation, value = image.convert("HSV").split()
+            turned = hue.point([(i + amount) % 256 for i in range(256)])
+            image = Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+        else:
+            image = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step](image).enhance(amount)
+    return image

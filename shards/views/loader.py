@@ -1,0 +1,206 @@
+"""Batches: plan + reader + decode + augment, in the worker processes of torch's DataLoader.
+
+A batch is a pure function of its number, so any number of workers gives the same batches in the same order, and starting
+at batch k reads nothing of the batches before it.
+Legend: B rows of this rank, V views, L tokens, C channels, H height, W width.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shards.errors import BadSample
+from shards.samples.colour import NUMBERS, as_numbers, coloured_batch
+from shards.views.augment import Colour, coloured, drawn_view, image_view, least_side, plain_view, sample_rng
+
+
+@dataclass
+class Batch:
+    """One rank's rows of a batch. A row that could not be read is there, blank and with valid = False."""
+
+    images: torch.Tensor  # uint8 (V*B, C, H, W): all first views, then all second views
+    tokens: torch.Tensor  # int64 (V*B, L)
+    valid: torch.Tensor  # bool (B,)
+    rows: torch.Tensor  # int64 (B,): number of the sample over all shards
+    bad: list  # [(shard, position, key, reason)]
+    colours: torch.Tensor | None = (
+        None  # float32 (V*B, P): drawn, and yet to be changed on the device (shards/samples/colour.py)
+    )
+
+    def to(self, device):
+        """The same batch with its tensors on `device`, and the colours changed."""
+        images, tokens, valid = (x.to(device, non_blocking=True) for x in (self.images, self.tokens, self.valid))
+        if self.colours is not None:
+            images = coloured_batch(images, self.colours.to(device, non_blocking=True))
+        return Batch(images, tokens, valid, self.rows, self.bad)
+
+    def pin_memory(self):
+        """For torch's DataLoader, which pins only what it knows: else a copy to the GPU waits for the step before."""
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: x.pin_memory() if torch.is_tensor(x) else x for name, x in pinned.items()})
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view of a sample is drawn. augment: shards.views.augment.ImageAugment, None for the picture as it is; eda: function
+    (caption, rng) -> caption, None for the caption as it is."""
+
+    augment: object = None
+    eda: object = None
+
+    @property
+    def crop_min(self):
+        return self.augment.crop_min if self.augment else 1.0
+
+    def picture(self, pixels_HWC, size, rng):
+        """(uint8 (size, size, 3), Colour): colours are drawn, and not changed yet."""
+        if self.augment is None:
+            return plain_view(pixels_HWC, size), Colour([], False, 0.0)
+        return drawn_view(pixels_HWC, size, rng, self.augment)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How samples become rows: picture size in pixels, tokenizer (list[str] -> (N, L) int64), and the views that each loss takes."""
+
+    size: int
+    tokenize: object
+    of: dict  # loss -> tuple of View
+    on_device: bool = False  # the colours are changed where the batch goes to, not where it is read
+    eda_once: bool = False  # a caption's variants are drawn once for the whole run, not in every epoch
+    scored_as: tuple | None = (
+        None  # (seed, epoch): pairs are scored by an augmented view, the first of the CLIP loss; None: as they are
+    )
+
+    def caption(self, view, number, caption, rng, seed, shard, position):
+        """The caption of view `number` (from 1)."""
+        if view.eda is None:
+            return caption
+        return view.eda(caption, sample_rng(seed, "run", shard, position, number) if self.eda_once else rng)
+
+
+class TrainBatches(Dataset):
+    """Item i: the batch of the epoch's i-th step, in the views that its loss takes."""
+
+    def __init__(self, samples, steps, views, *, seed, epoch, rank=0, world=1):
+        """`steps`: list of pipeline.training.curriculum.Step (loss, plan, number in the plan, mask and view to locate)."""
+        self.samples, self.steps, self.views = samples, steps, views
+        self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def shards(self, i):
+        """Numbers of the shards that item i reads."""
+        return np.unique(self.steps[i].plan.batch(self.steps[i].number, self.rank, self.world)[0]).tolist()
+
+    def __getitem__(self, i):
+        step = self.steps[i]
+        shard_B, nth_B, again_B = step.plan.batch(step.number, self.rank, self.world)
+        position_B = step.mask.locate(step.view, shard_B, nth_B) if step.mask else nth_B
+        kinds, size = self.views.of[step.loss], self.views.size
+        least = max(least_side(size, view.crop_min) for view in kinds)
+
+        def read(row, shard, position):
+            pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
+            views = []
+            for number, view in enumerate(kinds, 1):
+                # A lap is another pass over the same samples in the same epoch, and `again` another time in the same pass: other views.
+                key = step.lap * 4 + number + (int(again_B[row]) << 32)
+                rng = sample_rng(self.seed, self.epoch, shard, position, key)
+                pixels, colour = view.picture(pixels_HWC, size, rng)
+                picture = pixels if self.views.on_device else coloured(pixels, colour)
+                text = self.views.caption(view, number, caption, rng, self.seed, shard, position)
+                views.append((picture, text, colour))
+            return views
+
+        drawn = self.views.on_device
+        return collate(self.samples, self.views, shard_B, position_B, read, len(kinds), drawn)
+
+
+class PlainBatches(Dataset):
+    """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the captions of the second.
+
+    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row. Un-augmented,
+    or with views.scored_as in an augmented view of that epoch.
+    """
+
+    def __init__(self, samples, batches, views):
+        self.samples, self.batches, self.views = samples, batches, views
+
+    def __len__(self):
+        return len(self.batches)
+
+    def shards(self, i):
+        """Numbers of the shards that item i reads."""
+        return np.unique(self.samples.index.place(np.asarray(self.batches[i][0]))[0]).tolist()
+
+    def __getitem__(self, i):
+        row_B, caption_row_B = (np.asarray(rows, np.int64) for rows in self.batches[i])
+        shard_B, position_B = self.samples.index.place(row_B)
+        caption_place_B = list(zip(*(place.tolist() for place in self.samples.index.place(caption_row_B))))
+
+        size, view, scored_as = self.views.size, View(), self.views.scored_as
+        if scored_as:
+            view = self.views.of["clip"][0]
+        least = least_side(size, view.crop_min)
+
+        def read(row, shard, position):
+            pixels_HWC = self.samples.pixels(shard, position, least)
+            caption = self.samples.caption(*caption_place_B[row])
+            if not scored_as:
+                return [(plain_view(pixels_HWC, size), caption)]
+            seed, epoch = scored_as
+            # Views are numbered from 1 in training: 0 is another draw. The caption's variant is the first.
+            rng = sample_rng(seed, epoch, shard, position, 0)
+            picture = image_view(pixels_HWC, size, rng, view.augment)
+            return [(picture, self.views.caption(view, 1, caption, rng, seed, *caption_place_B[row]))]
+
+        return collate(self.samples, self.views, shard_B, position_B, read, 1)
+
+
+def collate(samples, views, shard_B, position_B, read, count, drawn=False):
+    """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid.
+
+    read(shard, position): list of (picture, caption), or of (picture, caption, Colour), which is kept where it is `drawn` and not
+    done yet. Raises BadSample.
+    """
+    size, rows = views.size, len(shard_B)
+    images = np.zeros((count, rows, 3, size, size), np.uint8)
+    captions = [["" for _ in range(rows)] for _ in range(count)]
+    colours = np.zeros((count, rows, NUMBERS), np.float32) if drawn else None
+    valid, bad = np.zeros(rows, bool), []
+    for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
+        try:
+            for view, (picture, caption, *colour) in enumerate(read(row, shard, position)):
+                images[view, row], captions[view][row] = picture.transpose(2, 0, 1), caption
+                if drawn:
+                    colours[view, row] = as_numbers(*colour)
+            valid[row] = True
+        except BadSample as error:
+            images[:, row] = 0
+            bad.append((shard, position, samples.key(shard, position), str(error)))
+    tokens = views.tokenize([caption for view in captions for caption in view])
+    pixels = torch.from_numpy(images.reshape(count * rows, 3, size, size))
+    numbers = torch.from_numpy(samples.index.offsets[shard_B] + position_B)
+    colours = torch.from_numpy(colours.reshape(count * rows, NUMBERS)) if drawn else None
+    return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad, colours)
+
+
+def batches(dataset, start=0, workers=0, in_worker=None):
+    """Iterate over `dataset` from item `start` on, in order, read ahead by `workers` processes (0: in this one).
+
+    `in_worker(number)` is called in each of those processes when it starts.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, len(dataset)),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=in_worker,
+    )
+    return iter(loader)

@@ -1,0 +1,62 @@
+"""Imports run one way: a room imports only rooms that stand above it in the list."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = [
+    "shards.errors",
+    "shards.storage",
+    "shards.index",
+    "shards.samples",
+    "shards.order",
+    "shards.build",
+    "shards.views",
+    "pipeline.distributed",
+    "pipeline.safety",
+    "pipeline.guards",
+    "pipeline.attacks",
+    "pipeline.config",
+    "pipeline.training",
+    "pipeline.evaluation",
+    "pipeline.audit",
+    "pipeline.doctor",
+    "pipeline.cli",
+]
+# An optimised trigger is fitted on any CLIP that the audit can load.
+EXCEPTIONS = {("pipeline/attacks/surrogate.py", "pipeline.audit")}
+
+
+def room_of(module):
+    return ".".join(module.split(".")[:2])
+
+
+def imported(path):
+    """Rooms that a module imports, inside of functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (room_of(name) for name in names if name.split(".")[0] in ("shards", "pipeline"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_stands_above_it(room):
+    place = ROOT / room.replace(".", "/")
+    for path in [place.with_suffix(".py")] if not place.is_dir() else sorted(place.rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        for other in set(imported(path)) - {room}:
+            assert ROOMS.index(other) < ROOMS.index(room) or (name, other) in EXCEPTIONS, f"{name} imports {other}"
+
+
+def test_every_room_is_in_the_list():
+    found = {f"{top}.{path.stem}" for top in ("shards", "pipeline") for path in (ROOT / top).iterdir()}
+    assert {name for name in found if not name.endswith(("__", "README"))} == set(ROOMS)
+
+
+def test_what_other_programs_import_has_one_place():
+    from shards import IsSafe
+    from shards.order import safe_mask
+
+    assert IsSafe is safe_mask.IsSafe
