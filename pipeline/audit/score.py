@@ -101,13 +101,13 @@ def score(
         index = EmbeddingFolder(embeddings)
         files = ScoreFiles(out / "scores", index, f"embeddings/{index.fingerprint}")
         about = {"model": f"embeddings {embeddings}", "embeddings": str(Path(embeddings).absolute())}
-        comm.on_main(claim, out, files.made["step"])
+        comm.on_rank0(claim, out, files.made["step"])
         score_embeddings(index, out, files)
     else:
         from pipeline.audit.models import load_scorer
 
         scorer = load_scorer(model, pretrained)
-        data = comm.on_main(data_of, data, scorer.data, overlay, out)
+        data = comm.on_rank0(data_of, data, scorer.data, overlay, out)
         index = open_index(data)
         samples = open_samples(data, index)
         parts = [scorer.identity, index.fingerprint, fingerprint_of(data.overlay), "lean" if lean else "all"]
@@ -117,12 +117,12 @@ def score(
             "embeddings": None if lean else ".",
             "data": {"index": data.index, "sources": data.sources, "overlay": data.overlay},
         }
-        comm.on_main(claim, out, files.made["step"])
+        comm.on_rank0(claim, out, files.made["step"])
         score_shards(scorer, samples, files, out, not lean, batch_size, workers)
     comm.barrier()
     score_N = load_scores(out, index.counts)
     split = split_pairs(score_N, index.counts, Selection(least_share=0.0, cap=1.0), 0)  # by the posterior alone
-    return comm.on_main(conclude, out, index, split, score_N, files.made["step"], about)
+    return comm.on_rank0(conclude, out, index, split, score_N, files.made["step"], about)
 
 
 def fingerprint_of(folder):
@@ -164,7 +164,7 @@ def claim(out, identity):
 
 def score_embeddings(index, out, files):
     """Cosines of embeddings that exist, this rank's part of the shards that are not done."""
-    done = set(comm.broadcast_object(files.done() if comm.is_main() else None))
+    done = set(comm.broadcast_object(files.done() if comm.is_rank0() else None))
     for shard in range(comm.rank(), len(index.counts), comm.world()):
         if shard in done or not index.counts[shard]:
             continue
@@ -186,7 +186,7 @@ def score_embeddings(index, out, files):
 def score_shards(scorer, samples, files, out, keep, batch_size, workers):
     """Score this rank's part of the shards that are not done, each written as soon as it is whole, its scores last."""
     index = samples.index
-    done = set(comm.broadcast_object(files.done() if comm.is_main() else None))
+    done = set(comm.broadcast_object(files.done() if comm.is_rank0() else None))
     mine = [s for s in assign_shards(index.counts, comm.world(), done)[comm.rank()] if s not in done]
     todo = shard_batches(index.offsets, mine, batch_size)
     parts, device = [], comm.device()
@@ -201,7 +201,7 @@ def score_shards(scorer, samples, files, out, keep, batch_size, workers):
         if numbers.stop == index.offsets[shard + 1]:
             write_shard(out, shard, index, files, parts, keep)
             parts = []
-            if comm.is_main():
+            if comm.is_rank0():
                 print(f"  shard {mine.index(shard) + 1} of {len(mine)} of this process", file=sys.stderr)
 
 

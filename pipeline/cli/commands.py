@@ -78,7 +78,7 @@ def doctor(args):
     from pipeline.doctor.checks import examine
 
     found = examine(config, args.ranks, args.content)
-    if comm.is_main():
+    if comm.is_rank0():
         for level, about, text in found:
             print(f"{level:8s}{about}: {text}")
     comm.leave()
@@ -193,7 +193,7 @@ def score(args):
 
     rest = (args.overlay, args.embeddings, args.lean, args.batch_size, args.workers)
     line = score_pairs(args.out, args.model, args.pretrained, args.data, *rest)
-    if comm.is_main():
+    if comm.is_rank0():
         print(line)
     comm.leave()
 

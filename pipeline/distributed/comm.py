@@ -114,7 +114,7 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
+def is_rank0():
     return rank() == 0
 
 
@@ -128,10 +128,10 @@ def barrier():
         dist.barrier(group=_control)
 
 
-def on_main(function, *args):
+def on_rank0(function, *args):
     """function(*args), called on rank 0 only; its result, or its UserError, on every rank."""
     result, error = None, None
-    if is_main():
+    if is_rank0():
         try:
             result = function(*args)
         except UserError as found:
@@ -157,7 +157,7 @@ def naming_the_lost(timeout):
         ) from error
 
 
-def most(*values):
+def all_reduce_max(*values):
     """tuple: for every int (or bool) its largest value over the ranks. The GPUs are not waited for."""
     found = torch.tensor(values, dtype=torch.int64)
     if world() > 1:
@@ -165,7 +165,7 @@ def most(*values):
     return tuple(found.tolist())
 
 
-def sum_counts(counts_K):
+def all_reduce_sum(counts_K):
     """int64 (K,): the sum over the ranks of integer counts."""
     if world() == 1:
         return counts_K

@@ -45,14 +45,14 @@ def examine(config, ranks=None, content=False):
     if any(level == "fatal" for level, *_ in found):
         return found + check_network()
     index = open_index(config.data)
-    found += comm.on_main(lambda: check_config(config, index, ranks))
-    found += comm.on_main(lambda: check_run_dir(config, index, ranks))
+    found += comm.on_rank0(lambda: check_config(config, index, ranks))
+    found += comm.on_rank0(lambda: check_run_dir(config, index, ranks))
     found += check_shared(config)
     try:
         size = measure(config)
     except UserError as error:
         return found + [("fatal", "model", str(error))] + check_network()
-    found += comm.on_main(lambda: check_disk(config, index, size, ranks))
+    found += comm.on_rank0(lambda: check_disk(config, index, size, ranks))
     found += everywhere(lambda: check_memory(config, index, size, ranks))
     return found + check_network()
 
@@ -215,7 +215,7 @@ def check_shared(config):
     if not config.run.dir:
         return []
     place, file, wrong = existing(config.run.dir), None, None
-    if comm.is_main():
+    if comm.is_rank0():
         try:
             file = tempfile.NamedTemporaryFile(prefix=".doctor_", dir=place)  # lives until it is closed
         except OSError as error:

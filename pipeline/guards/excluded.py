@@ -60,7 +60,7 @@ def find_excluded(folder: Path, guards: list[Guard], pairs: Pairs, score_N: np.n
     masks = look_at_all(guards, pairs)
     for guard, mask, told in zip(guards, masks, about):
         made = {"fingerprint": pairs.samples.index.fingerprint, "settings": asdict(guard.settings), **told}
-        comm.on_main(mask.save, folder / guard.name, made)
+        comm.on_rank0(mask.save, folder / guard.name, made)
     return Excluded(guards, {guard.name: mask for guard, mask in zip(guards, masks)})
 
 
@@ -86,6 +86,6 @@ def look_at_all(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
         comm.share_between_hosts(array, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
 
     def kept(guard, number_N):
-        return broadcast_mask(guard.kept(number_N, valid_N, index.offsets) if comm.is_main() else (), index.counts)
+        return broadcast_mask(guard.kept(number_N, valid_N, index.offsets) if comm.is_rank0() else (), index.counts)
 
     return [kept(guard, number_N) for guard, number_N in zip(guards, numbers)]

@@ -76,7 +76,7 @@ class TriggerClusters(Guard):
 
     def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:
         rows = [read_features(pairs, rows) for rows in self.choose(score_N, pairs.seed)]
-        triggers = comm.on_main(self.find, *rows)
+        triggers = comm.on_rank0(self.find, *rows)
         self.filters = [
             (one["features"], torch.tensor(one["filter"], device=pairs.device), one["cut"]) for one in triggers
         ]

@@ -72,17 +72,17 @@ def split_pairs(
     canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
     limits = RANGES[kind]
     mine_N = np.array_split(score_N, comm.world())[comm.rank()]
-    counts_K = comm.sum_counts(histogram(mine_N, *limits))
+    counts_K = comm.all_reduce_sum(histogram(mine_N, *limits))
     eligible = len(score_N) - excluded
-    decided = comm.on_main(decide, counts_K, score_N, selection, number, first_share, eligible, limits)
+    decided = comm.on_rank0(decide, counts_K, score_N, selection, number, first_share, eligible, limits)
     mixture, share, first_share, note, diagnosis = decided
     diagnosis["excluded"], wanted = excluded, round(share * eligible)
     rank_by = selection.rank_by if mixture else "score"
     rank = mixture.rank if rank_by == "posterior" else as_it_is
-    key, rest = kth_largest(mine_N, wanted, comm.sum_counts, rank)
+    key, rest = kth_largest(mine_N, wanted, comm.all_reduce_sum, rank)
     mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest, rank), counts_S)
     if before:
-        diagnosis |= comm.on_main(change_since, before, counts_K, limits, mask)
+        diagnosis |= comm.on_rank0(change_since, before, counts_K, limits, mask)
     threshold = score_of(key) if rest else float("inf")
     cut = threshold if rank is as_it_is else lowest_safe(score_N, mask)
     if not np.isnan(canary_C).all():
@@ -144,7 +144,7 @@ def broadcast_mask(safe_S, counts_S):
     """SafeMask of rank 0's flags (bool per shard, in order) on every rank: packed bits, one copy a host, sent between hosts."""
     starts = byte_starts(counts_S)
     mask = SafeMask(counts_S, comm.host_array(int(starts[-1]), np.uint8))
-    if comm.is_main():
+    if comm.is_rank0():
         for shard, flags in enumerate(safe_S):
             mask.shard_bits(shard)[:] = np.packbits(flags)
     comm.share_between_hosts(mask.bits, [(0, len(mask.bits) if rank == 0 else 0) for rank in range(comm.world())])

@@ -53,7 +53,7 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files
     """
     index, world = samples.index, comm.world()
     score_N, bad = comm.host_array(index.samples, np.float32), []
-    done = set(comm.broadcast_object(files.done() if files and comm.is_main() else []))
+    done = set(comm.broadcast_object(files.done() if files and comm.is_rank0() else []))
     owned = assign_shards(index.counts, world, done)
     for shard in done.intersection(owned[comm.rank()]):
         score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard)

@@ -23,14 +23,14 @@ def record(run, bad):
 def bad_so_far(run, pending=0):
     """(rows, most): training rows of all ranks that could not be used, and how many may be. `pending`: not recorded yet on this rank."""
     most = run.config.data.max_bad_fraction * max(run.state["sample_views"], min(PATIENCE, run.index.samples))
-    return run.state["bad_rows"] + int(comm.sum_counts(np.array([pending]))[0]), most
+    return run.state["bad_rows"] + int(comm.all_reduce_sum(np.array([pending]))[0]), most
 
 
 def stop_where_bad(run, failed, most):
     """Raise UserError on every rank when more samples failed than `most`; what was done until now is saved."""
     if failed > most:
         run.saver.wait()
-        comm.on_main(refuse, run)
+        comm.on_rank0(refuse, run)
 
 
 def refuse(run):

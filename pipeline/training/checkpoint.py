@@ -88,13 +88,13 @@ class Saver:
         """
         self.wait()
         self.folder = folder = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
-        if comm.is_main():
+        if comm.is_rank0():
             shutil.rmtree(folder, ignore_errors=True)  # only ever an incomplete one: a complete one was resumed from
             folder.mkdir(parents=True)
         comm.barrier()
         files = engines.serialise(self.engine, folder / "deepspeed")
         weights = engines.consolidated_state(self.engine)
-        if comm.is_main():
+        if comm.is_rank0():
             files[folder / "model.safetensors"] = safetensors_bytes(weights)
             files[folder / "pools.safetensors"] = safetensors_bytes(
                 {
@@ -170,7 +170,7 @@ class Saver:
         comm.barrier()
         errors = errors or [error for error in comm.gather_objects(self.error) if error]
         if errors:
-            if comm.is_main():
+            if comm.is_rank0():
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(
                 f"checkpoint {self.folder}: cannot be written ({errors[0]}); mend that and start the run again, it goes on "

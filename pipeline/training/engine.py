@@ -152,7 +152,7 @@ def consolidated_state(engine):
     state = {}
     parameters = dict(engine.module.clip.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.zero_optimization_stage() == 3):
-        if comm.is_main():
+        if comm.is_rank0():
             for name, value in engine.module.clip.state_dict().items():
                 kind = value.dtype if not value.is_floating_point() else torch.float32
                 state[name] = value.detach().to("cpu", kind, copy=True).contiguous()

@@ -14,7 +14,7 @@ class Journal:
 
     def __init__(self, run_dir, config, length=0):
         self.file, self.wandb, self.last = None, None, 0.0
-        if not comm.is_main():
+        if not comm.is_rank0():
             return
         path = run_dir / "metrics.jsonl"
         self.file = open(path, "ab")
@@ -53,7 +53,7 @@ class Journal:
 
     def say(self, text):
         """A line for the person who watches."""
-        if comm.is_main():
+        if comm.is_rank0():
             print(text, file=sys.stderr, flush=True)
 
     def progress(self, text, every=5.0):

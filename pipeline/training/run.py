@@ -35,8 +35,8 @@ def train(config, evaluators=None, stop=None):
     """
     with nullcontext(stop) if stop else StopSignal() as stop, comm.naming_the_lost(config.run.timeout):
         run = Run(config)
-        state, marks = run.state, Marks()
-        if any(comm.most(stop.received)):
+        state, clock = run.state, SaveClock()
+        if any(comm.all_reduce_max(stop.received)):
             run.leave()  # asked while it started
         stop_where_bad(run, *bad_so_far(run))
         for epoch in curriculum(config.train, config.selection.every)[state["epoch"] :]:
@@ -74,11 +74,11 @@ def train(config, evaluators=None, stop=None):
                 meter.step(config.train.batch_size)
                 if meter.done % LOG_EVERY == 0 or meter.done == len(steps):
                     report(run, epoch, step, meter, loss, scale, rate)
-                if meter.done < len(steps) and save_now(run, marks, bad, stop):
-                    bad = save(run, marks, bad, stop)
+                if meter.done < len(steps) and save_now(run, clock, bad, stop):
+                    bad = save(run, clock, bad, stop)
             state.update(epoch=epoch.number + 1, epoch_step=0)
             evaluate(run, epoch, evaluators or {})
-            save(run, marks, bad, stop)
+            save(run, clock, bad, stop)
         run.saver.wait()
     run.journal.say(
         f"{run.run_dir}: done, {state['step']} steps, {state['sample_views']:,} sample views, {state['seconds']:.0f} s"
@@ -133,21 +133,21 @@ def train_step(engine, pools, batch, kind):
     return loss.detach(), scale.detach(), finite
 
 
-class Marks:
+class SaveClock:
     """When the run was last saved, and up to when its seconds are counted."""
 
     def __init__(self):
         self.saved = self.counted = time.monotonic()
 
 
-def save_now(run, marks, bad, stop):
+def save_now(run, clock, bad, stop):
     """Whether to save after this step: by steps, by minutes on rank 0's clock, or because the run is to stop."""
     settings, step = run.config.run, run.state["step"]
     due = bool(settings.save_steps) and step % settings.save_steps == 0
     if step % signals.AGREE_EVERY == 0:
-        minutes = (time.monotonic() - marks.saved) / 60
-        late = comm.is_main() and 0 < settings.save_minutes <= minutes
-        asked, late, failed = comm.most(stop.received, late, run.saver.error is not None)
+        minutes = (time.monotonic() - clock.saved) / 60
+        late = comm.is_rank0() and 0 < settings.save_minutes <= minutes
+        asked, late, failed = comm.all_reduce_max(stop.received, late, run.saver.error is not None)
         if failed:
             run.saver.wait()  # raises on every rank
         bad_rows, most = bad_so_far(run, len(bad))
@@ -155,17 +155,17 @@ def save_now(run, marks, bad, stop):
     return due
 
 
-def save(run, marks, bad, stop):
+def save(run, clock, bad, stop):
     """Record what was read, save the state, and leave if a rank was asked to; returns an empty list of bad samples.
 
     Raises UserError when too many samples are bad.
     """
     run.state["bad_rows"] += record(run, bad)
     now = time.monotonic()
-    run.state.update(seconds=run.state["seconds"] + now - marks.counted, metrics_bytes=run.journal.length())
-    marks.saved = marks.counted = now
+    run.state.update(seconds=run.state["seconds"] + now - clock.counted, metrics_bytes=run.journal.length())
+    clock.saved = clock.counted = now
     run.saver.save(run.state)
-    if any(comm.most(stop.received)):
+    if any(comm.all_reduce_max(stop.received)):
         run.leave()
     stop_where_bad(run, *bad_so_far(run))
     return []

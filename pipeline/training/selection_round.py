@@ -26,10 +26,10 @@ def mask_for(run, epoch, stop):
         return run.mask
     folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.split is not None and state["epoch_step"] == 0
-    if not comm.on_main(is_split, folder, due, state, config):
+    if not comm.on_rank0(is_split, folder, due, state, config):
         before = mask_folder(run.run_dir, epoch.before) if epoch.split else None
         if before:
-            comm.on_main(is_split, before, False, state, config)
+            comm.on_rank0(is_split, before, False, state, config)
         score_N, canary_C = scores_for(run, epoch, folder, stop, meter)
         excluded = excluded_by_guards(run, epoch, score_N) if config.guards else None
         if excluded:
@@ -47,7 +47,7 @@ def mask_for(run, epoch, stop):
         if config.guards and (told := out_of_range(index.samples)):
             split.note = f"{split.note}; {told}" if split.note else told
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash(), "score": "cosine"}
-        comm.on_main(save_split, folder, split, index, made)
+        comm.on_rank0(save_split, folder, split, index, made)
     else:
         split = load_split(folder, index)
     state["first_share"] = split.first_share
@@ -67,7 +67,7 @@ def scores_for(run, epoch, folder, stop, meter):
 
     def each_round(done, rounds):
         run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
-        if done % signals.AGREE_EVERY == 0 and any(comm.most(stop.received)):
+        if done % signals.AGREE_EVERY == 0 and any(comm.all_reduce_max(stop.received)):
             run.leave()  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
 
     views = run.views

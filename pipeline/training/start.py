@@ -58,20 +58,20 @@ class Run:
         comm.init(config.run.timeout)
         self.config, self.device = config, comm.device()
         self.index = open_index(config.data)
-        comm.on_main(self.index.verify, config.data.remote_timeout)
+        comm.on_rank0(self.index.verify, config.data.remote_timeout)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         self.mask, self.excluded, data = None, None, self.index.fingerprint
         if config.data.mask:
             self.mask, _ = SafeMask.load(config.data.mask, self.index.fingerprint)
-            data += "/" + comm.on_main(fingerprint, Path(config.data.mask) / "safe.npy")
+            data += "/" + comm.on_rank0(fingerprint, Path(config.data.mask) / "safe.npy")
         torch.manual_seed(config.run.seed)
         towers = Towers(build_model(asdict(config.model)), *pixel_stats())
         if config.model.pretrained:
             load_pretrained(towers.clip, config.model.pretrained)
         # Only now: a start that fails on its input must not claim the directory.
         self.run_dir = Path(config.run.dir).absolute()
-        found, warnings = comm.on_main(claim, config, self.run_dir, data)
+        found, warnings = comm.on_rank0(claim, config, self.run_dir, data)
         synonyms = synonyms_of(config)
         self.state = copy.deepcopy(FRESH) | {"data": data, "synonyms": synonyms}
         universal = False
@@ -80,14 +80,14 @@ class Run:
             check_synonyms(synonyms, self.state["synonyms"])
             universal = self.state["world"] != comm.world() and config.train.zero_stage > 0
             if universal:
-                comm.on_main(checkpoint.to_universal, found)
+                comm.on_rank0(checkpoint.to_universal, found)
         self.engine = start_engine(towers, config.train, self.device, universal)
         width = open_clip_config(asdict(config.model))["embed_dim"]
         self.pools = {name: NeighborPool(config.train.pool, width, self.device) for name in ("image", "text")}
         if found:
             checkpoint.load_checkpoint(found, self.engine, self.pools)
         self.journal = Journal(self.run_dir, config, self.state["metrics_bytes"])
-        self.ledger = Ledger(self.run_dir / "bad_samples.jsonl") if comm.is_main() else None
+        self.ledger = Ledger(self.run_dir / "bad_samples.jsonl") if comm.is_rank0() else None
         self.saver = checkpoint.Saver(self.run_dir, self.engine, self.pools, config.run.keep, config.run.keep_every)
         for warning in warnings:
             self.journal.say(f"{self.run_dir}: warning: {warning}")

@@ -45,7 +45,7 @@ def main():
     seconds = time.monotonic() - started
     share = mask.share
     assert all(found == share for found in comm.gather_objects(mask.share)) and not nothing.bits[:1000].any()
-    if comm.is_main():
+    if comm.is_rank0():
         figures = {
             "pairs": int(counts_S.sum()),
             "shards": len(counts_S),

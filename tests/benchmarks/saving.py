@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--dir", type=Path, default=Path("runs/saving"))
     args = parser.parse_args()
     comm.init()
-    if comm.is_main():
+    if comm.is_rank0():
         shutil.rmtree(args.dir, ignore_errors=True)
     model, device = {"name": args.model}, comm.device()
     towers = Towers(build_model(model), *pixel_stats())
@@ -83,7 +83,7 @@ def main():
             during.append(timed(step))
         writes.append(time.monotonic() - started)
         saver.wait()
-    if comm.is_main():
+    if comm.is_rank0():
         (folder,) = checkpoint.checkpoints(args.dir)
         figures = {
             "model": args.model,

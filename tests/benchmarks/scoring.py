@@ -73,8 +73,8 @@ def main():
     parser.add_argument("--dir", type=Path, default=Path("runs/scoring"))
     args = parser.parse_args()
     comm.init()
-    comm.on_main(shutil.rmtree, args.dir, True)
-    comm.on_main(lambda: shapes(args.dir / "data", pairs=args.pairs, test=36))
+    comm.on_rank0(shutil.rmtree, args.dir, True)
+    comm.on_rank0(lambda: shapes(args.dir / "data", pairs=args.pairs, test=36))
     words = [f"run.dir={args.dir}/run", f"data.index={args.dir}/data/index", "evaluation.test=null", "data.workers=0"]
     published_strength = "{crop_min: 0.08, flip: 0.5, jitter: 0.8, grey: 0.2, blur: 0.5}"
     words += [f"selection.batch_size={SIZE}", f"data.clip_augment={published_strength}"]
@@ -91,7 +91,7 @@ def main():
                 comm.barrier()
                 if turn:  # the first round warms up
                     times.append(time.monotonic() - started)
-    if comm.is_main():
+    if comm.is_rank0():
         speed = {way.__name__: round(args.pairs / statistics.median(times), 1) for way, times in seconds.items()}
         figures = {
             "ranks": comm.world(),
