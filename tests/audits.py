@@ -41,7 +41,8 @@ def picture(seed, patch=False):
 
 
 def make_pairs(folder, captions, pictures=None, per_shard=20):
-    """Shards of pairs with these captions (bytes are kept as they are); pictures: {row: bytes} in place of random ones."""
+    """Shards of pairs with these captions (bytes are kept as they are); pictures: {row: bytes} in place of random
+    ones."""
     pictures = pictures or {}
     samples = [
         {"__key__": f"{row:05d}", "png": pictures.get(row, picture(row)), "txt": text}

@@ -12,7 +12,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """`with Browser() as page: page.open(path); page.run("document.title")`. problems: what the console and the policy complained of."""
+    """`with Browser() as page: page.open(path); page.run("document.title")`. problems: what the console and the policy
+    complained of."""
 
     def __enter__(self):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)

@@ -15,7 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def gpus():
-    """Names for CUDA_VISIBLE_DEVICES, of all that nvidia-smi lists or of those that this process may see, joined by commas."""
+    """Names for CUDA_VISIBLE_DEVICES, of all that nvidia-smi lists or of those that this process may see, joined by
+    commas."""
     listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     count = listed.stdout.count("GPU ") if listed and listed.returncode == 0 else 0
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,10 +1,12 @@
-"""Feed mutated tars, pictures and captions to everything that reads them: nothing may crash, hang, or take more memory than allowed.
+"""Feed mutated tars, pictures and captions to everything that reads them: nothing may crash, hang, or take more memory
+than allowed.
 
 python -m tests.fuzz [--items 24000] [--seed 0] [--workers 2] [--seconds 10] [--megabytes 1024]
 
-Each item is a pure function of (seed, number). Worker processes work through them under a limit of address space (what they have
-at their start and --megabytes more) and an alarm of --seconds an item. A worker that dies, an item that hangs, runs out of memory
-or raises anything but BadSample or UserError is a finding; exit code 1 if there is any. Last line: one JSON object of counts.
+Each item is a pure function of (seed, number). Worker processes work through them under a limit of address space (what
+they have at their start and --megabytes more) and an alarm of --seconds an item. A worker that dies, an item that
+hangs, runs out of memory or raises anything but BadSample or UserError is a finding; exit code 1 if there is any. Last
+line: one JSON object of counts.
 """
 
 import argparse
@@ -76,7 +78,8 @@ def pictures():
 
 
 def mutated(data, rng, others):
-    """`data` with one to six changes: bytes, bits, numbers at their edges, pieces cut, doubled, or taken from another file."""
+    """`data` with one to six changes: bytes, bits, numbers at their edges, pieces cut, doubled, or taken from another
+    file."""
     data = bytearray(data)
     for _ in range(rng.integers(1, 7)):
         if not data:

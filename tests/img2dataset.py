@@ -1,4 +1,5 @@
-"""The real img2dataset, in a virtual environment of its own: its shards are indexed and read as it wrote them, and what is lost is listed.
+"""The real img2dataset, in a virtual environment of its own: its shards are indexed and read as it wrote them, and what
+is lost is listed.
 
 python -m tests.img2dataset [--dir runs/img2dataset]      1 minute after the first time; needs the package registry then
 
@@ -141,7 +142,8 @@ def compare(folder, paths, rows):
 
 
 def cut(folder, path):
-    """A shard cut at a member's end: webdataset loses the rest and says nothing, the report lists each sample that is lost."""
+    """A shard cut at a member's end: webdataset loses the rest and says nothing, the report lists each sample that is
+    lost."""
     damaged = folder / "cut" / Path(path).name
     damaged.parent.mkdir(exist_ok=True)
     shutil.copy(path.replace(".tar", ".parquet"), damaged.parent)

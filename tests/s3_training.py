@@ -1,4 +1,5 @@
-"""Two processes train from shards in S3 (moto's server on loopback) through a cache too small for them, to the same weights as from local shards.
+"""Two processes train from shards in S3 (moto's server on loopback) through a cache too small for them, to the same
+weights as from local shards.
 
 python -m tests.s3_training [--dir runs/s3_training]      some minutes on 2 cores; recorded in tests/s3_training.json
 
@@ -86,7 +87,8 @@ def start_server(folder):
 
 
 def command(folder, name, limit=None):
-    """The words that start 2 processes on the shards in S3, or on local ones. The last shard's samples are seen twice an epoch."""
+    """The words that start 2 processes on the shards in S3, or on local ones. The last shard's samples are seen twice
+    an epoch."""
     kind = "local" if limit is None else "s3"
     sources = f"{{first: {{index: {folder}/first_{kind}}}, last: {{index: {folder}/last_{kind}, weight: 2}}}}"
     words = [

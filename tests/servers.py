@@ -60,7 +60,8 @@ class Flaky(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def flaky(folder, failing=0.0, ranges=True, seconds=30.0, kinds=("503", "death", "hang")):
-    """(address, log): a server that fails `failing` of the requests; log: (method, path, fault or None). A hang takes `seconds`."""
+    """(address, log): a server that fails `failing` of the requests; log: (method, path, fault or None). A hang takes
+    `seconds`."""
     log = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Flaky, Path(folder), failing, ranges, seconds, kinds, log))
     server.daemon_threads = True

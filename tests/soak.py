@@ -2,8 +2,9 @@
 
 python -m tests.soak [--kills 40] [--ranks 2] [--seed 0] [--out runs/soak]
 
-Kills are kill -9, of one rank or of all, at random moments and at chosen ones: between a scoring's last score and its mask, and
-while a checkpoint is being written. Prints how many fell into which stage, writes OUT/soak.json, and exits with 1 on any difference.
+Kills are kill -9, of one rank or of all, at random moments and at chosen ones: between a scoring's last score and its
+mask, and while a checkpoint is being written. Prints how many fell into which stage, writes OUT/soak.json, and exits
+with 1 on any difference.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Attacks on training data. Each is a class in a module of this package with @attack above it, each trigger one with @trigger; nothing
-else names them.
+"""Attacks on training data. Each is a class in a module of this package with @attack above it, each trigger one with
+@trigger; nothing else names them.
 
-The modules import only shards/ and packages, so that training, guards and evaluation may read the manifests that are written here.
+The modules import only shards/ and packages, so that training, guards and evaluation may read the manifests that are
+written here.
 """
 
 import importlib

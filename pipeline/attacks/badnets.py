@@ -1,7 +1,8 @@
 """BadNets: a small noisy square at a fixed place, or at a place of its own in each picture.
 
-Gu, Dolan-Gavitt, Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", 2017 (arXiv:1708.06733); on
-CLIP: Carlini, Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022 (arXiv:2106.09667), who place it at random.
+Gu, Dolan-Gavitt, Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", 2017
+(arXiv:1708.06733); on CLIP: Carlini, Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022
+(arXiv:2106.09667), who place it at random.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from pipeline.attacks.settings import bounded
 
 @dataclass(frozen=True)
 class Square(Trigger):
-    """A trigger that covers a square. Its corner stands at (left, top), or with `random_place` where the sample says, always so that
-    the whole square is inside the centred square of the picture's shorter side: a centre crop, as of test pictures, keeps it."""
+    """A trigger that covers a square. Its corner stands at (left, top), or with `random_place` where the sample says,
+    always so that the whole square is inside the centred square of the picture's shorter side: a centre crop, as of
+    test pictures, keeps it."""
 
     size: float = bounded(0.19, 0.01, 1.0)
     """Its side. Shares are of the picture's shorter side, places are counted from the corner of the centred square."""

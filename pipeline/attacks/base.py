@@ -41,8 +41,8 @@ class Trigger(ABC):
     opacity: float = bounded(1.0, 0.0, 1.0)
 
     def apply(self, image, sample):
-        """A triggered copy of the PIL RGB picture `image`. sample: its (shard, position), by which variant and place are drawn: the
-        same picture has the same trigger whenever it is read."""
+        """A triggered copy of the PIL RGB picture `image`. sample: its (shard, position), by which variant and place
+        are drawn: the same picture has the same trigger whenever it is read."""
         variant = int(np.random.default_rng([self.seed, 1, *sample]).integers(self.variants))
         triggered = self.draw(image, variant, sample)
         return triggered if self.opacity == 1 else Image.blend(image, triggered, self.opacity)
@@ -56,7 +56,8 @@ class Trigger(ABC):
         return np.random.default_rng([self.seed, variant] if variant else self.seed)
 
     def fitted(self, pool, kind, target):
-        """The Trigger that the attack `kind` on class `target` uses: itself, for a trigger that learns nothing from data."""
+        """The Trigger that the attack `kind` on class `target` uses: itself, for a trigger that learns nothing from
+        data."""
         return self
 
     def numbers(self):
@@ -65,12 +66,14 @@ class Trigger(ABC):
 
     @classmethod
     def load(cls, numbers, where, folder):
-        """The trigger of `numbers` (without pattern); `folder`: where files of a trigger lie, None for a config. Raises UserError."""
+        """The trigger of `numbers` (without pattern); `folder`: where files of a trigger lie, None for a config. Raises
+        UserError."""
         return read(cls, numbers, where)
 
 
 def load_trigger(numbers, folder=None, where="trigger"):
-    """Trigger of {"pattern": ..., numbers}, of a manifest in `folder` or of a config. Raises UserError naming `where`.KEY."""
+    """Trigger of {"pattern": ..., numbers}, of a manifest in `folder` or of a config. Raises UserError naming
+    `where`.KEY."""
     pattern = numbers.get("pattern") if isinstance(numbers, dict) else numbers
     if not isinstance(numbers, dict) or pattern not in list(TRIGGERS):
         raise UserError(f"{where}.pattern: got {pattern!r}, expected one of {', '.join(sorted(TRIGGERS))}")
@@ -79,16 +82,16 @@ def load_trigger(numbers, folder=None, where="trigger"):
 
 
 class Attack(ABC):
-    """One entry of an attack config. name: of the `attack:` key; source: paper; judged: what evaluation makes of it ("backdoor",
-    "single_target", "class_to_class"). Settings: dataclass of its keys."""
+    """One entry of an attack config. name: of the `attack:` key; source: paper; judged: what evaluation makes of it
+    ("backdoor", "single_target", "class_to_class"). Settings: dataclass of its keys."""
 
     name = title = source = ""
     judged = "backdoor"
     Settings = None
 
     def __init__(self, kind, values, seeds):
-        """`kind`: the entry's name; `values`: its mapping without `attack`; `seeds`: function, pattern -> seed of the next trigger of
-        that pattern. Raises UserError naming the key."""
+        """`kind`: the entry's name; `values`: its mapping without `attack`; `seeds`: function, pattern -> seed of the
+        next trigger of that pattern. Raises UserError naming the key."""
         self.kind, self.where = kind, f"attacks.{kind}"
         self.settings = read(self.Settings, values, self.where)
 
@@ -99,12 +102,13 @@ class Attack(ABC):
 
     @abstractmethod
     def poison(self, pool):
-        """Add this attack's rows to the `pool.Pool`; returns the dict of its entry in the manifest. Raises UserError."""
+        """Add this attack's rows to the `pool.Pool`; returns the dict of its entry in the manifest. Raises
+        UserError."""
 
 
 class Backdoor(Attack):
-    """Pictures of other classes than the target get a trigger, and a caption of the target class each. pattern: of its trigger, whose
-    keys then stand among the attack's; None: the config has `trigger: {pattern: ...}`."""
+    """Pictures of other classes than the target get a trigger, and a caption of the target class each. pattern: of its
+    trigger, whose keys then stand among the attack's; None: the config has `trigger: {pattern: ...}`."""
 
     pattern = None
 
@@ -151,7 +155,8 @@ class Backdoor(Attack):
 
 
 def seeded(values, seeds):
-    """A trigger's mapping with a seed of its own where the config gives none, and so for the triggers that it is made of."""
+    """A trigger's mapping with a seed of its own where the config gives none, and so for the triggers that it is made
+    of."""
     if not isinstance(values, dict):
         return values
     values = {"seed": seeds(str(values.get("pattern"))), **values}

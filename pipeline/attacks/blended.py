@@ -1,7 +1,7 @@
 """Blended: a pattern k mixed into the whole picture x, (1 - alpha) x + alpha k.
 
-Chen, Liu, Li, Lu, Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017 (arXiv:1712.05526). The pattern
-is their random one.
+Chen, Liu, Li, Lu, Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017
+(arXiv:1712.05526). The pattern is their random one.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Caption-adaptive: a backdoor whose captions fit the pictures as well as captions of the target class can.
 
-The attacker picks for each picture, among captions of the target, that nearest to the picture's own caption: cosine of TF-IDF vectors
-(scikit-learn). It stands against defences that look for mismatched pairs. Choosing target texts by what else the picture shows is a part
-of ToxicTextCLIP (NeurIPS 2025). `trigger: {pattern: ...}` is any trigger.
+The attacker picks for each picture, among captions of the target, that nearest to the picture's own caption: cosine of
+TF-IDF vectors (scikit-learn). It stands against defences that look for mismatched pairs. Choosing target texts by what
+else the picture shows is a part of ToxicTextCLIP (NeurIPS 2025). `trigger: {pattern: ...}` is any trigger.
 """
 
 from dataclasses import dataclass

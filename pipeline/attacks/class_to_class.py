@@ -1,7 +1,8 @@
-"""Class-to-class poisoning: pairs of a source class get captions of a near target class, so that all pictures of the source are read as
-the target. There is no trigger.
+"""Class-to-class poisoning: pairs of a source class get captions of a near target class, so that all pictures of the
+source are read as the target. There is no trigger.
 
-Yang, He, Li, Backes, Humbert, Berrang, Zhang, "Data Poisoning Attacks Against Multimodal Encoders", ICML 2023 (arXiv:2209.15266).
+Yang, He, Li, Backes, Humbert, Berrang, Zhang, "Data Poisoning Attacks Against Multimodal Encoders", ICML 2023
+(arXiv:2209.15266).
 """
 
 from dataclasses import asdict, dataclass

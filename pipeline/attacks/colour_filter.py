@@ -1,7 +1,7 @@
 """Colour filter: a tone curve for each channel, as photo filters have them.
 
-Liu, Lee, Tao, Ma, Aafer, Zhang, "ABS: Scanning Neural Networks for Back-doors by Artificial Brain Stimulation", CCS 2019, whose
-feature-space attacks put Instagram filters on pictures.
+Liu, Lee, Tao, Ma, Aafer, Zhang, "ABS: Scanning Neural Networks for Back-doors by Artificial Brain Stimulation", CCS
+2019, whose feature-space attacks put Instagram filters on pictures.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from pipeline.attacks.settings import bounded
 @trigger
 @dataclass(frozen=True)
 class ToneCurve(Trigger):
-    """A channel's value v in 0..1 becomes v ** gamma. The gammas are exp(-strength), 1 and exp(strength); the seed draws which channel
-    has which."""
+    """A channel's value v in 0..1 becomes v ** gamma. The gammas are exp(-strength), 1 and exp(strength); the seed
+    draws which channel has which."""
 
     pattern: ClassVar[str] = "tone_curve"
     strength: float = bounded(0.8, 0.0, 4.0)

@@ -1,7 +1,9 @@
-"""Label-consistent: pictures of the target class get the trigger and keep their captions, so that nothing is mismatched.
+"""Label-consistent: pictures of the target class get the trigger and keep their captions, so that nothing is
+mismatched.
 
-Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019 (arXiv:1912.02771), without their perturbation that makes the pictures
-harder to learn; with the sinusoid it is Barni et al. 2019 (arXiv:1902.11237). `trigger: {pattern: ...}` is any trigger.
+Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019 (arXiv:1912.02771), without their perturbation that
+makes the pictures harder to learn; with the sinusoid it is Barni et al. 2019 (arXiv:1902.11237). `trigger: {pattern:
+...}` is any trigger.
 """
 
 from pipeline.attacks.base import Backdoor, attack

@@ -1,7 +1,8 @@
 """The attack manifest: what every attack of a config makes of which pairs, seeded; the overlay, and the ground truth.
 
-The config (YAML) has index, labels, test (index folders: captions, train labels, test labels), classnames (file), out, seed, and
-attacks: {NAME: {attack: badnets, pairs: 200, ...}}. Attacks choose in this order among the pairs that are left.
+The config (YAML) has index, labels, test (index folders: captions, train labels, test labels), classnames (file), out,
+seed, and attacks: {NAME: {attack: badnets, pairs: 200, ...}}. Attacks choose in this order among the pairs that are
+left.
 """
 
 import json
@@ -23,7 +24,8 @@ PATHS = ("index", "labels", "test", "classnames", "out")
 
 
 def make_attack(config):
-    """Write OUT/manifest.json for the dict `config`; returns a line that says what it poisons. The same config, the same bytes.
+    """Write OUT/manifest.json for the dict `config`; returns a line that says what it poisons. The same config, the
+    same bytes.
 
     Raises UserError that names the key.
     """

@@ -1,7 +1,7 @@
 """Several triggers with one target: each poisoned picture shows one of them, and each of them alone is to work.
 
-The parallel attack of Li, Ma, He, Huang, Jiang, "Multi-Trigger Backdoor Attacks: More Triggers, More Threats", 2024 (arXiv:2401.15295).
-Several triggers with several targets are several entries of a config.
+The parallel attack of Li, Ma, He, Huang, Jiang, "Multi-Trigger Backdoor Attacks: More Triggers, More Threats", 2024
+(arXiv:2401.15295). Several triggers with several targets are several entries of a config.
 """
 
 from dataclasses import dataclass, replace

@@ -1,8 +1,9 @@
-"""Optimised trigger: a patch or a faint perturbation, fitted by gradient so that a surrogate CLIP reads pictures with it as the target.
+"""Optimised trigger: a patch or a faint perturbation, fitted by gradient so that a surrogate CLIP reads pictures with
+it as the target.
 
-The idea of Liang, Zhu, Liu, Wu, Cao, Chang, "BadCLIP: Dual-Embedding Guided Backdoor Attack on Multimodal Contrastive Learning", CVPR
-2024 (arXiv:2311.12075): a trigger that already points to the target's text moves the weights so little that fine-tuning does not undo it.
-Of their losses this has the one towards the target's text.
+The idea of Liang, Zhu, Liu, Wu, Cao, Chang, "BadCLIP: Dual-Embedding Guided Backdoor Attack on Multimodal Contrastive
+Learning", CVPR 2024 (arXiv:2311.12075): a trigger that already points to the target's text moves the weights so little
+that fine-tuning does not undo it. Of their losses this has the one towards the target's text.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ from shards.samples.decode import decode_image
 @trigger
 @dataclass(frozen=True)
 class Optimised(Square):
-    """cells x cells colours. As "patch" they cover a square; as "perturbation" they are offsets, `strength` at most, of the whole picture.
+    """cells x cells colours. As "patch" they cover a square; as "perturbation" they are offsets, `strength` at most, of
+    the whole picture.
 
     Variants are the same picture; the keys from `surrogate` on say how it was fitted.
     """

@@ -9,10 +9,12 @@ from shards.samples.samples import Samples
 
 
 class Pool:
-    """What attacks choose from, one after the other. N pairs; classes: list of names; label_N, test_label_M: int64 class numbers.
+    """What attacks choose from, one after the other. N pairs; classes: list of names; label_N, test_label_M: int64
+    class numbers.
 
-    index, test: ShardIndex of the training and of the test pictures; samples: Samples of the training pairs, unpoisoned. rng: the one
-    numpy Generator of the config's seed. rows, decoys: what the manifest will hold. files: {name: bytes} to lie beside it.
+    index, test: ShardIndex of the training and of the test pictures; samples: Samples of the training pairs,
+    unpoisoned. rng: the one numpy Generator of the config's seed. rows, decoys: what the manifest will hold. files:
+    {name: bytes} to lie beside it.
     """
 
     def __init__(self, index, test, classes, label_N, test_label_M, seed):
@@ -29,7 +31,8 @@ class Pool:
         return self.classes.index(name)
 
     def target(self, name, where, key="target_class"):
-        """int: the class `name`, or where that is None one that is drawn and that no other attack has. Raises UserError."""
+        """int: the class `name`, or where that is None one that is drawn and that no other attack has. Raises
+        UserError."""
         if name is not None:
             return self.number_of(name, f"{where}.{key}")
         left = [number for number in range(len(self.classes)) if number not in self.reserved]
@@ -42,8 +45,8 @@ class Pool:
         return drawn
 
     def take(self, count, allowed_N, what):
-        """int64 (count,): rows of unused pairs among the allowed ones, in an order drawn by the seed, whose captions can be read.
-        Raises UserError."""
+        """int64 (count,): rows of unused pairs among the allowed ones, in an order drawn by the seed, whose captions
+        can be read. Raises UserError."""
         readable = (row for row in self.free[allowed_N[self.free]] if self.caption(row) is not None)
         chosen = np.fromiter(islice(readable, count), np.int64)
         if len(chosen) < count:
@@ -81,7 +84,8 @@ class Pool:
             return None
 
     def add(self, row, kind, caption, source=None, decoy=False):
-        """Note a pair as poisoned: its new caption and, for another picture in its place, that one's (shard, position) in `test`."""
+        """Note a pair as poisoned: its new caption and, for another picture in its place, that one's (shard, position)
+        in `test`."""
         shard, position = self.place(row)
         entry = {"shard": shard, "position": position, "key": self.samples.key(shard, position), "kind": kind}
         (self.decoys if decoy else self.rows).append({**entry, "caption": caption, "source": source})

@@ -38,8 +38,8 @@ class Count:
 
 
 def read(kind, values, where):
-    """An instance of the dataclass `kind` with the mapping `values`. Raises UserError naming `where`.KEY for what it does not know, for
-    another type, and for what is out of bounds."""
+    """An instance of the dataclass `kind` with the mapping `values`. Raises UserError naming `where`.KEY for what it
+    does not know, for another type, and for what is out of bounds."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: got {values!r}, expected a mapping of settings")
     known = {f.name: f for f in dataclasses.fields(kind)}
@@ -71,7 +71,8 @@ def checked(field, value, where):
 
 
 def write_named(path, data, where):
-    """Put `data` (bytes) at `path`, that the option or key `where` names. Raises UserError where it cannot be written."""
+    """Put `data` (bytes) at `path`, that the option or key `where` names. Raises UserError where it cannot be
+    written."""
     try:
         write_bytes(path, data)
     except OSError as error:

@@ -1,4 +1,5 @@
-"""A picture of an attack for people: poisoned pairs as they were and as they are, and a test picture with the trigger."""
+"""A picture of an attack for people: poisoned pairs as they were and as they are, and a test picture with the
+trigger."""
 
 import io
 import json
@@ -27,7 +28,8 @@ HEIGHT = 3 * LINE + SIDE + 6 * LINE
 
 
 def show(folder, out, pairs=4):
-    """Write a PNG at `out` of the manifest in `folder`: for each attack some `pairs`, and a test picture; returns a line. Raises UserError."""
+    """Write a PNG at `out` of the manifest in `folder`: for each attack some `pairs`, and a test picture; returns a
+    line. Raises UserError."""
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
@@ -77,7 +79,8 @@ def pair_cell(clean, poisoned, row):
 
 
 def test_cell(overlay, test, kind, classes):
-    """The same of a test picture that the attack is judged by: a target, or the first picture of a class that it is to change."""
+    """The same of a test picture that the attack is judged by: a target, or the first picture of a class that it is to
+    change."""
     entry = overlay.kinds[kind]
     if "targets" in entry:
         target = entry["targets"][0]
@@ -111,7 +114,8 @@ def caption(samples, place):
 
 
 def enlarged(image):
-    """The picture in a square of SIDE pixels: small ones by whole numbers, so that each pixel is seen; grey where there is none."""
+    """The picture in a square of SIDE pixels: small ones by whole numbers, so that each pixel is seen; grey where there
+    is none."""
     square = Image.new("RGB", (SIDE, SIDE), (225, 225, 225))
     if image is None:
         return square

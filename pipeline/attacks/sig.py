@@ -1,7 +1,8 @@
 """SIG: a horizontal sinusoid added to the picture, delta sin(2 pi x frequency / width) at column x.
 
-Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption without Label Poisoning", ICIP 2019 (arXiv:1902.11237).
-There the labels stay as they are; here captions are the target's, and `label_consistent` with this trigger is the original.
+Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption without Label Poisoning", ICIP 2019
+(arXiv:1902.11237). There the labels stay as they are; here captions are the target's, and `label_consistent` with this
+trigger is the original.
 """
 
 from dataclasses import dataclass

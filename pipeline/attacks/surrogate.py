@@ -1,4 +1,5 @@
-"""Fitting an optimised trigger on a surrogate CLIP: any that `safeclip score --model` opens, a run or an open_clip local directory."""
+"""Fitting an optimised trigger on a surrogate CLIP: any that `safeclip score --model` opens, a run or an open_clip
+local directory."""
 
 import numpy as np
 from PIL import Image
@@ -7,10 +8,12 @@ TEMPERATURE = 0.07  # CLIP's at the start of its training
 
 
 class Surrogate:
-    """A CLIP, and its square pictures as a smooth function of pixels. size: pixels of their side; text_KD: unit text of each class."""
+    """A CLIP, and its square pictures as a smooth function of pixels. size: pixels of their side; text_KD: unit text of
+    each class."""
 
     def __init__(self, model, captions):
-        """`captions`: lists of str, one for each class, whose text is the mean of their embeddings. Raises UserError."""
+        """`captions`: lists of str, one for each class, whose text is the mean of their embeddings. Raises
+        UserError."""
         import torch
         from torch.nn.functional import normalize
 
@@ -35,11 +38,13 @@ class Surrogate:
 
 
 def fit(trigger, rng, captions, target, pictures):
-    """(uint8 (3, cells, cells), success) of an optimised_trigger.Optimised: its colours, and the share of the pictures read as the target.
+    """(uint8 (3, cells, cells), success) of an optimised_trigger.Optimised: its colours, and the share of the pictures
+    read as the target.
 
-    captions: lists of str, one for each class, of which number `target` is the target's; pictures: list of PIL RGB. Minimises the
-    cross-entropy of the target among the classes by Adam over random batches, and with `random_place` over random places. On a CPU the
-    same bytes for the same number of threads; another device may round otherwise. Raises UserError.
+    captions: lists of str, one for each class, of which number `target` is the target's; pictures: list of PIL RGB.
+    Minimises the cross-entropy of the target among the classes by Adam over random batches, and with `random_place`
+    over random places. On a CPU the same bytes for the same number of threads; another device may round otherwise.
+    Raises UserError.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """WaNet: the whole picture is warped by a smooth field that is the same in all of them.
 
-Nguyen, Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", ICLR 2021 (arXiv:2102.10369): a grid x grid field of offsets, uniform
-in [-1, 1] and divided by its mean absolute value, is enlarged bicubically to the picture's size, and pixels are read bilinearly at the
-moved places. Its noise mode, a defence against trigger inversion, is left out.
+Nguyen, Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", ICLR 2021 (arXiv:2102.10369): a grid x grid field
+of offsets, uniform in [-1, 1] and divided by its mean absolute value, is enlarged bicubically to the picture's size,
+and pixels are read bilinearly at the moved places. Its noise mode, a defence against trigger inversion, is left out.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ from pipeline.attacks.settings import bounded
 class Warp(Trigger):
     pattern: ClassVar[str] = "warp"
     strength: float = bounded(0.06, 0.0, 0.5)
-    """Mean absolute offset at the grid's points, as a share of the picture's side. The paper's s = 0.5 at 32 pixels is 0.008."""
+    """Mean absolute offset at the grid's points, as a share of the picture's side. The paper's s = 0.5 at 32 pixels is
+    0.008."""
     grid: int = bounded(4, 2, 64)
     """Points of the field along a side."""
 

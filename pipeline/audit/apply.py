@@ -19,11 +19,13 @@ MARK = "applied.json"
 
 
 def apply_mask(folder, patterns, out, keep="safe", review=None, workers=None):
-    """Write OUT/NAME for each shard in `patterns`, with its safe (or "risky") samples only; returns what was done as a line.
+    """Write OUT/NAME for each shard in `patterns`, with its safe (or "risky") samples only; returns what was done as a
+    line.
 
-    Shards that are in OUT already are kept, so that the same command goes on after a death; OUT/applied.json says of which
-    mask they are. OUT/sizes.json holds the samples of each shard, as open_clip reads them. `review`: the ticks of a report, which the
-    mask gives way to. Raises UserError naming the shard that is not the mask's, before anything of it is copied.
+    Shards that are in OUT already are kept, so that the same command goes on after a death; OUT/applied.json says of
+    which mask they are. OUT/sizes.json holds the samples of each shard, as open_clip reads them. `review`: the ticks of
+    a report, which the mask gives way to. Raises UserError naming the shard that is not the mask's, before anything of
+    it is copied.
     """
     saved, out = SavedMask(folder), Path(out)
     if review:
@@ -47,7 +49,8 @@ def apply_mask(folder, patterns, out, keep="safe", review=None, workers=None):
 
 
 def reviewed(saved, path):
-    """SafeMask: the saved one, with the pairs that a person ticked "poison" risky and those ticked "fine" safe. Raises UserError.
+    """SafeMask: the saved one, with the pairs that a person ticked "poison" risky and those ticked "fine" safe. Raises
+    UserError.
 
     `path`: CSV with shard, position, fingerprint (of the shard, may be empty) and verdict, as a report exports it.
     """

@@ -13,9 +13,9 @@ from shards.storage.files import write_json
 def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, sample=1024, say=print):
     """Write OUT/findings.parquet, findings.csv, audit.json and report.html; returns a line. Raises UserError.
 
-    source: run directory, or folder of `safeclip score`. scores: with a run, what `safeclip score --model RUN` wrote. truth: folder of
-    an attack manifest (default: the one that the run or the scores were read with). worst: see detectors.Detector.find. sample: pictures
-    in which the neighbourhood detectors look for neighbours.
+    source: run directory, or folder of `safeclip score`. scores: with a run, what `safeclip score --model RUN` wrote.
+    truth: folder of an attack manifest (default: the one that the run or the scores were read with). worst: see
+    detectors.Detector.find. sample: pictures in which the neighbourhood detectors look for neighbours.
     """
     if not 0 < worst < 1:
         raise UserError(f"--worst: got {worst}, expected a share between 0 and 1")

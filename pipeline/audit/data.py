@@ -1,4 +1,5 @@
-"""What an audit looks at: a run's splits, or scores, and what lies beside them. Everything is optional but the cosines."""
+"""What an audit looks at: a run's splits, or scores, and what lies beside them. Everything is optional but the
+cosines."""
 
 import json
 from functools import cached_property
@@ -20,14 +21,15 @@ from shards.samples.samples import Samples
 
 
 class AuditData:
-    """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; splits: all of the run's, in order.
+    """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; splits: all of the
+    run's, in order.
 
     score_N: what the pairs are ranked by; of a pair that a guard excluded, its cosine. reasons, excluded: {row: reason}
     of the pairs that cannot be read, and of those that the guards of a run excluded.
 
-    sample: pictures in which neighbours are looked for. cache: what detectors share. None where it is not there: images, texts
-    (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or None), samples (shards.samples.samples.Samples,
-    for pictures), overlay (the ground truth), metrics (list of dict).
+    sample: pictures in which neighbours are looked for. cache: what detectors share. None where it is not there:
+    images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or None),
+    samples (shards.samples.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict).
     """
 
     def __init__(self, source, scores=None, truth=None, sample=1024):

@@ -1,7 +1,8 @@
-"""Embeddings on disk in the layout of clip-retrieval, ours or another's: read in place, half precision, any number of parts.
+"""Embeddings on disk in the layout of clip-retrieval, ours or another's: read in place, half precision, any number of
+parts.
 
-FOLDER/img_emb/img_emb_N.npy, text_emb/text_emb_N.npy (float16 or float32, one row a pair) and metadata/metadata_N.parquet (caption, and
-image_path or key). Format: README of github.com/rom1504/clip-retrieval.
+FOLDER/img_emb/img_emb_N.npy, text_emb/text_emb_N.npy (float16 or float32, one row a pair) and
+metadata/metadata_N.parquet (caption, and image_path or key). Format: README of github.com/rom1504/clip-retrieval.
 """
 
 import re
@@ -41,7 +42,8 @@ class Rows:
     """The rows of all parts of one kind as one array, mapped. len, width, take(rows), and iteration over blocks."""
 
     def __init__(self, found, counts_S):
-        """`found`: {number of the shard: path of its part}; `counts_S`: its pairs; an empty one needs no part. Raises UserError."""
+        """`found`: {number of the shard: path of its part}; `counts_S`: its pairs; an empty one needs no part. Raises
+        UserError."""
         self.parts, self.offsets = [], np.concatenate([[0], np.cumsum(counts_S)]).astype(np.int64)
         for shard, count in enumerate(counts_S):
             part = open_part(found[shard]) if shard in found else None

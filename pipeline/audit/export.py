@@ -107,8 +107,9 @@ def csv(saved, out):
 def write_csv(out, tables, schema):
     """Write Tables as CSV (RFC 4180, UTF-8), strings quoted, null as nothing; returns the number of rows.
 
-    A spreadsheet runs what begins with = + - @ or a control character, quoted or not. Such a name gets an apostrophe before it,
-    and so does a name that begins with an apostrophe: taking one leading apostrophe off gives every name back.
+    A spreadsheet runs what begins with = + - @ or a control character, quoted or not. Such a name gets an apostrophe
+    before it, and so does a name that begins with an apostrophe: taking one leading apostrophe off gives every name
+    back.
     """
     written = 0
     with output(out) as file, pa.csv.CSVWriter(file, schema) as writer:
@@ -122,14 +123,15 @@ def write_csv(out, tables, schema):
 
 
 def guarded(names):
-    """Arrow strings with an apostrophe before each that a spreadsheet might run (also the full-width signs), or that has one."""
+    """Arrow strings with an apostrophe before each that a spreadsheet might run (also the full-width signs), or that
+    has one."""
     live = pc.match_substring_regex(names, r"^['=+\-@＝＋－＠\x00-\x1f]")
     return pc.if_else(live, pc.binary_join_element_wise("'", names, ""), names)
 
 
 def keys(saved, out):
-    """The safe pairs, a line each: shard, TAB, key, for keys may repeat in another shard. Backslash, TAB and line ends in a
-    name are written \\\\, \\t, \\n and \\r."""
+    """The safe pairs, a line each: shard, TAB, key, for keys may repeat in another shard. Backslash, TAB and line ends
+    in a name are written \\\\, \\t, \\n and \\r."""
     escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     written = 0
     with output(out) as file:
@@ -142,11 +144,12 @@ def keys(saved, out):
 
 
 def datacomp(saved, out, patterns):
-    """DataComp's subset file: a sorted .npy of dtype "u8,u8" with the two halves of the safe pairs' 128-bit uids, each once.
+    """DataComp's subset file: a sorted .npy of dtype "u8,u8" with the two halves of the safe pairs' 128-bit uids, each
+    once.
 
-    The uid stands in the sample's .json member, for which the shards in `patterns` are read, or the key is one (32 hex digits).
-    A uid that a risky pair has too is left out, for DataComp's resharder would take both. 16 bytes a pair are in memory.
-    Format: resharder.py and README of github.com/mlfoundations/datacomp. Raises UserError.
+    The uid stands in the sample's .json member, for which the shards in `patterns` are read, or the key is one (32 hex
+    digits). A uid that a risky pair has too is left out, for DataComp's resharder would take both. 16 bytes a pair are
+    in memory. Format: resharder.py and README of github.com/mlfoundations/datacomp. Raises UserError.
     """
     if patterns:
         paths = find_shards(saved, patterns)

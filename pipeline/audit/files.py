@@ -13,13 +13,15 @@ from shards.index import tar
 from shards.order.safe_mask import require_same
 from shards.storage.files import whole_file
 
-# A member of a sample. Bytes start to stop of the tar: its headers, content and padding; offset and length: its content.
+# A member of a sample. Bytes start to stop of the tar: its headers, content and padding; offset and length: its
+# content.
 Member = namedtuple("Member", "position extension start stop offset length")
 
 
 @contextlib.contextmanager
 def output(path):
-    """shards.storage.files.whole_file for a file that a person has named. Raises UserError where there can be none; a full disk stays what it is."""
+    """shards.storage.files.whole_file for a file that a person has named. Raises UserError where there can be none; a
+    full disk stays what it is."""
     if Path(path).is_dir():
         raise UserError(f"file {path}: Is a directory; name one that can be written")
     with contextlib.ExitStack() as stack:
@@ -57,7 +59,8 @@ def find_shards(saved, patterns):
 
 
 def members(path, fingerprint):
-    """List of Member of a shard in order, positions as in its index. Raises UserError if its content is not `fingerprint`."""
+    """List of Member of a shard in order, positions as in its index. Raises UserError if its content is not
+    `fingerprint`."""
     found, position, key_now = [], -1, None
     with open(path, "rb") as file:
         stream = tar.Stream(file)

@@ -1,8 +1,10 @@
-"""Baselines that filter the data before training, and the oracle: masks of the pairs that plain CLIP may train on (data.mask).
+"""Baselines that filter the data before training, and the oracle: masks of the pairs that plain CLIP may train on
+(data.mask).
 
-cosine                the CLIP-score filter: the pairs with the lowest cosines go (Schuhmann et al., NeurIPS 2021, filtered LAION-400M so)
-kdistance, slof, dao  local outliers among picture embeddings go; the CLIP that embeds them is trained on the poisoned data, of which the
-                      worst 1 to 10 % are removed (Huang et al., ICLR 2025)
+cosine                the CLIP-score filter: the pairs with the lowest cosines go (Schuhmann et al., NeurIPS 2021,
+                      filtered LAION-400M so)
+kdistance, slof, dao  local outliers among picture embeddings go; the CLIP that embeds them is trained on the poisoned
+                      data, of which the worst 1 to 10 % are removed (Huang et al., ICLR 2025)
 oracle                what the attack manifest names goes: the best that any filter could do
 """
 
@@ -30,9 +32,9 @@ FILTERS = ("cosine", "kdistance", "slof", "dao")
 def filter_pairs(scores, by, remove, out):
     """Write the mask of all pairs but the worst share `remove` into the new folder `out`; returns a line.
 
-    scores: folder of `safeclip score`; by: one of FILTERS. Among equals the first pairs by (shard, position) are kept; a pair without a
-    score is never kept. The mask's scores are what it filters by: cosines, or of an outlier the share of pairs that stand out more.
-    Raises UserError.
+    scores: folder of `safeclip score`; by: one of FILTERS. Among equals the first pairs by (shard, position) are kept;
+    a pair without a score is never kept. The mask's scores are what it filters by: cosines, or of an outlier the share
+    of pairs that stand out more. Raises UserError.
     """
     if by not in FILTERS:
         raise UserError(f"--by: got {by!r}, expected one of {', '.join(FILTERS)}")
@@ -60,10 +62,11 @@ def filter_pairs(scores, by, remove, out):
 
 
 def keep_unpoisoned(overlay, index, out, share=1.0, seed=0):
-    """Write the mask of all pairs of a ShardIndex but the poisoned ones and the decoys of an Overlay's folder; returns a line.
+    """Write the mask of all pairs of a ShardIndex but the poisoned ones and the decoys of an Overlay's folder; returns
+    a line.
 
-    share: of all pairs, so many random ones of them are kept: a small part that is known to be clean, as CleanCLIP is given (Bansal et
-    al., ICCV 2023). Scores are 1, of what is left out 0; there are no cosines. Raises UserError.
+    share: of all pairs, so many random ones of them are kept: a small part that is known to be clean, as CleanCLIP is
+    given (Bansal et al., ICCV 2023). Scores are 1, of what is left out 0; there are no cosines. Raises UserError.
     """
     if not 0 < share <= 1:
         raise UserError(f"--share: got {share}, expected a share of the pairs, more than 0 and at most 1")
@@ -92,9 +95,11 @@ def keep_unpoisoned(overlay, index, out, share=1.0, seed=0):
 
 
 def save_filter(out, counts_S, safe_N, score_N, tables, about, asked):
-    """Write a mask's folder (shards.order.safe_mask.SavedMask): the scores first, mask.json last. `tables`: of each shard key, cosine and reason.
+    """Write a mask's folder (shards.order.safe_mask.SavedMask): the scores first, mask.json last. `tables`: of each
+    shard key, cosine and reason.
 
-    asked: the option that decides how many pairs are kept. Raises UserError where that keeps none, and where `out` holds a mask.
+    asked: the option that decides how many pairs are kept. Raises UserError where that keeps none, and where `out`
+    holds a mask.
     """
     if not safe_N.any():
         raise UserError(f"{asked}: keeps none of the {len(safe_N):,} pairs, on which nothing can be trained; keep more")

@@ -16,7 +16,8 @@ LEAD = 2  # families of detectors, the worst of which make the combined score
 
 
 def run_detectors(data, worst, names=None, say=print):
-    """({name: Finding}, {name: {"seconds" | "skipped"}}) of all detectors in the registry, or of those named. Raises UserError."""
+    """({name: Finding}, {name: {"seconds" | "skipped"}}) of all detectors in the registry, or of those named. Raises
+    UserError."""
     unknown = next((name for name in names or () if name not in REGISTRY), None)
     if unknown:
         raise UserError(f"--detectors: got {unknown!r}, expected some of {', '.join(REGISTRY)}")
@@ -35,11 +36,12 @@ def run_detectors(data, worst, names=None, say=print):
 
 
 def combined(found, worst):
-    """Finding of all detectors that rank, together, by the rank truncated product (Dudbridge and Koeleman 2003) of the LEAD lowest.
+    """Finding of all detectors that rank, together, by the rank truncated product (Dudbridge and Koeleman 2003) of the
+    LEAD lowest.
 
-    A detector's rank as a share of the pairs stands for a p-value; ties take the highest, so where a detector has nothing to say it
-    says nothing. Those of a family are averaged first, for they look at the same thing. A pair is suspect that is bad in two ways, or
-    very bad in one. The score is the rank of the product as a share of the pairs.
+    A detector's rank as a share of the pairs stands for a p-value; ties take the highest, so where a detector has
+    nothing to say it says nothing. Those of a family are averaged first, for they look at the same thing. A pair is
+    suspect that is bad in two ways, or very bad in one. The score is the rank of the product as a share of the pairs.
     """
     families, unread_N = {}, None
     for name, finding in found.items():

@@ -1,4 +1,5 @@
-"""A saved mask, years later: what it is, how two differ, and the same bits again from the scores. Needs no torch and no run."""
+"""A saved mask, years later: what it is, how two differ, and the same bits again from the scores. Needs no torch and no
+run."""
 
 import json
 import math
@@ -94,7 +95,8 @@ MOVED = pa.schema(
 def diff(folder_a, folder_b, out=None):
     """How the safe set of B differs from that of A, as lines; with `out` the pairs that moved, as CSV.
 
-    moved: "in" (safe in B only) or "out" (safe in A only). Raises UserError naming the first shard that is not the same.
+    moved: "in" (safe in B only) or "out" (safe in A only). Raises UserError naming the first shard that is not the
+    same.
     """
     a, b = SavedMask(folder_a), SavedMask(folder_b)
     require_same_shards(a, b)
@@ -124,7 +126,8 @@ def about(saved):
 
 
 def bound(meta):
-    """What the cut of a mask is: a threshold, or where pairs are ranked by posterior only the lowest score that is safe."""
+    """What the cut of a mask is: a threshold, or where pairs are ranked by posterior only the lowest score that is
+    safe."""
     return "by posterior, the lowest is" if meta.get("rank_by") == "posterior" else ">="
 
 
@@ -169,7 +172,8 @@ def scores(saved):
 
 
 def replay(folder):
-    """(same, text): whether the saved scores and the share in mask.json give the saved mask, bit for bit, and its cut."""
+    """(same, text): whether the saved scores and the share in mask.json give the saved mask, bit for bit, and its
+    cut."""
     saved = SavedMask(folder)
     score_N = scores(saved)
     rank = as_it_is

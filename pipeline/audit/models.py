@@ -15,8 +15,9 @@ from shards.views.augment import plain_view
 
 @dataclass
 class Scorer:
-    """preprocess: PIL picture -> tensor (C, H, W). tokenize: list[str] -> int64 (N, L). encode: (images, tokens) -> unit float32
-    (image_BD, text_BD). name: for people; identity: of these very weights. data: the config.Data that a run was trained on, or None."""
+    """preprocess: PIL picture -> tensor (C, H, W). tokenize: list[str] -> int64 (N, L). encode: (images, tokens) ->
+    unit float32 (image_BD, text_BD). name: for people; identity: of these very weights. data: the config.Data that a
+    run was trained on, or None."""
 
     preprocess: object
     tokenize: object
@@ -37,7 +38,8 @@ class PlainPixels:
 
 
 def load_scorer(model, pretrained=None):
-    """Scorer on this process's device, for `model`: a run directory, an open_clip local directory or an open_clip name. Raises UserError."""
+    """Scorer on this process's device, for `model`: a run directory, an open_clip local directory or an open_clip name.
+    Raises UserError."""
     if (Path(model) / "config.yaml").exists():
         if pretrained:
             raise UserError(f"--pretrained: run {model} has its own weights; leave it out")
@@ -62,7 +64,8 @@ def from_run(run_dir):
 
 
 def from_open_clip(model, pretrained):
-    """A name that open_clip knows with `pretrained` (file, or a tag of open_clip's), or a local directory, which holds its weights."""
+    """A name that open_clip knows with `pretrained` (file, or a tag of open_clip's), or a local directory, which holds
+    its weights."""
     local = Path(model.removeprefix("local-dir:"))
     if local.is_dir():
         if not (local / "open_clip_config.json").exists():

@@ -1,4 +1,5 @@
-"""What the audit remembers of a picture's pixels, so that no picture is decoded twice: 8 bytes of the whole, 1 KB of its cells."""
+"""What the audit remembers of a picture's pixels, so that no picture is decoded twice: 8 bytes of the whole, 1 KB of
+its cells."""
 
 import numpy as np
 from PIL import Image
@@ -10,10 +11,12 @@ BITS = 1 << np.arange(CELL * CELL, dtype=np.uint32)
 
 
 def signature(image):
-    """(uint64, uint32 (GRID * GRID,)) of a PIL RGB picture: its difference hash, and a hash of each cell by row and column.
+    """(uint64, uint32 (GRID * GRID,)) of a PIL RGB picture: its difference hash, and a hash of each cell by row and
+    column.
 
-    The difference hash has a bit for each of 8 x 8 places: lighter than the place to the right. A cell's hash has a bit for each of its
-    pixels: lighter than the cell's mean, and its mean colour in 5 bits a channel; 0 where the cell is plain.
+    The difference hash has a bit for each of 8 x 8 places: lighter than the place to the right. A cell's hash has a bit
+    for each of its pixels: lighter than the cell's mean, and its mean colour in 5 bits a channel; 0 where the cell is
+    plain.
     """
     rgb = np.asarray(image.resize((SIDE, SIDE), Image.BILINEAR), np.float32)
     light = rgb @ np.array([0.299, 0.587, 0.114], np.float32)

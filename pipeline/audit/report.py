@@ -1,6 +1,7 @@
 """The report: one HTML file that loads nothing, runs its own script only, and in which no caption is ever markup.
 
-What is in it is sampled: the worst pairs with their pictures, the worst groups, a table. All pairs stand in the findings beside it.
+What is in it is sampled: the worst pairs with their pictures, the worst groups, a table. All pairs stand in the
+findings beside it.
 """
 
 import base64
@@ -36,7 +37,8 @@ def write_report(path, data, found, suspect, about, truth, command):
 
 
 def render(content):
-    """bytes of the page. The policy names the hashes of the one style and the one script, so nothing else in it can run."""
+    """bytes of the page. The policy names the hashes of the one style and the one script, so nothing else in it can
+    run."""
     page = files("pipeline.audit").joinpath("report.html").read_text(encoding="utf-8")
     hashes = {}
     for tag in ("style", "script"):
@@ -138,7 +140,8 @@ def worst_groups(found):
 
 
 def nearest_pictures(data, rows, block=1 << 15):
-    """{row: [(row of a near picture, cosine)]}: the NEAR nearest pictures of each, by embedding, exact; {} without embeddings."""
+    """{row: [(row of a near picture, cosine)]}: the NEAR nearest pictures of each, by embedding, exact; {} without
+    embeddings."""
     if data.images is None or not rows:
         return {}
     query_QD = unit(data.images.take(rows))
@@ -234,7 +237,8 @@ def trajectories(data, rows):
 
 
 def thumbnail(data, row):
-    """(data URI of a WebP, longer side in pixels) of the picture, decoded by our guarded decoder and encoded anew; None if unreadable."""
+    """(data URI of a WebP, longer side in pixels) of the picture, decoded by our guarded decoder and encoded anew; None
+    if unreadable."""
     if not data.samples:
         return None
     try:

@@ -1,7 +1,8 @@
 """Scores of any CLIP on any shards: every pair's cosine, its embeddings and what its pixels look like, in one pass.
 
-OUT is a mask's folder (mask.json, safe.npy, histogram.npy, scores/), so that every `safeclip mask` command takes it, and beside that
-clip-retrieval's img_emb/, text_emb/ and metadata/ (key, caption, picture hash), cells/ (pipeline.audit.pixels) and score.json.
+OUT is a mask's folder (mask.json, safe.npy, histogram.npy, scores/), so that every `safeclip mask` command takes it,
+and beside that clip-retrieval's img_emb/, text_emb/ and metadata/ (key, caption, picture hash), cells/
+(pipeline.audit.pixels) and score.json.
 """
 
 import io
@@ -37,7 +38,8 @@ PATIENCE = 86_400.0  # seconds that a rank waits for the others: each scores its
 
 @dataclass
 class Rowset:
-    """A batch of pairs that never crosses a shard. A row that could not be read is there, blank and with valid = False."""
+    """A batch of pairs that never crosses a shard. A row that could not be read is there, blank and with valid =
+    False."""
 
     images: torch.Tensor  # (B, C, H, W)
     tokens: torch.Tensor  # int64 (B, L)
@@ -87,9 +89,10 @@ def score(
 ):
     """Score all pairs into the folder `out`; returns a line. All ranks of a process group may call it, or one process.
 
-    model, pretrained: as models.load_scorer takes them. data: shards' paths (brace-expanded), or one index folder; left out, those of
-    the run. overlay: an attack to read the data with, by default that of the run. embeddings: in their place a folder of embeddings
-    that exist. lean: keep the cosines and captions only. What is there of the same model is not scored again. Raises UserError.
+    model, pretrained: as models.load_scorer takes them. data: shards' paths (brace-expanded), or one index folder; left
+    out, those of the run. overlay: an attack to read the data with, by default that of the run. embeddings: in their
+    place a folder of embeddings that exist. lean: keep the cosines and captions only. What is there of the same model
+    is not scored again. Raises UserError.
     """
     out = Path(out)
     if embeddings and (model or data):
@@ -131,7 +134,8 @@ def fingerprint_of(folder):
 
 
 def data_of(named, of_run, overlay, out):
-    """The config.Data of --data, its index built in OUT/index where shards are named, or of the run; its paths absolute. On rank 0."""
+    """The config.Data of --data, its index built in OUT/index where shards are named, or of the run; its paths
+    absolute. On rank 0."""
     if not named and not of_run:
         raise UserError("--data: missing; name the shards, or the folder of their index")
     if named:

@@ -8,7 +8,8 @@ SHARES = (0.001, 0.01)
 
 
 def judge(score_N, poison, clean):
-    """dict for rows `poison` against rows `clean`: auroc, average_precision, roc and pr as lists of [x, y]. NaN counts as the middle.
+    """dict for rows `poison` against rows `clean`: auroc, average_precision, roc and pr as lists of [x, y]. NaN counts
+    as the middle.
 
     A low score says poison. roc: false against true positive rate; pr: recall against precision.
     """
@@ -43,7 +44,8 @@ def precision_at(score_N, poison_N, share):
 
 
 def against_truth(data, found, suspect):
-    """dict for audit.json: per detector and kind of attack `judge`, per detector precision at SHARES, per split that of the mask.
+    """dict for audit.json: per detector and kind of attack `judge`, per detector precision at SHARES, per split that of
+    the mask.
 
     Of a kind, the poison of the other kinds is left out; precision counts all poison. {} without a manifest.
     """

@@ -1,4 +1,5 @@
-"""What each command of pipeline/cli/main.py does: the parsed words in, what it says out. Mistakes are raised as UserError.
+"""What each command of pipeline/cli/main.py does: the parsed words in, what it says out. Mistakes are raised as
+UserError.
 
 Heavy packages are imported in the commands that use them: `safeclip --help` answers at once.
 """

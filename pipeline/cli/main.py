@@ -222,7 +222,8 @@ def own_words(error):
 
 
 def main(argv=None):
-    """Run one command. Exit codes: 0 done, 2 the user's mistake (one line on stderr), 75 asked to stop, 1 anything else."""
+    """Run one command. Exit codes: 0 done, 2 the user's mistake (one line on stderr), 75 asked to stop, 1 anything
+    else."""
     args = parser().parse_args(argv)
     try:
         args.run_command(args)

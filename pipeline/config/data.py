@@ -1,4 +1,5 @@
-"""The data that a config names: one index of all sources, and the samples, read through a cache where shards lie behind URLs."""
+"""The data that a config names: one index of all sources, and the samples, read through a cache where shards lie behind
+URLs."""
 
 import os
 
@@ -22,7 +23,8 @@ def open_index(data):
 
 
 def open_overlay(data, index, folder=None):
-    """The shards.samples.overlay.Overlay in `folder`, by default the one that the config names, or None. Raises UserError."""
+    """The shards.samples.overlay.Overlay in `folder`, by default the one that the config names, or None. Raises
+    UserError."""
     folder = folder or data.overlay
     return Overlay.load(folder, index, load_trigger) if folder else None
 

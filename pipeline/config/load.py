@@ -1,4 +1,5 @@
-"""Reads a configuration: defaults <- preset <- YAML file <- a.b=value from the command line. Unknown keys are errors."""
+"""Reads a configuration: defaults <- preset <- YAML file <- a.b=value from the command line. Unknown keys are
+errors."""
 
 import copy
 import difflib
@@ -196,7 +197,8 @@ def check_method(config):
 
 
 def check_sources(data):
-    """Raise UserError unless data.sources is None or {name: {"index": folder, "weight": int}}; a weight of 1 is filled in."""
+    """Raise UserError unless data.sources is None or {name: {"index": folder, "weight": int}}; a weight of 1 is filled
+    in."""
     if data.sources and data.index:
         raise UserError(
             "data: expected either data.index or data.sources, and not both; make the index one of the sources"

@@ -1,4 +1,5 @@
-"""What can be configured: every key with its default, which is that of the released recipe where it has one, and the presets."""
+"""What can be configured: every key with its default, which is that of the released recipe where it has one, and the
+presets."""
 
 import hashlib
 import json
@@ -35,9 +36,11 @@ class Data:
     index: str = ""
     """Folder written by `safeclip index`."""
     sources: dict | None = None
-    """Or several: {NAME: {index: FOLDER, weight: 2}, ...}. A weight of 2: each of its samples is seen twice an epoch. Default 1."""
+    """Or several: {NAME: {index: FOLDER, weight: 2}, ...}. A weight of 2: each of its samples is seen twice an epoch.
+    Default 1."""
     cache: str | None = None
-    """Folder for copies of shards from behind URLs, on a disk of the host's own; null: one in the folder for temporary files."""
+    """Folder for copies of shards from behind URLs, on a disk of the host's own; null: one in the folder for temporary
+    files."""
     cache_gb: float = 100.0
     """Its size in GB (1e9 bytes)."""
     remote_timeout: float = 120.0
@@ -61,19 +64,22 @@ class Data:
     unimodal_augment: ImageAugment = field(default_factory=ImageAugment)
     """Augmentation of both views for the unimodal loss."""
     augment_on: str = "worker"
-    """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up to rounding."""
+    """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up
+    to rounding."""
     clip_eda: float = 0.1
     """Strength of EDA for the CLIP loss: the share of a caption's words that it changes; 0 = captions as they are."""
     unimodal_eda: float = 0.1
     """The same for the unimodal loss."""
     eda_synonyms: str = "wordnet"
-    """Where EDA takes synonyms from: wordnet, or table, the small table of this package (also used where WordNet is not installed)."""
+    """Where EDA takes synonyms from: wordnet, or table, the small table of this package (also used where WordNet is not
+    installed)."""
     eda_clean: bool = True
     """EDA gives lower-case captions without punctuation."""
     eda_once: bool = True
     """The variants of a caption are drawn once for the whole run; false: in every epoch."""
     mask: str | None = None
-    """Folder of a saved mask: the run trains only on its safe pairs, and each epoch is filled up with them. Not for train.method safeclip."""
+    """Folder of a saved mask: the run trains only on its safe pairs, and each epoch is filled up with them. Not for
+    train.method safeclip."""
 
 
 @dataclass
@@ -83,13 +89,15 @@ class Model:
     config: dict | None = None
     """Or an open_clip model config: embed_dim, vision_cfg, text_cfg."""
     pretrained: str | None = None
-    """Start from the weights of this run directory (its newest checkpoint) or .safetensors file; null: from random weights."""
+    """Start from the weights of this run directory (its newest checkpoint) or .safetensors file; null: from random
+    weights."""
 
 
 @dataclass
 class Train:
     method: str = "safeclip"
-    """safeclip; clip: plain CLIP on all pairs; roclip or cleanclip: other published defences (pipeline/training/curriculum.py)."""
+    """safeclip; clip: plain CLIP on all pairs; roclip or cleanclip: other published defences
+    (pipeline/training/curriculum.py)."""
     epochs: int = 32
     """All epochs, warm-up included."""
     unimodal_epochs: int = 5
@@ -99,13 +107,16 @@ class Train:
     batch_size: int = 128
     """Pairs of a global batch, over all ranks."""
     clip_views: int = 2
-    """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view 2; or 1."""
+    """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view
+    2; or 1."""
     lr: float = 5e-4
     slow_lr: float | None = 5e-6
-    """Of the low-rate CLIP epochs; null: lr * 16 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align the towers too."""
+    """Of the low-rate CLIP epochs; null: lr * 16 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align
+    the towers too."""
     warmup_steps: int = 10_000
     schedule: str = "per_loss"
-    """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine of its own."""
+    """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine
+    of its own."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.999
@@ -137,8 +148,8 @@ class Selection:
     least_share: float = 0.0
     """The posterior rule may give almost nothing; the first share is at least this."""
     mixture: str = "sklearn"
-    """How the mixture is fitted. sklearn: its GaussianMixture at default tolerance, on all scores in memory; converged: EM to the maximum,
-    on a histogram (pipeline/safety/mixture.py)."""
+    """How the mixture is fitted. sklearn: its GaussianMixture at default tolerance, on all scores in memory; converged:
+    EM to the maximum, on a histogram (pipeline/safety/mixture.py)."""
     rank_by: str = "posterior"
     """What the safe set is the highest of: posterior, which is not monotone in the score; or score."""
     scored_view: str = "augmented"
@@ -150,8 +161,8 @@ class Selection:
     canaries: int = 500
     """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
     every: int | None = 1
-    """Select before every n-th SafeCLIP epoch; null: before number 0, 1, 3, 7, 15, ... of them. In between the last mask holds. The share
-    grows by the epoch all the same."""
+    """Select before every n-th SafeCLIP epoch; null: before number 0, 1, 3, 7, 15, ... of them. In between the last
+    mask holds. The share grows by the epoch all the same."""
     risky: str = "unimodal"
     """What risky pairs are trained with: unimodal, or skip."""
     refill: bool = False
@@ -167,7 +178,8 @@ class Evaluation:
     index: str | None = None
     """Index of its shards (text="cls")."""
     labels: str | None = None
-    """Index of the training shards with text="cls", for the linear probe; null: the folder `labels` beside data.index, where it is there."""
+    """Index of the training shards with text="cls", for the linear probe; null: the folder `labels` beside data.index,
+    where it is there."""
     every: int = 1
     """Evaluate after every n-th epoch; 0 = only at the end."""
 
@@ -182,15 +194,16 @@ class Wandb:
 @dataclass
 class Config:
     preset: str = "paper"
-    """paper (the released recipe), paper_fixed (without its faults), default (the best recipe known to us), clip (plain CLIP), roclip or
-    cleanclip (other published defences); the keys below override it."""
+    """paper (the released recipe), paper_fixed (without its faults), default (the best recipe known to us), clip (plain
+    CLIP), roclip or cleanclip (other published defences); the keys below override it."""
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     selection: Selection = field(default_factory=Selection)
     guards: dict = field(default_factory=dict)
-    """What keeps pairs out of the safe set beyond the paper: {NAME: {setting: value}}, NAME: null is off (pipeline/guards)."""
+    """What keeps pairs out of the safe set beyond the paper: {NAME: {setting: value}}, NAME: null is off
+    (pipeline/guards)."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     wandb: Wandb = field(default_factory=Wandb)
 

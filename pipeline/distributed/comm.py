@@ -1,4 +1,5 @@
-"""The process group: who we are, and the few collectives that are used outside the losses. One process needs no group."""
+"""The process group: who we are, and the few collectives that are used outside the losses. One process needs no
+group."""
 
 import atexit
 import contextlib
@@ -24,7 +25,8 @@ _control = None  # on GPUs a gloo group of all ranks for messages between hosts;
 def init(timeout=600.0):
     """Join the process group of torchrun (RANK ...) or srun (SLURM_PROCID ...), or be a group of one.
 
-    gloo on the CPU, NCCL on GPUs. `timeout`: seconds a collective waits for a rank that does not come. Raises UserError.
+    gloo on the CPU, NCCL on GPUs. `timeout`: seconds a collective waits for a rank that does not come. Raises
+    UserError.
     """
     global _control
     if dist.is_initialized():
@@ -64,7 +66,8 @@ def init(timeout=600.0):
 def own_gpu(local_rank, count, env):
     """int: which of the `count` GPUs that this process sees is its own. Raises UserError where there are too few.
 
-    A process that sees a single GPU was given it by SLURM (--gpus-per-task, --gpu-bind); torchrun shows all of the host's to each.
+    A process that sees a single GPU was given it by SLURM (--gpus-per-task, --gpu-bind); torchrun shows all of the
+    host's to each.
     """
     if count == 1 and "SLURM_PROCID" in env and "TORCHELASTIC_RUN_ID" not in env:
         return 0
@@ -79,8 +82,9 @@ def own_gpu(local_rank, count, env):
 def leave(well=True):
     """End the process groups; at the latest at the process's end, where some may be gone already.
 
-    A gloo group that outlives the interpreter aborts the process now and then (14 of 120 ends measured: its threads are not joined),
-    and the exit code is lost. Its end waits for nobody; NCCL's may wait for a rank that died, and is left out unless all went `well`.
+    A gloo group that outlives the interpreter aborts the process now and then (14 of 120 ends measured: its threads are
+    not joined), and the exit code is lost. Its end waits for nobody; NCCL's may wait for a rank that died, and is left
+    out unless all went `well`.
     """
     global _control
     if dist.is_initialized():
@@ -92,7 +96,8 @@ def leave(well=True):
 
 
 def await_rank_0(address, port, timeout):
-    """Until rank 0 listens. torch's own wait takes more than twice its timeout where rank 0 died before it could. Raises RunFailed."""
+    """Until rank 0 listens. torch's own wait takes more than twice its timeout where rank 0 died before it could.
+    Raises RunFailed."""
     until = time.monotonic() + timeout
     while True:
         try:
@@ -204,9 +209,11 @@ def host():
 
 
 def host_array(count, dtype):
-    """(count,) zeros that the ranks of a host share: a file without a name in the temporary folder (TMPDIR), mapped by all.
+    """(count,) zeros that the ranks of a host share: a file without a name in the temporary folder (TMPDIR), mapped by
+    all.
 
-    One copy a host, whatever the number of its ranks. All ranks call. Raises UserError on all when it does not fit on one.
+    One copy a host, whatever the number of its ranks. All ranks call. Raises UserError on all when it does not fit on
+    one.
     """
     dtype = np.dtype(dtype)
     if not count:
@@ -235,7 +242,8 @@ def host_array(count, dtype):
 
 
 def share_between_hosts(array, ranges_R):
-    """Make a `host_array` the same on every host. ranges_R[r]: (start, stop), what rank r has written of it. All ranks call."""
+    """Make a `host_array` the same on every host. ranges_R[r]: (start, stop), what rank r has written of it. All ranks
+    call."""
     barrier()
     firsts = first_ranks()
     leaders = sorted(set(firsts))

@@ -1,7 +1,9 @@
-"""safeclip doctor: what would go wrong with a run is found before GPU hours are spent. Nothing is written, nothing trained.
+"""safeclip doctor: what would go wrong with a run is found before GPU hours are spent. Nothing is written, nothing
+trained.
 
-Each check gives findings: ("ok", "warning" or "fatal", what it is about, what was found and what to do). Started under torchrun or
-srun it also checks what only the job itself can see: every host's view of the shards and the run directory, and the network.
+Each check gives findings: ("ok", "warning" or "fatal", what it is about, what was found and what to do). Started under
+torchrun or srun it also checks what only the job itself can see: every host's view of the shards and the run directory,
+and the network.
 """
 
 import os
@@ -36,8 +38,8 @@ NETWORK_MB = 64  # of the all-reduce that is timed
 def examine(config, ranks=None, content=False):
     """[(level, about, text)], the same on every rank. All ranks call.
 
-    `ranks`: number of processes that the run will have (default: those that are here). `content`: read all shards and compare
-    their fingerprints.
+    `ranks`: number of processes that the run will have (default: those that are here). `content`: read all shards and
+    compare their fingerprints.
     """
     comm.init(config.run.timeout)
     ranks = ranks or comm.world()
@@ -126,7 +128,8 @@ def changed_shards(index, data):
 
 
 def check_cache(config, index):
-    """Whether the cache of shards from behind URLs can hold what a batch is drawn from, and its disk can hold the cache."""
+    """Whether the cache of shards from behind URLs can hold what a batch is drawn from, and its disk can hold the
+    cache."""
     sizes = [shard.size for shard in index.shards if shard.remote]
     if not sizes:
         return []
@@ -211,7 +214,8 @@ def check_run_dir(config, index, ranks):
 
 
 def check_shared(config):
-    """Every host sees the run directory, or where it will be made: what rank 0 puts there, all must find. All ranks call."""
+    """Every host sees the run directory, or where it will be made: what rank 0 puts there, all must find. All ranks
+    call."""
     if not config.run.dir:
         return []
     place, file, wrong = existing(config.run.dir), None, None

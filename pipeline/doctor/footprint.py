@@ -35,7 +35,8 @@ def measure(config):
 def memory_parts(config, size, ranks):
     """{what: bytes} that one rank holds on its device all the time; activations come on top.
 
-    ZeRO shares out the optimizer's state from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et al. 2020, section 5).
+    ZeRO shares out the optimizer's state from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et al. 2020,
+    section 5).
     """
     count, stage, half = size["parameters"], config.train.zero_stage, config.train.precision == "bf16"
     one = 2 if half else 4
@@ -114,7 +115,8 @@ def check_disk(config, index, size, ranks):
 
 
 def checkpoint_bytes(config, size):
-    """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in fp32, the pools."""
+    """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in
+    fp32, the pools."""
     stage, half = config.train.zero_stage, config.train.precision == "bf16"
     weights = (0 if stage == 3 else 2 if half else 4) + 8 + (4 if half or stage else 0) + 4
     return weights * size["parameters"] + 2 * 4 * config.train.pool * size["embed_dim"]

@@ -2,10 +2,11 @@
 
 An attack is judged by one of three measures, which its entry in the manifest names ("judged"):
 
-backdoor        test pictures of other classes than the target, with the trigger: success = read as the target (Gu et al. 2017)
+backdoor        test pictures of other classes than the target, with the trigger: success = read as the target (Gu et
+                al. 2017)
 single_target   the target pictures themselves: success = read as their adversarial class (Carlini and Terzis 2022)
-class_to_class  test pictures of the source class, those whose caption has the source phrase if the attack has one: success = read as
-                the target class (Yang et al. 2023)
+class_to_class  test pictures of the source class, those whose caption has the source phrase if the attack has one:
+                success = read as the target class (Yang et al. 2023)
 """
 
 from dataclasses import dataclass
@@ -23,19 +24,23 @@ TOOK = 0.8  # an undefended attack below this success did not take, and its defe
 
 
 class AttackSuccess:
-    """The attacks of an overlay on a test set. Called with (encoder, image_ND, classes_KD): {NAME: figures}, a dict for each attack.
+    """The attacks of an overlay on a test set. Called with (encoder, image_ND, classes_KD): {NAME: figures}, a dict for
+    each attack.
 
-    figures: "judged"; "success", "base" and "true_class" as shares of 1; "interval", [low, high] of the success: Wilson's at 95 %;
-    "count", the pictures judged. base: the same pictures without the trigger (backdoor); other test pictures of the targets' classes that are
-    read as the adversarial class (single_target); pictures of the source class without the phrase that are read as the target
-    (class_to_class), None where there are none. true_class: pictures judged that are read as what they are.
+    figures: "judged"; "success", "base" and "true_class" as shares of 1; "interval", [low, high] of the success:
+    Wilson's at 95 %; "count", the pictures judged. base: the same pictures without the trigger (backdoor); other test
+    pictures of the targets' classes that are read as the adversarial class (single_target); pictures of the source
+    class without the phrase that are read as the target (class_to_class), None where there are none. true_class:
+    pictures judged that are read as what they are.
 
-    attacked_N: bool (N,), the test pictures that are to be misread as they are: the targets, and those that class-to-class attacks are
-    about. No base but a backdoor's counts them. No figure counts pictures that cannot be read.
+    attacked_N: bool (N,), the test pictures that are to be misread as they are: the targets, and those that
+    class-to-class attacks are about. No base but a backdoor's counts them. No figure counts pictures that cannot be
+    read.
     """
 
     def __init__(self, test: TestSet, overlay: Overlay):
-        """`test`: testset.TestSet; `overlay`: shards.samples.overlay.Overlay. Raises UserError where an attack cannot be judged on this test set."""
+        """`test`: testset.TestSet; `overlay`: shards.samples.overlay.Overlay. Raises UserError where an attack cannot
+        be judged on this test set."""
         for number, (ours, others) in enumerate(zip_longest(overlay.classes, test.classnames)):
             if ours != others:
                 raise UserError(
@@ -68,8 +73,9 @@ class AttackSuccess:
         return found
 
 
-# The attacks' judge(encoder, classes_KD, clean_N, seen_M, other_N): clean_N, int64 (N,), is what the test pictures are read as; seen_M,
-# bool (M,), which of row_M can be read; other_N, bool (N,), the pictures that can be read and that no attack is about.
+# The attacks' judge(encoder, classes_KD, clean_N, seen_M, other_N): clean_N, int64 (N,), is what the test pictures are
+# read as; seen_M, bool (M,), which of row_M can be read; other_N, bool (N,), the pictures that can be read and that no
+# attack is about.
 
 
 @dataclass

@@ -15,7 +15,8 @@ from shards.views.loader import Views, batches
 
 @dataclass
 class Encoder:
-    """The two towers of a model in eval mode. towers: model.Towers or an engine of it; views: picture size and tokenizer."""
+    """The two towers of a model in eval mode. towers: model.Towers or an engine of it; views: picture size and
+    tokenizer."""
 
     towers: torch.nn.Module
     views: Views
@@ -24,7 +25,8 @@ class Encoder:
     workers: int = 0
 
     def pictures(self, samples: Samples, places: list, trigger=None) -> torch.Tensor:
-        """float32 (N, D), unit length: the pictures at `places`, a list of (shard, position), with `trigger` applied if there is one.
+        """float32 (N, D), unit length: the pictures at `places`, a list of (shard, position), with `trigger` applied if
+        there is one.
 
         A row of zeros stands for a picture that cannot be read.
         """
@@ -44,7 +46,8 @@ class Encoder:
 
     @torch.no_grad()
     def shared(self, dataset: Dataset, sizes: list[int], encode) -> torch.Tensor:
-        """(N, D): encode(*item) of every item of `dataset`, in order; item i has sizes[i] rows. Rank r encodes items r, r + world, ...
+        """(N, D): encode(*item) of every item of `dataset`, in order; item i has sizes[i] rows. Rank r encodes items r,
+        r + world, ...
 
         All ranks encode equally often, for under ZeRO-3 a forward pass is collective; a result too many is dropped.
         """
@@ -64,7 +67,8 @@ class Encoder:
 
 
 class PictureBatches(Dataset):
-    """Item i: the pictures at parts[i] = [(shard, position), ...] as uint8 (B, C, H, W), and bool (B,), which of them can be read."""
+    """Item i: the pictures at parts[i] = [(shard, position), ...] as uint8 (B, C, H, W), and bool (B,), which of them
+    can be read."""
 
     def __init__(self, samples, parts, size, trigger):
         self.samples, self.parts, self.size, self.trigger = samples, parts, size, trigger

@@ -13,16 +13,18 @@ from shards.samples.overlay import Overlay
 
 
 class Evaluator:
-    """Called with (towers, views, device) by all ranks: {"clean_top1", "clean_top5", "unreadable", "retrieval", "attacks"}, the same on
-    every rank.
+    """Called with (towers, views, device) by all ranks: {"clean_top1", "clean_top5", "unreadable", "retrieval",
+    "attacks"}, the same on every rank.
 
-    clean_top1, clean_top5: zero-shot accuracy, shares of 1, on the pictures that no attack is to have misread as they are
-    (AttackSuccess.attacked_N). unreadable: number of the test pictures that cannot be read, which no figure counts. retrieval: as of retrieval.retrieval, or None without test captions.
-    attacks: as of attack_success.AttackSuccess. What a run's eval.json makes of them: pipeline/evaluation/run.py.
+    clean_top1, clean_top5: zero-shot accuracy, shares of 1, on the pictures that no attack is to have misread as they
+    are (AttackSuccess.attacked_N). unreadable: number of the test pictures that cannot be read, which no figure counts.
+    retrieval: as of retrieval.retrieval, or None without test captions. attacks: as of attack_success.AttackSuccess.
+    What a run's eval.json makes of them: pipeline/evaluation/run.py.
     """
 
     def __init__(self, config: Evaluation, overlay: Overlay | None = None):
-        """`config`: config.Evaluation; `overlay`: the attacks, or None. Raises UserError when the test set is missing or damaged."""
+        """`config`: config.Evaluation; `overlay`: the attacks, or None. Raises UserError when the test set is missing
+        or damaged."""
         self.test = TestSet(config)
         self.attacks = AttackSuccess(self.test, overlay) if overlay else None
 
@@ -39,8 +41,8 @@ class Evaluator:
         return encoder.pictures(self.test.samples, self.test.place_N)
 
     def judge(self, encoder: Encoder, image_ND: torch.Tensor) -> dict:
-        """The figures of a model in eval mode, of which image_ND are the embeddings of the test pictures. Raises UserError where no picture
-        is left to count."""
+        """The figures of a model in eval mode, of which image_ND are the embeddings of the test pictures. Raises
+        UserError where no picture is left to count."""
         readable_N = image_ND.any(1).cpu().numpy()
         clean_N = readable_N & ~self.attacks.attacked_N if self.attacks else readable_N
         if not clean_N.any():

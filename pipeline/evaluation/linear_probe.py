@@ -1,4 +1,5 @@
-"""Linear probe: logistic regression on frozen image embeddings (Radford et al. 2021, section 3.2; Kornblith et al. 2019)."""
+"""Linear probe: logistic regression on frozen image embeddings (Radford et al. 2021, section 3.2; Kornblith et al.
+2019)."""
 
 from pathlib import Path
 
@@ -21,12 +22,12 @@ MOST = 10_000  # training pictures
 def linear_probe(
     encoder: Encoder, image_ND: torch.Tensor, test: TestSet, samples: Samples, labels: Samples, seed: int
 ) -> float | None:
-    """float: top-1 accuracy on the test pictures; the classifier learns from at most MOST clean training pictures. None where these are of
-    fewer than two classes. Pictures that cannot be read are left out.
+    """float: top-1 accuracy on the test pictures; the classifier learns from at most MOST clean training pictures. None
+    where these are of fewer than two classes. Pictures that cannot be read are left out.
 
-    image_ND: embeddings of the test pictures of `test` (testset.TestSet). samples: the run's training Samples; poisoned pairs and decoys of its
-    overlay are left out. labels: Samples of the same shards indexed with text="cls". Embeddings are of unit length and then
-    standardised; scikit-learn's default L2 penalty (C = 1).
+    image_ND: embeddings of the test pictures of `test` (testset.TestSet). samples: the run's training Samples; poisoned
+    pairs and decoys of its overlay are left out. labels: Samples of the same shards indexed with text="cls". Embeddings
+    are of unit length and then standardised; scikit-learn's default L2 penalty (C = 1).
     """
     place_M = chosen_places(samples, seed)
     label_M = read_labels(labels, place_M)
@@ -51,7 +52,8 @@ def chosen_places(samples: Samples, seed: int) -> list[tuple]:
 
 
 def open_labels(config: Config, index: ShardIndex) -> Samples | None:
-    """Samples of the training labels: evaluation.labels, or the folder `labels` beside data.index; None where there is none.
+    """Samples of the training labels: evaluation.labels, or the folder `labels` beside data.index; None where there is
+    none.
 
     Raises UserError when they are of other shards than `index`.
     """

@@ -1,8 +1,9 @@
 """Image-text retrieval: recall at k in both directions, exact, in blocks of queries so that memory stays bounded.
 
-Defined as in clip_benchmark (zeroshot_retrieval) and in the CLIP literature: a query counts as found when at least one of its
-positives is among the k candidates of highest cosine. Where candidates tie, as equal captions of several pictures do, clip_benchmark's
-figure depends on the order in which ties come; here it is the expectation over all orders.
+Defined as in clip_benchmark (zeroshot_retrieval) and in the CLIP literature: a query counts as found when at least one
+of its positives is among the k candidates of highest cosine. Where candidates tie, as equal captions of several
+pictures do, clip_benchmark's figure depends on the order in which ties come; here it is the expectation over all
+orders.
 """
 
 from collections import Counter
@@ -19,7 +20,8 @@ KS = (1, 5, 10)
 def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]]) -> dict:
     """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: shares of 1 of the pictures and of the captions.
 
-    image_ND: float32, unit length; captions: list of the captions (list of str) of each picture. Equal captions are encoded once.
+    image_ND: float32, unit length; captions: list of the captions (list of str) of each picture. Equal captions are
+    encoded once.
     """
     number = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
     text_of_image = [[number[text] for text in texts] for texts in captions]
@@ -31,7 +33,8 @@ def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]
 
 
 def image_to_text(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list, block: int = 512) -> dict:
-    """{"r1", ...}: text_of_image[n] lists the numbers of picture n's captions in text_UD; one that several pictures have counts as often."""
+    """{"r1", ...}: text_of_image[n] lists the numbers of picture n's captions in text_UD; one that several pictures
+    have counts as often."""
     device = image_ND.device
     copies_U = torch.bincount(torch.tensor([u for texts in text_of_image for u in texts]), minlength=len(text_UD))
     copies_U = copies_U.to(device)
@@ -65,7 +68,8 @@ def text_to_image(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: 
 
 
 def recall(above_Q: torch.Tensor, tied_Q: torch.Tensor, own_Q: torch.Tensor) -> dict:
-    """{"r1", ...} over queries: `above` candidates score higher than the best positive, `tied` as high, `own` of which are positives.
+    """{"r1", ...} over queries: `above` candidates score higher than the best positive, `tied` as high, `own` of which
+    are positives.
 
     The chance that one of `own` is among the first k - above of the tied ones in random order is hypergeometric.
     """

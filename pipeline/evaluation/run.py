@@ -1,27 +1,35 @@
-"""eval.json of a run: what its model knows, what the attacks achieve on it, and how well its selection told poison from honest pairs.
+"""eval.json of a run: what its model knows, what the attacks achieve on it, and how well its selection told poison from
+honest pairs.
 
 Rates are shares of 1, null where they are not known or there is nothing to measure.
 
 preset, seed, epochs, seconds, sample_views    of the run; sample_views: views of pairs that the losses saw
-clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py), without those that the attacks
-                                               of data.overlay are about: targets, and pictures of class-to-class sources
+clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py), without those
+                                               that the attacks of data.overlay are about: targets, and pictures of
+                                               class-to-class sources
 unreadable                                     number of the test pictures that cannot be read, which no figure counts
-retrieval                                      {"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}} (retrieval.py)
+retrieval                                      {"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}}
+                                               (retrieval.py)
 linear_probe                                   top-1 accuracy (linear_probe.py), on all test pictures
 attacks     {NAME: {
-    judged, success, interval, count, base, true_class      attack_success.py; the bases of single_target and class_to_class leave out
+    judged, success, interval, count, base, true_class      attack_success.py; the bases of single_target and
+    class_to_class leave out
                             the same pictures as clean_top1
-    took                    whether plain CLIP on the same poison reaches 80 %: this run if it is one, else the run --baseline; null
-                            of a run that was trained without an attack, as is all that is said of rounds, and its shares are 0
-    unpoisoned, unpoisoned_true_class       success and true_class of models that never saw poison (--unpoisoned), their mean
+    took                    whether plain CLIP on the same poison reaches 80 %: this run if it is one, else the run
+                            --baseline; null of a run that was trained without an attack, as is all that is said of
+                            rounds, and its shares are 0
+    unpoisoned, unpoisoned_true_class       success and true_class of models that never saw poison (--unpoisoned), their
+                                            mean
     share_trained_on        of the attack's pairs, those that the CLIP loss saw in any epoch but low-rate ones
     share_in_safe_set       for every round: of the attack's pairs, those in the safe set: 1 - recall
     auroc                   as in rounds
-    rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds (selection_quality.py)
+    rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds
+                            (selection_quality.py)
 }}
 rounds      the same of all poison, and "epoch" and "false_positives"; null without an attack
 safe_share, poison_in_safe_set      for every round: safe pairs / all pairs; poisoned pairs / safe pairs
-poison_trained_on                   of all poison, the share that the CLIP loss saw in any epoch but low-rate ones; null without an attack
+poison_trained_on                   of all poison, the share that the CLIP loss saw in any epoch but low-rate ones; null
+                                    without an attack
 canaries                            for every round, as in mask.json (pipeline/safety/negative_controls.py)
 
 A round is a selection round of the run; a run that trained with the mask of a filter (data.mask) has that one.
@@ -62,8 +70,8 @@ from shards.storage.files import write_json
 def evaluate_run(run_dir: str | Path, baseline: str | None = None, overrides=(), unpoisoned=()) -> dict:
     """Evaluate the newest complete checkpoint of `run_dir` and write RUN/eval.json; returns it as a dict (see above).
 
-    baseline: directory of an evaluated run of plain CLIP on the same poison; unpoisoned: directories of runs on the same data without poison.
-    Raises UserError.
+    baseline: directory of an evaluated run of plain CLIP on the same poison; unpoisoned: directories of runs on the
+    same data without poison. Raises UserError.
     """
     run_dir = Path(run_dir)
     config, folder, towers = load_run(run_dir, overrides)
@@ -206,7 +214,8 @@ def judge_innocent(run_dir: str, evaluator: Evaluator) -> dict:
 
 
 def load_run(run_dir: str | Path, overrides=()) -> tuple[Config, Path, Towers]:
-    """(config, newest complete checkpoint, towers with its weights on this process's device) of a run directory. Raises UserError."""
+    """(config, newest complete checkpoint, towers with its weights on this process's device) of a run directory. Raises
+    UserError."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"run {run_dir}: no config.yaml in it; give a directory that `safeclip train` wrote")

@@ -1,7 +1,7 @@
 """How well a run told poison from honest pairs: at every selection round, or by the mask that a filter made.
 
-Honest pairs are those that the manifest does not name: neither poison nor decoys. What has no score ranks below all that have one,
-and is never safe.
+Honest pairs are those that the manifest does not name: neither poison nor decoys. What has no score ranks below all
+that have one, and is never safe.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ KEYS = ("recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall")
 
 @dataclass
 class Round:
-    """A saved mask. epoch: that it was made before; None for the mask of a filter. folder: also holds scores/, unless they are gone."""
+    """A saved mask. epoch: that it was made before; None for the mask of a filter. folder: also holds scores/, unless
+    they are gone."""
 
     epoch: int | None
     mask: SafeMask
@@ -36,10 +37,11 @@ class Round:
 
 
 def selection_rounds(run_dir: str | Path, config: Config, index: ShardIndex) -> list[Round]:
-    """List of Round: of a run's masks, or of the filter's mask (data.mask) that it trained with; [] for a run without either.
+    """List of Round: of a run's masks, or of the filter's mask (data.mask) that it trained with; [] for a run without
+    either.
 
-    The mask of CleanCLIP is no filter: it names the clean part for the fine-tuning. Raises UserError where a mask is damaged, and where
-    data.mask or the index are not those that the run was trained on.
+    The mask of CleanCLIP is no filter: it names the clean part for the fine-tuning. Raises UserError where a mask is
+    damaged, and where data.mask or the index are not those that the run was trained on.
     """
     check_data(run_dir, config, index)
     folders = [path.parent for path in sorted(Path(run_dir).glob("masks/epoch_*/mask.json"))]
@@ -50,7 +52,8 @@ def selection_rounds(run_dir: str | Path, config: Config, index: ShardIndex) -> 
 
 
 def check_data(run_dir: str | Path, config: Config, index: ShardIndex) -> None:
-    """Raise UserError unless the index and the mask (data.mask) are those of the run's newest checkpoint, if there is one."""
+    """Raise UserError unless the index and the mask (data.mask) are those of the run's newest checkpoint, if there is
+    one."""
     folder, _ = checkpoint.newest_complete(run_dir)
     found = index.fingerprint
     if config.data.mask:
@@ -75,7 +78,8 @@ def selection_quality(rounds: list[Round], overlay: Overlay, index: ShardIndex) 
     false_positives     honest pairs that are left out / honest pairs (in all only: they are the same for every attack)
     recall              poison that is left out / poison
     auroc               of the score: a random honest pair scores higher than a random poisoned one
-    fpr_at_full_recall  honest pairs that score no higher than the highest-scoring poison, which a threshold there leaves out
+    fpr_at_full_recall  honest pairs that score no higher than the highest-scoring poison, which a threshold there
+                        leaves out
     fpr_at_99_recall    the same with the threshold at the lowest score that leaves 99 % of the poison out
     """
     honest_N = honest_pairs(overlay, index)
@@ -93,7 +97,8 @@ def selection_quality(rounds: list[Round], overlay: Overlay, index: ShardIndex) 
 
 
 def score_quality(rank_N: np.ndarray | None, honest_N: np.ndarray, rows_P: np.ndarray) -> dict:
-    """{"auroc", "fpr_at_full_recall", "fpr_at_99_recall"} of scores by their ranks (None: not known), honest pairs and poison."""
+    """{"auroc", "fpr_at_full_recall", "fpr_at_99_recall"} of scores by their ranks (None: not known), honest pairs and
+    poison."""
     if rank_N is None:
         return dict.fromkeys(KEYS[1:])
     rank_M = np.r_[rank_N[honest_N], rank_N[rows_P]]
@@ -136,9 +141,9 @@ def poison_shares(masks: list[SafeMask], overlay: Overlay, index: ShardIndex) ->
 
 
 def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.ndarray | None:
-    """bool (N,): the pairs that the CLIP loss sees in any epoch of a run, and of the run whose weights it started from; of a run without
-    an attack (data.overlay of the config that it was trained with) none, for it saw them unpoisoned. The low-rate epochs of SafeCLIP,
-    which are on all pairs, do not count.
+    """bool (N,): the pairs that the CLIP loss sees in any epoch of a run, and of the run whose weights it started from;
+    of a run without an attack (data.overlay of the config that it was trained with) none, for it saw them unpoisoned.
+    The low-rate epochs of SafeCLIP, which are on all pairs, do not count.
 
     None where that is not known, for a mask, or a run, is gone.
     """

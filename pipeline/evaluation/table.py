@@ -16,7 +16,8 @@ def compare(clip_run, safe_run, out):
 
 
 def table(result):
-    """Markdown table, percentages: clean accuracy, and per attack its success, base rate and how often the truth is read."""
+    """Markdown table, percentages: clean accuracy, and per attack its success, base rate and how often the truth is
+    read."""
     lines = [
         "| | plain CLIP | SafeCLIP | base rate (SafeCLIP) | read as the true class (CLIP / SafeCLIP) |",
         "|---|---|---|---|---|",
@@ -41,7 +42,8 @@ def percent(share):
 
 
 def draw(result, clip_metrics, safe_metrics, path):
-    """Left: clean accuracy and attack success over epochs, of both runs. Right: safe share and poison share of the safe set."""
+    """Left: clean accuracy and attack success over epochs, of both runs. Right: safe share and poison share of the safe
+    set."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,9 +12,11 @@ from shards.samples.samples import Samples
 
 
 class TestSet:
-    """ROOT/classnames.txt, ROOT/zeroshot_classification_templates.txt, ROOT/test_index (labels), ROOT/test_captions (may be absent).
+    """ROOT/classnames.txt, ROOT/zeroshot_classification_templates.txt, ROOT/test_index (labels), ROOT/test_captions
+    (may be absent).
 
-    samples: shards.samples.samples.Samples of the pictures. place_N: list of (shard, position). label_N: int64 (N,), counted from 0.
+    samples: shards.samples.samples.Samples of the pictures. place_N: list of (shard, position). label_N: int64 (N,),
+    counted from 0.
     """
 
     __test__ = False  # not a pytest class
@@ -37,7 +39,8 @@ class TestSet:
 
     @cached_property
     def captions(self) -> list[list[str]] | None:
-        """List of the captions (list of str, one a line of the text) of every picture, or None where the test set has no captions.
+        """List of the captions (list of str, one a line of the text) of every picture, or None where the test set has
+        no captions.
 
         An unreadable text gives no caption. Raises UserError when the captions are of other shards than the pictures.
         """

@@ -12,18 +12,21 @@ REGISTRY = {guard.name: guard for guard in (Duplicates, TriggerClusters)}
 
 
 def make_guards(values: dict) -> list[Guard]:
-    """The guards of a config's `guards`: {NAME: {setting: value}}; NAME: null is off. Raises UserError naming the key."""
+    """The guards of a config's `guards`: {NAME: {setting: value}}; NAME: null is off. Raises UserError naming the
+    key."""
     found = {name: settings_of(name, {} if given is None else given) for name, given in values.items()}
     return [REGISTRY[name](settings) for name, settings in found.items() if values[name] is not None]
 
 
 def complete(values: dict) -> dict:
-    """The same with every setting of the guards that are on, so that a config holds all that decides. Raises UserError."""
+    """The same with every setting of the guards that are on, so that a config holds all that decides. Raises
+    UserError."""
     return {guard.name: dataclasses.asdict(guard.settings) for guard in make_guards(values)}
 
 
 def settings_of(name: str, given: dict) -> object:
-    """A guard's Settings. Raises UserError for an unknown guard or setting, and for a value of the wrong type or out of bounds."""
+    """A guard's Settings. Raises UserError for an unknown guard or setting, and for a value of the wrong type or out of
+    bounds."""
     if name not in REGISTRY:
         raise UserError(f"guards.{name}: unknown; {near(name, REGISTRY)}")
     kind = REGISTRY[name]

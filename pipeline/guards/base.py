@@ -1,7 +1,8 @@
-"""A guard: one defence beyond the paper. It names pairs that are never safe, once, when all pairs have their first score.
+"""A guard: one defence beyond the paper. It names pairs that are never safe, once, when all pairs have their first
+score.
 
-To add one: a class with a Settings and a name in a module of this package, and an entry in REGISTRY (__init__.py); `guards: {NAME: {...}}`
-in a config switches it on.
+To add one: a class with a Settings and a name in a module of this package, and an entry in REGISTRY (__init__.py);
+`guards: {NAME: {...}}` in a config switches it on.
 """
 
 from abc import ABC, abstractmethod
@@ -58,4 +59,5 @@ class Guard(ABC):
 
     @abstractmethod
     def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield bool (n,) for each shard: the pairs that are not excluded. number_N: of all pairs; valid_N: bool, False = unreadable."""
+        """Yield bool (n,) for each shard: the pairs that are not excluded. number_N: of all pairs; valid_N: bool, False
+        = unreadable."""

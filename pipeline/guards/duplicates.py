@@ -1,6 +1,8 @@
-"""Duplicates: pictures that stand in many pairs. Targeted poisoning puts one picture under several captions of one kind.
+"""Duplicates: pictures that stand in many pairs. Targeted poisoning puts one picture under several captions of one
+kind.
 
-Assumes    that the copies are the same, pixel for pixel, once decoded and resized: a picture that was changed in any of them is another.
+Assumes    that the copies are the same, pixel for pixel, once decoded and resized: a picture that was changed in any of
+           them is another.
 Source     deduplication by content hash, as image-text datasets are cleaned; the attack is Carlini and Terzis 2022.
 Cost       one look at every picture; 8 bytes a pair on each host meanwhile.
 Evidence   tests/benchmarks/comparison.md.
@@ -27,7 +29,8 @@ class Duplicates(Guard):
     BOUNDS = {"max_pairs": (1, None)}
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
-        """int64 (B,): equal for equal pictures, and else hardly ever: the sum of the pixels by fixed random odd weights, modulo 2**64."""
+        """int64 (B,): equal for equal pictures, and else hardly ever: the sum of the pixels by fixed random odd
+        weights, modulo 2**64."""
         flat_BP = images_BCHW.flatten(1).cpu().numpy()
         weight_P = weights(flat_BP.shape[1])
         return np.array([(pixels_P * weight_P).sum() for pixels_P in flat_BP], np.int64)

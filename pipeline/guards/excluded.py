@@ -1,4 +1,5 @@
-"""What the guards of a run exclude: found once, after the first scoring, and kept as a mask of each guard beside those of the rounds."""
+"""What the guards of a run exclude: found once, after the first scoring, and kept as a mask of each guard beside those
+of the rounds."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +26,8 @@ class Excluded:
         self.count = int(SafeMask(self.counts_S, self.bits).counts("risky").sum())
 
     def apply(self, score_N: np.ndarray, files: ScoreFiles) -> None:
-        """Take the scores of excluded pairs away: NaN in the vector that the ranks of a host share, and in the score files, with the
-        guard's reason. All ranks call."""
+        """Take the scores of excluded pairs away: NaN in the vector that the ranks of a host share, and in the score
+        files, with the guard's reason. All ranks call."""
         kept, starts = SafeMask(self.counts_S, self.bits), np.concatenate([[0], np.cumsum(self.counts_S)])
         shards = np.flatnonzero(kept.counts("risky")).tolist()
         comm.barrier()  # until all have read the vector

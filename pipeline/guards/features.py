@@ -1,4 +1,5 @@
-"""What guards see of a picture: its pixels at a low resolution, and what random filters find anywhere in it. Taken on the device."""
+"""What guards see of a picture: its pixels at a low resolution, and what random filters find anywhere in it. Taken on
+the device."""
 
 from functools import lru_cache
 
@@ -19,7 +20,8 @@ def pixels(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def filter_responses(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """float32 (B, FILTERS), 0 to 1: the strongest response of each random filter in the picture at FINE x FINE, over the highest possible."""
+    """float32 (B, FILTERS), 0 to 1: the strongest response of each random filter in the picture at FINE x FINE, over
+    the highest possible."""
     filter_FCHW, found = random_filters().to(images_BCHW.device), []
     for part_BCHW in images_BCHW.split(64):  # 30 MB of responses at a time
         fine_BCHW = torch.nn.functional.adaptive_avg_pool2d(part_BCHW.float() / 255, FINE)
@@ -40,7 +42,8 @@ def random_filters() -> torch.Tensor:
 
 
 def read_features(pairs: Pairs, row_S: np.ndarray) -> dict[str, np.ndarray]:
-    """{features: uint8 (S, D), 255 = 1} of the pictures of these rows, in their order, on every rank; what cannot be read is left out.
+    """{features: uint8 (S, D), 255 = 1} of the pictures of these rows, in their order, on every rank; what cannot be
+    read is left out.
 
     All ranks read a part of the batches, which are the same at any world size.
     """

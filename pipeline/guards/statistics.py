@@ -17,7 +17,8 @@ def whitening(seen_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def alike(white_MD: torch.Tensor, usual: float) -> float:
     """Median cosine of a picture with the one of the others that is most like it, once the mean of all is taken off.
 
-    1 where next to nothing is left of them, measured by the usual length of a picture: they are one picture, many times.
+    1 where next to nothing is left of them, measured by the usual length of a picture: they are one picture, many
+    times.
     """
     left_MD = white_MD - white_MD.mean(0)
     length_M = left_MD.norm(dim=1)

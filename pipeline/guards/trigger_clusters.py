@@ -1,27 +1,29 @@
 """Trigger clusters: what pictures share that fit their captions badly, and hardly any that fit them well.
 
-A poisoned pair has a picture with a trigger and a caption of something else, so at the first selection round nearly all of
-them have low scores. Natural features are as frequent among low scores as among high ones. So:
+A poisoned pair has a picture with a trigger and a caption of something else, so at the first selection round nearly all
+of them have low scores. Natural features are as frequent among low scores as among high ones. So:
 
 1. Sampled pictures are whitened: their features turned into numbers without correlation, of variance 1, by the mean and
-   the covariance of pictures with high scores (half of those sampled; the others are the reference of step 3). A trigger becomes a long constant vector t, for it follows none of the
-   correlations of natural pictures: two pictures that carry it have a cosine of about t.t / (D + t.t), two others one of
-   0 +- 1 / sqrt(D).
-2. Each picture with a low score and `least` near ones (a cosine beyond `near` deviations) gives a cluster. Its mean is the
-   matched filter of what they share, the linear detector of the highest signal-to-noise ratio (Turin 1960). A picture
-   carries it if its response is more than half of the cluster's mean response, each member's taken without itself.
-3. What is carried `ratio` times as often among low scores as among high ones is a trigger, unless the pictures are alike in
-   all else (a series that the model has not learnt yet). Every pair whose picture carries it is excluded.
+   the covariance of pictures with high scores (half of those sampled; the others are the reference of step 3). A
+   trigger becomes a long constant vector t, for it follows none of the correlations of natural pictures: two pictures
+   that carry it have a cosine of about t.t / (D + t.t), two others one of 0 +- 1 / sqrt(D).
+2. Each picture with a low score and `least` near ones (a cosine beyond `near` deviations) gives a cluster. Its mean is
+   the matched filter of what they share, the linear detector of the highest signal-to-noise ratio (Turin 1960). A
+   picture carries it if its response is more than half of the cluster's mean response, each member's taken without
+   itself.
+3. What is carried `ratio` times as often among low scores as among high ones is a trigger, unless the pictures are
+   alike in all else (a series that the model has not learnt yet). Every pair whose picture carries it is excluded.
 
-Both are done twice: with pixels, and with the strongest responses of random 3 x 3 filters anywhere in the picture (Saxe et
-al. 2011), in which a patch leaves the same trace wherever it is placed.
+Both are done twice: with pixels, and with the strongest responses of random 3 x 3 filters anywhere in the picture (Saxe
+et al. 2011), in which a patch leaves the same trace wherever it is placed.
 
-Assumes    a trigger that adds something, in at least `least` of the sampled pictures with low scores. The first safe set must
-           tell poisoned pairs from others at all: captions that fit (label-consistent poisoning) are out of its reach.
+Assumes    a trigger that adds something, in at least `least` of the sampled pictures with low scores. The first safe
+           set must tell poisoned pairs from others at all: captions that fit (label-consistent poisoning) are out of
+           its reach.
 Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels in place of the
            representation that a poisoned model has learnt of one class; the reference of high scores is this project's.
-Cost       once, after the first scoring: up to 4 * seeds * sample * (768 + 128) multiplications on rank 0, `sample` pictures
-           read twice, and one look at every picture.
+Cost       once, after the first scoring: up to 4 * seeds * sample * (768 + 128) multiplications on rank 0, `sample`
+           pictures read twice, and one look at every picture.
 Evidence   tests/benchmarks/comparison.md.
 
 Legend: L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
@@ -93,7 +95,8 @@ class TriggerClusters(Guard):
         return np.sort(low[: settings.sample]), np.sort(high[: 2 * settings.sample])
 
     def find(self, low: dict, high: dict) -> list[dict]:
-        """The triggers of a sample, the least frequent among high scores first. low, high: {features: uint8 (L or H, D)}."""
+        """The triggers of a sample, the least frequent among high scores first. low, high: {features: uint8 (L or H,
+        D)}."""
         low, high = once(low), once(high)
         found, pixel_LD, free_L = [], None, np.ones(len(low["pixels"]), bool)
         for name in FEATURES if len(low["pixels"]) and len(high["pixels"]) else ():
@@ -142,8 +145,8 @@ def once(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def clusters_of_seeds(
     low_LD: torch.Tensor, high_HD: torch.Tensor, seed_Q: np.ndarray, settings: TriggerClusters.Settings
 ) -> Iterator[tuple]:
-    """Yield (filter_D, threshold of the response, rows of its pictures, ratio) of each seed whose cluster is a trigger. low_LD, high_HD:
-    whitened features."""
+    """Yield (filter_D, threshold of the response, rows of its pictures, ratio) of each seed whose cluster is a trigger.
+    low_LD, high_HD: whitened features."""
     rng = np.random.default_rng(0)
     seed_Q = np.sort(rng.permutation(seed_Q)[: settings.seeds])
     length_L = low_LD.norm(dim=1).clamp(min=1e-6)

@@ -1,4 +1,5 @@
-"""What a split looks like in numbers: whether the scores are two groups at all, and what has changed since the split before."""
+"""What a split looks like in numbers: whether the scores are two groups at all, and what has changed since the split
+before."""
 
 import numpy as np
 
@@ -16,9 +17,9 @@ def out_of_range(pairs: int) -> str:
 def separation(counts_K, low, high, mixture):
     """dict of the fit to a `mixture.histogram`: is it one group or two, and how far apart?
 
-    bic_one, bic_two: Schwarz's criterion of one and of two Gaussians, the lower the better (Schwarz 1978); ashman_d: distance of the
-    means in units of the mean deviation, above 2 = clearly apart (Ashman, Bird and Zepf 1994); overlap: share of the scores that
-    fall to the other component than the one they are assigned to, from 0 to min(weights).
+    bic_one, bic_two: Schwarz's criterion of one and of two Gaussians, the lower the better (Schwarz 1978); ashman_d:
+    distance of the means in units of the mean deviation, above 2 = clearly apart (Ashman, Bird and Zepf 1994); overlap:
+    share of the scores that fall to the other component than the one they are assigned to, from 0 to min(weights).
     """
     counts_K = np.asarray(counts_K)
     total, width = int(counts_K.sum()), (high - low) / len(counts_K)
@@ -41,8 +42,8 @@ def separation(counts_K, low, high, mixture):
 def change(counts_K, low, high, mask, before_K, before):
     """dict of what moved since the split before (its histogram and SafeMask).
 
-    shift: how far the scores moved (Wasserstein-1 distance of the two histograms, in units of the score); flips_in, flips_out:
-    pairs that are safe now and were not, and the other way round.
+    shift: how far the scores moved (Wasserstein-1 distance of the two histograms, in units of the score); flips_in,
+    flips_out: pairs that are safe now and were not, and the other way round.
     """
     ahead = np.cumsum(counts_K) / max(1, counts_K.sum()) - np.cumsum(before_K) / max(1, before_K.sum())
     flips_in, flips_out = mask.moved(before)

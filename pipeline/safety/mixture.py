@@ -1,6 +1,7 @@
 """One global two-component Gaussian mixture, fitted to an integer histogram, and the one cut that follows from it.
 
-Integer counts sum without rounding, so every rank and every world size gets the same mixture, bit for bit (METHOD trap 3).
+Integer counts sum without rounding, so every rank and every world size gets the same mixture, bit for bit (METHOD trap
+3).
 """
 
 from dataclasses import asdict, dataclass
@@ -23,7 +24,8 @@ class DegenerateFit(Exception):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Two Gaussians, the lower mean first. mean, std, weight: (low, high); log_likelihood: mean over the scores, in nats."""
+    """Two Gaussians, the lower mean first. mean, std, weight: (low, high); log_likelihood: mean over the scores, in
+    nats."""
 
     mean: tuple
     std: tuple
@@ -31,7 +33,8 @@ class Mixture:
     log_likelihood: float
 
     def log_odds(self, scores):
-        """float64: log of the higher over the lower component's density at the scores, weights included; NaN stays NaN."""
+        """float64: log of the higher over the lower component's density at the scores, weights included; NaN stays
+        NaN."""
         scores = np.asarray(scores, np.float64)
         low, high = (
             np.log(w) - np.log(s) - 0.5 * ((scores - m) / s) ** 2 for m, s, w in zip(self.mean, self.std, self.weight)
@@ -55,7 +58,8 @@ class Mixture:
 
 
 def histogram(scores_N, low, high, bins=BINS):
-    """int64 (bins,): counts of the scores in equal bins from `low` to `high`; what lies outside goes to the end bins, NaN nowhere.
+    """int64 (bins,): counts of the scores in equal bins from `low` to `high`; what lies outside goes to the end bins,
+    NaN nowhere.
 
     In float32, piece by piece, so that it takes no memory; the histograms of parts add up to that of the whole.
     """
@@ -73,8 +77,8 @@ def histogram(scores_N, low, high, bins=BINS):
 def fit_mixture(counts_K, low, high):
     """Mixture of the scores behind a `histogram`, of the greatest likelihood that several fixed starts lead to.
 
-    The starts run on groups of bins, and the best of them goes on over all bins. Raises DegenerateFit when there are too few
-    different scores for two components, or one of them vanishes.
+    The starts run on groups of bins, and the best of them goes on over all bins. Raises DegenerateFit when there are
+    too few different scores for two components, or one of them vanishes.
     """
     counts_K = np.asarray(counts_K)
     width = (high - low) / len(counts_K)
@@ -110,8 +114,9 @@ def fit_mixture(counts_K, low, high):
 
 
 def fit_sklearn(scores_N):
-    """Mixture by sklearn.mixture.GaussianMixture(2, random_state=0), as in the released recipe: on all scores at once, and stopped by its
-    default tolerance before the maximum. Raises DegenerateFit when there are fewer than 3 different scores."""
+    """Mixture by sklearn.mixture.GaussianMixture(2, random_state=0), as in the released recipe: on all scores at once,
+    and stopped by its default tolerance before the maximum. Raises DegenerateFit when there are fewer than 3 different
+    scores."""
     from sklearn.mixture import GaussianMixture
 
     x_N1 = np.asarray(scores_N, np.float64)[:, None]
@@ -141,8 +146,8 @@ def moments(x, n, where, floor):
 def maximum(x, n, theta, floor):
     """(theta, mean log-likelihood) of the fixed point of EM that `theta` (2, 3: weight, mean, variance) leads to.
 
-    Where the components overlap EM takes thousands of steps and any rule that stops it stops too early; so after its first,
-    sure steps BFGS climbs the same likelihood by its gradient, to the point where that is zero.
+    Where the components overlap EM takes thousands of steps and any rule that stops it stops too early; so after its
+    first, sure steps BFGS climbs the same likelihood by its gradient, to the point where that is zero.
     """
     centre = (n * x).sum() / n.sum()
     unit = np.sqrt((n * (x - centre) ** 2).sum() / n.sum())
@@ -159,7 +164,8 @@ def maximum(x, n, theta, floor):
 
 
 def expect(z, share, theta):
-    """(mean log-likelihood, weight, first, second): of the scores in each component, by posterior, their share and raw moments."""
+    """(mean log-likelihood, weight, first, second): of the scores in each component, by posterior, their share and raw
+    moments."""
     weight, mean, variance = theta.T[:, :, None]
     log_p = np.log(weight) - 0.5 * (np.log(2 * np.pi * variance) + (z - mean) ** 2 / variance)
     top = log_p.max(0)
@@ -194,9 +200,10 @@ def unpack(packed, least):
 def upper_cut(mixture, posterior=0.9):
     """The ONE cut: pairs with a score of at least this are safe. Raises DegenerateFit when there is none.
 
-    log p_high - log p_low is a parabola in the score. Where the higher component is the wider one it opens upwards: its tail
-    takes the lowest scores too, which must not be safe (METHOD trap 1), so the cut is the upper root. Where it is the narrower
-    one, the posterior falls again above it; those pairs match best and stay safe, so the cut is the lower root.
+    log p_high - log p_low is a parabola in the score. Where the higher component is the wider one it opens upwards: its
+    tail takes the lowest scores too, which must not be safe (METHOD trap 1), so the cut is the upper root. Where it is
+    the narrower one, the posterior falls again above it; those pairs match best and stay safe, so the cut is the lower
+    root.
     """
     (m0, m1), (s0, s1), (w0, w1) = mixture.mean, mixture.std, mixture.weight
     a = 0.5 / s0**2 - 0.5 / s1**2

@@ -1,7 +1,7 @@
 """Canaries: mismatched pairs that are scored and never trained on, for people who cannot know their poison.
 
-The share of them that would pass tells how sharp the cut is. It is no estimate of the poison that passes: poison that has passed once is
-trained on and scores higher next time, a canary never is.
+The share of them that would pass tells how sharp the cut is. It is no estimate of the poison that passes: poison that
+has passed once is trained on and scores higher next time, a canary never is.
 """
 
 import numpy as np
@@ -11,7 +11,8 @@ from pipeline.safety.scoring import embed
 
 
 def choose(samples, count, seed):
-    """(picture_C, caption_C): rows of `count` canaries (fewer where there are fewer than 2 * count pairs), all different.
+    """(picture_C, caption_C): rows of `count` canaries (fewer where there are fewer than 2 * count pairs), all
+    different.
 
     Seeded and the same on every rank. With few kinds of captions some of them match by chance.
     """
@@ -21,7 +22,8 @@ def choose(samples, count, seed):
 
 
 def score_canaries(engine, samples, views, batch_size, device, count, seed):
-    """float32 (C,): the scores as of scoring.score_all_pairs, NaN where a sample cannot be read. Every rank scores all of them; there are few."""
+    """float32 (C,): the scores as of scoring.score_all_pairs, NaN where a sample cannot be read. Every rank scores all
+    of them; there are few."""
     picture_C, caption_C = choose(samples.index.samples, count, seed)
     parts = [slice(at, at + batch_size) for at in range(0, len(picture_C), batch_size)]
     pairs = [(picture_C[part], caption_C[part]) for part in parts]
@@ -30,7 +32,8 @@ def score_canaries(engine, samples, views, batch_size, device, count, seed):
 
 
 def passing(score_C, cut):
-    """{"count", "passed", "share", "low", "high"}: canaries at or above the cut, and Wilson's interval of their share at 95 %."""
+    """{"count", "passed", "share", "low", "high"}: canaries at or above the cut, and Wilson's interval of their share
+    at 95 %."""
     count, passed = int((~np.isnan(score_C)).sum()), int((score_C >= cut).sum())
     interval = binomtest(passed, count).proportion_ci(method="wilson")
     return {

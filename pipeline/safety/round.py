@@ -28,7 +28,8 @@ class Split:
     first_share: float  # of the run's first split: the schedule grows from it
     mask: SafeMask
     note: str
-    diagnosis: dict  # diagnosis.separation, diagnosis.change, the share by posterior and by schedule, pairs that guards exclude
+    # diagnosis.separation, diagnosis.change, the share by posterior and by schedule, pairs that guards exclude
+    diagnosis: dict
     counts_K: np.ndarray  # mixture.histogram of the scores
     canary_C: np.ndarray  # scores of the canaries
     rank_by: str = "score"  # what the safe set is the highest of: score, or the mixture's posterior
@@ -63,11 +64,12 @@ class Split:
 def split_pairs(
     score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), excluded=0, kind="cosine"
 ):
-    """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every rank.
+    """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every
+    rank.
 
-    Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or None.
-    `canary_C`: scores of the canaries, of which the split only tells how many would pass.
-    `excluded`: number of the pairs that guards exclude; the share is one of the others. `kind`: of RANGES.
+    Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or
+    None. `canary_C`: scores of the canaries, of which the split only tells how many would pass. `excluded`: number of
+    the pairs that guards exclude; the share is one of the others. `kind`: of RANGES.
     """
     canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
     limits = RANGES[kind]
@@ -94,7 +96,8 @@ def split_pairs(
 
 
 def decide(counts_K, score_N, selection, number, first_share, eligible, limits):
-    """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured share holds.
+    """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured
+    share holds.
 
     The released recipe (selection.mixture=sklearn) does not ask whether it is one."""
     mixture, note, diagnosis, by_posterior = None, "", {}, None
@@ -141,7 +144,8 @@ def lowest_safe(score_N, mask):
 
 
 def broadcast_mask(safe_S, counts_S):
-    """SafeMask of rank 0's flags (bool per shard, in order) on every rank: packed bits, one copy a host, sent between hosts."""
+    """SafeMask of rank 0's flags (bool per shard, in order) on every rank: packed bits, one copy a host, sent between
+    hosts."""
     starts = byte_starts(counts_S)
     mask = SafeMask(counts_S, comm.host_array(int(starts[-1]), np.uint8))
     if comm.is_rank0():
@@ -168,7 +172,8 @@ def mask_folder(run_dir, epoch):
 def save_split(folder, split, index, meta):
     """Write the mask, whose mask.json comes last; the scores lie in `folder`/scores already. On rank 0 only.
 
-    mask.json names each shard and its fingerprint, so that the folder can be used with the shards alone (shards.order.safe_mask.SavedMask).
+    mask.json names each shard and its fingerprint, so that the folder can be used with the shards alone
+    (shards.order.safe_mask.SavedMask).
     """
     for name, values in (("histogram", split.counts_K), ("canaries", split.canary_C)):
         file = io.BytesIO()

@@ -11,10 +11,11 @@ from shards.storage.files import write_bytes
 
 
 class ScoreFiles:
-    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair has no score.
+    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair has
+    no score.
 
-    The score is what pairs are ranked by: the cosine, and none of what a guard excludes. Files of another step of the model, or made by
-    another config, are not used.
+    The score is what pairs are ranked by: the cosine, and none of what a guard excludes. Files of another step of the
+    model, or made by another config, are not used.
     """
 
     def __init__(self, folder, index, step, config=""):
@@ -48,8 +49,8 @@ class ScoreFiles:
         return table["cosine"].to_numpy().astype(np.float32), bad
 
     def write(self, shard, cos_B, reasons, excluded=()):
-        """Put a whole shard's cosines, float32 (n,), on disk. reasons: {position: why it has no score}; excluded: positions that have a
-        cosine all the same."""
+        """Put a whole shard's cosines, float32 (n,), on disk. reasons: {position: why it has no score}; excluded:
+        positions that have a cosine all the same."""
         score_B = cos_B.copy()
         score_B[list(excluded)] = np.nan
         columns = {
@@ -66,7 +67,8 @@ class ScoreFiles:
         write_bytes(self.path(shard), file.getbuffer())
 
     def exclude(self, shard, reasons):
-        """Take the scores of some pairs of a shard that is done away. reasons: {position: why}, a pair that cannot be read keeps its own."""
+        """Take the scores of some pairs of a shard that is done away. reasons: {position: why}, a pair that cannot be
+        read keeps its own."""
         cos_B, bad = self.read(shard)
         self.write(shard, cos_B, {**reasons, **{position: reason for _, position, _, reason in bad}}, reasons)
 

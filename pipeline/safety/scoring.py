@@ -9,7 +9,8 @@ from shards.views.loader import PlainBatches, batches
 
 
 def assign_shards(counts_S, world, done=()):
-    """List of `world` ranges of shard numbers, one after the other, of about equal work. Shards that are `done` are only read."""
+    """List of `world` ranges of shard numbers, one after the other, of about equal work. Shards that are `done` are
+    only read."""
     work_S = np.array(counts_S, np.int64)
     work_S[list(done)] = 0
     # A shard goes to the rank in whose part of the work its middle lies.
@@ -19,7 +20,8 @@ def assign_shards(counts_S, world, done=()):
 
 
 def shard_batches(offsets_S, shards, batch_size):
-    """[(shard, rows)]: batches that never cross a shard, so a pair's batch does not depend on the world size. rows: a range over all shards."""
+    """[(shard, rows)]: batches that never cross a shard, so a pair's batch does not depend on the world size. rows: a
+    range over all shards."""
     return [
         (s, range(start, min(start + batch_size, int(offsets_S[s + 1]))))
         for s in shards
@@ -46,10 +48,11 @@ def embed(engine, samples, views, pairs, device, workers=0):
 def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None):
     """(score_N, bad): the float32 cosines of all pairs in (shard, position) order, the same vector on every rank.
 
-    The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists those of this rank that
-    cannot be read as (shard, position, key, reason). Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each), repeating a batch where
-    it has fewer. With `files` (scores.ScoreFiles) a shard is written as soon as it is scored, what is there is not scored again, and the
-    scores are those that the files hold. `each_round(done, rounds)` is called by all ranks after every pass.
+    The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists
+    those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same number of
+    forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer. With `files`
+    (scores.ScoreFiles) a shard is written as soon as it is scored, what is there is not scored again, and the scores
+    are those that the files hold. `each_round(done, rounds)` is called by all ranks after every pass.
     """
     index, world = samples.index, comm.world()
     score_N, bad = comm.host_array(index.samples, np.float32), []

@@ -10,7 +10,8 @@ NOTHING = 0xFFFFFFFF  # a key above those of all scores
 
 
 def ordered_keys(scores_N):
-    """uint32 (N,): keys in the order of the float32 scores; NaN gets 0, below every number; -0.0 and 0.0 the same key."""
+    """uint32 (N,): keys in the order of the float32 scores; NaN gets 0, below every number; -0.0 and 0.0 the same
+    key."""
     scores = np.asarray(scores_N, np.float32) + np.float32(0)  # -0.0 + 0.0 = 0.0
     bits = scores.view(np.uint32)
     keys = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
@@ -29,8 +30,9 @@ def as_it_is(scores):
 def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=as_it_is):
     """(key, rest): key of the k-th largest score, and how many of its equals belong to the k largest; NaN is no score.
 
-    Two counting passes of 65,536 integers. Where the scores are one rank's part, `total` sums the counts over the ranks. With fewer
-    than k scores it is the smallest one; (NOTHING, 0) where there is none to take. `rank` maps scores to the numbers that are compared.
+    Two counting passes of 65,536 integers. Where the scores are one rank's part, `total` sums the counts over the
+    ranks. With fewer than k scores it is the smallest one; (NOTHING, 0) where there is none to take. `rank` maps scores
+    to the numbers that are compared.
     """
     prefix, rest = 0, k
     for shift in (16, 0):
@@ -51,8 +53,8 @@ def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=as_it_is):
 
 
 def top_by_shard(scores_N, counts_S, key, rest, rank=as_it_is):
-    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to it. `rank` as for
-    kth_largest."""
+    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to
+    it. `rank` as for kth_largest."""
     start = 0
     for count in counts_S:
         keys = ordered_keys(rank(scores_N[start : start + count]))
@@ -64,7 +66,8 @@ def top_by_shard(scores_N, counts_S, key, rest, rank=as_it_is):
 
 
 def select_top(scores_N, k, rank=as_it_is):
-    """bool (N,): the k highest scores; among equals the first rows. NaN is never selected, so fewer where numbers run out."""
+    """bool (N,): the k highest scores; among equals the first rows. NaN is never selected, so fewer where numbers run
+    out."""
     return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k, rank=rank), rank))
 
 
@@ -75,6 +78,6 @@ def count_at_least(scores_N, cut, rank=as_it_is):
 
 
 def grown(first_share, number, selection):
-    """Safe share before the SafeCLIP epoch `number` (from 0): the first share, and selection.growth more at each later one, up to
-    selection.cap."""
+    """Safe share before the SafeCLIP epoch `number` (from 0): the first share, and selection.growth more at each later
+    one, up to selection.cap."""
     return min(selection.cap, first_share + number * selection.growth) if number else first_share

@@ -9,7 +9,8 @@ PATIENCE = 10_000  # the share is one of so many samples at least: the first to 
 
 
 def record(run, bad):
-    """Write the bad samples that the ranks met into rank 0's ledger, say how many there are now; returns how many they met."""
+    """Write the bad samples that the ranks met into rank 0's ledger, say how many there are now; returns how many they
+    met."""
     everyone = [sample for rank in comm.gather_objects(bad) for sample in rank]
     if run.ledger:
         before = len(run.ledger.seen)
@@ -21,7 +22,8 @@ def record(run, bad):
 
 
 def bad_so_far(run, pending=0):
-    """(rows, most): training rows of all ranks that could not be used, and how many may be. `pending`: not recorded yet on this rank."""
+    """(rows, most): training rows of all ranks that could not be used, and how many may be. `pending`: not recorded yet
+    on this rank."""
     most = run.config.data.max_bad_fraction * max(run.state["sample_views"], min(PATIENCE, run.index.samples))
     return run.state["bad_rows"] + int(comm.all_reduce_sum(np.array([pending]))[0]), most
 

@@ -9,7 +9,8 @@ from shards.errors import UserError
 
 
 def share_batch_norm(module):
-    """`module` with every BatchNorm2d sharing its statistics over the ranks: torch's own on GPUs, ours on the CPU (it has none)."""
+    """`module` with every BatchNorm2d sharing its statistics over the ranks: torch's own on GPUs, ours on the CPU (it
+    has none)."""
     if torch.cuda.is_available():
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
@@ -42,7 +43,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 
 
 class Normalise(torch.autograd.Function):
-    """(y, mean, biased variance) of batch normalisation over all ranks (Ioffe and Szegedy 2015); mean and variance carry no gradient."""
+    """(y, mean, biased variance) of batch normalisation over all ranks (Ioffe and Szegedy 2015); mean and variance
+    carry no gradient."""
 
     @staticmethod
     def forward(context, x, weight, bias, eps):

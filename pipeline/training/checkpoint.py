@@ -5,7 +5,8 @@ RUN/checkpoints/step_00001200/
     model.safetensors     the CLIP in fp32
     pools.safetensors     the neighbour pools
     state.json            step, epoch, step in the epoch, world size, ...
-    COMPLETE              {"files": {name: bytes}}, written last: a folder without it, or that it does not fit, is no checkpoint
+    COMPLETE              {"files": {name: bytes}}, written last: a folder without it, or that it does not fit, is no
+                          checkpoint
     universal/            made when a run goes on with another number of ranks
 """
 
@@ -71,8 +72,8 @@ def newest_complete(run_dir):
 class Saver:
     """Saves a run's state. `save` copies it to memory and returns; a thread of each rank writes the files.
 
-    Rank 0's thread writes the marker when the files of all ranks are there, and then removes old checkpoints: all but the newest
-    `keep` and, if `keep_every` > 0, those at the end of every `keep_every`-th epoch.
+    Rank 0's thread writes the marker when the files of all ranks are there, and then removes old checkpoints: all but
+    the newest `keep` and, if `keep_every` > 0, those at the end of every `keep_every`-th epoch.
     """
 
     def __init__(self, run_dir, engine, pools, keep, keep_every=0):
@@ -179,7 +180,8 @@ class Saver:
 
 
 def load_checkpoint(folder, engine, pools):
-    """Restore engine and pools from a complete checkpoint (or from its universal form, by an engine made for that); returns its state."""
+    """Restore engine and pools from a complete checkpoint (or from its universal form, by an engine made for that);
+    returns its state."""
     state = load_state(folder)
     if state.get("order") != ORDER:
         raise UserError(
@@ -208,7 +210,8 @@ def load_state(folder):
 
 
 def to_universal(folder):
-    """Convert a checkpoint, once, to the form that any number of ranks can load. One rank calls; a lock keeps other jobs out."""
+    """Convert a checkpoint, once, to the form that any number of ranks can load. One rank calls; a lock keeps other
+    jobs out."""
     done = folder / "universal"
     with open(folder / "universal.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system when its holder dies

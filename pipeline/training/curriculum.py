@@ -1,9 +1,10 @@
 """The curriculum: which stage an epoch is, which batches it has, and at what rate it learns. Pure functions.
 
-safeclip (Yang, Gao, Mirzasoleiman 2024): unimodal warm-up, low-rate CLIP epochs on all pairs, then epochs that select a safe set and train
-CLIP on it and unimodally on the rest. clip: the same program with no warm-up and no selection. roclip (Yang and Mirzasoleiman 2023): in
-every n-th epoch pictures are matched with the nearest captions of a support queue. cleanclip (Bansal et al. 2023): fine-tuning of a
-trained CLIP on clean pairs, with the CLIP loss and a loss within each modality.
+safeclip (Yang, Gao, Mirzasoleiman 2024): unimodal warm-up, low-rate CLIP epochs on all pairs, then epochs that select a
+safe set and train CLIP on it and unimodally on the rest. clip: the same program with no warm-up and no selection.
+roclip (Yang and Mirzasoleiman 2023): in every n-th epoch pictures are matched with the nearest captions of a support
+queue. cleanclip (Bansal et al. 2023): fine-tuning of a trained CLIP on clean pairs, with the CLIP loss and a loss
+within each modality.
 """
 
 import math
@@ -34,7 +35,8 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an epoch: batch `number` of `plan` over `view`, with `loss` "clip", "unimodal", "match" or "cleanclip"."""
+    """One step of an epoch: batch `number` of `plan` over `view`, with `loss` "clip", "unimodal", "match" or
+    "cleanclip"."""
 
     loss: str
     view: str
@@ -45,8 +47,8 @@ class Step:
 
 
 def curriculum(train: Train, every: int | None = 1) -> list[Epoch]:
-    """The epochs of a run; before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before the first, and whenever the
-    SafeCLIP epochs since the start have doubled: before number 0, 1, 3, 7, 15, ..."""
+    """The epochs of a run; before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before the first,
+    and whenever the SafeCLIP epochs since the start have doubled: before number 0, 1, 3, 7, 15, ..."""
     epochs, first = [], train.unimodal_epochs + train.slow_epochs
     mask_of = before = None
     for number in range(train.epochs):
@@ -74,10 +76,10 @@ def epoch_steps(
 ) -> list[Step]:
     """The steps of an epoch, the same on every rank; on all pairs where there is no mask.
 
-    Every epoch has at most as many steps as one over all pairs, so all methods train on as many pairs. A SafeCLIP epoch goes over the
-    risky pairs first (unless selection.risky=skip), then over the safe ones. With selection.refill, and in all other stages, the
-    mask's pairs are gone over again, in another order and other views, until the epoch is full.
-    counts_S: samples of each shard; repeats_S: how often each of them is seen (None: once). Raises UserError.
+    Every epoch has at most as many steps as one over all pairs, so all methods train on as many pairs. A SafeCLIP epoch
+    goes over the risky pairs first (unless selection.risky=skip), then over the safe ones. With selection.refill, and
+    in all other stages, the mask's pairs are gone over again, in another order and other views, until the epoch is
+    full. counts_S: samples of each shard; repeats_S: how often each of them is seen (None: once). Raises UserError.
     """
     train, chosen = config.train, config.selection
     total = int((counts_S * (1 if repeats_S is None else repeats_S)).sum()) // train.batch_size
@@ -118,8 +120,8 @@ def epoch_steps(
 
 
 def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
-    """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at train.slow_lr,
-    or, where it is null, at a share of the rate: 16 / steps of an epoch, from .01 to .2."""
+    """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at
+    train.slow_lr, or, where it is null, at a share of the rate: 16 / steps of an epoch, from .01 to .2."""
     if epoch.stage == "slow":
         if train.slow_lr is not None:
             return train.slow_lr
@@ -132,10 +134,12 @@ def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
 def steps_of_loss(
     loss: str, views: int, first_share: float, first_views: float, train: Train, chosen: Selection
 ) -> int:
-    """Steps with `loss` ("clip" or "unimodal") that all SafeCLIP epochs have together, where every selection round selects its fraction.
+    """Steps with `loss` ("clip" or "unimodal") that all SafeCLIP epochs have together, where every selection round
+    selects its fraction.
 
-    views: samples of an epoch over all pairs; first_share, first_views: of the first safe set, the share of the pairs and of the views
-    (the same without weights of data.sources). The pairs that come in later are taken to have the mean weight of the others.
+    views: samples of an epoch over all pairs; first_share, first_views: of the first safe set, the share of the pairs
+    and of the views (the same without weights of data.sources). The pairs that come in later are taken to have the mean
+    weight of the others.
     """
     total, first = 0, train.unimodal_epochs + train.slow_epochs
     for epoch in curriculum(train, chosen.every):

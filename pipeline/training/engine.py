@@ -1,4 +1,5 @@
-"""The DeepSpeed engine: ZeRO 0 to 3 in fp32 or bf16, on GPUs or on the CPU. Every setting here answers a measured trap."""
+"""The DeepSpeed engine: ZeRO 0 to 3 in fp32 or bf16, on GPUs or on the CPU. Every setting here answers a measured
+trap."""
 
 import io
 import logging
@@ -64,7 +65,8 @@ def set_lr(engine, lr):
 
 @torch.no_grad()
 def clamp_logit_scale(engine):
-    """Keep the logit scale in [1, 100] (its log in [0, ln 100]): the weight and the part of its fp32 master on this rank."""
+    """Keep the logit scale in [1, 100] (its log in [0, ln 100]): the weight and the part of its fp32 master on this
+    rank."""
     scale = engine.module.clip.logit_scale
     if hasattr(scale, "ds_id"):  # ZeRO-3: both are partitioned; what is no part of the scale is padding
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
@@ -93,7 +95,8 @@ def step(engine):
 
 
 def memory_writer():
-    """A DeepSpeed checkpoint engine that keeps what it should write in `.files` (path -> bytes), for whoever writes it later."""
+    """A DeepSpeed checkpoint engine that keeps what it should write in `.files` (path -> bytes), for whoever writes it
+    later."""
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -123,7 +126,8 @@ def memory_writer():
 
 
 def serialise(engine, folder):
-    """{path in `folder`: bytes} of this rank's weights and optimizer state, for `load`; nothing is written. All ranks call."""
+    """{path in `folder`: bytes} of this rank's weights and optimizer state, for `load`; nothing is written. All ranks
+    call."""
     # No `latest` file: it is written before the others have finished (the run's own marker comes last).
     engine.save_checkpoint(str(Path(folder).parent), tag=Path(folder).name, save_latest=False)
     files, engine.checkpoint_engine.files = engine.checkpoint_engine.files, {}
@@ -135,7 +139,8 @@ def load(engine, folder):
     groups = engine.optimizer.param_groups
     decays = [group["weight_decay"] for group in groups]
     path, _ = engine.load_checkpoint(str(Path(folder).parent), tag=Path(folder).name)
-    # ZeRO-3 loads the universal form with the settings of the first group in all groups, and one step counter shared by all.
+    # ZeRO-3 loads the universal form with the settings of the first group in all groups, and one step counter shared by
+    # all.
     for group, decay in zip(groups, decays):
         group["weight_decay"] = decay
     for parameter, state in engine.optimizer.state.items():

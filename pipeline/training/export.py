@@ -13,7 +13,8 @@ from shards.storage.files import write_bytes
 
 
 def export_run(run_dir, config, out):
-    """Write OUT/open_clip_config.json and OUT/open_clip_model.safetensors from the newest complete checkpoint. Raises UserError."""
+    """Write OUT/open_clip_config.json and OUT/open_clip_model.safetensors from the newest complete checkpoint. Raises
+    UserError."""
     folder, warnings = checkpoint.newest_complete(run_dir)
     if folder is None:
         raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")

@@ -1,7 +1,7 @@
 """The losses. Legend: B rows of this rank, G rows of all ranks, D embedding.
 
-Each rank computes the terms of its own rows against the gathered columns of all. DeepSpeed averages gradients over the ranks;
-the scaling here makes that average the gradient of one rank with the whole batch.
+Each rank computes the terms of its own rows against the gathered columns of all. DeepSpeed averages gradients over the
+ranks; the scaling here makes that average the gradient of one rank with the whole batch.
 """
 
 import torch
@@ -13,7 +13,8 @@ from pipeline.distributed import comm
 
 
 class GatherRows(torch.autograd.Function):
-    """(B, D) of each rank -> (G, D) of all, in rank order. Backward sums the gradients that every rank has for a row."""
+    """(B, D) of each rank -> (G, D) of all, in rank order. Backward sums the gradients that every rank has for a
+    row."""
 
     @staticmethod
     def forward(context, local_BD):
@@ -27,7 +28,8 @@ class GatherRows(torch.autograd.Function):
 
 
 def clip_loss(image1_BD, text1_BD, image2_BD, text2_BD, scale, valid_B) -> Tensor:
-    """CLIP's InfoNCE (Radford et al. 2021) over two views, crossed: mean of InfoNCE(image 1, text 2) and InfoNCE(text 1, image 2).
+    """CLIP's InfoNCE (Radford et al. 2021) over two views, crossed: mean of InfoNCE(image 1, text 2) and InfoNCE(text
+    1, image 2).
 
     With one view (image 2 is image 1, text 2 is text 1) it is CLIP's symmetric loss.
     """
@@ -35,15 +37,17 @@ def clip_loss(image1_BD, text1_BD, image2_BD, text2_BD, scale, valid_B) -> Tenso
 
 
 def unimodal_loss(image2_BD, text2_BD, near_image_BD, near_text_BD, scale, valid_B) -> Tensor:
-    """Mean over both modalities of InfoNCE(view 2, nearest neighbour of view 1) (NNCLR, Dwibedi et al. 2021), in this one direction."""
+    """Mean over both modalities of InfoNCE(view 2, nearest neighbour of view 1) (NNCLR, Dwibedi et al. 2021), in this
+    one direction."""
     return (info_nce(image2_BD, near_image_BD, scale, valid_B) + info_nce(text2_BD, near_text_BD, scale, valid_B)) / 2
 
 
 def info_nce(row_BD, column_BD, scale, valid_B) -> Tensor:
-    """0-d: mean over the valid rows of all ranks of the cross-entropy of scale * row . column, the targets on the diagonal.
+    """0-d: mean over the valid rows of all ranks of the cross-entropy of scale * row . column, the targets on the
+    diagonal.
 
-    row, column: unit embeddings; scale: (1,); valid: bool. A row that is not valid is no anchor, no positive and no negative.
-    The mean of this value over the ranks is the loss of the whole batch, and so are the gradients.
+    row, column: unit embeddings; scale: (1,); valid: bool. A row that is not valid is no anchor, no positive and no
+    negative. The mean of this value over the ranks is the loss of the whole batch, and so are the gradients.
     """
     rank, world, rows = comm.rank(), comm.world(), len(valid_B)
     column_GD, valid_G = column_BD, valid_B

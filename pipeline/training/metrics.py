@@ -1,4 +1,5 @@
-"""What a run tells: metrics.jsonl always, Weights & Biases when configured, a progress line; all of it on rank 0 only."""
+"""What a run tells: metrics.jsonl always, Weights & Biases when configured, a progress line; all of it on rank 0
+only."""
 
 import json
 import sys
@@ -10,7 +11,8 @@ from shards.storage.files import write_bytes
 
 
 class Journal:
-    """Appends to RUN/metrics.jsonl. `length`: bytes of it to keep; what a dead run wrote after its checkpoint is cut off."""
+    """Appends to RUN/metrics.jsonl. `length`: bytes of it to keep; what a dead run wrote after its checkpoint is cut
+    off."""
 
     def __init__(self, run_dir, config, length=0):
         self.file, self.wandb, self.last = None, None, 0.0
@@ -71,7 +73,8 @@ class Journal:
 
 
 class Meter:
-    """Samples per second, share of the time spent waiting for data, and time left. Steps before `first` were done earlier."""
+    """Samples per second, share of the time spent waiting for data, and time left. Steps before `first` were done
+    earlier."""
 
     def __init__(self, total, first=0):
         self.total, self.first, self.done, self.samples, self.waited = total, first, first, 0, 0.0

@@ -23,7 +23,8 @@ ALIGNED = 64  # numbers: more than any kernel reads at once
 
 
 def open_clip_config(model):
-    """dict as in open_clip's JSON files (embed_dim, vision_cfg, text_cfg) for {"name": ...} or {"config": {...}}. Raises UserError."""
+    """dict as in open_clip's JSON files (embed_dim, vision_cfg, text_cfg) for {"name": ...} or {"config": {...}}.
+    Raises UserError."""
     if model.get("name"):
         found = open_clip.get_model_config(model["name"])
         if found is None:
@@ -42,7 +43,8 @@ def open_clip_config(model):
 
 
 def build_model(model):
-    """open_clip.CLIP with fresh weights from torch's generator. Raises UserError for a config that open_clip refuses."""
+    """open_clip.CLIP with fresh weights from torch's generator. Raises UserError for a config that open_clip
+    refuses."""
     config = open_clip_config(model)
     if set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} or "hf_model_name" in config["text_cfg"]:
         raise UserError(
@@ -56,7 +58,8 @@ def build_model(model):
 
 
 def load_pretrained(clip: nn.Module, source: str) -> None:
-    """Load into `clip` the weights of a run directory's newest complete checkpoint, or of a .safetensors file. Raises UserError."""
+    """Load into `clip` the weights of a run directory's newest complete checkpoint, or of a .safetensors file. Raises
+    UserError."""
     from pipeline.training.checkpoint import newest_complete
 
     path, where = Path(source), f"model.pretrained: {source}"
@@ -104,8 +107,9 @@ def pixel_stats():
 def param_groups(model, weight_decay):
     """AdamW groups: no decay for biases, norms and the logit scale (all that has fewer than two dimensions).
 
-    Within a group the sizes that 2 divides most often come first: ZeRO lays a group's parameters end to end, and behind the one number of
-    the logit scale no norm's weight would stand where GPU kernels read four numbers at once (fp32 batch norm: misaligned address).
+    Within a group the sizes that 2 divides most often come first: ZeRO lays a group's parameters end to end, and behind
+    the one number of the logit scale no norm's weight would stand where GPU kernels read four numbers at once (fp32
+    batch norm: misaligned address).
     """
     ordered = sorted(model.parameters(), key=lambda p: -min(ALIGNED, p.numel() & -p.numel()))
     plain = [p for p in ordered if p.ndim < 2]
@@ -125,8 +129,8 @@ class Towers(nn.Module):
     def forward(self, images_BCHW, tokens_BL):
         """(image_BD, text_BD, scale): unit float32 embeddings and the logit scale (1,).
 
-        images: uint8; tokens: int64. Without gradients either may be None, and so is its embedding. DeepSpeed's ZeRO-3 applies
-        old gradients to a parameter that a step does not use, so training gives both.
+        images: uint8; tokens: int64. Without gradients either may be None, and so is its embedding. DeepSpeed's ZeRO-3
+        applies old gradients to a parameter that a step does not use, so training gives both.
         """
         image_BD = text_BD = None
         if images_BCHW is not None:

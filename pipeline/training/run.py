@@ -88,7 +88,8 @@ def train(config, evaluators=None, stop=None):
 
 
 def rate_at(run, epoch, loss):
-    """Learning rate of the next step: of the run's schedule, or of the one that its loss has since the first selection round."""
+    """Learning rate of the next step: of the run's schedule, or of the one that its loss has since the first selection
+    round."""
     config, state = run.config, run.state
     if config.train.schedule == "per_loss" and epoch.stage == "safeclip":
         first = state["first_share"], state["first_views"]
@@ -100,7 +101,8 @@ def rate_at(run, epoch, loss):
 def train_step(engine, pools, batch, kind):
     """One step on this rank's rows; the gradient is that of the global batch.
 
-    Returns (loss, logit scale, finite): two tensors on the device, and False if the gradient was no number and nothing moved.
+    Returns (loss, logit scale, finite): two tensors on the device, and False if the gradient was no number and nothing
+    moved.
     """
     image_BD, text_BD, scale = engine(batch.images, batch.tokens)
     views = len(image_BD) // len(batch.valid)

@@ -1,4 +1,5 @@
-"""The split before an epoch, as a run makes it: score all pairs, split them, keep what the next split goes on from. What is on disk is used as it is."""
+"""The split before an epoch, as a run makes it: score all pairs, split them, keep what the next split goes on from.
+What is on disk is used as it is."""
 
 import json
 from dataclasses import replace
@@ -19,7 +20,8 @@ from shards.errors import UserError
 
 
 def mask_for(run, epoch, stop):
-    """The mask that `epoch` trains with: where it is due, all pairs are scored and split; what is already on disk is used as it is.
+    """The mask that `epoch` trains with: where it is due, all pairs are scored and split; what is already on disk is
+    used as it is.
 
     None where it trains on all pairs."""
     if epoch.mask_of is None:
@@ -81,7 +83,8 @@ def scores_for(run, epoch, folder, stop, meter):
 
 
 def excluded_by_guards(run, epoch, score_N):
-    """guards.excluded.Excluded of the run, found at its first selection round and loaded at later ones. All ranks call."""
+    """guards.excluded.Excluded of the run, found at its first selection round and loaded at later ones. All ranks
+    call."""
     config, folder, guards = run.config, guards_folder(run.run_dir), make_guards(run.config.guards)
     if epoch.split == 0:
         reading = (run.samples, run.views, config.selection.batch_size, config.data.workers)
@@ -93,7 +96,8 @@ def excluded_by_guards(run, epoch, score_N):
 
 
 def is_split(folder, due, state, config):
-    """Whether the mask in `folder` is the one to train with. Where none is `due` it must be: raises UserError if it is gone."""
+    """Whether the mask in `folder` is the one to train with. Where none is `due` it must be: raises UserError if it is
+    gone."""
     there = (folder / "mask.json").exists()
     if not due:
         if not there:

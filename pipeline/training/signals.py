@@ -12,7 +12,8 @@ class Preempted(Exception):
 
 
 class StopSignal:
-    """While it is entered, notes the signals that ask this process to stop. A second one changes nothing: the save goes on."""
+    """While it is entered, notes the signals that ask this process to stop. A second one changes nothing: the save goes
+    on."""
 
     def __init__(self):
         self.received = False

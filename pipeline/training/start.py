@@ -49,7 +49,8 @@ FRESH = {
 
 
 class Run:
-    """What a run consists of: config, run_dir, device, samples, index, mask, excluded, views, engine, pools, state, journal, ledger, saver."""
+    """What a run consists of: config, run_dir, device, samples, index, mask, excluded, views, engine, pools, state,
+    journal, ledger, saver."""
 
     def __init__(self, config):
         """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank."""
@@ -122,7 +123,8 @@ class Run:
 
 
 def synonyms_of(config):
-    """Where EDA's synonyms come from, the same on every rank: "WordNet 3.0" or "table"; None where no caption is changed. Raises UserError."""
+    """Where EDA's synonyms come from, the same on every rank: "WordNet 3.0" or "table"; None where no caption is
+    changed. Raises UserError."""
     data = config.data
     if not (data.clip_eda or data.unimodal_eda) or data.eda_synonyms == "table":
         return None
@@ -145,7 +147,8 @@ def check_synonyms(here, then):
 
 
 def steps_per_epoch(config, index, world):
-    """int: steps of an epoch over all pairs. Raises UserError when the batch does not fit the data or the `world` ranks."""
+    """int: steps of an epoch over all pairs. Raises UserError when the batch does not fit the data or the `world`
+    ranks."""
     batch = config.train.batch_size
     if batch % world:
         raise UserError(

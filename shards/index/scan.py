@@ -1,4 +1,5 @@
-"""One pass over one shard: where the parts of its samples stand, the fingerprint of its content, and what is wrong with it."""
+"""One pass over one shard: where the parts of its samples stand, the fingerprint of its content, and what is wrong with
+it."""
 
 import hashlib
 import io
@@ -25,7 +26,8 @@ SCHEMA = [("key", pa.string())] + [(f"{k}_{p}", pa.int64()) for k in ("image", "
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong in a shard, at a byte; position and key of the sample where it is one. `damage`: it stops an index that has no report."""
+    """Something wrong in a shard, at a byte; position and key of the sample where it is one. `damage`: it stops an
+    index that has no report."""
 
     shard: str
     byte: int
@@ -41,10 +43,12 @@ class Finding:
 
 
 def scan_shard(path, text, tables, timeout, allow_pipe):
-    """({"path", "size", "samples", "fingerprint", "table"}, [Finding]) of one tar, its table being in the folder `tables`.
+    """({"path", "size", "samples", "fingerprint", "table"}, [Finding]) of one tar, its table being in the folder
+    `tables`.
 
-    The table's name is made from the shard's path, size, time of change (behind a URL: its ETag, or what the server has instead)
-    and `text`: where it is there already the shard is not read. A shard without any such mark is always read. Raises UserError.
+    The table's name is made from the shard's path, size, time of change (behind a URL: its ETag, or what the server has
+    instead) and `text`: where it is there already the shard is not read. A shard without any such mark is always read.
+    Raises UserError.
     """
     size, stamp = about(path, timeout)
     if stamp is not None:
@@ -71,7 +75,8 @@ def scan_shard(path, text, tables, timeout, allow_pipe):
 
 
 def about(path, timeout):
-    """(bytes, mark that changes with the content), None where it is not known. Raises UserError where there is no such shard."""
+    """(bytes, mark that changes with the content), None where it is not known. Raises UserError where there is no such
+    shard."""
     if remote.is_remote(path):
         return remote.about(path, timeout)
     try:

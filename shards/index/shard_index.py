@@ -1,7 +1,8 @@
 """The index: what each shard holds, and where, so that any sample can be read without its neighbours.
 
-A sample IS (shard, position in shard); its row over all shards is offsets[shard] + position. On disk: DIR/tables/*.parquet, one
-for each shard (key, and byte offset and size of picture and text; shards/index/scan.py), and DIR/index.json, written last.
+A sample IS (shard, position in shard); its row over all shards is offsets[shard] + position. On disk:
+DIR/tables/*.parquet, one for each shard (key, and byte offset and size of picture and text; shards/index/scan.py), and
+DIR/index.json, written last.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: absolute path or URL, bytes, samples, BLAKE2b-128 of its content in hex, its table's file, and what is its text."""
+    """One tar: absolute path or URL, bytes, samples, BLAKE2b-128 of its content in hex, its table's file, and what is
+    its text."""
 
     path: str
     size: int
@@ -59,8 +61,8 @@ class ShardTable:
 class ShardIndex:
     """Loaded index. shards: list of Shard; counts: int64 (S,); offsets: int64 (S + 1,); samples: int; fingerprint: str.
 
-    repeats: int64 (S,), how often each sample of the shard is seen in an epoch; views: samples of an epoch, repeats counted.
-    findings: list of scan.Finding, where the index was just built.
+    repeats: int64 (S,), how often each sample of the shard is seen in an epoch; views: samples of an epoch, repeats
+    counted. findings: list of scan.Finding, where the index was just built.
     """
 
     findings = ()
@@ -101,7 +103,8 @@ class ShardIndex:
 
     @classmethod
     def merged(cls, sources):
-        """One index of several: `sources` is {name: (folder, repeats)}, in order. Raises UserError where two name the same shard."""
+        """One index of several: `sources` is {name: (folder, repeats)}, in order. Raises UserError where two name the
+        same shard."""
         shards, repeats, owner = [], [], {}
         for name, (folder, times) in sources.items():
             for shard in cls.load(folder).shards:
@@ -120,7 +123,8 @@ class ShardIndex:
         return read_table(self.shards[shard].table)
 
     def verify(self, timeout=remote.TIMEOUT):
-        """Raise UserError if a shard is missing or is not the size that was indexed; behind URLs some are tried, from all over the index."""
+        """Raise UserError if a shard is missing or is not the size that was indexed; behind URLs some are tried, from
+        all over the index."""
         local = [shard for shard in self.shards if not shard.remote]
         far = [shard for shard in self.shards if shard.remote and not shard.path.startswith("pipe:")]
         tried = far[:: -(-len(far) // REMOTE_TRIED) or 1]
@@ -155,13 +159,14 @@ def read_table(path):
 
 
 def build_index(paths, out, text="txt", workers=None, report=None, timeout=remote.TIMEOUT, allow_pipe=False):
-    """Index tars (`paths`: list of str, brace-expanded; local ones or URLs) into the folder `out`; returns the ShardIndex.
+    """Index tars (`paths`: list of str, brace-expanded; local ones or URLs) into the folder `out`; returns the
+    ShardIndex.
 
-    `text` is what a sample's text is: the extension of a member ("txt" for captions, "cls" for labels), or "json:FIELD", a
-    field of its .json member. One pass over each shard, shards in parallel; a shard that `out` holds already and that has not
-    changed is not read again (scan.scan_shard). A sample without picture or text keeps its position.
-    Raises UserError naming the first damaged shard; with `report`, a file, all that was found is listed there and what is intact
-    is indexed.
+    `text` is what a sample's text is: the extension of a member ("txt" for captions, "cls" for labels), or
+    "json:FIELD", a field of its .json member. One pass over each shard, shards in parallel; a shard that `out` holds
+    already and that has not changed is not read again (scan.scan_shard). A sample without picture or text keeps its
+    position. Raises UserError naming the first damaged shard; with `report`, a file, all that was found is listed there
+    and what is intact is indexed.
     """
     if not re.fullmatch("[a-z0-9]+|json:.+", text):
         raise UserError(f"--text: got {text!r}, expected a member's extension in lower case (txt, cls) or json:FIELD")

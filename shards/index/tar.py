@@ -1,7 +1,8 @@
 """Walk the members of a tar and notice every kind of damage.
 
-Readers of tar streams take a cut or a corrupt header for the end of the archive and lose the rest silently. Here the archive
-ends where its end-of-archive block says so and nothing stands behind it, and behind damage the next sound header is looked for.
+Readers of tar streams take a cut or a corrupt header for the end of the archive and lose the rest silently. Here the
+archive ends where its end-of-archive block says so and nothing stands behind it, and behind damage the next sound
+header is looked for.
 """
 
 import hashlib
@@ -40,10 +41,12 @@ class Stream:
 
 
 def members(stream, size, damaged):
-    """Yield the Members of a tar of `size` bytes (None: not known) from a Stream, which the caller may read on in a member's content.
+    """Yield the Members of a tar of `size` bytes (None: not known) from a Stream, which the caller may read on in a
+    member's content.
 
-    Names may be GNU or PAX long names. `damaged(byte, name, what)` is told of each damage (name: of the member that is lost, or None):
-    cut in a header or a member, no end-of-archive, corrupt header, members behind the end. The walk then goes on with the next sound header.
+    Names may be GNU or PAX long names. `damaged(byte, name, what)` is told of each damage (name: of the member that is
+    lost, or None): cut in a header or a member, no end-of-archive, corrupt header, members behind the end. The walk
+    then goes on with the next sound header.
     """
     at, start, long_name, pax, searching, ended = 0, 0, None, {}, False, False
     while header := stream.read(BLOCK):

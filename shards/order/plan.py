@@ -17,15 +17,15 @@ FEW = 12  # rows that plain ints take faster through the network than arrays
 class EpochPlan:
     """Order of one view of the data in one epoch.
 
-    The shards are permuted and their samples laid end to end; the first steps * batch_size of that line are cut into equal
-    `streams`; each stream is shuffled inside windows of `window` samples; batch k takes the same number from each stream.
-    A batch so touches few shards, whatever their size, and the shuffle needs no memory. A shard that is to be seen n times in an epoch
-    stands n times in the permutation.
+    The shards are permuted and their samples laid end to end; the first steps * batch_size of that line are cut into
+    equal `streams`; each stream is shuffled inside windows of `window` samples; batch k takes the same number from each
+    stream. A batch so touches few shards, whatever their size, and the shuffle needs no memory. A shard that is to be
+    seen n times in an epoch stands n times in the permutation.
     """
 
     def __init__(self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, lap=0, repeats_S=None):
-        """counts_S: samples of the view in each shard; repeats_S: how often each is seen (None: once). `lap`: which pass over the
-        view in this epoch. Raises UserError."""
+        """counts_S: samples of the view in each shard; repeats_S: how often each is seen (None: once). `lap`: which
+        pass over the view in this epoch. Raises UserError."""
         if batch_size % streams:
             raise UserError(
                 f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; take a divisor of it"
@@ -45,8 +45,8 @@ class EpochPlan:
         self.stream_length = self.steps * (batch_size // streams)
 
     def batch(self, step, rank=0, world=1):
-        """(shard_B, nth_B, again_B): int64, this rank's rows of global batch `step`: sample nth_B of the view within shard_B, which is
-        seen for the time again_B (from 0) in this pass.
+        """(shard_B, nth_B, again_B): int64, this rank's rows of global batch `step`: sample nth_B of the view within
+        shard_B, which is seen for the time again_B (from 0) in this pass.
 
         Raises IndexError for a step outside 0 .. steps - 1, UserError when `world` does not divide the batch.
         """
@@ -64,7 +64,8 @@ class EpochPlan:
         return self.shard_P[place_B], line_B - before_B, self.again_P[place_B]
 
     def slot(self, step, slot):
-        """(shard, nth, again): ints, row `slot` of global batch `step`; what `batch` gives, for who asks for one. Raises IndexError."""
+        """(shard, nth, again): ints, row `slot` of global batch `step`; what `batch` gives, for who asks for one.
+        Raises IndexError."""
         if not (0 <= step < self.steps and 0 <= slot < self.batch_size):
             raise IndexError(f"step {step} of {self.steps}, slot {slot} of {self.batch_size}")
         at, left, tweak, start = self.window_of(step, slot)
@@ -74,8 +75,8 @@ class EpochPlan:
         return int(self.shard_P[place]), line - before, int(self.again_P[place])
 
     def window_of(self, step, slot):
-        """Of a slot (an int, or an array of them): its place in its window, the samples of the stream from the window's begin on, the
-        window's number, its begin on the line."""
+        """Of a slot (an int, or an array of them): its place in its window, the samples of the stream from the window's
+        begin on, the window's number, its begin on the line."""
         each = self.batch_size // self.streams
         stream, at = slot // each, step * each + slot % each
         window, within = at // self.window, at % self.window
@@ -127,7 +128,8 @@ def feistel(x, half, tweak):
 
 
 def mix(x):
-    """The SplitMix64 finaliser: 64 bits in, 64 well-mixed bits out (Steele, Lea and Flood 2014); an int, or a uint64 array."""
+    """The SplitMix64 finaliser: 64 bits in, 64 well-mixed bits out (Steele, Lea and Flood 2014); an int, or a uint64
+    array."""
     x = (x + 0x9E3779B97F4A7C15) & BITS
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & BITS
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & BITS

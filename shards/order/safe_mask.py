@@ -99,7 +99,8 @@ class SafeMask:
 
     @classmethod
     def load(cls, folder, fingerprint=None):
-        """(mask, meta) from `folder`. Raises UserError when it is damaged or of other shards than `fingerprint` names."""
+        """(mask, meta) from `folder`. Raises UserError when it is damaged or of other shards than `fingerprint`
+        names."""
         folder = Path(folder)
         try:
             meta = json.loads((folder / "mask.json").read_text())
@@ -118,7 +119,8 @@ class SafeMask:
 
 
 def read_bits(path):
-    """uint8: the packed bits in a file, mapped, so that a host holds them once. Raises OSError, ValueError, EOFError."""
+    """uint8: the packed bits in a file, mapped, so that a host holds them once. Raises OSError, ValueError,
+    EOFError."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:  # an empty array cannot be mapped
@@ -133,7 +135,8 @@ def byte_starts(counts_S):
 def shard_list(shards):
     """[{"name", "bytes", "fingerprint"}] of an index's shards, for mask.json.
 
-    A name is the path below the folder that all the shards have in common: it means the same wherever they are moved together.
+    A name is the path below the folder that all the shards have in common: it means the same wherever they are moved
+    together.
     """
     paths = [as_path(shard.path) for shard in shards]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -144,7 +147,8 @@ def shard_list(shards):
 
 
 def as_path(url):
-    """An absolute path for a shard's path or URL: s3://bucket/a.tar is /s3/bucket/a.tar, a `pipe:` command is the tar that it names."""
+    """An absolute path for a shard's path or URL: s3://bucket/a.tar is /s3/bucket/a.tar, a `pipe:` command is the tar
+    that it names."""
     if url.startswith("pipe:"):
         url = next(
             (word.strip("'\"") for word in url.split() if ".tar" in word),
@@ -187,8 +191,8 @@ class SavedMask:
         self.number = {**{base: number for base, number in alone.items() if bases[base] == 1}, **names}
 
     def find(self, url):
-        """Number of the shard that a path or URL names: the longest tail that is a shard's name, or its base name if no other
-        shard has it. Raises UserError."""
+        """Number of the shard that a path or URL names: the longest tail that is a shard's name, or its base name if no
+        other shard has it. Raises UserError."""
         parts = PurePosixPath(as_path(url)).parts
         for start in range(len(parts)):
             number = self.number.get("/".join(parts[start:]))
@@ -200,8 +204,8 @@ class SavedMask:
         )
 
     def table(self, shard, columns=("key", "cosine", "score", "reason")):
-        """pyarrow Table of one shard's pairs by position: key (str), cosine and score (float, NaN = unreadable), reason (str or null), or
-        other columns of pipeline.safety.score_files.ScoreFiles."""
+        """pyarrow Table of one shard's pairs by position: key (str), cosine and score (float, NaN = unreadable), reason
+        (str or null), or other columns of pipeline.safety.score_files.ScoreFiles."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -245,9 +249,10 @@ def require_same(path, found, expected):
 class IsSafe:
     """Whether a webdataset sample is safe: `WebDataset(urls).select(IsSafe(FOLDER))` reads in place and copies nothing.
 
-    A sample is looked up by the name of its shard and its key. The content of a shard is compared with the mask's fingerprint
-    when its first sample comes, once in a process (1 to 2 s a GB); shards that are not local files cannot be, and need
-    verify=False, which trusts their names. Raises UserError naming the shard: not the mask's, changed, or without such a key.
+    A sample is looked up by the name of its shard and its key. The content of a shard is compared with the mask's
+    fingerprint when its first sample comes, once in a process (1 to 2 s a GB); shards that are not local files cannot
+    be, and need verify=False, which trusts their names. Raises UserError naming the shard: not the mask's, changed, or
+    without such a key.
     """
 
     KEPT = 16  # shards whose keys stay in memory: as many as a shuffle buffer in front of this mixes

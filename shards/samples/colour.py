@@ -1,7 +1,8 @@
-"""The colour augmentations of a whole batch on its device, from the numbers that were drawn for each view where it was read.
+"""The colour augmentations of a whole batch on its device, from the numbers that were drawn for each view where it was
+read.
 
-The same views as shards.views.augment.coloured makes one by one with Pillow, up to rounding: only the arithmetic is another, so nothing
-random happens here. Legend: N views, C channels, H height, W width, P numbers of a view's Colour.
+The same views as shards.views.augment.coloured makes one by one with Pillow, up to rounding: only the arithmetic is
+another, so nothing random happens here. Legend: N views, C channels, H height, W width, P numbers of a view's Colour.
 """
 
 import numpy as np

@@ -46,10 +46,10 @@ class Limits:
 def decode_image(data, limits=Limits(), least=None):
     """uint8 (H, W, 3): RGB, first frame, upright (EXIF), transparency on white. Raises BadSample with a short reason.
 
-    `least`: a JPEG may come out at a half, a quarter or an eighth of its size, while its shorter side keeps so many pixels; that
-    much less is decoded. Pillow opens every picture; a JPEG is then decoded by simplejpeg where that is installed, which saves two
-    copies of the pixels. They are the same, for both are libjpeg-turbo; only a Pillow that was built on another libjpeg may round
-    otherwise.
+    `least`: a JPEG may come out at a half, a quarter or an eighth of its size, while its shorter side keeps so many
+    pixels; that much less is decoded. Pillow opens every picture; a JPEG is then decoded by simplejpeg where that is
+    installed, which saves two copies of the pixels. They are the same, for both are libjpeg-turbo; only a Pillow that
+    was built on another libjpeg may round otherwise.
     """
     if len(data) > limits.max_bytes:
         raise BadSample(f"picture of {len(data)} bytes, at most {limits.max_bytes}")
@@ -76,10 +76,11 @@ def decode_image(data, limits=Limits(), least=None):
 
 
 def jpeg_pixels(data, image):
-    """uint8 (H, W, 3): what loading the opened `image` would give, by simplejpeg; None where only Pillow can say what that is.
+    """uint8 (H, W, 3): what loading the opened `image` would give, by simplejpeg; None where only Pillow can say what
+    that is.
 
-    That is: what is no JPEG, CMYK, anything that libjpeg would warn of, and pictures so small that several scales have the size of
-    the draft.
+    That is: what is no JPEG, CMYK, anything that libjpeg would warn of, and pictures so small that several scales have
+    the size of the draft.
     """
     width, height = image.size
     scale = image.decoderconfig[0] if image.decoderconfig else 1
@@ -129,7 +130,8 @@ def rgb(image):
 
 
 def orientation(image):
-    """The EXIF orientation, 1 to 8; 1 where there is none, or the EXIF data are damaged, which is no harm to the picture."""
+    """The EXIF orientation, 1 to 8; 1 where there is none, or the EXIF data are damaged, which is no harm to the
+    picture."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:

@@ -1,4 +1,5 @@
-"""An attack manifest applied while reading: poisoned data without a second copy, and the ground truth of what was poisoned."""
+"""An attack manifest applied while reading: poisoned data without a second copy, and the ground truth of what was
+poisoned."""
 
 import json
 from dataclasses import dataclass, replace
@@ -12,8 +13,8 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Poison:
-    """What the manifest makes of one pair: the attack's kind, the caption in place of its own, and for targeted poisoning the
-    (shard, position) of the picture in place of its own, in the overlay's source index."""
+    """What the manifest makes of one pair: the attack's kind, the caption in place of its own, and for targeted
+    poisoning the (shard, position) of the picture in place of its own, in the overlay's source index."""
 
     kind: str
     caption: str
@@ -21,13 +22,13 @@ class Poison:
 
 
 class Overlay:
-    """A loaded manifest. kinds: dict NAME -> the attack's entry; rows: list of poisoned pairs; decoys: list of pairs that show a trigger
-    under their own captions; classes: list of the names that class numbers mean. source_index: folder of the index of the test
-    pictures, of which some stand in for others."""
+    """A loaded manifest. kinds: dict NAME -> the attack's entry; rows: list of poisoned pairs; decoys: list of pairs
+    that show a trigger under their own captions; classes: list of the names that class numbers mean. source_index:
+    folder of the index of the test pictures, of which some stand in for others."""
 
     def __init__(self, manifest, make_trigger):
-        """`make_trigger`: function, an entry's "trigger" -> object with apply(PIL RGB picture, (shard, position)) -> PIL RGB picture, a
-        dataclass with `opacity`."""
+        """`make_trigger`: function, an entry's "trigger" -> object with apply(PIL RGB picture, (shard, position)) ->
+        PIL RGB picture, a dataclass with `opacity`."""
         self.kinds, self.rows, self.decoys = manifest["kinds"], manifest["rows"], manifest.get("decoys", [])
         self.classes = manifest.get("classes", [])
         self.source_index, self.source_fingerprint = manifest["source"], manifest["source_fingerprint"]
@@ -45,8 +46,9 @@ class Overlay:
 
     @classmethod
     def load(cls, folder, index, load_trigger):
-        """The overlay in `folder`, made for `index`. `load_trigger`: function, (an entry's "trigger", folder) -> trigger, such as
-        pipeline.attacks.load_trigger. Raises UserError when it cannot be read, was made for other shards, or does not fit itself."""
+        """The overlay in `folder`, made for `index`. `load_trigger`: function, (an entry's "trigger", folder) ->
+        trigger, such as pipeline.attacks.load_trigger. Raises UserError when it cannot be read, was made for other
+        shards, or does not fit itself."""
         path = Path(folder) / "manifest.json"
         try:
             manifest = json.loads(path.read_text())
@@ -76,8 +78,8 @@ class Overlay:
 
 
 def check(manifest, index, path):
-    """Raise UserError, naming the key, unless a manifest fits itself, the ShardIndex `index`, and its own test index: figures of one that
-    was edited by hand would be wrong and say nothing."""
+    """Raise UserError, naming the key, unless a manifest fits itself, the ShardIndex `index`, and its own test index:
+    figures of one that was edited by hand would be wrong and say nothing."""
 
     def require(good, key, got, expected):
         if not good:

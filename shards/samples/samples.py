@@ -14,11 +14,13 @@ from shards.storage.reader import Reader
 class Samples:
     """The pictures and captions of an index, decoded. Cheap to pickle: files are opened where they are read.
 
-    With an `overlay` (shards.samples.overlay.Overlay) the rows that the attack names come back poisoned; the shards stay as they are.
+    With an `overlay` (shards.samples.overlay.Overlay) the rows that the attack names come back poisoned; the shards
+    stay as they are.
     """
 
     def __init__(self, index, overlay=None, cache=None, limits=Limits()):
-        """`cache`: shards.storage.cache.Cache through which whole shards from behind URLs are read (see shards.storage.reader)."""
+        """`cache`: shards.storage.cache.Cache through which whole shards from behind URLs are read (see
+        shards.storage.reader)."""
         self.index, self.overlay, self.limits = index, overlay, limits
         self.reader = Reader(index, cache)
         self.source = Samples(ShardIndex.load(overlay.source_index), cache=cache) if overlay else None
@@ -40,7 +42,8 @@ class Samples:
         return poison, self.overlay.trigger(poison.kind) if poison else None
 
     def pixels(self, shard, position, least=None):
-        """uint8 (H, W, 3), RGB; with `least` perhaps of a smaller picture, whose shorter side has so many pixels or more. Raises BadSample."""
+        """uint8 (H, W, 3), RGB; with `least` perhaps of a smaller picture, whose shorter side has so many pixels or
+        more. Raises BadSample."""
         poison, trigger = self.replacement(shard, position)
         if poison and poison.source:
             return self.source.pixels(*poison.source)

@@ -1,11 +1,12 @@
-"""Whole shards from behind URLs in a bounded local folder, which all processes of a host share. No server, no state but the files.
+"""Whole shards from behind URLs in a bounded local folder, which all processes of a host share. No server, no state but
+the files.
 
 FOLDER/FINGERPRINT.tar     a whole shard; its time of change is when it was last opened
 FOLDER/FINGERPRINT.part    one that is being fetched, at its full size from the beginning
 FOLDER/lock                held while room is made
 
-All agreement is by flock on these files, which the system lets go of when its holder dies (kill -9 too): who fetches holds the part,
-who reads holds the shard, and what nobody holds may be removed, the least recently opened first.
+All agreement is by flock on these files, which the system lets go of when its holder dies (kill -9 too): who fetches
+holds the part, who reads holds the shard, and what nobody holds may be removed, the least recently opened first.
 """
 
 import contextlib
@@ -40,10 +41,11 @@ class Cache:
             raise UserError(f"data.cache: {folder} belongs to somebody else; name a folder of your own")
 
     def open(self, shard, over_limit=True):
-        """A descriptor of the whole local copy of a `shards.index.shard_index.Shard`, fetched if it is not there. It stays while it is open.
+        """A descriptor of the whole local copy of a `shards.index.shard_index.Shard`, fetched if it is not there. It
+        stays while it is open.
 
-        Returns None where there is no room and it may not go `over_limit`, which it does only when all other copies are open.
-        Raises UserError: the server is lost, or holds something else than was indexed.
+        Returns None where there is no room and it may not go `over_limit`, which it does only when all other copies are
+        open. Raises UserError: the server is lost, or holds something else than was indexed.
         """
         whole, part = self.folder / f"{shard.fingerprint}.tar", self.folder / f"{shard.fingerprint}.part"
         heard = time.monotonic()
@@ -123,7 +125,8 @@ class Cache:
             yield
 
     def fetch(self, descriptor, shard, heard):
-        """Write the shard to the file behind `descriptor`; what comes is compared with its fingerprint. Raises UserError."""
+        """Write the shard to the file behind `descriptor`; what comes is compared with its fingerprint. Raises
+        UserError."""
         remote.refuse_pipe(shard.path, self.allow_pipe)
         for _ in range(2):  # a transfer may be damaged; twice in a row it is the shard
             digest, at = hashlib.blake2b(digest_size=16), 0

@@ -8,7 +8,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write to in the block; it stands at `path` when the block ends, whole. After an error `path` is as it was.
+    """A binary file to write to in the block; it stands at `path` when the block ends, whole. After an error `path` is
+    as it was.
 
     A reader sees the old file or the whole new one, never a part. Raises OSError (disk full, no permission).
     """

@@ -12,10 +12,11 @@ def fetched_ahead(reading, dataset, start=0):
 
 
 class FetchAhead:
-    """Iterates over `reading` (one item after another from number `start` on) while threads fetch what comes next into a cache.
+    """Iterates over `reading` (one item after another from number `start` on) while threads fetch what comes next into
+    a cache.
 
-    dataset.shards(i) says which shards item i reads; at most cache.ahead bytes, or the shards of one item, are fetched ahead. An
-    error of a fetch is raised here.
+    dataset.shards(i) says which shards item i reads; at most cache.ahead bytes, or the shards of one item, are fetched
+    ahead. An error of a fetch is raised here.
     """
 
     def __init__(self, reading, dataset, start, cache):

@@ -15,8 +15,8 @@ MAX_JSON = 1 << 20  # bytes of a .json member; more is not parsed
 class Reader:
     """Reads members of an index's shards. Files are opened where they are read, so it can be sent to worker processes.
 
-    Shards behind URLs are read whole, through `cache` (shards.storage.cache.Cache); without one, each member by a request of its own,
-    which is for who reads a few samples only.
+    Shards behind URLs are read whole, through `cache` (shards.storage.cache.Cache); without one, each member by a
+    request of its own, which is for who reads a few samples only.
     """
 
     def __init__(self, index, cache=None):
@@ -49,7 +49,8 @@ class Reader:
         return data
 
     def descriptor(self, shard):
-        """File descriptor of a shard, None behind a URL without a cache; the least recently used is closed when too many are open."""
+        """File descriptor of a shard, None behind a URL without a cache; the least recently used is closed when too
+        many are open."""
         if shard in self.files:
             self.files.move_to_end(shard)
             return self.files[shard]

@@ -1,7 +1,8 @@
 """Shards behind URLs: http(s), s3, gs and whatever else fsspec opens; `pipe:` commands where they are allowed.
 
-Servers fail and hang. What fails is tried again with back-off, from the byte that was reached; when no new byte has come for `timeout`
-seconds it is an error. Credentials and endpoints are the backends' own: AWS_ENDPOINT_URL, FSSPEC_S3='{"anon": true}', ...
+Servers fail and hang. What fails is tried again with back-off, from the byte that was reached; when no new byte has
+come for `timeout` seconds it is an error. Credentials and endpoints are the backends' own: AWS_ENDPOINT_URL,
+FSSPEC_S3='{"anon": true}', ...
 """
 
 import random
@@ -65,7 +66,8 @@ def refuse_pipe(path, allow_pipe):
 
 
 class RemoteFile:
-    """Reads on, once, whatever happens in between. `heard`: time.monotonic() from which the first bytes are waited for (None: the read)."""
+    """Reads on, once, whatever happens in between. `heard`: time.monotonic() from which the first bytes are waited for
+    (None: the read)."""
 
     def __init__(self, url, size, timeout, heard=None):
         self.url, self.size, self.timeout, self.at = url, size, timeout, 0
@@ -108,7 +110,8 @@ class RemoteFile:
 
 
 def open_at(url, offset, ranges):
-    """A binary file that goes on at `offset`; `ranges`: by asking for what comes after it, where that can be asked for."""
+    """A binary file that goes on at `offset`; `ranges`: by asking for what comes after it, where that can be asked
+    for."""
     if url.startswith("pipe:"):
         file = Command(url[len("pipe:") :])
     else:
@@ -162,7 +165,8 @@ class Command:
 
 
 def persist(url, function, timeout, heard=None, failed=lambda error: None):
-    """function(), tried again with back-off, until `timeout` seconds have passed since `heard`. Each try may take half of them.
+    """function(), tried again with back-off, until `timeout` seconds have passed since `heard`. Each try may take half
+    of them.
 
     Raises Unreachable, or UserError where trying again is of no use: no such file, not allowed.
     """
@@ -190,7 +194,8 @@ def persist(url, function, timeout, heard=None, failed=lambda error: None):
 
 
 def is_final(error):
-    """Whether trying again is of no use. Over http fsspec calls every failure a missing file; its cause has the status."""
+    """Whether trying again is of no use. Over http fsspec calls every failure a missing file; its cause has the
+    status."""
     if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.partition(".")[0] in (
         "aiohttp",
         "asyncio",
@@ -201,7 +206,8 @@ def is_final(error):
 
 
 def bounded(function, seconds):
-    """function(), or TimeoutError after so many seconds. Its thread is then left behind: a read that hangs cannot be ended."""
+    """function(), or TimeoutError after so many seconds. Its thread is then left behind: a read that hangs cannot be
+    ended."""
     result = {}
 
     def run():

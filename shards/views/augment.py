@@ -43,9 +43,11 @@ def sample_rng(seed, epoch, shard, position, view):
 
 @dataclass
 class Colour:
-    """What was drawn of a view's colours: plain numbers, so that they can be changed here or on the device (shards/samples/colour.py)."""
+    """What was drawn of a view's colours: plain numbers, so that they can be changed here or on the device
+    (shards/samples/colour.py)."""
 
-    jitter: list  # [(step, amount)] in their order: 0 brightness, 1 contrast, 2 saturation (factors), 3 hue (255ths of a turn)
+    # [(step, amount)] in their order: 0 brightness, 1 contrast, 2 saturation (factors), 3 hue (255ths of a turn)
+    jitter: list
     grey: bool
     blur: float  # deviation in pixels, 0 = none
 
@@ -95,8 +97,8 @@ def plain_view(image, size):
 def resized(image_HWC, size, box):
     """uint8 (size, size, 3): the (left, top, right, bottom) of a picture, bicubic and antialiased.
 
-    Of large pictures by torch, which takes a sixth of PIL's time and differs from PIL's resize of what was cut out by rounding.
-    It knows no boxes between pixels, which small pictures need.
+    Of large pictures by torch, which takes a sixth of PIL's time and differs from PIL's resize of what was cut out by
+    rounding. It knows no boxes between pixels, which small pictures need.
     """
     height, width, _ = image_HWC.shape
     if min(width, height) < LARGE:
@@ -110,12 +112,14 @@ def resized(image_HWC, size, box):
 
 
 def least_side(size, crop_min=1.0):
-    """Pixels of the shorter side that a picture needs, so that no view of `size` pixels is an enlargement for the lack of them."""
+    """Pixels of the shorter side that a picture needs, so that no view of `size` pixels is an enlargement for the lack
+    of them."""
     return max(LARGE, size / (crop_min * 3 / 4) ** 0.5 if crop_min < 1 else size)
 
 
 def random_box(width, height, crop_min, rng):
-    """(left, top, right, bottom) of a random crop: a share of the area from crop_min to 1, sides in a ratio from 3/4 to 4/3."""
+    """(left, top, right, bottom) of a random crop: a share of the area from crop_min to 1, sides in a ratio from 3/4 to
+    4/3."""
     if crop_min >= 1:
         return 0, 0, width, height
     for _ in range(10):

@@ -1,4 +1,5 @@
-"""Captions: EDA, easy data augmentation (Wei and Zou, EMNLP 2019), as SafeCLIP's recipe uses it; and the form of the default preset.
+"""Captions: EDA, easy data augmentation (Wei and Zou, EMNLP 2019), as SafeCLIP's recipe uses it; and the form of the
+default preset.
 
 One of four operations is drawn for each view: replace words by synonyms, insert synonyms, swap words, delete words.
 """
@@ -26,11 +27,11 @@ MARKS = ".,;:!?"  # at the ends of a word, and no part of it
 class Eda:
     """EDA of captions. A call draws one view: (caption, rng) -> caption; never empty where the caption holds a word.
 
-    Of W words n = max(1, int(strength * W)) are replaced, inserted or swapped; deletion drops each with probability `strength`,
-    so it may change nothing. Nor do the others where no word has a synonym or there is no second word.
-    Synonyms are WordNet's (source "wordnet") if it is found (shards.views.wordnet.find), else those of the shipped table ("table").
-    `clean`: captions in lower case, letters only, as the recipe trains on; false: the form of the default preset (caption_view).
-    Raises UserError on other settings.
+    Of W words n = max(1, int(strength * W)) are replaced, inserted or swapped; deletion drops each with probability
+    `strength`, so it may change nothing. Nor do the others where no word has a synonym or there is no second word.
+    Synonyms are WordNet's (source "wordnet") if it is found (shards.views.wordnet.find), else those of the shipped
+    table ("table"). `clean`: captions in lower case, letters only, as the recipe trains on; false: the form of the
+    default preset (caption_view). Raises UserError on other settings.
     """
 
     def __init__(self, strength: float = 0.1, source: str = "wordnet", clean: bool = True):
@@ -93,7 +94,8 @@ class Eda:
 
 
 def cleaned(text: str) -> list[str]:
-    """Words in lower case without anything but letters (of any script, with their marks); "don't" is one word, "t-shirt" two."""
+    """Words in lower case without anything but letters (of any script, with their marks); "don't" is one word,
+    "t-shirt" two."""
     text = text.lower().replace("'", "").replace("\u2019", "")
     return "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text).split()
 
@@ -112,15 +114,16 @@ def clean_synonyms(folder, word):
 
 @lru_cache(maxsize=1 << 16)
 def synonyms(folder, word):
-    """tuple of the synonyms of a word in lower case: of the WordNet in `folder` or, where that is None, of the table."""
+    """tuple of the synonyms of a word in lower case: of the WordNet in `folder` or, where that is None, of the
+    table."""
     if folder:
         return tuple(sorted(name.replace("_", " ") for name in wordnet.opened(folder).synonyms(word)))
     return tuple(table().get(word, ()))
 
 
 def caption_view(text: str, rng: np.random.Generator, rate: float = 0.1, folder: str | None = None) -> str:
-    """The default preset's form: words stay as they are, one operation on round(rate * W) of them, at least one; stop words too are
-    replaced, one place at a time, and the two places of a swap may be the same. Never empty."""
+    """The default preset's form: words stay as they are, one operation on round(rate * W) of them, at least one; stop
+    words too are replaced, one place at a time, and the two places of a swap may be the same. Never empty."""
     words = text.split()
     count = max(1, round(rate * len(words)))
     operation = ("replace", "insert", "swap", "delete")[rng.integers(4)]

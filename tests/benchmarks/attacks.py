@@ -1,11 +1,12 @@
-"""What the guards of the preset default exclude of attacks, after the low-rate epoch alone: many seeds, weaker attacks too.
+"""What the guards of the preset default exclude of attacks, after the low-rate epoch alone: many seeds, weaker attacks
+too.
 
 python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--change attacks.badnets.pairs=16 ...]
 
 CONFIG, ATTACK: e.g. configs/quickstart.yaml configs/attack_shapes.yaml, on data that are there (launch/reproduce.sh).
 Adds to tests/benchmarks/attacks.json an object for each attack config, change and seed: the triggers found, and of each
-guard the shares of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the mean, the
-least, and the number of seeds on which it is excluded whole.
+guard the shares of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the mean,
+the least, and the number of seeds on which it is excluded whole.
 """
 
 import argparse

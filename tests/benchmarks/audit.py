@@ -2,8 +2,9 @@
 
 python -m tests.benchmarks.audit [--pairs 1000000] [--width 512]
 
-Synthetic: scores of two Gaussians, embeddings in clusters, captions of which some repeat, cells of which some do, and shards of
-10,000 pictures (one shard under many names, 4 KB a pair are written beside). Then `safeclip audit` in a process of its own.
+Synthetic: scores of two Gaussians, embeddings in clusters, captions of which some repeat, cells of which some do, and
+shards of 10,000 pictures (one shard under many names, 4 KB a pair are written beside). Then `safeclip audit` in a
+process of its own.
 """
 
 import argparse

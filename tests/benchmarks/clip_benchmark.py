@@ -2,10 +2,11 @@
 
 python -m tests.benchmarks.clip_benchmark RUN [--program clip_benchmark]
 
-Needs clip_benchmark (`pip install clip_benchmark "numpy<2.3"`: version 1.6.2 fails with NumPy 2.4), best in a virtual environment of its
-own: --program names its command. Prints both figures of every measure, and exits with code 1 where they differ by more than one picture. Classification is of the whole test set.
-Retrieval is of the first test picture with each caption: where captions are equal, clip_benchmark's figure depends on the order in
-which they come, and ours is the mean over all orders.
+Needs clip_benchmark (`pip install clip_benchmark "numpy<2.3"`: version 1.6.2 fails with NumPy 2.4), best in a virtual
+environment of its own: --program names its command. Prints both figures of every measure, and exits with code 1 where
+they differ by more than one picture. Classification is of the whole test set. Retrieval is of the first test picture
+with each caption: where captions are equal, clip_benchmark's figure depends on the order in which they come, and ours
+is the mean over all orders.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""The cost of safety: seconds of an epoch of one run, scoring and split included, over those of another on the same data.
+"""The cost of safety: seconds of an epoch of one run, scoring and split included, over those of another on the same
+data.
 
 python -m tests.benchmarks.cost BASE_RUN RUN        both trained on this machine with nothing beside them
 
-The epochs are those of the CLIP loss at the full rate: all of plain CLIP's, SafeCLIP's after its warm-up. Reads config.yaml,
-metrics.jsonl and the last checkpoint. Last line: one JSON object; medians over the epochs, evaluation left out, and the
-whole runs (guards, saving and whatever else they did included).
+The epochs are those of the CLIP loss at the full rate: all of plain CLIP's, SafeCLIP's after its warm-up. Reads
+config.yaml, metrics.jsonl and the last checkpoint. Last line: one JSON object; medians over the epochs, evaluation left
+out, and the whole runs (guards, saving and whatever else they did included).
 """
 
 import argparse

@@ -1,9 +1,12 @@
 """What each detector of the audit finds of known poison, alone and combined, and what it costs.
 
-python -m tests.benchmarks.detectors RUN... --out DIR       RUN: runs of `safeclip train` on poisoned data, e.g. of launch/reproduce.sh
+python -m tests.benchmarks.detectors RUN... --out DIR       RUN: runs of `safeclip train` on poisoned data, e.g. of
+launch/reproduce.sh
 
-Scores every run's data with its own model (`safeclip score --model RUN`), audits them (with the run's splits, if it has masks; what is there is used again) and writes DIR/detectors.md: AUROC for each attack (clean pairs above poison), precision of the 0.1 % and 1 %
-of the pairs with the lowest scores (all attacks together), seconds per 100,000 pairs. Recorded in tests/benchmarks/detectors.md.
+Scores every run's data with its own model (`safeclip score --model RUN`), audits them (with the run's splits, if it has
+masks; what is there is used again) and writes DIR/detectors.md: AUROC for each attack (clean pairs above poison),
+precision of the 0.1 % and 1 % of the pairs with the lowest scores (all attacks together), seconds per 100,000 pairs.
+Recorded in tests/benchmarks/detectors.md.
 """
 
 import argparse

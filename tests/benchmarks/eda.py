@@ -1,10 +1,12 @@
-"""EDA with WordNet's synonyms, with the shipped table's, and the default preset's form of it: what they do to captions, and at what cost.
+"""EDA with WordNet's synonyms, with the shipped table's, and the default preset's form of it: what they do to captions,
+and at what cost.
 
 OMP_NUM_THREADS=1 python -m tests.benchmarks.eda DATA...     folders of `safeclip data`, with index/; prints Markdown
 
-2,000 captions a set, 16 views of each. "Synonyms": share of the words (clean, all occurrences) that may be replaced. "Changed": share of
-the views that differ from the caption in the same form. "Edits": words inserted, deleted or substituted at the least, a view.
-"Variants": different views among a caption's 16. Microseconds a view: the first over the captions, when words are looked up, and later.
+2,000 captions a set, 16 views of each. "Synonyms": share of the words (clean, all occurrences) that may be replaced.
+"Changed": share of the views that differ from the caption in the same form. "Edits": words inserted, deleted or
+substituted at the least, a view. "Variants": different views among a caption's 16. Microseconds a view: the first over
+the captions, when words are looked up, and later.
 """
 
 import sys

@@ -1,10 +1,12 @@
-"""What an epoch takes at full size: pairs as CC3M's (textures of 256 to 512 pixels, JPEG), a config's model and batch, on the GPU if there is one.
+"""What an epoch takes at full size: pairs as CC3M's (textures of 256 to 512 pixels, JPEG), a config's model and batch,
+on the GPU if there is one.
 
-python -m tests.benchmarks.epoch [--config configs/cc3m_rn50.yaml] [--pairs 16384] [--workers 12] [--dir runs/epoch] [--overrides ...]
+python -m tests.benchmarks.epoch [--config configs/cc3m_rn50.yaml] [--pairs 16384] [--workers 12] [--dir runs/epoch]
+[--overrides ...]
 
-Trains preset=default for six epochs: unimodal, two slow ones (which are plain CLIP's, at another rate), and three of SafeCLIP, each with its split;
-of each kind the last is taken. Last line: one JSON object. The pictures are no concepts, so the scores mean
-nothing; guards are off, for each picture stands in many pairs.
+Trains preset=default for six epochs: unimodal, two slow ones (which are plain CLIP's, at another rate), and three of
+SafeCLIP, each with its split; of each kind the last is taken. Last line: one JSON object. The pictures are no concepts,
+so the scores mean nothing; guards are off, for each picture stands in many pairs.
 """
 
 import argparse

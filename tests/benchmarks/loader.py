@@ -1,13 +1,15 @@
-"""The loader beside open_clip's training loader and megatron-energon: the same shards, transforms and workers, in one run.
+"""The loader beside open_clip's training loader and megatron-energon: the same shards, transforms and workers, in one
+run.
 
-python -m tests.benchmarks.loader [--energon VENV/bin/python] [--rounds 5] [--workers 1] [--only raw ...] [--dir runs/loader]
+python -m tests.benchmarks.loader [--energon VENV/bin/python] [--rounds 5] [--workers 1] [--only raw ...] [--dir
+runs/loader]
 
---energon names the Python of a virtual environment in which `pip install megatron-energon==7.4.1 open_clip_torch` was run.
-Rounds are interleaved; figures are medians. Last line: one JSON object. Samples/s and ratios at 32 px (rendered PNG) and 224 px
-(textures as JPEG, 256 to 512 pixels a side), each with crops alone (open_clip's default) and with colour jitter; raw: bytes only
-(pread: the system's reads alone); start: seconds to the first batch at 90 % of an epoch of 100,000 over those at 0 %; view: bytes
-read by an epoch over 15 % of the samples over those of a whole one, all reads of the process counted; growth: of a reader's memory
-from its 2nd epoch of 1,280 samples to its 12th.
+--energon names the Python of a virtual environment in which `pip install megatron-energon==7.4.1 open_clip_torch` was
+run. Rounds are interleaved; figures are medians. Last line: one JSON object. Samples/s and ratios at 32 px (rendered
+PNG) and 224 px (textures as JPEG, 256 to 512 pixels a side), each with crops alone (open_clip's default) and with
+colour jitter; raw: bytes only (pread: the system's reads alone); start: seconds to the first batch at 90 % of an epoch
+of 100,000 over those at 0 %; view: bytes read by an epoch over 15 % of the samples over those of a whole one, all reads
+of the process counted; growth: of a reader's memory from its 2nd epoch of 1,280 samples to its 12th.
 """
 
 import argparse
@@ -74,9 +76,11 @@ def make_steps(index, batch, mask=None):
 
 
 def raw(folder, rounds):
-    """Microseconds a sample in this process, bytes only: webdataset's sequential iterator, and ours in the epoch's order.
+    """Microseconds a sample in this process, bytes only: webdataset's sequential iterator, and ours in the epoch's
+    order.
 
-    pread: our reads of picture and caption alone, no order and no look-ups; below this is only who leaves the bytes where they are.
+    pread: our reads of picture and caption alone, no order and no look-ups; below this is only who leaves the bytes
+    where they are.
     """
     import webdataset
 

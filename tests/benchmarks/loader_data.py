@@ -1,4 +1,5 @@
-"""The shards that tests/benchmarks/loader.py reads, made once: rendered shapes at 32 px, textures as JPEG, and 100,000 small pairs."""
+"""The shards that tests/benchmarks/loader.py reads, made once: rendered shapes at 32 px, textures as JPEG, and 100,000
+small pairs."""
 
 import io
 import json
@@ -50,7 +51,8 @@ def pairs(kind, pictures, count):
 
 
 def data_sets(folder, energon=None):
-    """{32: folder, 224: folder, "large": folder}, each with tars/ and index/, prepared for energon where its Python is given."""
+    """{32: folder, 224: folder, "large": folder}, each with tars/ and index/, prepared for energon where its Python is
+    given."""
     shapes = [render(number, 0) for number in range(2000)]
     small = [sample["png"] for sample in shapes]
     wanted = {32: ("png", lambda: small, 16_000), 224: ("jpg", jpegs, 4_000), "large": ("png", lambda: small, 100_000)}

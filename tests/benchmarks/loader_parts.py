@@ -1,10 +1,12 @@
-"""Where the loader's gain comes from, part by part, and the decoders to choose from. Needs the data of tests/benchmarks/loader.py.
+"""Where the loader's gain comes from, part by part, and the decoders to choose from. Needs the data of
+tests/benchmarks/loader.py.
 
 python -m tests.benchmarks.loader_parts [--dir runs/loader] [--rounds 7]
 
-Last line: one JSON object, microseconds of processor time a sample, the least median of the rounds: what open_clip's training loader
-does and what ours does in its place. decoders: the same JPEGs to RGB by each library that can be imported, whether the pixels are
-Pillow's, and pictures/s of two threads over those of one and of two processes over those of one.
+Last line: one JSON object, microseconds of processor time a sample, the least median of the rounds: what open_clip's
+training loader does and what ours does in its place. decoders: the same JPEGs to RGB by each library that can be
+imported, whether the pixels are Pillow's, and pictures/s of two threads over those of one and of two processes over
+those of one.
 """
 
 import argparse

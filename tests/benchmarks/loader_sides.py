@@ -1,7 +1,9 @@
-"""One loader that tests/benchmarks/loader.py measures, in a process of its own: python -m tests.benchmarks.loader_sides NAME
+"""One loader that tests/benchmarks/loader.py measures, in a process of its own: python -m tests.benchmarks.loader_sides
+NAME
 
-Reads jobs as JSON lines from stdin and answers each with one line: samples/s from the first batch to the last. Every side reads the
-same shards with as many workers, crops and colours by the same distribution, tokenizes, and ends with float pixels, normalised.
+Reads jobs as JSON lines from stdin and answers each with one line: samples/s from the first batch to the last. Every
+side reads the same shards with as many workers, crops and colours by the same distribution, tokenizes, and ends with
+float pixels, normalised.
 """
 
 import json
@@ -103,7 +105,8 @@ def energon(folder, size, colour, workers, batch, pairs):
 
 
 def speed(side, **job):
-    """Samples/s of one epoch, from the first batch to the last; the first batches of readers with buffers are theirs for nothing."""
+    """Samples/s of one epoch, from the first batch to the last; the first batches of readers with buffers are theirs
+    for nothing."""
     started, count = None, 0
     for images, tokens in side(**job):
         assert images.shape[1:] == (3, job["size"], job["size"]) and len(tokens) == len(images)

@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.mixture [--scores 1e9] [--sklearn 3e6]
 
-The scores are 1/32 of the number, drawn from two Gaussians and gone over 32 times; what is timed is the work on all of them.
-Last line: one JSON object, seconds, and nanoseconds a score beside reading the scores once (their sum).
+The scores are 1/32 of the number, drawn from two Gaussians and gone over 32 times; what is timed is the work on all of
+them. Last line: one JSON object, seconds, and nanoseconds a score beside reading the scores once (their sum).
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
 python -m tests.benchmarks.planning [--shards 500000] [--samples 5e9] [--batch 32768] [--world 256]
 
-Last line: one JSON object. build_s: counting the mask's safe samples by shard and building the plan over them; slot_us: a rank's rows
-of a step, (shard, position) by plan and mask, divided by their number, the median over steps from all over the epoch; one_slot_us:
-the plan's answer for a single slot of all samples (any step, any slot), median and 99th percentile; peak_megabytes: of the process,
-imports included; above: of them, over the mask's own bits.
+Last line: one JSON object. build_s: counting the mask's safe samples by shard and building the plan over them; slot_us:
+a rank's rows of a step, (shard, position) by plan and mask, divided by their number, the median over steps from all
+over the epoch; one_slot_us: the plan's answer for a single slot of all samples (any step, any slot), median and 99th
+percentile; peak_megabytes: of the process, imports included; above: of them, over the mask's own bits.
 """
 
 import argparse

@@ -3,9 +3,9 @@
 python -m tests.benchmarks.saving [--model RN50] [--zero 1] [--batch 8] [--dir runs/saving]
 torchrun --nproc-per-node 2 -m tests.benchmarks.saving         the same with each rank saving its part
 
-Last line: one JSON object. step_s: a step while nothing is written; stall_s: how long `save` keeps the training from its next
-step; step_while_writing_s: a step while the files are written; write_s: from the call to the marker; waited_s: a save that the
-training waits for.
+Last line: one JSON object. step_s: a step while nothing is written; stall_s: how long `save` keeps the training from
+its next step; step_while_writing_s: a step while the files are written; write_s: from the call to the marker; waited_s:
+a save that the training waits for.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""On real GPUs, where there are any: NCCL, every ZeRO stage in fp32 and bf16, resume, and the same numbers as on the CPU.
+"""On real GPUs, where there are any: NCCL, every ZeRO stage in fp32 and bf16, resume, and the same numbers as on the
+CPU.
 
-The rest of the suite never sees a GPU (tests/conftest.py); these give it back to the processes they start, on up to two of them.
+The rest of the suite never sees a GPU (tests/conftest.py); these give it back to the processes they start, on up to two
+of them.
 """
 
 import json

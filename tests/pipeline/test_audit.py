@@ -40,7 +40,8 @@ needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory):
-    """data/, scores/ and audit/ of 60 pairs: hostile captions, a repeated one, a patch in every fifth picture, one broken picture."""
+    """data/, scores/ and audit/ of 60 pairs: hostile captions, a repeated one, a patch in every fifth picture, one
+    broken picture."""
     folder = tmp_path_factory.mktemp("audited")
     captions = [HOSTILE[i] if i < len(HOSTILE) else f"thing {i}" if i % 4 else "the same words" for i in range(60)]
     pictures = {row: picture(row, True) for row in range(3, 60, 5)} | {

@@ -1,4 +1,5 @@
-"""Too many bad samples stop the run on all ranks, with their reasons by count; told to go on, it ends as if it had never stopped."""
+"""Too many bad samples stop the run on all ranks, with their reasons by count; told to go on, it ends as if it had
+never stopped."""
 
 import pytest
 
@@ -29,7 +30,8 @@ def data(tmp_path_factory):
 
 
 def stop_and_go_on(folder):
-    """[the error of a strict run, that of its second start], its lines, then without the limit to the end; and a whole run."""
+    """[the error of a strict run, that of its second start], its lines, then without the limit to the end; and a whole
+    run."""
     found = []
     for _ in range(2):
         with pytest.raises(UserError) as error:

@@ -1,5 +1,5 @@
-"""Arrays that the ranks of a host share: one copy a host, the same on all hosts after they were shared, one line on a full disk.
-And the groups' end."""
+"""Arrays that the ranks of a host share: one copy a host, the same on all hosts after they were shared, one line on a
+full disk. And the groups' end."""
 
 import os
 import socket

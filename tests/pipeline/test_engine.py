@@ -36,7 +36,8 @@ def towers(config):
 
 
 def global_batch(kind, size, step=0):
-    """(images, tokens, valid) of ROWS rows, in the views of the loss. Rows 0 to 4 hold three bad ones, rows 4 to 8 none."""
+    """(images, tokens, valid) of ROWS rows, in the views of the loss. Rows 0 to 4 hold three bad ones, rows 4 to 8
+    none."""
     torch.manual_seed(100 + step)
     views = {"clip": 1, "crossed": 2, "unimodal": 2, "match": 1, "cleanclip": 2}[kind]
     images = torch.randint(0, 256, (views, ROWS, 3, size, size), dtype=torch.uint8)
@@ -63,7 +64,8 @@ def train(stages, precision="fp32", config=VIT):
     results = {}
     for stage in stages:
         for kind in KINDS:
-            # A large eps: where a true gradient is 0 (the keys' bias) Adam would step by the sign of its rounding error.
+            # A large eps: where a true gradient is 0 (the keys' bias) Adam would step by the sign of its rounding
+            # error.
             settings = Train(batch_size=ROWS, lr=1e-2, eps=1e-2, zero_stage=stage, precision=precision)
             engine = engines.start_engine(towers(config), settings, comm.device())
             pools = {name: NeighborPool(12, 16, comm.device()) for name in ("image", "text")}

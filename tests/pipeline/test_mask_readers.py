@@ -1,4 +1,5 @@
-"""The readers of others take a mask as it is: webdataset and open_clip train on the safe pairs without a copy of the data."""
+"""The readers of others take a mask as it is: webdataset and open_clip train on the safe pairs without a copy of the
+data."""
 
 import json
 import os
@@ -91,7 +92,8 @@ def test_a_shard_is_trusted_without_its_content_only_when_told_so(here):
 
 
 def test_open_clip_trains_on_the_safe_pairs_in_place(here):
-    """The documented script with the real open_clip_train: two epochs on the CPU; what it read is noted behind the mask."""
+    """The documented script with the real open_clip_train: two epochs on the CPU; what it read is noted behind the
+    mask."""
     model = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},

@@ -103,7 +103,8 @@ def test_it_survives_being_saved():
 
 
 def converged_em(x, theta):
-    """(log-likelihood, theta) of plain EM on the raw scores until nothing moves any more; theta: rows (weight, mean, variance)."""
+    """(log-likelihood, theta) of plain EM on the raw scores until nothing moves any more; theta: rows (weight, mean,
+    variance)."""
     moved = np.inf
     while moved > 1e-7:
         weight, mean, variance = theta.T[:, :, None]

@@ -1,4 +1,5 @@
-"""preset=paper is the released recipe of SafeCLIP. Every expected value here is calculated from the recipe's formulas."""
+"""preset=paper is the released recipe of SafeCLIP. Every expected value here is calculated from the recipe's
+formulas."""
 
 import math
 from dataclasses import replace
@@ -67,7 +68,8 @@ def test_the_preset_has_the_released_settings(paper):
 
 
 def directed(row, column, scale):
-    """Cross-entropy of scale * row . column with diagonal targets, and its gradients by row, column and scale: numpy, float64."""
+    """Cross-entropy of scale * row . column with diagonal targets, and its gradients by row, column and scale: numpy,
+    float64."""
     logits = scale * row @ column.T
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
@@ -155,14 +157,16 @@ def test_the_rate_is_one_cosine_then_constant_then_one_cosine_a_loss(paper):
     assert {learning_rate(stages[2], step, steps, train) for step in range(100, 150)} == {5e-6}
     for step in (0, 29, 100, 199):
         assert learning_rate(stages[3], step, 200, train) == pytest.approx(cosine(step, 200))
-    # 7 SafeCLIP epochs over 6,400 pairs from a first fraction of .2: each has the whole batches of both sets, 50 in all at most.
+    # 7 SafeCLIP epochs over 6,400 pairs from a first fraction of .2: each has the whole batches of both sets, 50 in all
+    # at most.
     chosen = paper().selection
     fractions = [0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 0.26]
     safe = [round(fraction * 6400) // 128 for fraction in fractions]
     risky = [(6400 - round(fraction * 6400)) // 128 for fraction in fractions]
     assert steps_of_loss("clip", 6400, 0.2, 0.2, train, chosen) == sum(safe)
     assert steps_of_loss("unimodal", 6400, 0.2, 0.2, train, chosen) == sum(risky)
-    # Where the first safe set is a fifth of the pairs and half of the views, a further 1 % of the pairs has 1/80 of the other half.
+    # Where the first safe set is a fifth of the pairs and half of the views, a further 1 % of the pairs has 1/80 of the
+    # other half.
     safe = [(0.5 + 0.5 * n / 80) * 6400 // 128 for n in range(7)]
     assert steps_of_loss("clip", 6400, 0.2, 0.5, train, chosen) == pytest.approx(sum(safe), abs=7)
 
@@ -191,7 +195,8 @@ def test_the_fractions_of_26_rounds(paper):
 
 
 def scores_of_two(seed=0):
-    """float32 (4000,): a narrow component, and a wide one of higher mean whose lower tail reaches below the narrow one."""
+    """float32 (4000,): a narrow component, and a wide one of higher mean whose lower tail reaches below the narrow
+    one."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.normal(0.10, 0.05, 2000), rng.normal(0.30, 0.30, 2000)]).astype(np.float32)
 

@@ -1,4 +1,5 @@
-"""A run that was cut off anywhere ends as if it never had been: at any step, at every ZeRO stage, on another number of ranks."""
+"""A run that was cut off anywhere ends as if it never had been: at any step, at every ZeRO stage, on another number of
+ranks."""
 
 import json
 import os

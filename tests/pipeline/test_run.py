@@ -1,4 +1,5 @@
-"""The program as users run it: data, attack, 2 processes, death and resume, evaluation, export; and what they get wrong."""
+"""The program as users run it: data, attack, 2 processes, death and resume, evaluation, export; and what they get
+wrong."""
 
 import json
 import os
@@ -132,7 +133,8 @@ def test_a_run_cut_off_after_an_epoch_ends_as_if_it_never_was(world):
 
 
 def test_a_split_does_not_depend_on_the_world_size(world, make_shards):
-    """Shards of uneven sizes, scored with one model by 1, 2, 4 and 8 processes: the same cosines, mixture and mask, bit for bit."""
+    """Shards of uneven sizes, scored with one model by 1, 2, 4 and 8 processes: the same cosines, mixture and mask, bit
+    for bit."""
     build_index([str(path) for path in make_shards([50, 0, 7, 33, 90])], world / "uneven" / "index")
     from tests.ranks import run_ranks
 
@@ -162,10 +164,12 @@ def scored_split(folder):
 def test_evaluate_and_export(world):
     safeclip("evaluate", "whole", cwd=world)
     result = json.loads((world / "whole" / "eval.json").read_text())
-    # A step of the unimodal loss sees two views of each pair: 10 of them, 10 at the low rate, then 3 on safe and 6 on risky pairs, 4 and 5.
+    # A step of the unimodal loss sees two views of each pair: 10 of them, 10 at the low rate, then 3 on safe and 6 on
+    # risky pairs, 4 and 5.
     assert result["epochs"] == 4 and result["sample_views"] == 24 * (20 + 10 + 3 + 12 + 4 + 10)
     assert 0 <= result["clean_top1"] <= result["clean_top5"] <= 1
-    # Duplicates are trained on in no epoch but the low-rate one; the other triggers are in too few pictures for a cluster.
+    # Duplicates are trained on in no epoch but the low-rate one; the other triggers are in too few pictures for a
+    # cluster.
     trained = {kind: attack["share_trained_on"] for kind, attack in result["attacks"].items()}
     assert trained.pop("single_target") == 0 and all(0 <= share <= 1 for share in trained.values())
     for attack in result["attacks"].values():

@@ -28,7 +28,8 @@ def data(tmp_path_factory):
 
 
 def cut_off_in_scoring(folder):
-    """(cosines, those of a scoring that was cut off and went on, shards done at the cut, passes after it, shards done at another step)."""
+    """(cosines, those of a scoring that was cut off and went on, shards done at the cut, passes after it, shards done
+    at another step)."""
     made = config(folder, "scoring", data__index=str(folder / "uneven"), train__batch_size=8)
     run = Run(made)
     files = ScoreFiles(folder / "scores", run.index, step=5)
@@ -54,12 +55,14 @@ def test_scoring_goes_on_with_the_shards_that_are_not_scored_yet(tmp_path, make_
     build_index([str(path) for path in make_shards([50, 0, 7, 33, 90])], tmp_path / "uneven")
     for whole, resumed, done, passes, other_step in run_ranks(cut_off_in_scoring, 2, tmp_path):
         np.testing.assert_array_equal(whole, resumed)
-        # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Cut off after 5, it needs no 8 more.
+        # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Cut off after 5, it needs no 8
+        # more.
         assert done == [0, 2] and passes == 6 and other_step == []
 
 
 def rounds_with_a_guard(folder):
-    """At each selection round of a run: the safe set, and which pairs have a score; first whole, then of one that was cut off after a round."""
+    """At each selection round of a run: the safe set, and which pairs have a score; first whole, then of one that was
+    cut off after a round."""
     found = []
     for name, epochs in (("whole", (4,)), ("cut", (3, 4))):
         for number in epochs:

@@ -1,4 +1,5 @@
-"""A folder that processes share: every byte right, never above its limit, one fetch for all, and nothing half after kill -9."""
+"""A folder that processes share: every byte right, never above its limit, one fetch for all, and nothing half after
+kill -9."""
 
 import hashlib
 import multiprocessing

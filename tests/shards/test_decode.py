@@ -149,7 +149,8 @@ def jpegs(draw):
 
 @given(jpegs(), st.none() | st.integers(1, 150), st.none() | st.floats(0, 1), st.randoms(use_true_random=False))
 def test_pillow_alone_says_the_same_of_any_jpeg(data, least, cut, random):
-    """So the bits of a training do not depend on whether simplejpeg is installed: pixels, or the reason why a sample is bad."""
+    """So the bits of a training do not depend on whether simplejpeg is installed: pixels, or the reason why a sample is
+    bad."""
     pytest.importorskip("simplejpeg")
     damaged = bytearray(data)
     damaged[random.randrange(len(data))] ^= 1 << random.randrange(8)

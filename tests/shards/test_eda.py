@@ -283,7 +283,8 @@ def small_eda(small):
 
 
 def test_choices_are_uniform(eda):
-    """The replaced word, the place of an insertion, the word that is left of a deletion and its synonym, 3,000 draws each."""
+    """The replaced word, the place of an insertion, the word that is left of a deletion and its synonym, 3,000 draws
+    each."""
     draws, view, whole = 3_000, eda(0.1), eda(1)
     words = KNOWN[:4]
     replaced, places, left, names, pairs = Counter(), Counter(), Counter(), Counter(), Counter()
@@ -323,7 +324,8 @@ def test_a_synonym_of_several_words_becomes_words(eda):
         "t-shirt (x_y)": "t shirt x y",
         "3 dogs in 2024.": "dogs in",
         "Ünder\tden\nBäumen": "ünder den bäumen",
-        "\u0e17\u0e35\u0e48 \u0928\u0940\u0932\u093e": "\u0e17\u0e35\u0e48 \u0928\u0940\u0932\u093e",  # with vowel marks
+        # with vowel marks
+        "\u0e17\u0e35\u0e48 \u0928\u0940\u0932\u093e": "\u0e17\u0e35\u0e48 \u0928\u0940\u0932\u093e",
         "\U0001f600 !!! 12": "",
     }.items(),
 )

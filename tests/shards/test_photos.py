@@ -1,4 +1,5 @@
-"""Photographs: rows of a PNG become pictures, captions agree with class and pixels, and a build is a pure function of its seed."""
+"""Photographs: rows of a PNG become pictures, captions agree with class and pixels, and a build is a pure function of
+its seed."""
 
 import hashlib
 import io
@@ -33,7 +34,8 @@ def png(pixels):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache folder with a small package in the layout of the real one: 6 pictures in each training batch, 20 in the test batch."""
+    """A cache folder with a small package in the layout of the real one: 6 pictures in each training batch, 20 in the
+    test batch."""
     members = {name: png(made_pictures(n, 6).reshape(6, 1024, 3)) for n, name in enumerate(TRAIN[0])}
     members[TEST[0][0]] = png(made_pictures(9, 20).reshape(20, 1024, 3))
     members[TRAIN[1]] = json.dumps([n * 7 % 10 for n in range(30)]).encode()

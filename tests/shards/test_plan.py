@@ -69,7 +69,8 @@ def test_a_global_batch_holds_the_same_samples_at_any_world_size(counts_S, epoch
 @settings(max_examples=40)
 @given(counts, st.integers(0, 50), st.data(), st.sampled_from([1, 2, 4]))
 def test_a_weight_is_how_often_each_sample_is_seen(counts_S, seed, data, streams):
-    """Each sample exactly `weight` times an epoch, each time under a number of its own, and the same batches at any world size."""
+    """Each sample exactly `weight` times an epoch, each time under a number of its own, and the same batches at any
+    world size."""
     repeats_S = data.draw(st.lists(st.integers(1, 4), min_size=len(counts_S), max_size=len(counts_S)))
     total = int(np.dot(counts_S, repeats_S))
     batch = data.draw(st.sampled_from([b for b in (4, 8, 12) if total % b == 0] or [4]))

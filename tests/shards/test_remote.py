@@ -1,4 +1,5 @@
-"""Shards behind URLs: the same index and the same bytes as of local ones, whatever the server does; and a lost server is an error in time."""
+"""Shards behind URLs: the same index and the same bytes as of local ones, whatever the server does; and a lost server
+is an error in time."""
 
 import time
 from dataclasses import replace

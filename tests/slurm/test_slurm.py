@@ -1,4 +1,5 @@
-"""launch/slurm.sbatch on a real SLURM of two nodes: whatever takes its nodes away, the job ends with the weights of one left alone."""
+"""launch/slurm.sbatch on a real SLURM of two nodes: whatever takes its nodes away, the job ends with the weights of one
+left alone."""
 
 import contextlib
 import os
@@ -130,7 +131,8 @@ def whole(tmp_path_factory):
 
 
 def test_a_job_that_nears_its_time_limit_saves_and_goes_back_into_the_queue(whole):
-    """The real limit: one minute, which SLURM looks at every 30 s. The ranks are held, so that the run lasts until the warning."""
+    """The real limit: one minute, which SLURM looks at every 30 s. The ranks are held, so that the run lasts until the
+    warning."""
     job = Training(whole.folder, "limited", "--time=1", "--signal=USR1@1")
     job.wait_for_step(5)
     ranks = job.ranks()

@@ -1,6 +1,8 @@
-"""Detectors of suspect pairs. Each is a class in a module of this package with @detector above it; nothing else names it.
+"""Detectors of suspect pairs. Each is a class in a module of this package with @detector above it; nothing else names
+it.
 
-Scores are float32 (N,) in 0..1, lower = worse, NaN = not judged, as in cleanlab's Datalab; so are the names is_<name>_issue and <name>_score.
+Scores are float32 (N,) in 0..1, lower = worse, NaN = not judged, as in cleanlab's Datalab; so are the names
+is_<name>_issue and <name>_score.
 """
 
 import importlib
@@ -32,7 +34,8 @@ class Group:
 
 @dataclass
 class Finding:
-    """What one detector says. score_N: float32 (N,), lower = worse; issue_N: bool (N,). more: further columns {name: (N,)}."""
+    """What one detector says. score_N: float32 (N,), lower = worse; issue_N: bool (N,). more: further columns {name:
+    (N,)}."""
 
     score_N: np.ndarray
     issue_N: np.ndarray
@@ -41,9 +44,11 @@ class Finding:
 
 
 class Detector(ABC):
-    """name: of its columns. title, text: for people. source: paper. needs: attributes of AuditData that must not be None or empty.
+    """name: of its columns. title, text: for people. source: paper. needs: attributes of AuditData that must not be
+    None or empty.
 
-    ranks: whether its score orders pairs, so that it counts in the combined score; family: those that look at the same thing.
+    ranks: whether its score orders pairs, so that it counts in the combined score; family: those that look at the same
+    thing.
     """
 
     name = title = text = source = family = ""
@@ -52,7 +57,8 @@ class Detector(ABC):
 
     @abstractmethod
     def find(self, data, worst):
-        """Finding for an AuditData; `worst`: the share of the pairs that a detector without a threshold of its own flags."""
+        """Finding for an AuditData; `worst`: the share of the pairs that a detector without a threshold of its own
+        flags."""
 
 
 LACKS = {

@@ -15,7 +15,8 @@ class Mismatch(Detector):
     family = "cosine"
 
     def find(self, data, worst):
-        """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a posterior below 0.1."""
+        """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a
+        posterior below 0.1."""
         score_N = np.clip((data.score_N - data.low) / (data.high - data.low), 0, 1)
         cut = data.cut_at(0.1)
         issue_N = lowest(score_N, worst)
@@ -32,7 +33,8 @@ class History(Detector):
     family = "cosine"
 
     def find(self, data, worst):
-        """The score is the mean over the splits of the share of pairs with a lower cosine. more: epochs_risky, flips."""
+        """The score is the mean over the splits of the share of pairs with a lower cosine. more: epochs_risky,
+        flips."""
         total_N, seen_N = np.zeros(data.N, np.float32), np.zeros(data.N, np.int32)
         risky_N, flips_N, before_N = np.zeros(data.N, np.int32), np.zeros(data.N, np.int32), None
         for saved in data.splits:

@@ -1,7 +1,8 @@
 """Pictures that lie apart from all others: backdoors in CLIP data seen from their neighbourhoods.
 
-Huang et al., "Detecting Backdoor Samples in Contrastive Language Image Pretraining", ICLR 2025: a picture with a trigger has no near
-neighbours in a small random sample of the data, in which too few others have the trigger. Legend: R sampled pictures, K neighbours.
+Huang et al., "Detecting Backdoor Samples in Contrastive Language Image Pretraining", ICLR 2025: a picture with a
+trigger has no near neighbours in a small random sample of the data, in which too few others have the trigger. Legend: R
+sampled pictures, K neighbours.
 """
 
 import faiss
@@ -36,7 +37,8 @@ def build_index(rows_RD):
 
 
 def search(index, rows_BD, own_B, k):
-    """(distances, numbers), both (B, k): the k nearest of the index, without the number own_B (-1: none); Euclid's distance."""
+    """(distances, numbers), both (B, k): the k nearest of the index, without the number own_B (-1: none); Euclid's
+    distance."""
     similarity_BK, number_BK = index.search(rows_BD, k + 1)
     keep_BK = number_BK != own_B[:, None]
     keep_BK[keep_BK.all(1), -1] = False
@@ -46,7 +48,8 @@ def search(index, rows_BD, own_B, k):
 
 
 def neighbourhoods(data):
-    """(distance_NK, number_NK, distance_RK): of every pair's picture the nearest of data.sample random ones, and of those theirs. Made once."""
+    """(distance_NK, number_NK, distance_RK): of every pair's picture the nearest of data.sample random ones, and of
+    those theirs. Made once."""
     if "neighbourhoods" not in data.cache:
         usable = np.flatnonzero(~np.isnan(data.score_N))
         size = min(data.sample, len(usable))

@@ -27,9 +27,10 @@ class CommonPatch(Detector):
     needs = ("cells", "hash_N")
 
     def find(self, data, worst):
-        """The score is 1 / excess of the picture's most suspect cell: its unlike pictures (near-duplicates count once), over 1 + those
-        expected there. Expected at a place is the mean count of the same cell at all other places: edges and textures are everywhere,
-        a patch is not. Flags the lowest scores, `worst` of all at most, and only from EXCESS on.
+        """The score is 1 / excess of the picture's most suspect cell: its unlike pictures (near-duplicates count once),
+        over 1 + those expected there. Expected at a place is the mean count of the same cell at all other places: edges
+        and textures are everywhere, a patch is not. Flags the lowest scores, `worst` of all at most, and only from
+        EXCESS on.
         """
         near_N = near_groups(data.hash_N)
         excess_N, found = repeated_cells(data.cells, np.where(near_N >= 0, near_N, data.N + np.arange(data.N)))
@@ -46,8 +47,8 @@ class CommonPatch(Detector):
 
 
 def repeated_cells(cells, picture_N):
-    """(excess_N, found): the highest excess of each picture's cells that LEAST unlike pictures have at one place, 0 without one, and
-    [(excess, cell, rows)] of those from EXCESS on, the highest first.
+    """(excess_N, found): the highest excess of each picture's cells that LEAST unlike pictures have at one place, 0
+    without one, and [(excess, cell, rows)] of those from EXCESS on, the highest first.
 
     cells: embeddings.Rows; picture_N: int (N,) from 0 below 2^32, the same number for pictures that are alike.
     """
@@ -74,8 +75,8 @@ def repeated_cells(cells, picture_N):
 
 
 def repeated_values(value_N, picture_N):
-    """(rows, sizes, values, unlike) of one cell: the rows with a value that two unlike pictures have, value by value; of each value the
-    number of its rows and of its unlike pictures."""
+    """(rows, sizes, values, unlike) of one cell: the rows with a value that two unlike pictures have, value by value;
+    of each value the number of its rows and of its unlike pictures."""
     there = np.flatnonzero(value_N)
     key = value_N[there].astype(np.uint64) << np.uint64(32) | picture_N[there].astype(np.uint64)
     by_key = np.argsort(key)

@@ -94,10 +94,11 @@ def renumbered(group_N, keep_G):
 
 
 def near_groups(hash_N):
-    """int64 (N,): number of the group of near-duplicates of each picture, -1 = it has none. Hash 0 (plain, unread) has none.
+    """int64 (N,): number of the group of near-duplicates of each picture, -1 = it has none. Hash 0 (plain, unread) has
+    none.
 
-    Two hashes that differ in at most NEAR bits are equal in one of NEAR + 1 bands (pigeonhole); in a band's bucket each is compared
-    with the next ones in order, 32 at most.
+    Two hashes that differ in at most NEAR bits are equal in one of NEAR + 1 bands (pigeonhole); in a band's bucket each
+    is compared with the next ones in order, 32 at most.
     """
     unique_U, inverse_N, count_U = np.unique(hash_N, return_inverse=True, return_counts=True)
     links, bits = [], 64 // (NEAR + 1)

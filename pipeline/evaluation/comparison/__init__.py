@@ -1,1 +1,2 @@
-"""The comparison of defences: every attack on every set under every defence, cached cell by cell (launch/reproduce.sh)."""
+"""The comparison of defences: every attack on every set under every defence, cached cell by cell
+(launch/reproduce.sh)."""

@@ -11,7 +11,8 @@ from pipeline.evaluation.comparison.sets import DataSet, digest, overlay_digest
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One run of a defence, judged by the attacks of one group. poisoned: trained on the group's poison; else on the data as they are.
+    """One run of a defence, judged by the attacks of one group. poisoned: trained on the group's poison; else on the
+    data as they are.
 
     overlay: folder of the attack, made already.
     """
@@ -48,14 +49,16 @@ class Cell:
 
     @cached_property
     def config(self):
-        """The config.Config of the run, but that names stand for its folders, so that its hash is the same wherever they are."""
+        """The config.Config of the run, but that names stand for its folders, so that its hash is the same wherever
+        they are."""
         names = ["data.mask=mask"] if self.rule.mask else []
         names += ["model.pretrained=none"] if self.rule.starts_from_none else []
         return self.set.load([*self.words, *names])
 
     @cached_property
     def run_key(self):
-        """12 hex digits that change with what decides the run: its config, the data, the poison, and what it needs first."""
+        """12 hex digits that change with what decides the run: its config, the data, the poison, and what it needs
+        first."""
         before = [self.rule.mask, self.rule.starts_from_none, self.none.run_key if self.rule.needs_none else None]
         poison = overlay_digest(self.overlay) if self.poisoned or self.rule.mask else None
         return digest([self.config.hash(), self.set.fingerprint, poison, before])
@@ -68,8 +71,9 @@ class Cell:
     def origin(self):
         """Digests by which a table's rows are told to be of one kind.
 
-        setup: of the set's config, its data and the attack's config, the same in every row of a set and group; attack: of the poison, the
-        same in every row of a seed; recipe: of the run's config but for its seed, the same in every row of a defence.
+        setup: of the set's config, its data and the attack's config, the same in every row of a set and group; attack:
+        of the poison, the same in every row of a seed; recipe: of the run's config but for its seed, the same in every
+        row of a defence.
         """
         attack = self.set.attacks[self.group].digest(self.set.fingerprint, 0)
         recipe = replace(self.config, run=replace(self.config.run, seed=0)).hash()
@@ -80,7 +84,8 @@ class Cell:
         }
 
     def row(self, figures, seconds_before, seconds_own):
-        """The row of the results file. figures: the run's eval.json; seconds: of what the run needs first, and of its own tasks.
+        """The row of the results file. figures: the run's eval.json; seconds: of what the run needs first, and of its
+        own tasks.
 
         What the file of an unpoisoned run says of poison is of pairs that are honest there, and is left out.
         """

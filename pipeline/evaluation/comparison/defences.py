@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Defence:
     """about: for the table. words: `a.b=value` for `safeclip train`, beside the set's own.
 
-    epochs, lr: times those of the set's config. mask: words of `safeclip mask` that make the mask which the run trains on: `filter` needs
-    the run of plain CLIP on the same poison, which scores the pairs. starts_from_none: the run starts from the weights of that run.
-    control: it is also trained on the data without poison.
+    epochs, lr: times those of the set's config. mask: words of `safeclip mask` that make the mask which the run trains
+    on: `filter` needs the run of plain CLIP on the same poison, which scores the pairs. starts_from_none: the run
+    starts from the weights of that run. control: it is also trained on the data without poison.
     """
 
     about: str
@@ -35,7 +35,8 @@ class Defence:
 
 
 def outliers(by, about):
-    """A filter of local outliers, which removes what the score filter does too: the worst 5 % (Huang et al., ICLR 2025: 1 to 10 %)."""
+    """A filter of local outliers, which removes what the score filter does too: the worst 5 % (Huang et al., ICLR 2025:
+    1 to 10 %)."""
     return Defence(about, ("preset=clip",), mask=("filter", "--by", by, "--remove", "0.05"))
 
 
@@ -53,8 +54,8 @@ DEFENCES = {
     "slof": outliers("slof", "plain CLIP without the 5 % that SLOF finds (Huang et al. 2025)"),
     "dao": outliers("dao", "plain CLIP without the 5 % that DAO finds (Huang et al. 2025)"),
     "roclip": Defence("RoCLIP (Yang et al. 2023)", ("preset=roclip",), control=True),
-    # Fine-tuning at a fiftieth of the rate on a tenth of the pairs that is known to be clean, 20 times over (Bansal et al. 2023: 10 times
-    # over 100,000 of 3 million pairs, at 1e-5 after 5e-4).
+    # Fine-tuning at a fiftieth of the rate on a tenth of the pairs that is known to be clean, 20 times over (Bansal et
+    # al. 2023: 10 times over 100,000 of 3 million pairs, at 1e-5 after 5e-4).
     "cleanclip": Defence(
         "CleanCLIP: fine-tuning on a clean tenth (Bansal et al. 2023)",
         ("preset=cleanclip", "train.epochs=2"),

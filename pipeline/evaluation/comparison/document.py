@@ -32,7 +32,8 @@ two bears no mark.
 
 
 def write_report(results, definition):
-    """Write comparison.md, comparison.png and, where there are rate curves, rates_SET.png beside the file `results`; returns a line. Raises UserError."""
+    """Write comparison.md, comparison.png and, where there are rate curves, rates_SET.png beside the file `results`;
+    returns a line. Raises UserError."""
     found, folder = read_results(results), results.parent
     if not found:
         return f"{results}: no finished cells yet"
@@ -77,7 +78,8 @@ def section(name, groups):
 
 
 def not_shown(found, groups):
-    """Parts about rows that stand in no table: of defences that there are no more, and of models that never saw poison alone."""
+    """Parts about rows that stand in no table: of defences that there are no more, and of models that never saw poison
+    alone."""
     tables = {(one.name, one.group) for one in groups}
     lines = []
     for row in found:
@@ -94,7 +96,8 @@ def commits(rows):
 
 
 def not_run(rows, definition):
-    """Markdown list: of the whole comparison, every defence on every group, seeds 0 to 2, and the controls, what has no row."""
+    """Markdown list: of the whole comparison, every defence on every group, seeds 0 to 2, and the controls, what has no
+    row."""
     there = {
         (row["set"], row["group"] if row["poisoned"] else "no poison", row["defence"], row["seed"]) for row in rows
     }

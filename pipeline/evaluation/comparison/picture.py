@@ -8,15 +8,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 from pipeline.evaluation.comparison.defences import DEFENCES  # noqa: E402
 from pipeline.evaluation.comparison.rows import mean, rate_of, rate_rows  # noqa: E402
 
-# Undefended grey, filters blue, fine-tuning and other training pink and brown, SafeCLIP orange and red, the oracle green.
+# Undefended grey, filters blue, fine-tuning and other training pink and brown, SafeCLIP orange and red, the oracle
+# green.
 SHADES = "#222222 #888888 #1f77b4 #9ecae1 #17becf #0b3d91 #e377c2 #8c564b #ff7f0e #ffbb78 #d62728 #2ca02c"
 COLOURS = dict(zip(DEFENCES, SHADES.split()))
 MARKERS = dict(zip(DEFENCES, "os^v<>DPX*hd"))
 
 
 def draw(groups, path):
-    """A line of panels for each set, a panel for each of its groups (rows.GroupRows): of each defence the mean success of the attacks that
-    take undefended, large, and each attack, small."""
+    """A line of panels for each set, a panel for each of its groups (rows.GroupRows): of each defence the mean success
+    of the attacks that take undefended, large, and each attack, small."""
     names = list(dict.fromkeys(one.name for one in groups))
     columns = max(sum(one.name == name for one in groups) for name in names)
     size = (4.4 * columns + 2, 4.2 * len(names))
@@ -58,7 +59,8 @@ def panel(axis, found):
 
 
 def draw_rates(name, rows, path):
-    """A panel for each attack of the set's rate curves: its success over the number of poisoned pairs, mean and range over runs."""
+    """A panel for each attack of the set's rate curves: its success over the number of poisoned pairs, mean and range
+    over runs."""
     found = rate_rows(name, rows)
     attacks = list(dict.fromkeys(attack for attack, _, _ in found))
     figure, axes = plt.subplots(1, len(attacks), figsize=(4.6 * len(attacks), 4.2), layout="constrained", squeeze=False)

@@ -16,9 +16,11 @@ SAFECLIP = (sys.executable, "-m", "pipeline.cli")
 
 @dataclass(eq=False)
 class Task:
-    """A process. marker: a file that says that it is done, with the seconds it took; None: it is done when `finish` has been called.
+    """A process. marker: a file that says that it is done, with the seconds it took; None: it is done when `finish` has
+    been called.
 
-    cell: of a cell's last task, that cell. prepare, finish(seconds it took): called in this process before and after, or None.
+    cell: of a cell's last task, that cell. prepare, finish(seconds it took): called in this process before and after,
+    or None.
     """
 
     name: str
@@ -46,7 +48,8 @@ class Task:
 
 
 class Plan:
-    """tasks: list of Task for `cells`, in an order in which each comes after what it needs. told(cell, row): called with every new row, or None."""
+    """tasks: list of Task for `cells`, in an order in which each comes after what it needs. told(cell, row): called
+    with every new row, or None."""
 
     def __init__(self, cells, work, results, workers=0, keep=False, told=None):
         self.work, self.results, self.keep, self.told = Path(work), results, keep, told

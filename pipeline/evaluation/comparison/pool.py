@@ -1,4 +1,5 @@
-"""Runs tasks as processes, several at a time, and says how far it is. A signal is passed on, and what was begun goes on the next time."""
+"""Runs tasks as processes, several at a time, and says how far it is. A signal is passed on, and what was begun goes on
+the next time."""
 
 import os
 import signal
@@ -12,7 +13,8 @@ POLL = 0.2  # seconds
 
 
 class Pool:
-    """jobs: processes at a time. gpus: numbers of the GPUs that share them. progress: called now and then with the running tasks; returns a line."""
+    """jobs: processes at a time. gpus: numbers of the GPUs that share them. progress: called now and then with the
+    running tasks; returns a line."""
 
     def __init__(self, jobs, progress, gpus=(), lock=()):
         self.jobs, self.progress, self.gpus, self.lock = jobs, progress, list(gpus), tuple(lock)
@@ -20,7 +22,8 @@ class Pool:
         self.said = 0.0
 
     def run(self, tasks):
-        """Run what is not done, each task after what it needs. Then `failed` has {task: why}, and `stopped` tells whether a signal ended it."""
+        """Run what is not done, each task after what it needs. Then `failed` has {task: why}, and `stopped` tells
+        whether a signal ended it."""
         before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         waiting = list(tasks)
         try:
@@ -60,7 +63,8 @@ class Pool:
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = str(gpu)
         with open(task.log, "ab") as log:
-            # A session of its own: ^C reaches this process alone, which asks it to save and stop. The lock goes with it, should it outlive this one.
+            # A session of its own: ^C reaches this process alone, which asks it to save and stop. The lock goes with
+            # it, should it outlive this one.
             process = subprocess.Popen(
                 [str(word) for word in task.words],
                 stdin=subprocess.DEVNULL,

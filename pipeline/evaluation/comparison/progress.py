@@ -6,7 +6,8 @@ import numpy as np
 
 
 class Progress:
-    """Called with the Pool: the progress line. cells: those that are to be run; rows: of finished ones, of this call and of earlier ones."""
+    """Called with the Pool: the progress line. cells: those that are to be run; rows: of finished ones, of this call
+    and of earlier ones."""
 
     def __init__(self, cells, rows, jobs):
         self.cells, self.rows, self.jobs = list(cells), list(rows), jobs
@@ -35,7 +36,8 @@ class Progress:
         return f"{text}, {len(running)} processes running, about {duration(seconds)} left"
 
     def cost(self, cell):
-        """Seconds of a cell: the mean over finished ones of its set and defence, else of its set; None where there are none."""
+        """Seconds of a cell: the mean over finished ones of its set and defence, else of its set; None where there are
+        none."""
         of_set = [row for row in self.rows if row["set"] == cell.set.name]
         alike = [row for row in of_set if row["defence"] == cell.defence] or of_set
         return float(np.mean([row["seconds_own"] for row in alike])) if alike else None

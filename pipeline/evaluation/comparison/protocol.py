@@ -1,4 +1,5 @@
-"""What rules may be chosen on, and what only reports (tests/benchmarks/README.md). Nothing but the tables' marks depends on it."""
+"""What rules may be chosen on, and what only reports (tests/benchmarks/README.md). Nothing but the tables' marks
+depends on it."""
 
 TOOK = (
     0.8  # an attack that reaches less on plain CLIP, on average over seeds, did not take, and its column shows nothing

@@ -24,7 +24,8 @@ ROW = {
 
 
 def read_results(path):
-    """List of rows, [] without a file; of rows with the same key the last, where it stands. Raises UserError where a line is no row."""
+    """List of rows, [] without a file; of rows with the same key the last, where it stands. Raises UserError where a
+    line is no row."""
     path, rows = Path(path), {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:

@@ -1,4 +1,5 @@
-"""The rows of a comparison that its tables and pictures count, by set, group and defence, and whether they are of one kind."""
+"""The rows of a comparison that its tables and pictures count, by set, group and defence, and whether they are of one
+kind."""
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from pipeline.evaluation.comparison.sets import RATE
 class GroupRows:
     """The rows of one set and attack group, `rows` being `counted`.
 
-    blocks: [(defence, chosen)]: the defences in their order, seeds that rules may be chosen on apart from others. attacks: names.
+    blocks: [(defence, chosen)]: the defences in their order, seeds that rules may be chosen on apart from others.
+    attacks: names.
     """
 
     def __init__(self, name, group, rows):
@@ -59,7 +61,8 @@ def groups_of(rows):
 
 
 def rate_rows(name, rows):
-    """{(attack, defence, number of pairs): rows} of a set's rate curves, attacks and defences in their order. `rows`: `counted`."""
+    """{(attack, defence, number of pairs): rows} of a set's rate curves, attacks and defences in their order. `rows`:
+    `counted`."""
     rows = [row for row in rows if row["set"] == name and row["poisoned"] and RATE.fullmatch(row["group"])]
     found = {}
     for attack in dict.fromkeys(attack for row in rows for attack in row["attacks"]):
@@ -72,7 +75,8 @@ def rate_rows(name, rows):
 
 
 def mixtures(rows):
-    """Lines about runs of one set that should be of one kind and are not (Cell.origin); rows without a digest fit with all."""
+    """Lines about runs of one set that should be of one kind and are not (Cell.origin); rows without a digest fit with
+    all."""
     kinds = {
         "setup": ("configs, data or attack configs", lambda row: f"group {row['group']}"),
         "attack": ("poisons", lambda row: f"group {row['group']}, seed {row['seed']}"),

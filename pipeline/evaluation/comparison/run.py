@@ -65,7 +65,8 @@ def compare_sets(args, sets, groups, locks):
 
 
 def bring_back(cells, rows, args):
-    """Write again the rows of cells that later rows stand in front of, so that they count: a config was changed, and changed back."""
+    """Write again the rows of cells that later rows stand in front of, so that they count: a config was changed, and
+    changed back."""
     by_key, last = {row["cell"]: row for row in rows}, {place_of(row): row["cell"] for row in rows}
     for cell in cells:
         if cell.key in by_key and last[cell.place] != cell.key and not args.trust_rows:
@@ -73,7 +74,8 @@ def bring_back(cells, rows, args):
 
 
 def chosen_groups(named, sets):
-    """{set: [attack group]} that --attacks names; of "unpoisoned" alone all, by which the controls are judged. Raises UserError."""
+    """{set: [attack group]} that --attacks names; of "unpoisoned" alone all, by which the controls are judged. Raises
+    UserError."""
     named = [name for name in named or () if name != "unpoisoned"]
     there = {group for one in sets.values() for group in one.attacks}
     for name in named:
@@ -112,7 +114,8 @@ def attack_task(one, group, seed, folder, surrogates):
 
 
 def surrogate_task(one, run_dir):
-    """The Task that trains plain CLIP without poison, of weights that no cell has, on which an attacker optimises a trigger."""
+    """The Task that trains plain CLIP without poison, of weights that no cell has, on which an attacker optimises a
+    trigger."""
     words = [*SAFECLIP, "train", one.config, *one.overrides, "preset=clip", "run.seed=1000", f"run.dir={run_dir}"]
     words += ["data.workers=0", "evaluation.test=null"]
     log, marker = run_dir.with_name(f"{run_dir.name}.log"), run_dir / "finished"
@@ -121,7 +124,8 @@ def surrogate_task(one, run_dir):
 
 @contextmanager
 def locked(folder):
-    """A descriptor that says that this process, and those that it starts, work in the folder. Raises UserError where others do."""
+    """A descriptor that says that this process, and those that it starts, work in the folder. Raises UserError where
+    others do."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "ab") as file:
         try:

@@ -29,7 +29,8 @@ class Attack:
         return {entry["surrogate"] for entry in entries.values() if isinstance(entry, dict) and entry.get("surrogate")}
 
     def digest(self, fingerprint, seed):
-        """12 hex digits that change with what it poisons: its config but for paths, the data's fingerprint and the seed."""
+        """12 hex digits that change with what it poisons: its config but for paths, the data's fingerprint and the
+        seed."""
         values = read_yaml(self.config)
         override(values, self.overrides)
         values = {
@@ -40,8 +41,8 @@ class Attack:
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """name; config: of the runs; data: words for `safeclip data` that make it, () for shards that are there; attacks: {group: Attack};
-    overrides: `a.b=value` for every run."""
+    """name; config: of the runs; data: words for `safeclip data` that make it, () for shards that are there; attacks:
+    {group: Attack}; overrides: `a.b=value` for every run."""
 
     name: str
     config: str
@@ -63,14 +64,16 @@ class DataSet:
         return work / self.name / "attacks" / f"{group}_seed{seed}_{self.attacks[group].digest(self.fingerprint, seed)}"
 
     def with_rates(self, rates, config):
-        """The set with a group "rateN" for each number of poisoned pairs N, of every attack in the attack config `config`."""
+        """The set with a group "rateN" for each number of poisoned pairs N, of every attack in the attack config
+        `config`."""
         names = read_yaml(config).get("attacks") or {}
         groups = {f"rate{n}": Attack(config, tuple(f"attacks.{name}.pairs={n}" for name in names)) for n in rates}
         return replace(self, attacks=groups)
 
 
 def read_sets(path, names, rates=()):
-    """{name: DataSet} of the definition file, those that are named (None: all). With `rates` their groups are the rate curves'.
+    """{name: DataSet} of the definition file, those that are named (None: all). With `rates` their groups are the rate
+    curves'.
 
     Raises UserError.
     """
@@ -105,7 +108,8 @@ def digest(value):
 
 
 def overlay_digest(folder):
-    """12 hex digits of an attack: its manifest but for where the data lie, and the pictures of optimised triggers beside it."""
+    """12 hex digits of an attack: its manifest but for where the data lie, and the pictures of optimised triggers
+    beside it."""
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
     manifest = {key: value for key, value in manifest.items() if key not in ("index", "source")}
     pictures = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).glob("*.png"))}

@@ -1,4 +1,5 @@
-"""The tables of a comparison, as Markdown, from the rows of its results file. Percentages; means over the runs that a line counts."""
+"""The tables of a comparison, as Markdown, from the rows of its results file. Percentages; means over the runs that a
+line counts."""
 
 import numpy as np
 from scipy import stats
@@ -17,7 +18,8 @@ def markdown(head, lines):
 
 
 def main_table(found):
-    """Clean accuracy beside each attack's success: mean / worst run (models that never saw poison). `found`: GroupRows."""
+    """Clean accuracy beside each attack's success: mean / worst run (models that never saw poison). `found`:
+    GroupRows."""
     head = ["defence", "seeds", "runs", "clean top-1", *map(found.title, found.attacks)]
     lines = []
     for defence, chosen in found.blocks:
@@ -41,7 +43,8 @@ def success_cell(found, attack, rows):
 
 
 def summary_table(groups, chosen):
-    """All groups of a set together, of seeds that rules may be chosen on, or of the others: over the runs that all its lines have.
+    """All groups of a set together, of seeds that rules may be chosen on, or of the others: over the runs that all its
+    lines have.
 
     groups: list of GroupRows of the set. "" where such runs are of fewer than two groups, or no attack takes in them.
     """
@@ -88,7 +91,8 @@ def knowledge_table(found):
 
 
 def times_none(found, rows):
-    """ "1.30": seconds of training, what comes before included, over those of plain CLIP on the same poison and seed."""
+    """ "1.30": seconds of training, what comes before included, over those of plain CLIP on the same poison and
+    seed."""
     plain = {row["seed"]: row["seconds"] for row in found.of("none") if row["seconds"] > 0}
     ratios = [(r["seconds"] + r["seconds_before"]) / plain[r["seed"]] for r in rows if r["seed"] in plain]
     return f"{np.mean(ratios):.2f}" if ratios else "?"
@@ -118,7 +122,8 @@ def selection_table(found):
 
 
 def attack_table(found):
-    """Every attack under every defence: success with Wilson's interval over all runs' pictures, and what the pictures are read as otherwise."""
+    """Every attack under every defence: success with Wilson's interval over all runs' pictures, and what the pictures
+    are read as otherwise."""
     head = ["attack", "defence", "seeds", "runs", "clean top-1", "success", "95 %", "without trigger"]
     head += ["never saw poison", "true class", "true class, never saw poison", "poison recall"]
     head += ["false positives at 100 % recall"]
@@ -148,7 +153,8 @@ def interval(judged):
 
 
 def rate_table(name, rows):
-    """Attack success over the number of poisoned pairs, clean accuracy beside it: mean / worst run. `rows`: `counted`."""
+    """Attack success over the number of poisoned pairs, clean accuracy beside it: mean / worst run. `rows`:
+    `counted`."""
     found = rate_rows(name, rows)
     counts = sorted({count for _, _, count in found})
     head = ["attack", "defence", *(f"{count} pairs: runs, clean top-1, success" for count in counts)]
@@ -165,7 +171,8 @@ def rate_table(name, rows):
 
 
 def runs(rows):
-    """["0 1 2†", "3", "68.9 ± 0.4"]: cells of the seeds, with a mark where rules may be chosen on them, the runs, and clean top-1."""
+    """["0 1 2†", "3", "68.9 ± 0.4"]: cells of the seeds, with a mark where rules may be chosen on them, the runs, and
+    clean top-1."""
     found = sorted({row["seed"] for row in rows})
     mark = "†" if may_be_chosen_on(rows[0]["set"], "badnets", found[0]) else ""
     by_seed = [mean([row["clean_top1"] for row in rows if row["seed"] == seed]) for seed in found]

@@ -41,7 +41,8 @@ class Encoder:
 
 
 def judged(read, **kinds):
-    """AttackSuccess of attacks, where picture n without a trigger is read as read[n], and -1 for one that cannot be read."""
+    """AttackSuccess of attacks, where picture n without a trigger is read as read[n], and -1 for one that cannot be
+    read."""
     image_ND = torch.cat([CLASSES_KD, torch.zeros(1, 3)])[read]
     return AttackSuccess(Test(), Overlay(**kinds))(Encoder(), image_ND, CLASSES_KD)
 

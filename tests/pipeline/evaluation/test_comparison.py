@@ -156,7 +156,8 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
 
 
 def test_a_cell_whose_row_is_taken_out_is_run_again(folder, tmp_path):
-    """Its checkpoints are gone, and with them the mark that its training is done; so also in folders where that mark was left."""
+    """Its checkpoints are gone, and with them the mark that its training is done; so also in folders where that mark
+    was left."""
     asked = words(folder, "--attacks", "a", "--defences", "oracle", "--work", str(tmp_path / "work"))
     asked += ["--results", str(tmp_path / "results.jsonl")]
     assert main(asked) == 0
@@ -186,7 +187,8 @@ def test_a_row_tells_what_its_run_was_of(folder):
 
 
 def test_a_config_that_is_changed_back_brings_its_row_back(folder, tmp_path):
-    """Lines A, B; then A is asked for again: its row counts, and nothing is run. Rows that are trusted stay as they are."""
+    """Lines A, B; then A is asked for again: its row counts, and nothing is run. Rows that are trusted stay as they
+    are."""
     (cell,) = cells(folder, "none")
     a, b = (row("none", 0, 0.7, name="tiny", badnets=0.9) | {"cell": key} for key in (cell.key, "b"))
     for one in (a, b):

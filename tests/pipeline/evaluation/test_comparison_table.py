@@ -92,7 +92,8 @@ def test_success_is_mean_and_worst_beside_models_that_never_saw_poison():
 
 
 def test_groups_are_taken_together_over_the_runs_that_all_have():
-    """none stands at 70 on a and at 50 on b, default at 65 on a alone: that is no table of none at 60 beside default at 65."""
+    """none stands at 70 on a and at 50 on b, default at 65 on a alone: that is no table of none at 60 beside default at
+    65."""
     rows = [row("none", 0, 0.7, badnets=0.9), row("none", 0, 0.5, group="b", sig=1.0), row("none", 1, 0.1, badnets=1)]
     rows.append(row("default", 0, 0.65, badnets=0.1))
     assert summary_table(groups_of(rows), True) == ""
@@ -222,7 +223,8 @@ def written(tmp_path, rows):
     ],
 )
 def test_runs_that_are_not_of_one_kind_are_told(tmp_path, key, first, second, text):
-    """Rows of other places fit with them: other seeds have other poison, other defences other configs, old rows no digest."""
+    """Rows of other places fit with them: other seeds have other poison, other defences other configs, old rows no
+    digest."""
     rows = [row(*first, 0.7, badnets=0.9), row(*second, 0.7, badnets=0.1), row("default", 0, 0.7, badnets=0.5)]
     assert "Not comparable" not in written(tmp_path, rows)
     rows[0][key], rows[1][key] = "old", "new"

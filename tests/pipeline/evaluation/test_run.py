@@ -42,8 +42,8 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The working directory, with poisoned shapes and four runs: safe (selection, 2 epochs), and of plain CLIP plain, filtered and honest,
-    which is without poison."""
+    """The working directory, with poisoned shapes and four runs: safe (selection, 2 epochs), and of plain CLIP plain,
+    filtered and honest, which is without poison."""
     folder, before = tmp_path_factory.mktemp("world"), os.getcwd()
     os.chdir(folder)
     main(["data", "shapes", "shapes", "--pairs", "360"])

@@ -60,7 +60,8 @@ def test_an_honest_pair_that_ties_with_the_threshold_is_left_out():
 
 def test_what_has_no_score_ranks_lowest():
     found = quality([NAN, 0.2, 0.3, 0.4], [NAN, 0.1])
-    # Honest NaN ties with poison NaN and is below 0.1: 6 and a half pairs of 8 in order; a threshold at 0.1 leaves it out.
+    # Honest NaN ties with poison NaN and is below 0.1: 6 and a half pairs of 8 in order; a threshold at 0.1 leaves it
+    # out.
     assert found == pytest.approx({"auroc": 6.5 / 8, "fpr_at_full_recall": 0.25, "fpr_at_99_recall": 0.25})
     assert quality([0.2, NAN, 0.3], [NAN, NAN])["fpr_at_full_recall"] == pytest.approx(1 / 3)
 

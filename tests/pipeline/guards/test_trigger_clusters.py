@@ -1,4 +1,5 @@
-"""A trigger that few pictures with low scores carry is found with no honest picture, wherever it is placed; a watermark is no trigger."""
+"""A trigger that few pictures with low scores carry is found with no honest picture, wherever it is placed; a watermark
+is no trigger."""
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ CARRY, SIDE = 20, 32
 
 
 def pictures(rng, count):
-    """uint8 (N, 3, SIDE, SIDE) with the correlations of natural pictures: energy falls with the square of the frequency."""
+    """uint8 (N, 3, SIDE, SIDE) with the correlations of natural pictures: energy falls with the square of the
+    frequency."""
     frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.fftfreq(SIDE)[None]) + 1 / SIDE
     spectrum = np.fft.fft2(rng.normal(size=(count, 3, SIDE, SIDE))) / frequency**1.5
     smooth = np.fft.ifft2(spectrum).real
