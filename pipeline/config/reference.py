@@ -56,9 +56,9 @@ def document() -> str:
                 f"## {field.name}\n\n" + table(("key", "default", "meaning"), keys(field.type, f"{field.name}."))
             )
     for name, guard in REGISTRY.items():
-        about = "\n\n".join((f"## guards.{name}", inspect.getmodule(guard).__doc__.partition("\n")[0]))
+        about = " ".join(inspect.getmodule(guard).__doc__.partition("\n\n")[0].split())
         rows = [row(f"guards.{name}.", field, docs(guard.Settings), guard.BOUNDS) for field in fields(guard.Settings)]
-        sections.append(about + "\n\n" + table(("key", "default", "meaning"), rows))
+        sections.append(f"## guards.{name}\n\n{about}\n\n" + table(("key", "default", "meaning"), rows))
     return "\n\n".join(sections) + "\n"
 
 
