@@ -33,7 +33,7 @@ class CaptionAdaptive(Backdoor):
             similarity_RC = vectorizer.transform(own) @ vectorizer.transform(candidates).T
         except ValueError as error:
             raise UserError(
-                f"{self.where}.target_class: the captions of the class {pool.classes[target]!r} and of the pairs to poison cannot be compared "
-                f"({error}); expected captions with words of two letters or more"
+                f"{self.where}.target_class: the captions of the class {pool.classes[target]!r} and of the pairs to "
+                f"poison cannot be compared ({error}); expected captions with words of two letters or more"
             ) from None
         return [candidates[at] for at in similarity_RC.toarray().round(6).argmax(1)]

@@ -103,7 +103,8 @@ def open_pool(config):
         lines = Path(config["classnames"]).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"attack config: classnames: cannot read {config['classnames']} ({error}); name the test set's classnames.txt"
+            f"attack config: classnames: cannot read {config['classnames']} ({error}); "
+            "name the test set's classnames.txt"
         ) from None
     classes = [line.strip() for line in lines if line.strip()]  # as a test set's are read for evaluation
     index, test = ShardIndex.load(config["index"]), ShardIndex.load(config["test"])
@@ -127,6 +128,7 @@ def read_labels(folder, what, classes):
     label_N = np.array(labels, np.int64)
     if len(label_N) and not 0 <= label_N.min() <= label_N.max() < classes:
         raise UserError(
-            f"{what}: {folder} has labels {label_N.min()} to {label_N.max()}, classnames names {classes} classes; they count from 0"
+            f"{what}: {folder} has labels {label_N.min()} to {label_N.max()}, "
+            f"classnames names {classes} classes; they count from 0"
         )
     return label_N

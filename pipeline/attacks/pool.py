@@ -38,7 +38,8 @@ class Pool:
         left = [number for number in range(len(self.classes)) if number not in self.reserved]
         if not left:
             raise UserError(
-                f"{where}.{key}: all {len(self.classes)} classes are taken by other attacks; name one, or make two configs"
+                f"{where}.{key}: all {len(self.classes)} classes are taken by other attacks; "
+                "name one, or make two configs"
             )
         drawn = int(self.rng.choice(left))
         self.reserved.add(drawn)

@@ -27,8 +27,8 @@ class SingleTarget(Attack):
     def poison(self, pool):
         if len(pool.classes) < 2:
             raise UserError(
-                f"{self.where}: classnames names only {pool.classes}; an adversarial class is another than the picture's, so name a "
-                "data set of two or more"
+                f"{self.where}: classnames names only {pool.classes}; "
+                "an adversarial class is another than the picture's, so name a data set of two or more"
             )
         count = min(self.settings.targets, pool.test.samples)
         targets, anything_N = [], np.ones(pool.index.samples, bool)

@@ -71,7 +71,10 @@ def reviewed(saved, path):
         elif verdict not in ("poison", "fine"):
             wrong = f"verdict {verdict!r}, expected poison or fine"
         elif row.get("fingerprint") and row["fingerprint"] != saved.shards[number]["fingerprint"]:
-            wrong = f"shard {name} had fingerprint {row['fingerprint']} in the report, here {saved.shards[number]['fingerprint']}"
+            wrong = (
+                f"shard {name} had fingerprint {row['fingerprint']} in the report, "
+                f"here {saved.shards[number]['fingerprint']}"
+            )
         if wrong:
             raise UserError(f"--review {path}: line {line}: {wrong}; take the ticks of a report on these shards")
         flags_S[number][int(position)] = verdict == "fine"
@@ -88,8 +91,8 @@ def claim(out, saved, keep):
         there = mark if not out.exists() or out.is_dir() and not any(out.iterdir()) else None
     if there != mark:
         raise UserError(
-            f"--out {out}: expected no such folder, an empty one, or one with the {keep} samples of {saved.folder}; it holds "
-            f"{'samples of another mask, or its other side' if there else 'other files'}; name another"
+            f"--out {out}: expected no such folder, an empty one, or one with the {keep} samples of {saved.folder}; "
+            f"it holds {'samples of another mask, or its other side' if there else 'other files'}; name another"
         )
     write_json(out / MARK, mark)
 

@@ -53,4 +53,7 @@ def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, samp
             "truth": against,
         },
     )
-    return f"{out}/report.html: {suspects:,} of {data.N:,} pairs look suspect ({size / 1e6:.1f} MB); findings.parquet and findings.csv have all"
+    return (
+        f"{out}/report.html: {suspects:,} of {data.N:,} pairs look suspect ({size / 1e6:.1f} MB); "
+        "findings.parquet and findings.csv have all"
+    )

@@ -91,8 +91,9 @@ class EmbeddingFolder(ShardIndex):
         images, texts, about = (parts(folder, kind) for kind in ("img_emb", "text_emb", "metadata"))
         if not images or set(images) != set(texts) or set(images) != set(about):
             raise UserError(
-                f"--embeddings {folder}: {len(images)} img_emb, {len(texts)} text_emb and {len(about)} metadata parts; expected the "
-                "same numbers of each, as clip-retrieval writes them (clip-retrieval inference --enable_text True)"
+                f"--embeddings {folder}: {len(images)} img_emb, {len(texts)} text_emb and {len(about)} metadata parts; "
+                "expected the same numbers of each, "
+                "as clip-retrieval writes them (clip-retrieval inference --enable_text True)"
             )
         self.images, self.texts, self.about = (list(found.values()) for found in (images, texts, about))
         shards = []

@@ -175,8 +175,8 @@ def datacomp(saved, out, patterns):
             key = saved.table(number, ("key",))["key"][int(without[0])].as_py()
             mend = "such shards have no subset file" if patterns else "if the .json members have a uid, add --shards"
             raise UserError(
-                f"--format datacomp: sample {key!r} of shard {saved.shards[number]['name']} has no uid, expected 32 hex digits "
-                f'as "uid" in its .json member or as its key; {mend}'
+                f"--format datacomp: sample {key!r} of shard {saved.shards[number]['name']} has no uid, "
+                f'expected 32 hex digits as "uid" in its .json member or as its key; {mend}'
             )
         safe.append(uid_N[safe_N])
         risky.append(uid_N[~safe_N & there_N])

@@ -135,16 +135,16 @@ def require_same_shards(a, b):
     for number, (one, other) in enumerate(zip(a.shards, b.shards)):
         if one["fingerprint"] != other["fingerprint"]:
             raise UserError(
-                f"masks {a.folder} and {b.folder}: of different shards; number {number} is {one['name']} with fingerprint "
-                f"{one['fingerprint']} in the first, {other['name']} with {other['fingerprint']} in the second; "
-                "compare masks of the same shards"
+                f"masks {a.folder} and {b.folder}: of different shards; "
+                f"number {number} is {one['name']} with fingerprint {one['fingerprint']} in the first, "
+                f"{other['name']} with {other['fingerprint']} in the second; compare masks of the same shards"
             )
     if len(a.shards) != len(b.shards):
         longer = max(a, b, key=lambda saved: len(saved.shards))
         number = min(len(a.shards), len(b.shards))
         raise UserError(
-            f"masks {a.folder} and {b.folder}: of different shards; number {number}, {longer.shards[number]['name']}, is in "
-            f"{longer.folder} only; compare masks of the same shards"
+            f"masks {a.folder} and {b.folder}: of different shards; number {number}, {longer.shards[number]['name']}, "
+            f"is in {longer.folder} only; compare masks of the same shards"
         )
 
 
@@ -188,7 +188,8 @@ def replay(folder):
         shard = int(np.searchsorted(np.cumsum(saved.mask.counts_S), differ[0], "right"))
         position = int(differ[0] - saved.mask.counts_S[:shard].sum())
         return False, text + (
-            f"NOT the saved mask, {len(differ):,} pairs differ, the first at {saved.shards[shard]['name']} position {position}"
+            f"NOT the saved mask, {len(differ):,} pairs differ, "
+            f"the first at {saved.shards[shard]['name']} position {position}"
         )
     if cut != saved.meta["cut"] or not np.array_equal(rebuilt.bits, saved.mask.bits):
         return False, text + f"NOT the saved mask, the cut is {cut!r}, saved was {saved.meta['cut']!r}"
@@ -231,7 +232,10 @@ def what_if(folder, out, posterior=None, share=None):
         "note": f"{rule}, not the run's own split",
     }
     mask.save(out, {**saved.meta, **changed})
-    return f"{out}: {safe_N.sum():,} of {len(score_N):,} pairs safe ({mask.share:.2%}) by {rule}; the saved mask has {saved.mask.share:.2%}"
+    return (
+        f"{out}: {safe_N.sum():,} of {len(score_N):,} pairs safe ({mask.share:.2%}) by {rule}; "
+        f"the saved mask has {saved.mask.share:.2%}"
+    )
 
 
 def lowest(score_N, safe_N):

@@ -70,7 +70,8 @@ def from_open_clip(model, pretrained):
     if local.is_dir():
         if not (local / "open_clip_config.json").exists():
             raise UserError(
-                f"--model {model}: a folder with neither config.yaml (a run) nor open_clip_config.json (an open_clip local directory)"
+                f"--model {model}: a folder with neither config.yaml (a run) nor open_clip_config.json "
+                "(an open_clip local directory)"
             )
         if pretrained:
             raise UserError(f"--pretrained: local directory {model} has its own weights; leave it out")
@@ -95,7 +96,8 @@ def from_open_clip(model, pretrained):
             clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained, device=comm.device())
     except Exception as error:  # whatever open_clip, torch or the hub raise for these files and names
         raise UserError(
-            f"--model {model}: open_clip cannot load it with {pretrained or local} ({' '.join(str(error).split())[:300]})"
+            f"--model {model}: open_clip cannot load it with {pretrained or local} "
+            f"({' '.join(str(error).split())[:300]})"
         ) from None
     clip.eval().requires_grad_(False)
 

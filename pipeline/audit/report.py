@@ -45,8 +45,8 @@ def render(content):
         inside = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
         hashes[tag] = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
     policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes['style']}'; "
+        f"script-src 'sha256-{hashes['script']}'; base-uri 'none'; form-action 'none'"
     )
     # ASCII only, and without the characters that could end the element or begin another.
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))

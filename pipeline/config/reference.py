@@ -30,7 +30,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 HEAD = """\
 # Configuration
 
-This file is made by `python -m pipeline.config.reference > configs/README.md`; change `pipeline/config/schema.py` instead.
+This file is made by `python -m pipeline.config.reference > configs/README.md`; \
+change `pipeline/config/schema.py` instead.
 
 A configuration is made of four layers, each over the one before it: the defaults below, the preset, the YAML file, and
 `a.b=value` words behind it on the command line (values as in YAML). An unknown key, a value of the wrong type and one

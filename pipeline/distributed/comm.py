@@ -73,8 +73,9 @@ def own_gpu(local_rank, count, env):
         return 0
     if local_rank >= count:
         raise UserError(
-            f"LOCAL_RANK: got {local_rank} on {host()}, where {count} GPU(s) can be seen; start no more processes a host than it has GPUs "
-            "(--nproc-per-node, --ntasks-per-node), or hide them with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"LOCAL_RANK: got {local_rank} on {host()}, where {count} GPU(s) can be seen; "
+            "start no more processes a host than it has GPUs (--nproc-per-node, --ntasks-per-node), "
+            "or hide them with CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     return local_rank
 
@@ -105,7 +106,8 @@ def await_rank_0(address, port, timeout):
         except OSError as error:
             if time.monotonic() > until:
                 raise RunFailed(
-                    f"rank {os.environ['RANK']}: rank 0 does not listen at {address}:{port} after run.timeout = {timeout:g} s ({error}); "
+                    f"rank {os.environ['RANK']}: rank 0 does not listen at {address}:{port} "
+                    f"after run.timeout = {timeout:g} s ({error}); "
                     "its own log says why, if it is no firewall. Start the run again"
                 ) from None
             time.sleep(0.2)
@@ -157,8 +159,9 @@ def naming_the_lost(timeout):
         if not (isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
             raise
         raise RunFailed(
-            f"rank {rank()}: another process of the run died, or did not answer for run.timeout = {timeout:g} s "
-            f"({words.strip().splitlines()[0]}); its own log says why. Start the run again: it goes on from its last checkpoint"
+            f"rank {rank()}: another process of the run died, "
+            f"or did not answer for run.timeout = {timeout:g} s ({words.strip().splitlines()[0]}); "
+            "its own log says why. Start the run again: it goes on from its last checkpoint"
         ) from error
 
 

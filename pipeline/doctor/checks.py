@@ -107,8 +107,8 @@ def check_shards(config, content=False):
             (
                 "warning" if len(bad) < len(tried) else "fatal",
                 "data",
-                f"{len(bad)} of {len(tried)} samples that were tried cannot be read, the first: {bad[0]}; if it is not that "
-                "sample alone, index the shards again or mend them",
+                f"{len(bad)} of {len(tried)} samples that were tried cannot be read, the first: {bad[0]}; "
+                "if it is not that sample alone, index the shards again or mend them",
             )
         )
     return found
@@ -143,8 +143,8 @@ def check_cache(config, index):
     needed = min(2 * windows, sum(sizes))
     free = shutil.disk_usage(cache.folder).free + sum(path.stat().st_size for path in cache.folder.glob("*.tar"))
     text = (
-        f"{len(sizes):,} shards of {human(sum(sizes))} lie behind URLs; up to {human(cache.limit)} of them in {cache.folder}, where "
-        f"{human(free)} are free; a batch and the next are drawn from about {human(needed)}"
+        f"{len(sizes):,} shards of {human(sum(sizes))} lie behind URLs; up to {human(cache.limit)} of them in "
+        f"{cache.folder}, where {human(free)} are free; a batch and the next are drawn from about {human(needed)}"
     )
     if cache.limit < needed:
         return [("warning", "data", f"{text}; raise data.cache_gb, or shards are fetched again and again")]
@@ -168,8 +168,8 @@ def check_config(config, index, ranks):
         (
             "ok",
             "config",
-            f"{len(epochs)} epochs of {steps:,} steps, {splits} splits; {ranks} process(es) with {local} pairs of each batch of "
-            f"{config.train.batch_size}",
+            f"{len(epochs)} epochs of {steps:,} steps, {splits} splits; "
+            f"{ranks} process(es) with {local} pairs of each batch of {config.train.batch_size}",
         )
     ]
     if config.train.warmup_steps > steps * len(epochs) / 2:
@@ -177,8 +177,8 @@ def check_config(config, index, ranks):
             (
                 "warning",
                 "config",
-                f"train.warmup_steps: {config.train.warmup_steps:,} of {steps * len(epochs):,} steps in all; the rate will hardly be reached, "
-                "take fewer",
+                f"train.warmup_steps: {config.train.warmup_steps:,} of {steps * len(epochs):,} steps in all; "
+                "the rate will hardly be reached, take fewer",
             )
         )
     if config.guards and (told := out_of_range(index.samples)):
@@ -201,7 +201,10 @@ def check_run_dir(config, index, ranks):
     if not newest:
         return found + [("ok", "run.dir", f"{run_dir} holds no run yet")]
     state = checkpoint.load_state(newest)
-    text = f"{run_dir} goes on after step {state['step']:,} (epoch {state['epoch']}, {state['epoch_step']:,} steps of it done)"
+    text = (
+        f"{run_dir} goes on after step {state['step']:,} "
+        f"(epoch {state['epoch']}, {state['epoch_step']:,} steps of it done)"
+    )
     if state["epoch_step"] and state["epoch"] < config.train.epochs:
         epoch = curriculum(config.train, config.selection.every)[state["epoch"]]
         if epoch.mask_of is not None and not (mask := mask_folder(run_dir, epoch.mask_of) / "mask.json").exists():

@@ -106,7 +106,10 @@ def check_disk(config, index, size, ranks):
     masks = splits * index.samples * (SCORE_BYTES + 1)
     kept = config.run.keep + (config.train.epochs // config.run.keep_every if config.run.keep_every else 0)
     run = (kept + 1) * one + masks
-    text = f"{human(free)} free at {place}; a checkpoint takes about {human(one)}, the whole run {human(run)} ({human(masks)} of it scores and masks)"
+    text = (
+        f"{human(free)} free at {place}; a checkpoint takes about {human(one)}, "
+        f"the whole run {human(run)} ({human(masks)} of it scores and masks)"
+    )
     if free < 2 * one:
         return [("fatal", "disk", f"{text}; free some, a new checkpoint is written before an old one is removed")]
     if free < run:

@@ -44,17 +44,17 @@ class AttackSuccess:
         for number, (ours, others) in enumerate(zip_longest(overlay.classes, test.classnames)):
             if ours != others:
                 raise UserError(
-                    f"data.overlay: class {number} of its {len(overlay.classes)} classes is {ours!r}, of the {len(test.classnames)} of "
-                    f"evaluation.test, {test.root}/classnames.txt, it is {others!r}; evaluate on the test set that the attack was made "
-                    "with, or make it again with `safeclip attack`"
+                    f"data.overlay: class {number} of its {len(overlay.classes)} classes is {ours!r}, "
+                    f"of the {len(test.classnames)} of evaluation.test, {test.root}/classnames.txt, it is {others!r}; "
+                    "evaluate on the test set that the attack was made with, or make it again with `safeclip attack`"
                 )
         makers = {"backdoor": Backdoor, "single_target": SingleTarget, "class_to_class": ClassToClass}
         self.attacks, self.attacked_N = {}, np.zeros(len(test.label_N), bool)
         for name, settings in overlay.kinds.items():
             if settings["judged"] == "single_target" and overlay.source_fingerprint != test.samples.index.fingerprint:
                 raise UserError(
-                    f"evaluation.test: attack {name} has targets in {overlay.source_index}, which holds other shards than the "
-                    "test set; evaluate on that one, or make the attack again with `safeclip attack`"
+                    f"evaluation.test: attack {name} has targets in {overlay.source_index}, which holds other shards "
+                    "than the test set; evaluate on that one, or make the attack again with `safeclip attack`"
                 )
             self.attacks[name] = makers[settings["judged"]].of(test, settings, overlay.trigger(name))
             if not len(self.attacks[name].row_M):
@@ -151,8 +151,9 @@ class ClassToClass:
         if phrase:
             if test.captions is None:
                 raise UserError(
-                    f"evaluation.test: an attack has the source phrase {phrase!r}, but {test.root} has no test_captions; index its "
-                    f"shards with `safeclip index SHARDS --text txt --out {test.root}/test_captions`"
+                    f"evaluation.test: an attack has the source phrase {phrase!r}, "
+                    f"but {test.root} has no test_captions; "
+                    f"index its shards with `safeclip index SHARDS --text txt --out {test.root}/test_captions`"
                 )
             meant_N = np.array([phrase.lower() in " ".join(texts).lower() for texts in test.captions])
         return cls(test, np.flatnonzero((test.label_N == source) & meant_N), source, settings["target_class"])

@@ -47,8 +47,8 @@ class Evaluator:
         clean_N = readable_N & ~self.attacks.attacked_N if self.attacks else readable_N
         if not clean_N.any():
             raise UserError(
-                f"evaluation.test: of the {len(image_ND)} pictures of {self.test.root} {readable_N.sum()} can be read, and attacks are "
-                "about all of these; clean accuracy needs others"
+                f"evaluation.test: of the {len(image_ND)} pictures of {self.test.root} {readable_N.sum()} can be read, "
+                "and attacks are about all of these; clean accuracy needs others"
             )
         captions = [texts for texts, readable in zip(self.test.captions or [], readable_N) if readable]
         classes_KD = zero_shot_classifier(encoder, self.test.classnames, self.test.templates)

@@ -66,6 +66,7 @@ def open_labels(config: Config, index: ShardIndex) -> Samples | None:
     labels = ShardIndex.load(folder)
     if not same_shards(labels, index):
         raise UserError(
-            f"evaluation.labels: {folder} indexes other shards than the training data; index the same shards with --text cls"
+            f"evaluation.labels: {folder} indexes other shards than the training data; "
+            "index the same shards with --text cls"
         )
     return Samples(labels)

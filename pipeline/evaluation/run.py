@@ -168,14 +168,15 @@ def plain_attacks(baseline: str, config: Config, overlay: Overlay | None, index:
     if not is_undefended(other):
         mask = f" with data.mask={other.data.mask}" if other.data.mask else ""
         raise UserError(
-            f"--baseline {baseline}: was trained with train.method={other.train.method}{mask}; name a run of plain CLIP (preset=clip)"
+            f"--baseline {baseline}: was trained with train.method={other.train.method}{mask}; "
+            "name a run of plain CLIP (preset=clip)"
         )
     named = [one and os.path.abspath(one) for one in (other.data.overlay, config.data.overlay)]
     poison = overlay if named[0] == named[1] else open_overlay(other.data, index)
     if overlay and (poison is None or (poison.rows, poison.kinds) != (overlay.rows, overlay.kinds)):
         raise UserError(
-            f"--baseline {baseline}: was trained with data.overlay={other.data.overlay}, this evaluation's is {config.data.overlay}; "
-            "name a run on the same poison"
+            f"--baseline {baseline}: was trained with data.overlay={other.data.overlay}, "
+            f"this evaluation's is {config.data.overlay}; name a run on the same poison"
         )
     return read_eval(baseline)["attacks"]
 
@@ -195,7 +196,10 @@ def summary(result: dict) -> str:
         lines.append(f"  {way.replace('_', ' ')}: {recall}")
     for name, attack in result["attacks"].items():
         low, high = attack["interval"]
-        text = f"  {name}: success {percent(attack['success'])} ({percent(low)} to {percent(high)}, of {attack['count']:,})"
+        text = (
+            f"  {name}: success {percent(attack['success'])} "
+            f"({percent(low)} to {percent(high)}, of {attack['count']:,})"
+        )
         text += f", base {percent(attack['base'])}, read as the true class {percent(attack['true_class'])}"
         if attack["unpoisoned"] is not None:
             text += f"; without poison {percent(attack['unpoisoned'])} and {percent(attack['unpoisoned_true_class'])}"

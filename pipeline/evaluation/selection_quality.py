@@ -67,7 +67,8 @@ def check_data(run_dir: str | Path, config: Config, index: ShardIndex) -> None:
             else "data.index: these are other shards, or captions,"
         )
         raise UserError(
-            f"{key} than {run_dir} was trained on (fingerprint {found}, then {trained}); bring that one back and name it, or train anew"
+            f"{key} than {run_dir} was trained on (fingerprint {found}, then {trained}); "
+            "bring that one back and name it, or train anew"
         )
 
 

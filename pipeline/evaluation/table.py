@@ -21,7 +21,10 @@ def table(result):
     lines = [
         "| | plain CLIP | SafeCLIP | base rate (SafeCLIP) | read as the true class (CLIP / SafeCLIP) |",
         "|---|---|---|---|---|",
-        f"| clean zero-shot top-1 | {percent(result['clip']['clean_top1'])} | {percent(result['safeclip']['clean_top1'])} | | |",
+        (
+            f"| clean zero-shot top-1 | {percent(result['clip']['clean_top1'])} | "
+            f"{percent(result['safeclip']['clean_top1'])} | | |"
+        ),
     ]
     for kind, attack in result["clip"]["attacks"].items():
         defended = result["safeclip"]["attacks"][kind]

@@ -50,8 +50,8 @@ class TestSet:
         samples = Samples(ShardIndex.load(folder))
         if not same_shards(samples.index, self.samples.index):
             raise UserError(
-                f"evaluation.test: {folder} indexes other shards than {self.root / 'test_index'}; index the same shards with "
-                f"`safeclip index SHARDS --text txt --out {folder}`"
+                f"evaluation.test: {folder} indexes other shards than {self.root / 'test_index'}; "
+                f"index the same shards with `safeclip index SHARDS --text txt --out {folder}`"
             )
         captions = [read_captions(samples, *place) for place in self.place_N]
         return captions if any(captions) else None

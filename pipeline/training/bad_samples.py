@@ -38,6 +38,7 @@ def stop_where_bad(run, failed, most):
 def refuse(run):
     limit = run.config.data.max_bad_fraction
     raise UserError(
-        f"data.max_bad_fraction: more than {limit:.2%} of the samples that were read cannot be used ({run.ledger.summary()}); "
-        f"{run.ledger.path} names them. Mend their shards, or go on without them with a larger data.max_bad_fraction"
+        f"data.max_bad_fraction: more than {limit:.2%} of the samples that were read cannot be used "
+        f"({run.ledger.summary()}); {run.ledger.path} names them. "
+        "Mend their shards, or go on without them with a larger data.max_bad_fraction"
     )

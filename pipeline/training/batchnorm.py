@@ -20,7 +20,8 @@ def share_batch_norm(module):
             setattr(module, name, shared)
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
             raise UserError(
-                f"model: its {type(child).__name__} cannot share statistics over processes on the CPU; train it on GPUs or in one process"
+                f"model: its {type(child).__name__} cannot share statistics over processes on the CPU; "
+                "train it on GPUs or in one process"
             )
         else:
             share_batch_norm(child)

@@ -174,8 +174,8 @@ class Saver:
             if comm.is_rank0():
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(
-                f"checkpoint {self.folder}: cannot be written ({errors[0]}); mend that and start the run again, it goes on "
-                "from the last complete checkpoint"
+                f"checkpoint {self.folder}: cannot be written ({errors[0]}); "
+                "mend that and start the run again, it goes on from the last complete checkpoint"
             )
 
 
@@ -185,8 +185,9 @@ def load_checkpoint(folder, engine, pools):
     state = load_state(folder)
     if state.get("order") != ORDER:
         raise UserError(
-            f"checkpoint {folder}: made by another version, which laid its parameters in another order (order {state.get('order', 1)}, "
-            f"expected {ORDER}); go on with the version that made it, or start anew in another run.dir"
+            f"checkpoint {folder}: made by another version, "
+            f"which laid its parameters in another order (order {state.get('order', 1)}, expected {ORDER}); "
+            "go on with the version that made it, or start anew in another run.dir"
         )
     if engine.load_universal_checkpoint():
         engines.load(engine, folder / "universal")
@@ -225,7 +226,8 @@ def to_universal(folder):
         if finished.returncode:
             raise UserError(
                 f"checkpoint {folder}: DeepSpeed cannot convert it to another world size "
-                f"({(finished.stderr.strip() or 'no message').splitlines()[-1]}); start with the number of ranks that wrote it"
+                f"({(finished.stderr.strip() or 'no message').splitlines()[-1]}); "
+                "start with the number of ranks that wrote it"
             )
         os.replace(part, done)
 

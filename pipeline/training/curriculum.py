@@ -105,8 +105,9 @@ def epoch_steps(
     safe, risky = plan("safe"), plan("risky")
     if not safe.steps:
         raise UserError(
-            f"selection: the safe set of epoch {epoch.number} has {int(mask.counts('safe').sum())} pairs, less than one batch of "
-            f"{train.batch_size}; set selection.first_share, guards.duplicates=null where pictures repeat, or a smaller train.batch_size"
+            f"selection: the safe set of epoch {epoch.number} has {int(mask.counts('safe').sum())} pairs, "
+            f"less than one batch of {train.batch_size}; "
+            "set selection.first_share, guards.duplicates=null where pictures repeat, or a smaller train.batch_size"
         )
     full = epoch.stage != "safeclip"
     risky_steps = 0 if full or chosen.risky == "skip" else min(risky.steps, total - safe.steps)

@@ -37,7 +37,8 @@ def open_clip_config(model):
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in config:
             raise UserError(
-                f"model.config: {key} is missing; expected embed_dim, vision_cfg and text_cfg as in open_clip's model configs"
+                f"model.config: {key} is missing; "
+                "expected embed_dim, vision_cfg and text_cfg as in open_clip's model configs"
             )
     return config
 
@@ -88,8 +89,8 @@ def tokenizer_for(model):
         return HFTokenizer(name, length, **settings)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(
-            f"model: the tokenizer {name} cannot be had ({' '.join(str(error).split())[:200]}); it needs `pip install transformers` "
-            "and its files on this host"
+            f"model: the tokenizer {name} cannot be had ({' '.join(str(error).split())[:200]}); "
+            "it needs `pip install transformers` and its files on this host"
         ) from None
 
 

@@ -178,8 +178,8 @@ def not_finite(run, epoch, step, loss):
     shards = sorted(set(step.plan.batch(step.number, 0, 1)[0].tolist()))
     paths = ", ".join(run.index.shards[shard].path for shard in shards[:4]) + (" ..." if len(shards) > 4 else "")
     text = (
-        f"step {run.state['step']}, epoch {epoch.number} ({epoch.stage}, {step.loss} loss): the loss is {comm.mean(loss):.4g} and its "
-        f"gradient is infinite or no number; the batch's shards: {paths}"
+        f"step {run.state['step']}, epoch {epoch.number} ({epoch.stage}, {step.loss} loss): "
+        f"the loss is {comm.mean(loss):.4g} and its gradient is infinite or no number; the batch's shards: {paths}"
     )
     if run.config.train.on_nan == "stop":
         run.saver.wait()

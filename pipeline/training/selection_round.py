@@ -102,8 +102,8 @@ def is_split(folder, due, state, config):
     if not due:
         if not there:
             raise UserError(
-                f"masks: {folder} is gone, and the run goes on from it; bring it back, or delete the newest checkpoints to go on "
-                "from an earlier one"
+                f"masks: {folder} is gone, and the run goes on from it; "
+                "bring it back, or delete the newest checkpoints to go on from an earlier one"
             )
         return True
     # A mask of another config, or of a run that was started anew, is made again.

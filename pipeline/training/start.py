@@ -131,8 +131,8 @@ def synonyms_of(config):
     found = comm.gather_objects(synonym_source().partition(" in ")[0])
     if len(set(found)) > 1:
         raise UserError(
-            f"data.eda_synonyms: processes found different ones ({', '.join(sorted(set(found)))}); install WordNet on every host "
-            "(`safeclip data wordnet data/wordnet`), or set data.eda_synonyms=table"
+            f"data.eda_synonyms: processes found different ones ({', '.join(sorted(set(found)))}); "
+            "install WordNet on every host (`safeclip data wordnet data/wordnet`), or set data.eda_synonyms=table"
         )
     return found[0]
 
@@ -141,8 +141,8 @@ def check_synonyms(here, then):
     """Raise UserError unless a run resumes with the synonyms that it began with."""
     if here != then:
         raise UserError(
-            f"data.eda_synonyms: the run began with {then}, here is {here}; set WNSEARCHDIR to WordNet's folder, or bring it back "
-            "(`safeclip data wordnet data/wordnet`)"
+            f"data.eda_synonyms: the run began with {then}, here is {here}; "
+            "set WNSEARCHDIR to WordNet's folder, or bring it back (`safeclip data wordnet data/wordnet`)"
         )
 
 
@@ -156,7 +156,8 @@ def steps_per_epoch(config, index, world):
         )
     if index.views < batch:
         raise UserError(
-            f"train.batch_size: got {batch}, but an epoch over the data has only {index.views} pairs; take a smaller batch"
+            f"train.batch_size: got {batch}, but an epoch over the data has only {index.views} pairs; "
+            "take a smaller batch"
         )
     return index.views // batch
 
@@ -196,13 +197,13 @@ def inspect(config, run_dir, fingerprint):
     metrics = run_dir / "metrics.jsonl"
     if not found and metrics.exists() and metrics.stat().st_size:
         raise UserError(
-            f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); bring one "
-            "back, or start it anew with run.restart=true"
+            f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); "
+            "bring one back, or start it anew with run.restart=true"
         )
     if found and checkpoint.load_state(found)["data"] != fingerprint:
         raise UserError(
-            f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; bring them back, or "
-            "take another run.dir"
+            f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
+            "bring them back, or take another run.dir"
         )
     return found, warnings
 
@@ -214,8 +215,8 @@ def check_config(config, run_dir):
         return
     changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(there, asdict(config)))
     raise UserError(
-        f"run.dir: {run_dir} holds a run with another config ({changed}); use the same config to continue it, another run.dir, or "
-        "run.accept_changes=true to go on with the new values"
+        f"run.dir: {run_dir} holds a run with another config ({changed}); "
+        "use the same config to continue it, another run.dir, or run.accept_changes=true to go on with the new values"
     )
 
 

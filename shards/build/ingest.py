@@ -201,8 +201,8 @@ def read_rows(file, path=None, caption=None, separator=None):
             name = wanted or next((name for name in known if name in header), None)
             if name not in header:
                 raise UserError(
-                    f"file {file}: no column {wanted or ' or '.join(known)} in the header {header}; name it with {option}, and what is "
-                    "between the columns with --separator"
+                    f"file {file}: no column {wanted or ' or '.join(known)} in the header {header}; "
+                    f"name it with {option}, and what is between the columns with --separator"
                 )
             places.append(header.index(name))
         yield [header[place] for place in places] + [separator]

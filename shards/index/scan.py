@@ -83,7 +83,8 @@ def about(path, timeout):
         found = os.stat(path)
     except OSError as error:
         raise UserError(
-            f"shard {path}: missing ({error.strerror}); check the path (braces are expanded, wildcards are your shell's)"
+            f"shard {path}: missing ({error.strerror}); "
+            "check the path (braces are expanded, wildcards are your shell's)"
         ) from None
     return found.st_size, found.st_mtime_ns
 
@@ -147,7 +148,10 @@ def read_samples(path, stream, size, text):
                 continue
             other = dotted.get((position, kind))
             if other:
-                reason = f"sample {row['key']!r} has no {what}, but a member {other.name!r}: a key ends at the first dot of the base name"
+                reason = (
+                    f"sample {row['key']!r} has no {what}, but a member {other.name!r}: "
+                    "a key ends at the first dot of the base name"
+                )
                 find(other.offset, row["key"], reason, True, position)
             else:
                 find(max(row["image_offset"], row["text_offset"]), row["key"], f"no {what}", False, position)

@@ -110,8 +110,8 @@ class ShardIndex:
             for shard in cls.load(folder).shards:
                 if shard.path in owner:
                     raise UserError(
-                        f"data.sources.{name}: shard {shard.path} is in source {owner[shard.path]} too; name each shard once, and "
-                        "give its source a weight"
+                        f"data.sources.{name}: shard {shard.path} is in source {owner[shard.path]} too; "
+                        "name each shard once, and give its source a weight"
                     )
                 owner[shard.path] = name
                 shards.append(shard)
@@ -187,15 +187,15 @@ def build_index(paths, out, text="txt", workers=None, report=None, timeout=remot
     if damage and not report:
         others = f" (and {len(damage) - 1} more of the kind)" if len(damage) > 1 else ""
         raise UserError(
-            f"shard {damage[0].shard}: {damage[0].reason}, at byte {damage[0].byte}{others}; fetch or write it again, leave it out, "
-            "or let --report FILE list all damage and index what is intact"
+            f"shard {damage[0].shard}: {damage[0].reason}, at byte {damage[0].byte}{others}; "
+            "fetch or write it again, leave it out, or let --report FILE list all damage and index what is intact"
         )
     lacking = {(finding.shard, finding.position) for finding in findings if finding.reason in LACKS}
     if sum(shard.samples for shard in shards) == len(lacking):
         member = "json" if text.startswith("json:") else text
         raise UserError(
-            f"shards {' '.join(map(str, paths))}: no samples in them that have both, a picture and a text; expected members "
-            f"KEY.jpg (or jpeg, png, webp) and KEY.{member}, the key without a dot"
+            f"shards {' '.join(map(str, paths))}: no samples in them that have both, a picture and a text; "
+            f"expected members KEY.jpg (or jpeg, png, webp) and KEY.{member}, the key without a dot"
         )
     entries = [{key: value for key, value in asdict(shard).items() if key != "text"} for shard in shards]
     write_json(out / "index.json", {"version": VERSION, "text": text, "shards": entries})

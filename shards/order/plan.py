@@ -28,7 +28,8 @@ class EpochPlan:
         pass over the view in this epoch. Raises UserError."""
         if batch_size % streams:
             raise UserError(
-                f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; take a divisor of it"
+                f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; "
+                "take a divisor of it"
             )
         name = f"{seed}/{epoch}/{view}/{lap}".encode()
         self.key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
@@ -54,7 +55,8 @@ class EpochPlan:
             raise IndexError(f"step {step} of {self.steps}")
         if self.batch_size % world:
             raise UserError(
-                f"train.batch_size: got {self.batch_size}, which {world} processes do not divide; take a multiple of their number"
+                f"train.batch_size: got {self.batch_size}, which {world} processes do not divide; "
+                "take a multiple of their number"
             )
         rows = self.batch_size // world
         at_B, left_B, tweak_B, start_B = self.window_of(step, np.arange(rank * rows, (rank + 1) * rows))

@@ -183,8 +183,9 @@ class SavedMask:
             fit, names = False, {}
         if not fit or not len(names) == len(self.shards) == len(self.mask.counts_S):
             raise UserError(
-                f"mask {folder}: the shards in mask.json do not fit it; expected name, bytes and fingerprint of "
-                f"{len(self.mask.counts_S)} shards, the names different paths below one folder; it was changed or damaged"
+                f"mask {folder}: the shards in mask.json do not fit it; "
+                f"expected name, bytes and fingerprint of {len(self.mask.counts_S)} shards, "
+                "the names different paths below one folder; it was changed or damaged"
             )
         bases = Counter(PurePosixPath(name).name for name in names)
         alone = {PurePosixPath(name).name: number for name, number in names.items()}
@@ -242,7 +243,8 @@ def require_same(path, found, expected):
     """Raise UserError unless the fingerprint `found` of the shard at `path` is the one that the mask expects."""
     if found != expected:
         raise UserError(
-            f"shard {path}: has fingerprint {found}, the mask was made for {expected}; use the shard that it was made with"
+            f"shard {path}: has fingerprint {found}, the mask was made for {expected}; "
+            "use the shard that it was made with"
         )
 
 
@@ -283,8 +285,8 @@ class IsSafe:
         if self.verify and path not in self.verified:
             if path.startswith("pipe:") or "://" in path:
                 raise UserError(
-                    f"shard {url}: not a local file, so its fingerprint cannot be compared with mask {self.saved.folder}; "
-                    "copy or cache it, or trust its name with IsSafe(..., verify=False)"
+                    f"shard {url}: not a local file, so its fingerprint cannot be compared with mask "
+                    f"{self.saved.folder}; copy or cache it, or trust its name with IsSafe(..., verify=False)"
                 )
             require_same(path, fingerprint(path), self.saved.shards[shard]["fingerprint"])
             self.verified.add(path)

@@ -54,7 +54,8 @@ class Overlay:
             manifest = json.loads(path.read_text())
             if manifest["version"] != VERSION:
                 raise UserError(
-                    f"overlay {path}: version {manifest['version']}, expected {VERSION}; make it again with `safeclip attack`"
+                    f"overlay {path}: version {manifest['version']}, expected {VERSION}; "
+                    "make it again with `safeclip attack`"
                 )
             if manifest["fingerprint"] != index.fingerprint:
                 raise UserError(

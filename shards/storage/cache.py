@@ -81,7 +81,8 @@ class Cache:
                 os.close(descriptor)
                 if isinstance(error, OSError):  # of this disk: what the server does wrong is another error
                     raise UserError(
-                        f"data.cache: {self.folder}: {error.strerror}; free some room, lower data.cache_gb, or name another folder"
+                        f"data.cache: {self.folder}: {error.strerror}; "
+                        "free some room, lower data.cache_gb, or name another folder"
                     ) from None
                 raise
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -141,8 +142,8 @@ class Cache:
                 return
             heard = None
         raise UserError(
-            f"shard {shard.path}: holds other bytes than those that were indexed (fingerprint {shard.fingerprint}); bring them back, or "
-            "index the shards again"
+            f"shard {shard.path}: holds other bytes than those that were indexed (fingerprint {shard.fingerprint}); "
+            "bring them back, or index the shards again"
         )
 
 

@@ -61,7 +61,8 @@ def refuse_pipe(path, allow_pipe):
     """Raise UserError for a command, unless it may be run."""
     if path.startswith("pipe:") and not allow_pipe:
         raise UserError(
-            f"shard {path}: would be run as a shell command; if you trust it say data.allow_pipe=true (index: --allow-pipe)"
+            f"shard {path}: would be run as a shell command; "
+            "if you trust it say data.allow_pipe=true (index: --allow-pipe)"
         )
 
 
@@ -186,8 +187,8 @@ def persist(url, function, timeout, heard=None, failed=lambda error: None):
             if time.monotonic() + pause > heard + timeout:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 raise Unreachable(
-                    f"shard {url}: nothing came for {timeout:g} s ({reason}); bring the server back and start again, or wait longer "
-                    "with data.remote_timeout"
+                    f"shard {url}: nothing came for {timeout:g} s ({reason}); "
+                    "bring the server back and start again, or wait longer with data.remote_timeout"
                 ) from None
             time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT)

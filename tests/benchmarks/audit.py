@@ -113,7 +113,8 @@ def main():
                 f"{name} {one['seconds']:.0f} s" for name, one in about.items() if one.get("seconds", 0) >= 1
             )
             print(
-                f"{index.samples:,} pairs, {' '.join(only[1:]) or 'all detectors'}: {seconds:.0f} s, {cpu:.0f} CPU s ({slow}), report {size / 1e6:.1f} MB, {used.ru_maxrss / 1e6:.1f} GB",
+                f"{index.samples:,} pairs, {' '.join(only[1:]) or 'all detectors'}: {seconds:.0f} s, "
+                f"{cpu:.0f} CPU s ({slow}), report {size / 1e6:.1f} MB, {used.ru_maxrss / 1e6:.1f} GB",
                 flush=True,
             )
 

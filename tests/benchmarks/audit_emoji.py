@@ -23,7 +23,8 @@ def poisoned(folder):
         print(f"poisoned, {name}: AUROC {auroc}; of the worst 1 % {one['precision']['0.01']:.0%} are poison")
     last = found["truth"]["masks"][-1]
     print(
-        f"poisoned, last mask: {last['recall']:.1%} of the poison is risky, {last['precision']:.1%} of what is risky is poison"
+        f"poisoned, last mask: {last['recall']:.1%} of the poison is risky, "
+        f"{last['precision']:.1%} of what is risky is poison"
     )
 
 
@@ -37,7 +38,8 @@ def clean(folder):
     bare_N = np.array([samples.caption(*place) in kinds for place in places])
     suspect_N = table["is_suspect_issue"].to_numpy()
     print(
-        f"clean: {bare_N[suspect_N].sum()} of {suspect_N.sum()} suspects have a caption that names their kind only, {bare_N.mean():.0%} of all pairs do"
+        f"clean: {bare_N[suspect_N].sum()} of {suspect_N.sum()} suspects have a caption that names their kind only, "
+        f"{bare_N.mean():.0%} of all pairs do"
     )
     copies = defaultdict(list)
     for row, place in enumerate(places):

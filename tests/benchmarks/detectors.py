@@ -59,7 +59,10 @@ def main():
     options.add_argument("--out", required=True, metavar="DIR")
     args = options.parse_args()
     out = Path(args.out)
-    text = "# Detectors of the audit, against known poison\n\nMade by `python -m tests.benchmarks.detectors RUN... --out DIR`.\n"
+    text = (
+        "# Detectors of the audit, against known poison\n\n"
+        "Made by `python -m tests.benchmarks.detectors RUN... --out DIR`.\n"
+    )
     for run in args.runs:
         text += section(run, out)
         write_bytes(out / "detectors.md", text.encode())

@@ -14,8 +14,9 @@ from shards.build.write import write_shards
 from shards.index.shard_index import build_index
 
 WORDS = (
-    "a photo of the person in front blue sky and water at sunset with old stone bridge over river people walking dog on beach actor "
-    "attends premiere football player celebrates goal during match city skyline mountains winter snow tree house"
+    "a photo of the person in front blue sky and water at sunset with old stone bridge over river people walking dog "
+    "on beach actor attends premiere football player celebrates goal during match city skyline "
+    "mountains winter snow tree house"
 ).split()
 
 

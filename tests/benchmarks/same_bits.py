@@ -6,7 +6,7 @@ python -m tests.benchmarks.same_bits after.json --like before.json      after it
 Runs are of 2,000 rendered scenes (6 epochs, 1 and 2 processes) and, where data/photos is there, of its first 5,000
 photographs (4 epochs). Of each it keeps the SHA-256 of every safe set and of the final weights, and of the losses of all
 logged steps. The same on one machine with one build of torch.
-"""
+"""  # noqa: E501
 
 import argparse
 import hashlib

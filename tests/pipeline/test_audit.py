@@ -202,8 +202,8 @@ def test_ticks_by_keyboard_go_back_into_the_mask(audited, page, tmp_path):
     page.press("j")
     page.press("f")
     exported = page.run(
-        "new Promise(done => { const make = URL.createObjectURL; URL.createObjectURL = blob => { blob.text().then(done); "
-        "return make(blob); }; document.getElementById('export').click(); })"
+        "new Promise(done => { const make = URL.createObjectURL; URL.createObjectURL = blob => { "
+        "blob.text().then(done); return make(blob); }; document.getElementById('export').click(); })"
     )
     rows = list(csv.DictReader(exported.splitlines()))
     assert len(rows) > 2 and {row["verdict"] for row in rows} == {"poison", "fine"}
@@ -221,10 +221,12 @@ def test_ticks_by_keyboard_go_back_into_the_mask(audited, page, tmp_path):
 def test_search_filters_captions(page, audited):
     page.open(audited[0] / "audit/report.html")
     page.run(
-        "(() => { const box = document.getElementById('search'); box.value = 'THE SAME'; box.dispatchEvent(new Event('input')); })()"
+        "(() => { const box = document.getElementById('search'); box.value = 'THE SAME'; "
+        "box.dispatchEvent(new Event('input')); })()"
     )
     shown = page.run(
-        "new Promise(r => setTimeout(() => r([...document.querySelectorAll('#table tbody tr td:nth-child(4)')].map(c => c.innerText)), 400))"
+        "new Promise(r => setTimeout(() => r([...document.querySelectorAll('#table tbody tr td:nth-child(4)')]"
+        ".map(c => c.innerText)), 400))"
     )
     assert shown and set(shown) == {"the same words"}
 

@@ -117,7 +117,10 @@ def test_open_clip_trains_on_the_safe_pairs_in_place(here):
     count = len(wanted) // 2 * 2
 
     def train(mask):
-        words = f"noting.py {mask} --train-data data/a/00000.tar --train-num-samples {count} --dataset-type webdataset --workers 0"
+        words = (
+            f"noting.py {mask} --train-data data/a/00000.tar --train-num-samples {count} "
+            "--dataset-type webdataset --workers 0"
+        )
         words += " --batch-size 2 --epochs 2 --warmup 1 --model local-dir:tiny --logs logs --device cpu"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         return subprocess.run(

@@ -285,6 +285,9 @@ def test_a_shard_that_changed_is_refused(world, tmp_path):
 
 
 def test_help_needs_no_heavy_package():
-    code = "import sys, pipeline.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'numpy', 'deepspeed') if m in sys.modules])"
+    code = (
+        "import sys, pipeline.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'deepspeed') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]") and "safeclip train" in done.stdout

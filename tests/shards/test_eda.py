@@ -35,7 +35,8 @@ def write_wordnet(folder, synsets, irregular=()):
             for word in words:
                 offsets.setdefault(word.partition("(")[0].lower(), []).append(len(data))
             lemmas = " ".join(f"{word} 0" for word in words)
-            data += f"{len(data):08d} 03 {kind} {len(words):02x} {lemmas} 001 @ 00000001 n 0000 | a gloss; of words\n".encode()
+            line = f"{len(data):08d} 03 {kind} {len(words):02x} {lemmas} 001 @ 00000001 n 0000 | a gloss; of words\n"
+            data += line.encode()
         lines = [
             f"{word} {kind} {len(at)} 1 @ {len(at)} 0 {' '.join(f'{offset:08d}' for offset in at)}  \n".encode()
             for word, at in offsets.items()

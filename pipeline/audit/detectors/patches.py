@@ -20,7 +20,10 @@ SAME = 0.5  # Jaccard index of two cells' pictures from which they are parts of 
 class CommonPatch(Detector):
     name = "common_patch"
     title = "the same patch at the same place"
-    text = "A part of the picture is the same, at the same place, as in other, unlike pictures, and far more often there than elsewhere."
+    text = (
+        "A part of the picture is the same, at the same place, as in other, unlike pictures, "
+        "and far more often there than elsewhere."
+    )
     source = (
         "ours; the trigger of BadNets (Gu et al. 2017), Blended (Chen et al. 2017) on plain backgrounds, watermarks too"
     )

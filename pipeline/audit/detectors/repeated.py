@@ -48,7 +48,10 @@ def groups_of(score_N, group_N, titles, text):
 class RepeatedCaption(Detector):
     name = "repeated_caption"
     title = "one caption, unlike pictures"
-    text = "A caption that stands under at least three pictures, which are unlike each other; a backdoor's captions repeat."
+    text = (
+        "A caption that stands under at least three pictures, which are unlike each other; "
+        "a backdoor's captions repeat."
+    )
     source = "ours; a backdoor's captions name one class (Carlini and Terzis, ICLR 2022)"
     needs = ("captions", "images")
 

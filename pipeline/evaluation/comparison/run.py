@@ -132,8 +132,8 @@ def locked(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"--work: another comparison, or a run that one left behind, is at work in {folder}; wait until it has ended, "
-                "or name another folder"
+                f"--work: another comparison, or a run that one left behind, is at work in {folder}; "
+                "wait until it has ended, or name another folder"
             ) from None
         yield file.fileno()
 

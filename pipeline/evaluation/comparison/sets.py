@@ -85,7 +85,8 @@ def read_sets(path, names, rates=()):
         unknown = set(entry) - set(KEYS)
         if unknown or not {"config", "attacks"} <= set(entry):
             raise UserError(
-                f"{path}: {name} has {', '.join(entry)}; expected config, attacks, and of the rest data, rates, overrides"
+                f"{path}: {name} has {', '.join(entry)}; "
+                "expected config, attacks, and of the rest data, rates, overrides"
             )
         attacks = {str(group): Attack(config) for group, config in entry["attacks"].items()}
         for group in attacks:
