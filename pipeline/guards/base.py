@@ -6,7 +6,7 @@ To add one: a class with a Settings and a name in a module of this package, and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ from shards.views.loader import Views
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of a run, and how they are read. device: where features are taken."""
+    """The pairs of a run, and how they are read. device: where features are taken. each_round(done, rounds): called by
+    all ranks after every batch of the pass over all pictures."""
 
     samples: Samples
     views: Views
@@ -26,6 +27,7 @@ class Pairs:
     workers: int
     seed: int
     device: torch.device
+    each_round: Callable[[int, int], None] = lambda done, rounds: None
 
 
 class Guard(ABC):

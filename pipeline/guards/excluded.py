@@ -76,13 +76,17 @@ def look_at_all(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
     owned = assign_shards(index.counts, comm.world())
     numbers = [comm.host_array(index.samples, guard.dtype) for guard in guards]
     valid_N = comm.host_array(index.samples, np.bool_)
-    rows = [(rows, rows) for _, rows in shard_batches(index.offsets, owned[comm.rank()], pairs.batch_size)]
-    dataset = PlainBatches(pairs.samples, rows, pairs.views)
-    for batch in fetched_ahead(batches(dataset, workers=pairs.workers), dataset):
-        row_B, images_BCHW = batch.rows.numpy(), batch.images.to(pairs.device)
-        valid_N[row_B] = batch.valid.numpy()
-        for number_N, guard in zip(numbers, guards):
-            number_N[row_B] = guard.numbers(images_BCHW)
+    todo = [shard_batches(index.offsets, shards, pairs.batch_size) for shards in owned]
+    dataset = PlainBatches(pairs.samples, [(rows, rows) for _, rows in todo[comm.rank()]], pairs.views)
+    reading, rounds = fetched_ahead(batches(dataset, workers=pairs.workers), dataset), max(map(len, todo))
+    for number in range(rounds):
+        if number < len(dataset):
+            batch = next(reading)
+            row_B, images_BCHW = batch.rows.numpy(), batch.images.to(pairs.device)
+            valid_N[row_B] = batch.valid.numpy()
+            for number_N, guard in zip(numbers, guards):
+                number_N[row_B] = guard.numbers(images_BCHW)
+        pairs.each_round(number + 1, rounds)
     for array in [*numbers, valid_N]:
         comm.share_between_hosts(array, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
 

@@ -33,7 +33,7 @@ def mask_for(run, epoch, stop):
         if before:
             comm.on_rank0(is_split, before, False, state, config)
         score_N, canary_C = scores_for(run, epoch, folder, stop, meter)
-        excluded = excluded_by_guards(run, epoch, score_N) if config.guards else None
+        excluded = excluded_by_guards(run, epoch, score_N, stop, meter) if config.guards else None
         if excluded:
             excluded.apply(score_N, ScoreFiles(folder / "scores", index, state["step"], config.hash()))
         split = split_pairs(
@@ -66,29 +66,39 @@ def scores_for(run, epoch, folder, stop, meter):
     """(score_N, canary_C) of the split in `folder`."""
     config, state = run.config, run.state
     files = ScoreFiles(folder / "scores", run.index, state["step"], config.hash())
-
-    def each_round(done, rounds):
-        run.journal.progress(f"  epoch {epoch.number:3d} scoring   {done}/{rounds} batches, {meter.seconds:.0f} s")
-        if done % signals.AGREE_EVERY == 0 and any(comm.all_reduce_max(stop.received)):
-            run.leave()  # the last checkpoint is that of the epoch's start, and the scored shards are on disk
-
     views = run.views
     if config.selection.scored_view == "augmented":
         views = replace(views, scored_as=(config.run.seed, epoch.number))
     arguments = (run.engine, run.samples, views, config.selection.batch_size, run.device)
     canary_C = score_canaries(*arguments, config.selection.canaries, config.run.seed)
-    score_N, bad = score_all_pairs(*arguments, config.data.workers, files, each_round)
+    score_N, bad = score_all_pairs(
+        *arguments, config.data.workers, files, each_round(run, epoch, "scoring", stop, meter)
+    )
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * run.index.samples)
     return score_N, canary_C
 
 
-def excluded_by_guards(run, epoch, score_N):
+def each_round(run, epoch, what, stop, meter):
+    """A function (done, rounds) for all ranks to call after every batch of a pass over all pairs: progress and signals.
+
+    The last checkpoint is that of the epoch's start, and what is scored is on disk."""
+
+    def told(done, rounds):
+        run.journal.progress(f"  epoch {epoch.number:3d} {what:9s} {done}/{rounds} batches, {meter.seconds:.0f} s")
+        if done % signals.AGREE_EVERY == 0 and any(comm.all_reduce_max(stop.received)):
+            run.leave()
+
+    return told
+
+
+def excluded_by_guards(run, epoch, score_N, stop, meter):
     """guards.excluded.Excluded of the run, found at its first selection round and loaded at later ones. All ranks
     call."""
     config, folder, guards = run.config, guards_folder(run.run_dir), make_guards(run.config.guards)
     if epoch.split == 0:
         reading = (run.samples, run.views, config.selection.batch_size, config.data.workers)
-        run.excluded = find_excluded(folder, guards, Pairs(*reading, config.run.seed, run.device), score_N)
+        watch = each_round(run, epoch, "guards", stop, meter)
+        run.excluded = find_excluded(folder, guards, Pairs(*reading, config.run.seed, run.device, watch), score_N)
         run.journal.say(f"  epoch {epoch.number:3d} guards    excluded by {run.excluded.line()}")
     elif run.excluded is None:
         run.excluded = load_excluded(folder, guards, run.index.fingerprint)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
+from pipeline.guards.duplicates import Duplicates
 from pipeline.training import checkpoint, signals
 from pipeline.training import run as running
 from pipeline.training.signals import Preempted
@@ -104,6 +105,34 @@ def test_a_run_that_was_asked_to_stop_twice_ends_bit_for_bit_as_one_that_was_not
         whole, cut = config(data, f"whole{stage}"), config(data, f"cut{stage}")
         assert weights(whole) == weights(cut), stage
         assert metrics(whole) == metrics(cut), stage
+
+
+def cut_off_in_guards(folder):
+    """A run that is asked to stop while its guards look at all pictures, and started again."""
+    made = config(folder, "guarded")
+    original, seen = Duplicates.numbers, []
+
+    def numbers(guard, images):
+        seen.append(1)
+        if len(seen) == 2 and comm.rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(guard, images)
+
+    Duplicates.numbers, signals.AGREE_EVERY = numbers, 2
+    try:
+        running.train(made)
+        raise AssertionError("it was not cut off")
+    except Preempted:
+        assert not list((folder / "guarded/masks").glob("guards/*"))
+    Duplicates.numbers = original
+    running.train(made)
+    running.train(config(folder, "unguarded"))
+
+
+def test_a_run_that_was_asked_to_stop_while_its_guards_look_ends_bit_for_bit_as_one_that_was_not(data):
+    run_ranks(cut_off_in_guards, 2, data)
+    cut, whole = config(data, "guarded"), config(data, "unguarded")
+    assert weights(cut) == weights(whole) and metrics(cut) == metrics(whole)
 
 
 def losses(made):
