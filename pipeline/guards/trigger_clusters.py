@@ -61,7 +61,7 @@ class TriggerClusters(Guard):
         """Robust deviations of the cosines of random pictures, beyond which two are near."""
         least: int = 8
         """Near pictures of a seed."""
-        ratio: float = 10.0
+        ratio: float = 6.0
         """Times that a trigger is more frequent among low scores than among high ones."""
         alike: float = 0.35
         """Highest median cosine of members with the one most like them, once what all share is taken off."""
@@ -95,32 +95,33 @@ class TriggerClusters(Guard):
         return np.sort(low[: settings.sample]), np.sort(high[: 2 * settings.sample])
 
     def find(self, low: dict, high: dict) -> list[dict]:
-        """The triggers of a sample, the least frequent among high scores first. low, high: {features: uint8 (L or H,
-        D)}."""
+        """The triggers of a sample, pixels before filters. low, high: {features: uint8 (L or H, D)}.
+
+        A trigger counts by the pictures that no trigger before it has explained.
+        """
         low, high = once(low), once(high)
-        found, pixel_LD, free_L = [], None, np.ones(len(low["pixels"]), bool)
-        for name in FEATURES if len(low["pixels"]) and len(high["pixels"]) else ():
+        found, pixel_LD, rest_L, rest_H = [], None, np.ones(len(low["pixels"]), bool), None
+        for name in FEATURES if len(low["pixels"]) and len(high["pixels"]) > 1 else ():
             low_LD, high_HD = (torch.from_numpy(seen[name]).to(comm.device()).float() / 255 for seen in (low, high))
             mean_D, white_DD = whitening(high_HD[::2])  # in which these are shorter than others are
             low_LD, high_HD = (low_LD - mean_D) @ white_DD, (high_HD[1::2] - mean_D) @ white_DD
             pixel_LD = low_LD if pixel_LD is None else pixel_LD
-            clusters = clusters_of_seeds(low_LD, high_HD, np.flatnonzero(free_L), self.settings)
-            for filter_D, threshold, row_M, ratio in sorted(clusters, key=lambda one: -one[3]):
-                if free_L[row_M].mean() < 0.5:
-                    continue  # the same again, or what pixels have told already
-                some_M = np.random.default_rng(0).permutation(row_M)[:COMPARED]
+            rest_H = np.ones(len(high_HD), bool) if rest_H is None else rest_H
+            clusters = clusters_of_seeds(low_LD, high_HD, np.flatnonzero(rest_L), self.settings)
+            for filter_D, threshold, row_M, row_K in sorted(clusters, key=lambda one: -len(one[2]) / (len(one[3]) + 1)):
+                new_M, new_K = row_M[rest_L[row_M]], row_K[rest_H[row_K]]
+                ratio = len(new_M) / len(low_LD) / ((len(new_K) + 1) / len(high_HD))
+                if len(new_M) < self.settings.least or ratio < self.settings.ratio:
+                    continue
+                some_M = np.random.default_rng(0).permutation(new_M)[:COMPARED]
                 likeness = alike(pixel_LD[some_M], float(pixel_LD.norm(dim=1).median()))
                 if likeness > self.settings.alike:
                     continue
-                free_L[row_M] = False
+                rest_L[row_M], rest_H[row_K] = False, False
                 weight_D = white_DD @ filter_D
-                about = {
-                    "features": name,
-                    "pictures": len(row_M),
-                    "ratio": round(ratio, 2),
-                    "alike": round(likeness, 2),
-                }
-                found.append({**about, "filter": weight_D.cpu().numpy(), "cut": threshold + float(mean_D @ weight_D)})
+                cut = threshold + float(mean_D @ weight_D)
+                about = {"pictures": len(row_M), "ratio": round(ratio, 2), "alike": round(likeness, 2)}
+                found.append({"features": name, **about, "filter": weight_D.cpu().numpy(), "cut": cut})
         return found
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
@@ -145,8 +146,8 @@ def once(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def clusters_of_seeds(
     low_LD: torch.Tensor, high_HD: torch.Tensor, seed_Q: np.ndarray, settings: TriggerClusters.Settings
 ) -> Iterator[tuple]:
-    """Yield (filter_D, threshold of the response, rows of its pictures, ratio) of each seed whose cluster is a trigger.
-    low_LD, high_HD: whitened features."""
+    """Yield (filter_D, threshold of the response, rows among low scores, rows among high ones) of each seed whose
+    cluster is a trigger. low_LD, high_HD: whitened features."""
     rng = np.random.default_rng(0)
     seed_Q = np.sort(rng.permutation(seed_Q)[: settings.seeds])
     length_L = low_LD.norm(dim=1).clamp(min=1e-6)
@@ -166,7 +167,8 @@ def clusters_of_seeds(
             top_Q = (count_Q * filter_QD.square().sum(1) - own_Q) / (count_Q - 1).clamp(min=1)
             threshold_Q = (high_QH.median(1).values + top_Q) / 2
             in_QL = low_QL > threshold_Q[:, None]
-        count_Q = in_QL.sum(1)
-        ratio_Q = count_Q / len(low_LD) / (((high_QH > threshold_Q[:, None]).sum(1) + 1) / len(high_HD))
-        for q in ((ratio_Q >= settings.ratio) & (count_Q >= settings.least)).nonzero()[:, 0].tolist():
-            yield filter_QD[q], float(threshold_Q[q]), np.flatnonzero(in_QL[q].cpu().numpy()), float(ratio_Q[q])
+        in_QH = high_QH > threshold_Q[:, None]
+        ratio_Q = in_QL.sum(1) / len(low_LD) / ((in_QH.sum(1) + 1) / len(high_HD))
+        for q in ((ratio_Q >= settings.ratio) & (in_QL.sum(1) >= settings.least)).nonzero()[:, 0].tolist():
+            rows = (np.flatnonzero(in_Q[q].cpu().numpy()) for in_Q in (in_QL, in_QH))
+            yield filter_QD[q], float(threshold_Q[q]), *rows

@@ -94,7 +94,7 @@ def test_what_is_as_frequent_among_high_scores_is_no_trigger(high):
     watermarked = high.copy()
     both = carriers(rng, "blended", np.concatenate([low[:CARRY], high[:10]]))
     low[:CARRY], watermarked[:10] = both[:CARRY], both[CARRY:]  # 2 % of the low scores, 0.25 % of the high ones
-    assert triggers(low, watermarked)[0] == []
+    assert triggers(low, watermarked, ratio=10.0)[0] == []
     found, excluded_N = triggers(low, watermarked, ratio=5.0)
     assert [one["ratio"] for one in found] == [pytest.approx(8, abs=2)] and excluded_N[:CARRY].all()
 
