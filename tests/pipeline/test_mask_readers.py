@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 WEBDATASET = """
 import webdataset as wds
-from shards.order.safe_mask import IsSafe
+from shards import IsSafe
 
 pairs = (
     wds.WebDataset("/data/cc3m/{00000..00331}.tar", shardshuffle=100)
@@ -36,7 +36,7 @@ import sys
 
 import webdataset as wds
 from open_clip_train import data, main
-from shards.order.safe_mask import IsSafe
+from shards import IsSafe
 
 is_safe, read = IsSafe(sys.argv[1]), wds.tarfile_to_samples()
 data.tarfile_to_samples_nothrow = lambda shards: filter(is_safe, read(shards))  # training shards only
