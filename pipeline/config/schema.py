@@ -111,7 +111,7 @@ class Train:
     2; or 1."""
     lr: float = 5e-4
     slow_lr: float | None = 5e-6
-    """Of the low-rate CLIP epochs; null: lr * 8 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align
+    """Of the low-rate CLIP epochs; null: lr * 16 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align
     the towers too."""
     warmup_steps: int = 10_000
     schedule: str = "per_loss"

@@ -122,11 +122,11 @@ def epoch_steps(
 
 def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
     """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at
-    train.slow_lr, or, where it is null, at a share of the rate: 8 / steps of an epoch, from .01 to .2."""
+    train.slow_lr, or, where it is null, at a share of the rate: 16 / steps of an epoch, from .01 to .2."""
     if epoch.stage == "slow":
         if train.slow_lr is not None:
             return train.slow_lr
-        return train.lr * min(0.2, max(0.01, 8 * train.epochs / max(1, steps)))
+        return train.lr * min(0.2, max(0.01, 16 * train.epochs / max(1, steps)))
     warm = min(1.0, (step + 1) / max(1, train.warmup_steps))
     past = max(0, step - train.warmup_steps) / max(1, steps - train.warmup_steps)
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
