@@ -10,9 +10,11 @@ from pipeline.evaluation.comparison.rows import mean, rate_of, rate_rows  # noqa
 
 # Undefended grey, filters blue, fine-tuning and other training pink and brown, SafeCLIP orange and red, the oracle
 # green.
-SHADES = "#222222 #888888 #1f77b4 #9ecae1 #17becf #0b3d91 #e377c2 #8c564b #ff7f0e #ffbb78 #d62728 #2ca02c"
-COLOURS = dict(zip(DEFENCES, SHADES.split()))
-MARKERS = dict(zip(DEFENCES, "os^v<>DPX*hd"))
+SHADES = (
+    "#222222 #888888 #1f77b4 #9ecae1 #17becf #0b3d91 #e377c2 #8c564b #ff7f0e #ffbb78 #d62728 #9467bd #bcbd22 #2ca02c"
+)
+COLOURS = dict(zip(DEFENCES, SHADES.split(), strict=True))
+MARKERS = dict(zip(DEFENCES, "os^v<>DPX*hp8d", strict=True))
 
 
 def draw(groups, path):
