@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The example of pipeline/audit/README.md: emoji with known poison and without, SafeCLIP on both, and what an audit finds in each.
+# The example of pipeline/audit/README.md: emoji with known poison and without, SafeCLIP on both, and what an audit
+# finds in each.
 # Writes runs/audit/{poisoned,clean}_audit/report.html and, where Chromium is installed, pictures of them beside it.
 # What is finished is used again.
 set -euo pipefail

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Train on this node with every GPU, or with PROCESSES processes.
 #   launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=runs/cc3m
-#   NODES=4 MASTER_ADDR=node1 launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=/shared/cc3m      on each of 4 nodes, node1 being one
-# When a process dies, all are started again, RESTARTS times at most (3), and go on from the last checkpoint. NODES=2:4 starts with
+#   NODES=4 MASTER_ADDR=node1 launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=/shared/cc3m      on each of 4 nodes,
+#                                                                                                 node1 being one
+# When a process dies, all are started again, RESTARTS times at most (3), and go on from the last checkpoint. NODES=2:4
+# starts with
 # 2 to 4 nodes, and goes on with those that are left; their processes must divide the batch.
 # SIGTERM or SIGUSR1 to this script: the run saves and stops, and the script ends with 75. The same command goes on.
 # COMMAND=doctor checks instead of training.
@@ -13,7 +15,8 @@ gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}    # seconds in which a large model can be saved
-# The agents' store outlives a restart with the addresses of the processes that are gone, and a new process may read those: a new store each time.
+# The agents' store outlives a restart with the addresses of the processes that are gone, and a new process may read
+# those: a new store each time.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 meeting=(--rdzv-backend c10d --rdzv-id "${MASTER_PORT:-29500}" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}")
 [ "${NODES:-1}" != 1 ] || meeting=(--standalone)

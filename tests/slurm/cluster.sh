@@ -14,7 +14,8 @@ mkdir -p "$2"
 folder=$(cd "$2" && pwd)
 export SLURM_CONF=$folder/slurm.conf
 
-# Process ids of the cluster's daemons and jobs. Their environment names its configuration, also when their parents are gone.
+# Process ids of the cluster's daemons and jobs. Their environment names its configuration, also when their parents are
+# gone.
 members() {
     local place
     for place in $(grep -lszxF "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ); do
