@@ -34,7 +34,7 @@ model:
     vision_cfg: {{image_size: 32, timm_model_name: test_resnet, timm_pool: avg, timm_proj: linear}}
     text_cfg: {{context_length: 20, vocab_size: 49408, width: 32, heads: 2, layers: 1}}
 run: {{save_steps: 10, timeout: 30}}
-train: {{epochs: 6, unimodal_epochs: 1, slow_epochs: 1, batch_size: {BATCH}, warmup_steps: 10, pool: 256}}
+train: {{epochs: 6, unimodal_epochs: 1, low_rate_epochs: 1, batch_size: {BATCH}, warmup_steps: 10, pool: 256}}
 selection: {{batch_size: 64, first_share: 0.5, growth: 0.1, risky: unimodal}}
 """
 

@@ -102,17 +102,20 @@ class Train:
     """All epochs, warm-up included."""
     unimodal_epochs: int = 5
     """Epochs of unimodal warm-up."""
-    slow_epochs: int = 1
-    """Epochs of the CLIP loss at slow_lr, on all pairs."""
+    low_rate_epochs: int = 1
+    """Epochs of the CLIP loss at low_rate_lr, on all pairs."""
+    steps_before_selection: int | None = 0
+    """Steps of plain CLIP on all pairs with which the first SafeCLIP epoch begins, before the first selection round;
+    null: sqrt(32 * warmup_steps), by when the rates of the warm-up add up to 16 steps at the full rate. At most half an
+    epoch."""
     batch_size: int = 128
     """Pairs of a global batch, over all ranks."""
     clip_views: int = 2
     """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view
     2; or 1."""
     lr: float = 5e-4
-    slow_lr: float | None = 5e-6
-    """Of the low-rate CLIP epochs; null: lr * 16 / steps of an epoch, from lr / 100 to lr / 5, so that few steps align
-    the towers too."""
+    low_rate_lr: float = 5e-6
+    """Of the low-rate CLIP epochs."""
     warmup_steps: int = 10_000
     schedule: str = "per_loss"
     """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine
@@ -161,8 +164,9 @@ class Selection:
     canaries: int = 500
     """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
     every: int | None = 1
-    """Select before every n-th SafeCLIP epoch; null: before number 0, 1, 3, 7, 15, ... of them. In between the last
-    mask holds. The share grows by the epoch all the same."""
+    """Select before every n-th SafeCLIP epoch; null: before number 0, 1, 3, 7, 15, ... of them, as
+    long as at least as many epochs follow. In between the last mask holds. The share grows by the epoch all the
+    same."""
     risky: str = "unimodal"
     """What risky pairs are trained with: unimodal, or skip."""
     refill: bool = False
@@ -237,7 +241,7 @@ def differences(old, new):
 # Plain CLIP: one view a pair, captions as they are, one schedule.
 CLIP = {
     "data": {"clip_eda": 0.0, "unimodal_eda": 0.0, "clip_augment": {"blur": 0.5}},
-    "train": {"method": "clip", "unimodal_epochs": 0, "slow_epochs": 0, "clip_views": 1, "schedule": "run"},
+    "train": {"method": "clip", "unimodal_epochs": 0, "low_rate_epochs": 0, "clip_views": 1, "schedule": "run"},
 }
 # What a preset sets beyond the defaults above, which are those of the released recipe.
 PRESETS = {
@@ -261,7 +265,13 @@ PRESETS = {
             "clip_augment": {"blur": 0.5},
             "unimodal_augment": {"blur": 0.5},
         },
-        "train": {"unimodal_epochs": 0, "slow_lr": None, "clip_views": 1, "schedule": "run"},
+        "train": {
+            "unimodal_epochs": 0,
+            "low_rate_epochs": 0,
+            "steps_before_selection": None,
+            "clip_views": 1,
+            "schedule": "run",
+        },
         "selection": {
             "first_share": 0.97,
             "growth": 0.0,

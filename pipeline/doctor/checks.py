@@ -157,7 +157,7 @@ def check_config(config, index, ranks):
     """Batch, processes and pairs fit each other; the test set is there."""
     try:
         steps = steps_per_epoch(config, index, ranks)
-        epochs = curriculum(config.train, config.selection.every)
+        epochs = curriculum(config.train, config.selection.every, steps)
         if config.evaluation.test:
             TestSet(config.evaluation)
     except UserError as error:
@@ -168,16 +168,16 @@ def check_config(config, index, ranks):
         (
             "ok",
             "config",
-            f"{len(epochs)} epochs of {steps:,} steps, {splits} splits; "
+            f"{config.train.epochs} epochs of {steps:,} steps, {splits} splits; "
             f"{ranks} process(es) with {local} pairs of each batch of {config.train.batch_size}",
         )
     ]
-    if config.train.warmup_steps > steps * len(epochs) / 2:
+    if config.train.warmup_steps > steps * config.train.epochs / 2:
         found.append(
             (
                 "warning",
                 "config",
-                f"train.warmup_steps: {config.train.warmup_steps:,} of {steps * len(epochs):,} steps in all; "
+                f"train.warmup_steps: {config.train.warmup_steps:,} of {steps * config.train.epochs:,} steps in all; "
                 "the rate will hardly be reached, take fewer",
             )
         )
@@ -205,8 +205,9 @@ def check_run_dir(config, index, ranks):
         f"{run_dir} goes on after step {state['step']:,} "
         f"(epoch {state['epoch']}, {state['epoch_step']:,} steps of it done)"
     )
-    if state["epoch_step"] and state["epoch"] < config.train.epochs:
-        epoch = curriculum(config.train, config.selection.every)[state["epoch"]]
+    if state["epoch_step"]:
+        epochs = curriculum(config.train, config.selection.every, index.views // config.train.batch_size)
+        epoch = epochs[state["epoch"]]
         if epoch.mask_of is not None and not (mask := mask_folder(run_dir, epoch.mask_of) / "mask.json").exists():
             found.append(
                 ("fatal", "run.dir", f"{mask} is gone; bring it back, or delete {newest} to go on from an earlier one")

@@ -101,7 +101,7 @@ def check_disk(config, index, size, ranks):
     place = existing(config.run.dir)
     free = shutil.disk_usage(place).free
     one = checkpoint_bytes(config, size)
-    epochs = curriculum(config.train, config.selection.every)
+    epochs = curriculum(config.train, config.selection.every, index.views // config.train.batch_size)
     splits = sum(epoch.split is not None for epoch in epochs)
     masks = splits * index.samples * (SCORE_BYTES + 1)
     kept = config.run.keep + (config.train.epochs // config.run.keep_every if config.run.keep_every else 0)

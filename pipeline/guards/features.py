@@ -23,7 +23,7 @@ def filter_responses(images_BCHW: torch.Tensor) -> torch.Tensor:
     """float32 (B, FILTERS), 0 to 1: the strongest response of each random filter in the picture at FINE x FINE, over
     the highest possible."""
     filter_FCHW, found = random_filters().to(images_BCHW.device), []
-    for part_BCHW in images_BCHW.split(64):  # 30 MB of responses at a time
+    for part_BCHW in images_BCHW.split(16):  # 7 MB of responses at a time
         fine_BCHW = torch.nn.functional.adaptive_avg_pool2d(part_BCHW.float() / 255, FINE)
         found.append(torch.nn.functional.conv2d(fine_BCHW, filter_FCHW).amax((2, 3)))
     return torch.cat(found).clamp(min=0) / (27**0.5 / 2)

@@ -1,7 +1,7 @@
 """The curriculum: which stage an epoch is, which batches it has, and at what rate it learns. Pure functions.
 
-safeclip (Yang, Gao, Mirzasoleiman 2024): unimodal warm-up, low-rate CLIP epochs on all pairs, then epochs that select a
-safe set and train CLIP on it and unimodally on the rest. clip: the same program with no warm-up and no selection.
+safeclip (Yang, Gao, Mirzasoleiman 2024): unimodal warm-up, low-rate CLIP epochs on all pairs (or a few steps of plain
+CLIP), then epochs that select a safe set and train CLIP on it and unimodally on the rest. clip: the same program with no warm-up and no selection.
 roclip (Yang and Mirzasoleiman 2023): in every n-th epoch pictures are matched with the nearest captions of a support
 queue. cleanclip (Bansal et al. 2023): fine-tuning of a trained CLIP on clean pairs, with the CLIP loss and a loss
 within each modality.
@@ -19,18 +19,20 @@ from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask
 
 # The loss of each stage that trains on all pairs, or on those of data.mask.
-LOSS = {"unimodal": "unimodal", "slow": "clip", "clip": "clip", "match": "match", "cleanclip": "cleanclip"}
+LOSS = {"unimodal": "unimodal", "low_rate": "clip", "clip": "clip", "match": "match", "cleanclip": "cleanclip"}
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch. `number` counts from 0."""
+    """One epoch, or a part of one. `number` counts from 0."""
 
     number: int
     stage: str  # a key of LOSS, or "safeclip"
     split: int | None  # where the data are split before it: how many SafeCLIP epochs were before
     mask_of: int | None  # number of the epoch with the last split: its mask holds
     before: int | None = None  # number of the epoch with the split before that
+    begin: int = 0  # first step, of those of a whole epoch
+    end: int | None = None  # step after the last one; None: to the end
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,43 @@ class Step:
     mask: object = None
 
 
-def curriculum(train: Train, every: int | None = 1) -> list[Epoch]:
-    """The epochs of a run; before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before the first,
-    and whenever the SafeCLIP epochs since the start have doubled: before number 0, 1, 3, 7, 15, ..."""
-    epochs, first = [], train.unimodal_epochs + train.slow_epochs
+def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Epoch]:
+    """The epochs of a run, of `steps_per_epoch` steps each.
+
+    The first SafeCLIP epoch begins with steps_before_selection of plain CLIP on all pairs, which are an Epoch of their
+    own. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0, 1, 3, 7, 15, ... of
+    them, as long as the mask holds for as many epochs as were before.
+    """
+    epochs, first = [], train.unimodal_epochs + train.low_rate_epochs
     mask_of = before = None
-    for number in range(train.epochs):
-        if train.method in ("clip", "cleanclip"):
-            stage = train.method
-        elif train.method == "roclip":
-            stage = "match" if (number + 1) % train.match_every == 0 else "clip"
-        elif number < train.unimodal_epochs:
-            stage = "unimodal"
-        elif number < first:
-            stage = "slow"
+    for past in range(-first, train.epochs - first) if train.method == "safeclip" else ():
+        number, begin, split = len(epochs), 0, None
+        if past < 0:
+            stage = "unimodal" if number < train.unimodal_epochs else "low_rate"
         else:
-            stage = "safeclip"
-        split = None
-        if stage == "safeclip":
-            past = number - first
-            if past % every == 0 if every else past & (past + 1) == 0:
+            stage, left = "safeclip", train.epochs - first - past
+            if past == 0 and (begin := steps_before_selection(train, steps_per_epoch)):
+                epochs.append(Epoch(number, "clip", None, None, end=begin))
+                number += 1
+            if past % every == 0 if every else past & (past + 1) == 0 and past <= left:
                 split, mask_of, before = past, number, mask_of
-        epochs.append(Epoch(number, stage, split, mask_of, before))
-    return epochs
+        epochs.append(Epoch(number, stage, split, mask_of, before, begin))
+    if train.method == "safeclip":
+        return epochs
+    stages = [train.method] * train.epochs
+    if train.method == "roclip":
+        stages = ["clip" if (number + 1) % train.match_every else "match" for number in range(train.epochs)]
+    return [Epoch(number, stage, None, None) for number, stage in enumerate(stages)]
+
+
+def steps_before_selection(train: Train, steps_per_epoch: int) -> int:
+    """train.steps_before_selection, or where it is null: until the rates of the linear warm-up add up to those of 16
+    steps at the full rate; at most half an epoch."""
+    steps = train.steps_before_selection
+    if steps is None:
+        warm = train.warmup_steps  # whose rates add up to those of warm / 2 steps
+        steps = math.ceil(math.sqrt(32 * warm)) if warm > 32 else 16 + math.ceil(warm / 2)
+    return min(steps, steps_per_epoch // 2)
 
 
 def epoch_steps(
@@ -100,7 +116,7 @@ def epoch_steps(
 
     if mask is None:
         whole = plan("all")
-        return [Step(LOSS[epoch.stage], "all", whole, number) for number in range(whole.steps)]
+        return [Step(LOSS[epoch.stage], "all", whole, number) for number in range(whole.steps)][: epoch.end]
 
     safe, risky = plan("safe"), plan("risky")
     if not safe.steps:
@@ -117,16 +133,14 @@ def epoch_steps(
     for number in range(safe_steps):
         lap, within = divmod(number, safe.steps)
         steps.append(Step(LOSS.get(epoch.stage, "clip"), "safe", laps[lap], within, lap, mask))
-    return steps
+    return steps[epoch.begin :]
 
 
 def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
     """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at
-    train.slow_lr, or, where it is null, at a share of the rate: 16 / steps of an epoch, from .01 to .2."""
-    if epoch.stage == "slow":
-        if train.slow_lr is not None:
-            return train.slow_lr
-        return train.lr * min(0.2, max(0.01, 16 * train.epochs / max(1, steps)))
+    train.low_rate_lr."""
+    if epoch.stage == "low_rate":
+        return train.low_rate_lr
     warm = min(1.0, (step + 1) / max(1, train.warmup_steps))
     past = max(0, step - train.warmup_steps) / max(1, steps - train.warmup_steps)
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
@@ -142,13 +156,15 @@ def steps_of_loss(
     and of the views (the same without weights of data.sources). The pairs that come in later are taken to have the mean
     weight of the others.
     """
-    total, first = 0, train.unimodal_epochs + train.slow_epochs
-    for epoch in curriculum(train, chosen.every):
+    total, share, whole = 0, first_share, views // train.batch_size
+    for epoch in curriculum(train, chosen.every, whole):
         if epoch.stage == "safeclip":
-            share = grown(first_share, epoch.mask_of - first, chosen)
+            share = share if epoch.split is None else grown(first_share, epoch.split, chosen)
             part = (share - first_share) / (1 - first_share) if first_share < 1 else 0.0
             safe = round((first_views + (1 - first_views) * part) * views)
-            safe_steps, whole = safe // train.batch_size, views // train.batch_size
+            safe_steps = safe // train.batch_size
             risky_steps = 0 if chosen.risky == "skip" else min((views - safe) // train.batch_size, whole - safe_steps)
-            total += risky_steps if loss == "unimodal" else whole - risky_steps if chosen.refill else safe_steps
+            clip_steps = whole - risky_steps if chosen.refill else safe_steps
+            total += max(0, risky_steps - epoch.begin) if loss == "unimodal" else clip_steps
+            total -= max(0, epoch.begin - risky_steps) if loss == "clip" else 0
     return total

@@ -13,7 +13,7 @@ from pipeline.distributed import comm
 from pipeline.training import engine as engines
 from pipeline.training import signals
 from pipeline.training.bad_samples import bad_so_far, record, stop_where_bad
-from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, steps_of_loss
+from pipeline.training.curriculum import epoch_steps, learning_rate, steps_of_loss
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from pipeline.training.metrics import Meter
 from pipeline.training.selection_round import mask_for
@@ -39,7 +39,7 @@ def train(config, evaluators=None, stop=None):
         if any(comm.all_reduce_max(stop.received)):
             run.leave()  # asked while it started
         stop_where_bad(run, *bad_so_far(run))
-        for epoch in curriculum(config.train, config.selection.every)[state["epoch"] :]:
+        for epoch in run.epochs[state["epoch"] :]:
             mask = mask_for(run, epoch, stop)
             steps = epoch_steps(epoch, run.index.counts, mask, config, run.index.repeats)
             first = state["epoch_step"]
@@ -193,7 +193,7 @@ def not_finite(run, epoch, step, loss):
 def evaluate(run, epoch, evaluators):
     """Let the evaluators judge the model after an epoch, where the config wants it."""
     done, every = epoch.number + 1, run.config.evaluation.every
-    if done == run.config.train.epochs or every and done % every == 0:
+    if done == len(run.epochs) or every and done % every == 0 and epoch.end is None:
         for name, evaluator in evaluators.items():
             figures = evaluator(run.engine, run.views, run.device)
             run.journal.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
@@ -214,7 +214,7 @@ def report(run, epoch, step, meter, loss, scale, rate):
         skipped=run.state["skipped"],
         **meter.figures(),
     )
-    later = (run.config.train.epochs - epoch.number - 1) * run.steps_per_epoch
+    later = sum((one.end or run.steps_per_epoch) - one.begin for one in run.epochs[epoch.number + 1 :])
     run.journal.progress(
         f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {loss:7.4f}  "
         + meter.line(meter.total - meter.done + later)

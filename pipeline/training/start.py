@@ -13,6 +13,7 @@ from pipeline.config.data import describe, open_index, open_samples
 from pipeline.config.schema import differences
 from pipeline.distributed import comm
 from pipeline.training import checkpoint
+from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
 from pipeline.training.metrics import Journal
 from pipeline.training.model import (
@@ -62,6 +63,7 @@ class Run:
         comm.on_rank0(self.index.verify, config.data.remote_timeout)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
+        self.epochs = curriculum(config.train, config.selection.every, self.steps_per_epoch)
         self.mask, self.excluded, data = None, None, self.index.fingerprint
         if config.data.mask:
             self.mask, _ = SafeMask.load(config.data.mask, self.index.fingerprint)

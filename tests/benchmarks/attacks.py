@@ -1,5 +1,4 @@
-"""What the guards of the preset default exclude of attacks, after the low-rate epoch alone: many seeds, weaker attacks
-too.
+"""What the guards of the preset default exclude of attacks: one epoch of training, many seeds, weaker attacks too.
 
 python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--change attacks.badnets.pairs=16 ...]
 
@@ -17,14 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.attacks.manifest import make_attack
+from pipeline.config.data import open_index, open_samples
 from pipeline.config.load import load_config, override, read_yaml
 from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
 from pipeline.guards.excluded import guards_folder
-from pipeline.training.curriculum import Epoch
 from pipeline.training.run import train
-from pipeline.training.selection_round import mask_for
-from pipeline.training.signals import StopSignal
-from pipeline.training.start import Run
+from shards.order.safe_mask import SafeMask
 from shards.storage.files import write_json
 
 FILE = Path(__file__).with_suffix(".json")
@@ -38,14 +35,13 @@ def excluded(config, attack, seed, changes):
         make_attack(values)
         words = [f"data.overlay={folder}/attack", f"run.dir={folder}/run", f"run.seed={seed}", "evaluation.test=null"]
         config = load_config(config, ["preset=default", *words])
-        config.train.epochs = config.train.slow_epochs
+        config.train.epochs = 1  # the guards look once, in the first epoch
         train(config)
-        with StopSignal() as stop:
-            run = Run(config)
-            mask_for(run, Epoch(config.train.epochs, "safeclip", 0, config.train.epochs), stop)
-        masks, index, overlay = run.excluded.masks, run.index, run.samples.overlay
-        about = json.loads((guards_folder(run.run_dir) / "trigger_clusters" / "mask.json").read_text())
-        flags = {guard: ~mask.flags() for guard, mask in masks.items()}
+        index = open_index(config.data)
+        overlay = open_samples(config.data, index).overlay
+        masks = {path.parent.name: path for path in sorted(guards_folder(config.run.dir).glob("*/mask.json"))}
+        about = json.loads(masks["trigger_clusters"].read_text())
+        flags = {guard: ~SafeMask.load(path.parent)[0].flags() for guard, path in masks.items()}
     rows = {kind: poison_rows(overlay, index, kind) for kind in overlay.kinds}
     rows["honest"] = np.flatnonzero(honest_pairs(overlay, index))
     shares = {guard: {kind: float(flag_N[row].mean()) for kind, row in rows.items()} for guard, flag_N in flags.items()}

@@ -50,7 +50,7 @@ def main():
     words = ["preset=default", f"run.dir={args.dir}/run", "run.restart=true", f"data.index={args.dir}/index"]
     words += [f"data.workers={args.workers}", "wandb.mode=disabled", "evaluation.test=null"]
     words += ["guards.duplicates=null", "guards.trigger_clusters=null"]
-    words += ["train.epochs=6", "train.unimodal_epochs=1", "train.slow_epochs=2", *args.overrides]
+    words += ["train.epochs=6", "train.unimodal_epochs=1", "train.low_rate_epochs=2", *args.overrides]
     subprocess.run([sys.executable, "-m", "pipeline.cli", "train", args.config, *words], check=True)
     steps, splits, _ = epochs(args.dir / "run")
     figures = {

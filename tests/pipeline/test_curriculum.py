@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import Config, Data, Selection, Train
-from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate
+from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, steps_before_selection
 from shards.order.safe_mask import SafeMask
 
 COUNTS = np.array([40, 0, 17, 63])
@@ -15,38 +15,75 @@ COUNTS = np.array([40, 0, 17, 63])
 def config(**selection):
     return Config(
         data=Data(streams=2, window=16),
-        train=Train(batch_size=4, epochs=6, unimodal_epochs=2, slow_epochs=1),
+        train=Train(batch_size=4, epochs=6, unimodal_epochs=2, low_rate_epochs=1),
         selection=Selection(**selection),
     )
 
 
 def test_stages_follow_the_method():
-    stages = [(e.stage, e.split) for e in curriculum(config().train)]
-    assert stages == [("unimodal", None)] * 2 + [("slow", None)] + [("safeclip", 0), ("safeclip", 1), ("safeclip", 2)]
+    stages = [(e.stage, e.split) for e in curriculum(config().train, 1, 30)]
+    assert stages == [("unimodal", None)] * 2 + [("low_rate", None)] + [
+        ("safeclip", 0),
+        ("safeclip", 1),
+        ("safeclip", 2),
+    ]
 
 
 def test_a_mask_holds_until_the_next_split_and_the_share_grows_by_the_epoch():
-    train = Train(epochs=7, unimodal_epochs=1, slow_epochs=1)
-    found = [(e.split, e.mask_of) for e in curriculum(train, every=2)]
+    train = Train(epochs=7, unimodal_epochs=1, low_rate_epochs=1)
+    found = [(e.split, e.mask_of) for e in curriculum(train, 2, 30)]
     assert found == [(None, None), (None, None), (0, 2), (None, 2), (2, 4), (None, 4), (4, 6)]
 
 
 def test_without_a_number_rounds_come_when_the_epochs_since_the_first_have_doubled():
-    epochs = curriculum(Train(epochs=17, unimodal_epochs=0, slow_epochs=1), every=None)
-    assert [e.number for e in epochs if e.split is not None] == [1, 2, 4, 8, 16]
+    epochs = curriculum(Train(epochs=17, unimodal_epochs=0, low_rate_epochs=1), None, 30)
+    assert [e.number for e in epochs if e.split is not None] == [1, 2, 4, 8]
     assert [(e.mask_of, e.before) for e in epochs[1:6]] == [(1, None), (2, 1), (2, 1), (4, 2), (4, 2)]
-    assert [e.split for e in epochs if e.split is not None] == [0, 1, 3, 7, 15]
+    assert [e.split for e in epochs if e.split is not None] == [0, 1, 3, 7]
+
+
+@given(
+    epochs=st.integers(1, 40),
+    before=st.one_of(st.none(), st.integers(0, 30)),
+    warmup=st.integers(0, 300),
+    total=st.integers(1, 40),
+)
+def test_the_first_epoch_begins_with_all_pairs_and_the_run_has_as_many_steps_as_plain_clip(
+    epochs, before, warmup, total
+):
+    chosen, mask = config(risky="skip", refill=True), SafeMask.from_flags(COUNTS, np.arange(120) % 3 > 0)
+    chosen.train = Train(
+        epochs=epochs,
+        unimodal_epochs=0,
+        low_rate_epochs=0,
+        steps_before_selection=before,
+        warmup_steps=warmup,
+        batch_size=max(1, 80 // total),
+    )
+    chosen.data.streams, total = 1, 120 // chosen.train.batch_size
+    stages = curriculum(chosen.train, None, total)
+    assert [e.number for e in stages] == list(range(len(stages)))
+    steps = [epoch_steps(e, COUNTS, mask if e.mask_of is not None else None, chosen) for e in stages]
+    assert sum(map(len, steps)) == epochs * total and all(steps)
+    first = steps_before_selection(chosen.train, total)
+    assert {step.view for step in sum(steps, [])[first:]} == {"safe"}
+    if first:
+        assert stages[0].stage == "clip" and stages[1].split == 0
+        assert [(s.view, s.number) for s in steps[0]] == [("all", number) for number in range(first)]
+    if before is None and first < total // 2:
+        rates = [learning_rate(stages[0], step, 10**9, Train(lr=1.0, warmup_steps=warmup)) for step in range(first)]
+        assert 16 <= sum(rates) <= 18
 
 
 def test_plain_clip_is_the_same_program_without_warm_up_and_split():
-    train = Train(method="clip", epochs=3, unimodal_epochs=0, slow_epochs=0)
-    assert [(e.stage, e.split) for e in curriculum(train)] == [("clip", None)] * 3
+    train = Train(method="clip", epochs=3, unimodal_epochs=0, low_rate_epochs=0)
+    assert [(e.stage, e.split) for e in curriculum(train, 1, 30)] == [("clip", None)] * 3
 
 
 def test_roclip_matches_in_every_second_epoch_and_cleanclip_has_one_loss():
-    roclip = [e.stage for e in curriculum(Train(method="roclip", epochs=5))]
+    roclip = [e.stage for e in curriculum(Train(method="roclip", epochs=5), 1, 30)]
     assert roclip == ["clip", "match", "clip", "match", "clip"]
-    assert {e.stage for e in curriculum(Train(method="cleanclip", epochs=2))} == {"cleanclip"}
+    assert {e.stage for e in curriculum(Train(method="cleanclip", epochs=2), 1, 30)} == {"cleanclip"}
 
 
 @pytest.mark.parametrize("method, loss", [("clip", "clip"), ("roclip", "match"), ("cleanclip", "cleanclip")])
@@ -54,7 +91,7 @@ def test_a_filter_trains_on_its_pairs_alone_for_as_many_steps_as_all_pairs(metho
     flags = np.arange(120) % 5 > 0
     chosen, mask = config(), SafeMask.from_flags(COUNTS, flags)
     chosen.train.method = method
-    steps = epoch_steps(curriculum(chosen.train)[1], COUNTS, mask, chosen)
+    steps = epoch_steps(curriculum(chosen.train, 1, 30)[1], COUNTS, mask, chosen)
     assert {(s.loss, s.view) for s in steps} == {(loss, "safe")} and len(steps) == 30
     starts, rows = np.array([0, 40, 40, 57]), []
     for step in steps:
@@ -70,7 +107,7 @@ def test_every_epoch_has_at_most_the_views_of_one_over_all_pairs(safe, refill, r
     flags = np.zeros(120, bool)
     flags[np.random.default_rng(seed).permutation(120)[:safe]] = True
     mask, chosen = SafeMask.from_flags(COUNTS, flags), config(refill=refill, risky=risky)
-    epoch = curriculum(chosen.train)[3]
+    epoch = curriculum(chosen.train, 1, 30)[3]
     steps = epoch_steps(epoch, COUNTS, mask, chosen)
     kinds = [step.loss for step in steps]
     safe_steps, risky_steps = kinds.count("clip"), kinds.count("unimodal")
@@ -84,10 +121,10 @@ def test_every_epoch_has_at_most_the_views_of_one_over_all_pairs(safe, refill, r
 
 
 @given(unmarked=st.integers(4, 120), risky=st.sampled_from(["unimodal", "skip"]), refill=st.booleans())
-def test_a_slow_epoch_fills_up_with_the_pairs_of_its_mask_alone(unmarked, risky, refill):
+def test_a_low_rate_epoch_fills_up_with_the_pairs_of_its_mask_alone(unmarked, risky, refill):
     flags = np.arange(120) < unmarked
     mask, chosen = SafeMask.from_flags(COUNTS, flags), config(refill=refill, risky=risky)
-    steps = epoch_steps(curriculum(chosen.train)[2], COUNTS, mask, chosen)
+    steps = epoch_steps(curriculum(chosen.train, 1, 30)[2], COUNTS, mask, chosen)
     assert {(s.loss, s.view) for s in steps} == {("clip", "safe")} and len(steps) == 30
     assert [(s.lap, s.number) for s in steps] == [divmod(i, unmarked // 4) for i in range(30)]
 
@@ -96,14 +133,14 @@ def test_laps_have_another_order():
     flags = np.ones(120, bool)
     flags[::2] = False
     chosen = config(refill=True, risky="skip")
-    steps = epoch_steps(curriculum(chosen.train)[3], COUNTS, SafeMask.from_flags(COUNTS, flags), chosen)
+    steps = epoch_steps(curriculum(chosen.train, 1, 30)[3], COUNTS, SafeMask.from_flags(COUNTS, flags), chosen)
     first, second = ([tuple(s.plan.batch(s.number)[1]) for s in steps if s.lap == lap] for lap in (0, 1))
     assert sorted(sum(first, ())) == sorted(sum(second, ())) and first != second
 
 
-def test_the_rate_warms_up_falls_as_a_cosine_and_is_low_in_slow_epochs():
-    train = Train(epochs=6, unimodal_epochs=2, slow_epochs=1, lr=1.0, slow_lr=0.01, warmup_steps=10)
-    stages = curriculum(train)
+def test_the_rate_warms_up_falls_as_a_cosine_and_is_low_in_low_rate_epochs():
+    train = Train(epochs=6, unimodal_epochs=2, low_rate_epochs=1, lr=1.0, low_rate_lr=0.01, warmup_steps=10)
+    stages = curriculum(train, 1, 20)
     rates = [learning_rate(stages[step // 20], step, 120, train) for step in range(120)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[119] < 0.001
     assert set(rates[40:60]) == {0.01}

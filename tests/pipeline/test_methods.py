@@ -49,7 +49,7 @@ def config(folder, preset, name, filtered=True):
     train.epochs, train.batch_size, train.warmup_steps, train.pool, train.lr = 4, 24, 2, 64, 1e-3
     made.run.keep = 9
     if train.method == "safeclip":
-        train.unimodal_epochs, train.slow_lr, made.selection.batch_size = 1, 1e-5, 32
+        train.unimodal_epochs, train.low_rate_lr, made.selection.batch_size = 1, 1e-5, 32
         made.selection.first_share = 0.3 if preset == "paper_fixed" else None
     if filtered and train.method in ("clip", "cleanclip"):
         made.data.mask = str(folder / "mask")

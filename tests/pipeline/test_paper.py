@@ -58,8 +58,8 @@ def test_the_preset_has_the_released_settings(paper):
         True,
         True,
     )
-    assert (train.epochs, train.unimodal_epochs, train.slow_epochs, train.clip_views) == (32, 5, 1, 2)
-    assert (train.lr, train.slow_lr, train.warmup_steps, train.schedule) == (5e-4, 5e-6, 10_000, "per_loss")
+    assert (train.epochs, train.unimodal_epochs, train.low_rate_epochs, train.clip_views) == (32, 5, 1, 2)
+    assert (train.lr, train.low_rate_lr, train.warmup_steps, train.schedule) == (5e-4, 5e-6, 10_000, "per_loss")
     assert (train.weight_decay, train.betas, train.eps, train.clip) == (0.1, (0.9, 0.999), 1e-8, 0.0)
     assert (train.batch_size, train.precision, train.pool) == (128, "fp32", 256)
     assert (selection.posterior, selection.first_share, selection.least_share) == (0.9, None, 0.0)
@@ -145,7 +145,7 @@ def test_a_step_pairs_the_views_as_published_and_fills_the_memory_with_view_1(ki
 
 def test_the_rate_is_one_cosine_then_constant_then_one_cosine_a_loss(paper):
     train = paper("train.epochs=10", "train.unimodal_epochs=2", "train.warmup_steps=30").train
-    stages, steps = curriculum(train), 10 * 50
+    stages, steps = curriculum(train, 1, 50), 10 * 50
 
     def cosine(step, total):
         """Linear over 30 steps to 5e-4, then half a cosine over the rest."""
@@ -176,7 +176,7 @@ def test_an_epoch_goes_over_the_risky_pairs_first_then_over_the_safe_ones(paper)
     counts, flags = np.array([40, 17, 63]), np.zeros(120, bool)
     flags[np.random.default_rng(0).permutation(120)[:33]] = True
     mask = SafeMask.from_flags(counts, flags)
-    steps = epoch_steps(curriculum(config.train)[2], counts, mask, config)
+    steps = epoch_steps(curriculum(config.train, 1, 30)[2], counts, mask, config)
     assert [step.loss for step in steps] == ["unimodal"] * 21 + ["clip"] * 8
     seen = {"clip": [], "unimodal": []}
     for step in steps:
@@ -248,7 +248,15 @@ def samples(make_shards, tmp_path):
 def test_both_losses_read_two_augmented_views_and_scoring_the_first_kind(paper, samples):
     config = paper("train.batch_size=8", "data.eda_synonyms=table")
     views = make_views(config)
-    unimodal, step = (epoch_steps(curriculum(config.train)[n], samples.index.counts, None, config)[0] for n in (0, 5))
+    unimodal, step = (
+        epoch_steps(
+            curriculum(config.train, 1, samples.index.samples // config.train.batch_size)[n],
+            samples.index.counts,
+            None,
+            config,
+        )[0]
+        for n in (0, 5)
+    )
 
     def batch(epoch):
         return TrainBatches(samples, [step], views, seed=0, epoch=epoch)[0]

@@ -21,7 +21,7 @@ from shards.errors import RunFailed, UserError
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
 
-STEPS = 40  # 4 epochs of 10: unimodal, slow, two with a split before them
+STEPS = 40  # 4 epochs of 10: unimodal, low_rate, two with a split before them
 signals.AGREE_EVERY = 4  # so that a signal is answered in mid-epoch
 
 
@@ -38,7 +38,7 @@ def config(folder, name, **changes):
     made.data.workers, made.data.streams, made.data.window = 0, 4, 64
     made.model.config = json.loads(json.dumps(MODEL))
     train = made.train
-    train.epochs, train.unimodal_epochs, train.slow_epochs, train.batch_size, train.warmup_steps, train.pool = (
+    train.epochs, train.unimodal_epochs, train.low_rate_epochs, train.batch_size, train.warmup_steps, train.pool = (
         4,
         1,
         1,
@@ -301,7 +301,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_or_is_counted_at_every_stage
             if on_nan == "skip":
                 assert found == (1, STEPS), stage
                 continue
-            assert "step 2, epoch 0 (slow, clip loss)" in found and "00000.tar" in found and "\n" not in found, stage
+            assert "step 2, epoch 0 (low_rate, clip loss)" in found and "00000.tar" in found and "\n" not in found, (
+                stage
+            )
             folder, _ = checkpoint.newest_complete(data / f"nan_stop{stage}")
             assert folder.name == "step_00000000"
     for stage in (0, 1, 2, 3):

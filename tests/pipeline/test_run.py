@@ -67,7 +67,15 @@ def world(tmp_path_factory):
         "data": {"index": "shapes/index", "overlay": "attack", "workers": 0, "streams": 4, "window": 64},
         "model": {"config": MODEL},
         "evaluation": {"test": "shapes"},
-        "train": {"epochs": 4, "unimodal_epochs": 1, "slow_epochs": 1, "batch_size": 24, "warmup_steps": 5, "pool": 64},
+        "train": {
+            "epochs": 4,
+            "unimodal_epochs": 1,
+            "low_rate_epochs": 1,
+            "steps_before_selection": 0,
+            "batch_size": 24,
+            "warmup_steps": 5,
+            "pool": 64,
+        },
         "selection": {"batch_size": 32, "first_share": 0.4, "growth": 0.1, "risky": "unimodal", "refill": False},
         "wandb": {"mode": "offline"},
     }
@@ -82,7 +90,7 @@ def lines(run):
 
 def test_a_run_leaves_what_it_promises(world):
     run, metrics = world / "whole", lines(world / "whole")
-    assert [m["stage"] for m in metrics if "eval" in m] == ["unimodal", "slow", "safeclip", "safeclip"]
+    assert [m["stage"] for m in metrics if "eval" in m] == ["unimodal", "low_rate", "safeclip", "safeclip"]
     shares = [round(m["share"], 2) for m in metrics if m["stage"] == "split"]
     assert shares == [0.39, 0.49]  # of all pairs, six of which a guard excludes
     assert all({"step", "epoch", "stage"} <= m.keys() for m in metrics)

@@ -35,7 +35,7 @@ CONFIG = {
     "data": {"index": "shapes/index", "overlay": "attack", "workers": 0, "streams": 4, "window": 64},
     "model": {"config": MODEL},
     "evaluation": {"test": "shapes", "every": 0},
-    "train": {"epochs": 2, "unimodal_epochs": 0, "slow_epochs": 0, "batch_size": 24, "warmup_steps": 2, "pool": 64},
+    "train": {"epochs": 2, "unimodal_epochs": 0, "low_rate_epochs": 0, "batch_size": 24, "warmup_steps": 2, "pool": 64},
     "selection": {"batch_size": 64, "first_share": 0.4, "growth": 0.1},
 }
 
