@@ -78,13 +78,12 @@ def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Ep
 
 
 def steps_before_selection(train: Train, steps_per_epoch: int) -> int:
-    """train.steps_before_selection, or where it is null: until the rates of the linear warm-up add up to those of 16
-    steps at the full rate; at most half an epoch."""
-    steps = train.steps_before_selection
+    """train.steps_before_selection, or where it is null: as many as have rates that add up to those of 16 steps at the
+    full rate. Less than an epoch."""
+    steps, warm = train.steps_before_selection, train.warmup_steps
     if steps is None:
-        warm = train.warmup_steps  # whose rates add up to those of warm / 2 steps
-        steps = math.ceil(math.sqrt(32 * warm)) if warm > 32 else 16 + math.ceil(warm / 2)
-    return min(steps, steps_per_epoch // 2)
+        steps = math.ceil(8 * math.sqrt(warm)) if warm > 16 else 16 + warm
+    return min(steps, steps_per_epoch - 1)
 
 
 def epoch_steps(
@@ -138,9 +137,15 @@ def epoch_steps(
 
 def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
     """Rate at step `step` (from 0) of a schedule of `steps`: linear warm-up, then a cosine to 0; low-rate epochs at
-    train.low_rate_lr."""
+    train.low_rate_lr.
+
+    The steps before the first selection round take the warm-up's rates up to the middle and back, so that the scores
+    are those of a model at rest.
+    """
     if epoch.stage == "low_rate":
         return train.low_rate_lr
+    if epoch.end is not None:
+        return train.lr * min(1.0, min(step + 1, epoch.end - step) / max(1, train.warmup_steps))
     warm = min(1.0, (step + 1) / max(1, train.warmup_steps))
     past = max(0, step - train.warmup_steps) / max(1, steps - train.warmup_steps)
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
