@@ -164,8 +164,8 @@ class Selection:
     canaries: int = 500
     """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
     every: int | None = 1
-    """Select before every n-th SafeCLIP epoch; null: before number 0, 1, 3, 7, 15, ... of them, as
-    long as at least as many epochs follow. In between the last mask holds. The share grows by the epoch all the
+    """Select before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long
+    as at least as many epochs follow as were before. In between the last mask holds. The share grows by the epoch all the
     same."""
     risky: str = "unimodal"
     """What risky pairs are trained with: unimodal, or skip."""

@@ -52,8 +52,8 @@ def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Ep
     """The epochs of a run, of `steps_per_epoch` steps each.
 
     The first SafeCLIP epoch begins with steps_before_selection of plain CLIP on all pairs, which are an Epoch of their
-    own. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0, 1, 3, 7, 15, ... of
-    them, as long as the mask holds for as many epochs as were before.
+    own. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0, 2, 6, 14, ... of them,
+    so that each mask holds twice as long as the one before, as long as at least as many epochs follow as were before.
     """
     epochs, first = [], train.unimodal_epochs + train.low_rate_epochs
     mask_of = before = None
@@ -66,7 +66,7 @@ def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Ep
             if past == 0 and (begin := steps_before_selection(train, steps_per_epoch)):
                 epochs.append(Epoch(number, "clip", None, None, end=begin))
                 number += 1
-            if past % every == 0 if every else past & (past + 1) == 0 and past <= left:
+            if past % every == 0 if every else (past + 2) & (past + 1) == 0 and past <= left:
                 split, mask_of, before = past, number, mask_of
         epochs.append(Epoch(number, stage, split, mask_of, before, begin))
     if train.method == "safeclip":

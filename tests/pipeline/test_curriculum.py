@@ -35,11 +35,11 @@ def test_a_mask_holds_until_the_next_split_and_the_share_grows_by_the_epoch():
     assert found == [(None, None), (None, None), (0, 2), (None, 2), (2, 4), (None, 4), (4, 6)]
 
 
-def test_without_a_number_rounds_come_when_the_epochs_since_the_first_have_doubled():
+def test_without_a_number_each_mask_holds_twice_as_long():
     epochs = curriculum(Train(epochs=17, unimodal_epochs=0, low_rate_epochs=1), None, 30)
-    assert [e.number for e in epochs if e.split is not None] == [1, 2, 4, 8]
-    assert [(e.mask_of, e.before) for e in epochs[1:6]] == [(1, None), (2, 1), (2, 1), (4, 2), (4, 2)]
-    assert [e.split for e in epochs if e.split is not None] == [0, 1, 3, 7]
+    assert [e.number for e in epochs if e.split is not None] == [1, 3, 7]
+    assert [(e.mask_of, e.before) for e in epochs[1:6]] == [(1, None), (1, None), (3, 1), (3, 1), (3, 1)]
+    assert [e.split for e in epochs if e.split is not None] == [0, 2, 6]
 
 
 @given(
