@@ -3,10 +3,10 @@
 #   launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=runs/cc3m
 #   NODES=4 MASTER_ADDR=node1 launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=/shared/cc3m      on each of 4 nodes,
 #                                                                                                 node1 being one
-# When a process dies, all are started again, RESTARTS times at most (3), and go on from the last checkpoint. NODES=2:4
+# When a process dies, all are started again, RESTARTS times at most (3), and resume from the last checkpoint. NODES=2:4
 # starts with
-# 2 to 4 nodes, and goes on with those that are left; their processes must divide the batch.
-# SIGTERM or SIGUSR1 to this script: the run saves and stops, and the script ends with 75. The same command goes on.
+# 2 to 4 nodes, and continues with those that are left; their processes must divide the batch.
+# SIGTERM or SIGUSR1 to this script: the run saves and stops, and the script ends with 75. The same command resumes.
 # COMMAND=doctor checks instead of training.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -13,9 +13,9 @@ class Unreachable(UserError):
 
 
 class BadSample(Exception):
-    """One sample that cannot be used. It stays in its batch as an invalid row and goes into the ledger with this
+    """One sample that cannot be used. It stays in its batch as an invalid row and is listed in bad_samples.jsonl with this
     reason."""
 
 
 class RunFailed(Exception):
-    """A run that cannot go on though its input is right; what it saved is sound. One line, exit code 1."""
+    """A run that cannot continue though its input is right; what it saved is sound. One line, exit code 1."""

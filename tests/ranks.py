@@ -30,4 +30,4 @@ def _rank(rank, world, port, folder, function, args, timeout):
 
     comm.init(timeout)
     torch.save(function(*args), f"{folder}/{rank}")
-    comm.leave()
+    comm.shutdown()

@@ -58,7 +58,7 @@ def prove(folder, paths, server, client):
         "killed_after_step": killed,
         "shards_mb": round(size / 1e6, 1),
         "cache_limit_mb": round(limit / 1e6, 1),
-        "cache_most_mb": round(most / 1e6, 1),
+        "cache_peak_mb": round(most / 1e6, 1),
         "seconds_local": local,
         "seconds_s3_after_the_kill": seconds,
         "lost_server_s": gone,

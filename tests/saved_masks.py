@@ -8,7 +8,7 @@ import webdataset as wds
 
 from pipeline.cli import main as cli
 from pipeline.config.schema import Selection
-from pipeline.safety.round import save_split, split_pairs
+from pipeline.safety.round import save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles
 from shards.order.safe_mask import SavedMask
 from tests.conftest import picture
@@ -18,16 +18,16 @@ NAMES = ["a/00000.tar", "a/00001.tar", "a/00002.tar", "b/00000.tar"]  # base nam
 ALL = ["data/a/{00000..00002}.tar", "data/b/00000.tar"]  # the same, as one types them
 
 
-def save_mask(folder, index, cos_N, share=0.5, step=30, bad=()):
+def save_mask(folder, index, cos_N, fraction=0.5, step=30, bad=()):
     """A mask's folder as a run leaves it, from given cosines; `bad`: [(shard, position, key, reason)]."""
     files = ScoreFiles(folder / "scores", index, step)
     for shard, count in enumerate(index.counts):
         if count:
             here = cos_N[index.offsets[shard] : index.offsets[shard + 1]]
             files.write(shard, here, {position: reason for number, position, _, reason in bad if number == shard})
-    split = split_pairs(cos_N, index.counts, Selection(first_share=share, cap=1.0), 0)
-    save_split(folder, split, index, {"epoch": 3, "step": step, "config": "0123456789ab"})
-    return split
+    selected = select_pairs(cos_N, index.counts, Selection(first_fraction=fraction, max_fraction=1.0), 0)
+    save_round(folder, selected, index, {"epoch": 3, "step": step, "config": "0123456789ab"})
+    return selected
 
 
 def cosines(count, seed=0):

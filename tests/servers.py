@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Flaky(BaseHTTPRequestHandler):
-    """Serves the files of a folder, and fails a share of the requests in each of the ways `kinds` in turn."""
+    """Serves the files of a folder, and fails a fraction of the requests in each of the ways `kinds` in turn."""
 
     protocol_version = "HTTP/1.1"
 

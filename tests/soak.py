@@ -34,8 +34,8 @@ model:
     vision_cfg: {{image_size: 32, timm_model_name: test_resnet, timm_pool: avg, timm_proj: linear}}
     text_cfg: {{context_length: 20, vocab_size: 49408, width: 32, heads: 2, layers: 1}}
 run: {{save_steps: 10, timeout: 30}}
-train: {{epochs: 6, unimodal_epochs: 1, low_rate_epochs: 1, batch_size: {BATCH}, warmup_steps: 10, pool: 256}}
-selection: {{batch_size: 64, first_share: 0.5, growth: 0.1, risky: unimodal}}
+train: {{epochs: 6, unimodal_epochs: 1, low_rate_epochs: 1, batch_size: {BATCH}, warmup_steps: 10, support_queue: 256}}
+selection: {{batch_size: 64, first_fraction: 0.5, growth: 0.1, risky: unimodal}}
 """
 
 
@@ -93,8 +93,8 @@ def stage(run, log_from):
     if masks and not (masks[-1] / "mask.json").exists():
         return "scores done, mask not" if scored(masks[-1]) else "scoring"
     rows = [json.loads(row) for row in whole_lines(run / "metrics.jsonl")]
-    # The line of a split is the last one before the steps that are trained with it.
-    return f"in a {rows[-1]['stage'].replace('split', 'safeclip')} epoch" if rows else "in the first steps"
+    # The line of a selection round is the last one before the steps that are trained with it.
+    return f"in a {rows[-1]['stage'].replace('selection', 'safeclip')} epoch" if rows else "in the first steps"
 
 
 def scored(mask):

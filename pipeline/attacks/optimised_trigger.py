@@ -47,7 +47,7 @@ class Optimised(Square):
     """Training pictures of other classes than the target that it is fitted on."""
     batch: int = bounded(64, 1, 65_536)
     success: float = bounded(0.0, 0.0, 1.0)
-    """Written by the fit: share of those pictures that the surrogate reads as the target with the trigger."""
+    """Written by the fit: fraction of those pictures that the surrogate reads as the target with the trigger."""
     pixels: str = ""
     """Written by the fit: the PNG beside the manifest that holds the colours."""
     digest: str = ""

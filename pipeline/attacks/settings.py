@@ -25,7 +25,7 @@ class Count:
     pairs: int | None = bounded(None, 1, 10**9)
     """Number of pairs."""
     rate: float | None = bounded(None, 1e-8, 0.5)
-    """Share of all pairs: 0.004 is 0.4 %."""
+    """Fraction of all pairs: 0.004 is 0.4 %."""
 
     def of(self, samples, where):
         """int: the number of pairs among `samples`. Raises UserError unless just one of the two is given."""

@@ -22,7 +22,7 @@ def apply_mask(folder, patterns, out, keep="safe", review=None, workers=None):
     """Write OUT/NAME for each shard in `patterns`, with its safe (or "risky") samples only; returns what was done as a
     line.
 
-    Shards that are in OUT already are kept, so that the same command goes on after a death; OUT/applied.json says of
+    Shards that are in OUT already are kept, so that the same command resumes after a failure; OUT/applied.json says of
     which mask they are. OUT/sizes.json holds the samples of each shard, as open_clip reads them. `review`: the ticks of
     a report, which the mask gives way to. Raises UserError naming the shard that is not the mask's, before anything of
     it is copied.

@@ -18,7 +18,7 @@ def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, samp
     detectors.Detector.find. sample: pictures in which the neighbourhood detectors look for neighbours.
     """
     if not 0 < worst < 1:
-        raise UserError(f"--worst: got {worst}, expected a share between 0 and 1")
+        raise UserError(f"--worst: got {worst}, expected a fraction between 0 and 1")
     if sample < 3:
         raise UserError(f"--sample: got {sample}, expected 3 pictures or more")
     out = Path(out)
@@ -26,7 +26,7 @@ def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, samp
         raise UserError(f"--out {out}: is a file; name a folder")
     data = AuditData(source, scores, truth, sample)
     out.mkdir(parents=True, exist_ok=True)
-    say(f"{source}: {data.N:,} pairs in {len(data.counts_S)} shards, {len(data.splits)} splits")
+    say(f"{source}: {data.N:,} pairs in {len(data.counts_S)} shards, {len(data.rounds)} rounds")
     found, about = run_detectors(data, worst, detectors, say)
     if not found:
         raise UserError(f"--detectors: none of {', '.join(about)} can run on {source}; see the reasons above")
@@ -46,7 +46,7 @@ def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, samp
             "pairs": data.N,
             "suspects": suspects,
             "unreadable": len(data.reasons),
-            "safe_share": data.saved.mask.share,
+            "safe_fraction": data.saved.mask.fraction,
             "mixture": meta["mixture"],
             "worst": worst,
             "detectors": about,

@@ -1,4 +1,4 @@
-"""What an audit looks at: a run's splits, or scores, and what lies beside them. Everything is optional but the
+"""What an audit looks at: a run's rounds, or scores, and what lies beside them. Everything is optional but the
 cosines."""
 
 import json
@@ -13,7 +13,7 @@ from pipeline.audit.mask_commands import require_same_shards
 from pipeline.config.data import open_index, open_overlay
 from pipeline.config.load import load_config
 from pipeline.config.schema import Data
-from pipeline.safety.mixture import DegenerateFit, Mixture, upper_cut
+from pipeline.safety.mixture import DegenerateFit, Mixture, posterior_threshold
 from pipeline.safety.selection import RANGES
 from shards.errors import BadSample, UserError
 from shards.order.safe_mask import SavedMask
@@ -21,7 +21,7 @@ from shards.samples.samples import Samples
 
 
 class AuditData:
-    """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; splits: all of the
+    """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; rounds: all of the
     run's, in order.
 
     score_N: what the pairs are ranked by; of a pair that a guard excluded, its cosine. reasons, excluded: {row: reason}
@@ -37,15 +37,15 @@ class AuditData:
         self.source, self.sample, self.cache = Path(source), sample, {}
         self.run_dir = self.source if (self.source / "masks").is_dir() else None
         self.scores = Path(scores) if scores else self.source if (self.source / "score.json").exists() else None
-        self.splits = []
+        self.rounds = []
         if self.run_dir:
-            self.splits = [SavedMask(path.parent) for path in sorted(self.run_dir.glob("masks/epoch_*/mask.json"))]
-            if not self.splits:
+            self.rounds = [SavedMask(path.parent) for path in sorted(self.run_dir.glob("masks/epoch_*/mask.json"))]
+            if not self.rounds:
                 raise UserError(f"run {source}: no mask in it yet; audit what `safeclip score --model {source}` writes")
-            self.saved = self.splits[-1]
+            self.saved = self.rounds[-1]
         else:
             self.saved = SavedMask(self.source)
-        for other in self.splits[:-1]:
+        for other in self.rounds[:-1]:
             require_same_shards(other, self.saved)
         about = self.read_about() if self.scores else {}
         self.model = about.get("model") or f"{self.source}, step {self.saved.meta['step']}"
@@ -85,9 +85,9 @@ class AuditData:
                 reasons[first + position] = table["reason"][position].as_py() or "the model gave no number"
             for position in np.flatnonzero(np.isnan(score_N) & ~unread_N).tolist():
                 excluded[first + position] = table["reason"][position].as_py() or "it was not ranked"
-        ledger = self.run_dir / "bad_samples.jsonl" if self.run_dir else None
-        if ledger and ledger.exists():
-            for line in ledger.read_text().splitlines():
+        listed = self.run_dir / "bad_samples.jsonl" if self.run_dir else None
+        if listed and listed.exists():
+            for line in listed.read_text().splitlines():
                 row = json.loads(line)
                 reasons[int(self.offsets[row["shard"]] + row["position"])] = row["reason"]
         return np.concatenate(cos), np.concatenate(score), reasons, excluded
@@ -166,10 +166,10 @@ class AuditData:
         """Mixture of the scores, or None."""
         return Mixture.from_dict(self.saved.meta["mixture"]) if self.saved.meta["mixture"] else None
 
-    def cut_at(self, posterior):
-        """The cut where the higher component has this posterior; None where the scores are no mixture of two."""
+    def threshold_at(self, posterior):
+        """The threshold where the higher component has this posterior; None where the scores are no mixture of two."""
         try:
-            return upper_cut(self.mixture, posterior) if self.mixture else None
+            return posterior_threshold(self.mixture, posterior) if self.mixture else None
         except DegenerateFit:
             return None
 

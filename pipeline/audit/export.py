@@ -69,7 +69,7 @@ def rows(saved):
 
 def parquet(saved, out, tables=None, schema=COLUMNS):
     """All pairs, typed; the file's metadata says of which mask they are."""
-    about = {key: saved.meta[key] for key in ("fingerprint", "epoch", "step", "cut", "share", "config")}
+    about = {key: saved.meta[key] for key in ("fingerprint", "epoch", "step", "threshold", "fraction", "config")}
     written = 0
     with output(out) as file:
         with pq.ParquetWriter(file, schema.with_metadata({"safeclip_mask": json.dumps(about)})) as writer:
@@ -82,7 +82,7 @@ def parquet(saved, out, tables=None, schema=COLUMNS):
 def cleanlab(saved, out):
     """Parquet with the columns of a cleanlab issue type: is_poison_issue, and poison_score in [0, 1], lower = worse.
 
-    poison_score is the score's place in its range (of a cosine (1 + cosine) / 2): it orders the pairs as the cut does,
+    poison_score is the score's place in its range (of a cosine (1 + cosine) / 2): it orders the pairs as the threshold does,
     which the posterior would not. A pair without a score, which could not be read or was excluded by a guard, is an
     issue with score 0. Convention: cleanlab's Datalab, docs.cleanlab.ai (issue types).
     """

@@ -30,16 +30,16 @@ FILTERS = ("cosine", "kdistance", "slof", "dao")
 
 
 def filter_pairs(scores, by, remove, out):
-    """Write the mask of all pairs but the worst share `remove` into the new folder `out`; returns a line.
+    """Write the mask of all pairs but the worst fraction `remove` into the new folder `out`; returns a line.
 
     scores: folder of `safeclip score`; by: one of FILTERS. Among equals the first pairs by (shard, position) are kept;
-    a pair without a score is never kept. The mask's scores are what it filters by: cosines, or of an outlier the share
+    a pair without a score is never kept. The mask's scores are what it filters by: cosines, or of an outlier the fraction
     of pairs that stand out more. Raises UserError.
     """
     if by not in FILTERS:
         raise UserError(f"--by: got {by!r}, expected one of {', '.join(FILTERS)}")
     if not 0 <= remove < 1:
-        raise UserError(f"--remove: got {remove}, expected a share of the pairs from 0 to less than 1")
+        raise UserError(f"--remove: got {remove}, expected a fraction of the pairs from 0 to less than 1")
     data = AuditData(scores)
     if by == "cosine":
         score_N = data.cos_N
@@ -61,22 +61,22 @@ def filter_pairs(scores, by, remove, out):
     return f"{out}: {safe_N.sum():,} of {data.N:,} pairs kept, the worst {remove:.1%} by {by} left out"
 
 
-def keep_unpoisoned(overlay, index, out, share=1.0, seed=0):
+def keep_unpoisoned(overlay, index, out, fraction=1.0, seed=0):
     """Write the mask of all pairs of a ShardIndex but the poisoned ones and the decoys of an Overlay's folder; returns
     a line.
 
-    share: of all pairs, so many random ones of them are kept: a small part that is known to be clean, as CleanCLIP is
+    fraction: of all pairs, so many random ones of them are kept: a small part that is known to be clean, as CleanCLIP is
     given (Bansal et al., ICCV 2023). Scores are 1, of what is left out 0; there are no cosines. Raises UserError.
     """
-    if not 0 < share <= 1:
-        raise UserError(f"--share: got {share}, expected a share of the pairs, more than 0 and at most 1")
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction: got {fraction}, expected a fraction of the pairs, more than 0 and at most 1")
     manifest = Overlay.load(overlay, index, load_trigger)
     score_N = np.ones(index.samples, np.float32)
     for row in manifest.rows + manifest.decoys:
         score_N[index.offsets[row["shard"]] + row["position"]] = 0
-    if share < 1:
+    if fraction < 1:
         order_N = np.random.default_rng(seed).permutation(index.samples)
-        score_N[order_N[score_N[order_N] > 0][round(share * index.samples) :]] = 0
+        score_N[order_N[score_N[order_N] > 0][round(fraction * index.samples) :]] = 0
     tables = []
     for shard, count in enumerate(index.counts):
         keys = index.table(shard).keys if count else []
@@ -88,9 +88,9 @@ def keep_unpoisoned(overlay, index, out, share=1.0, seed=0):
         "step": f"manifest {fingerprint_of(Path(overlay) / 'manifest.json')}",
         "score": "rank",
         "note": "oracle: what the attack manifest poisons is left out"
-        + (f", and all but {share:.1%} of the pairs, by seed {seed}" if share < 1 else ""),
+        + (f", and all but {fraction:.1%} of the pairs, by seed {seed}" if fraction < 1 else ""),
     }
-    save_filter(Path(out), index.counts, score_N > 0, score_N, tables, about, f"--share {share}")
+    save_filter(Path(out), index.counts, score_N > 0, score_N, tables, about, f"--fraction {fraction}")
     return f"{out}: {int(score_N.sum()):,} of {index.samples:,} pairs kept, none that {overlay} poisons"
 
 
@@ -113,6 +113,12 @@ def save_filter(out, counts_S, safe_N, score_N, tables, about, asked):
             pq.write_table(table, file)
             write_bytes(out / "scores" / f"{shard:05d}.parquet", file.getbuffer())
     mask = SafeMask.from_flags(counts_S, safe_N)
-    cut = float(score_N[safe_N].min())
-    split = {"share": mask.share, "first_share": mask.share, "cut": cut, "mixture": None, "diagnosis": {}}
-    mask.save(out, {"epoch": None, "config": None, **split, **about})
+    threshold = float(score_N[safe_N].min())
+    selected = {
+        "fraction": mask.fraction,
+        "first_fraction": mask.fraction,
+        "threshold": threshold,
+        "mixture": None,
+        "diagnosis": {},
+    }
+    mask.save(out, {"epoch": None, "config": None, **selected, **about})

@@ -11,19 +11,19 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.audit.export import write_csv
-from pipeline.safety.mixture import DegenerateFit, Mixture, upper_cut
-from pipeline.safety.selection import as_it_is, count_at_least, select_top
+from pipeline.safety.mixture import DegenerateFit, Mixture, posterior_threshold
+from pipeline.safety.selection import identity, count_at_least, select_top
 from shards.errors import UserError
 from shards.order.safe_mask import SafeMask, SavedMask
 
 
 def describe(folder):
-    """dict of what the mask in `folder` is; cut is null where nothing is safe. Raises UserError."""
+    """dict of what the mask in `folder` is; threshold is null where nothing is safe. Raises UserError."""
     saved = SavedMask(folder)
     meta, counts_S, safe_S = saved.meta, saved.mask.counts_S, saved.mask.counts("safe")
-    share_S = safe_S / np.maximum(counts_S, 1)
+    fraction_S = safe_S / np.maximum(counts_S, 1)
     used = np.flatnonzero(counts_S)
-    least, most = used[share_S[used].argmin()], used[share_S[used].argmax()]
+    least, most = used[fraction_S[used].argmin()], used[fraction_S[used].argmax()]
     bad = Counter()
     for number in range(len(counts_S)):
         table = saved.table(number, ("score", "reason"))
@@ -37,15 +37,15 @@ def describe(folder):
         "pairs": int(counts_S.sum()),
         "shards": len(counts_S),
         "safe": int(safe_S.sum()),
-        "share": meta["share"],
-        "first_share": meta["first_share"],
+        "fraction": meta["fraction"],
+        "first_fraction": meta["first_fraction"],
         "score": meta.get("score", "cosine"),
-        "cut": meta["cut"] if math.isfinite(meta["cut"]) else None,
+        "threshold": meta["threshold"] if math.isfinite(meta["threshold"]) else None,
         "rank_by": meta.get("rank_by", "score"),
         "mixture": meta["mixture"],
-        "least_safe_shard": {"name": saved.shards[least]["name"], "share": float(share_S[least])},
-        "most_safe_shard": {"name": saved.shards[most]["name"], "share": float(share_S[most])},
-        "canaries": meta["diagnosis"].get("canaries"),
+        "least_safe_shard": {"name": saved.shards[least]["name"], "fraction": float(fraction_S[least])},
+        "most_safe_shard": {"name": saved.shards[most]["name"], "fraction": float(fraction_S[most])},
+        "negative_controls": meta["diagnosis"].get("negative_controls"),
         "bad_pairs": dict(bad.most_common()),
         "note": meta["note"],
     }
@@ -61,20 +61,20 @@ def show(folder, as_json=False):
     lines = [
         ("made", f"without a run, by {d['step']}" if d["epoch"] is None else made),
         ("pairs", f"{d['pairs']:,} in {d['shards']} shards, fingerprint {d['fingerprint']}"),
-        ("safe", f"{d['safe']:,} = {d['share']:.2%} (first split {d['first_share']:.2%})"),
-        ("cut", "none" if d["cut"] is None else f"{d['score']} {bound(d)} {d['cut']:.6f}"),
+        ("safe", f"{d['safe']:,} = {d['fraction']:.2%} (first round {d['first_fraction']:.2%})"),
+        ("threshold", "none" if d["threshold"] is None else f"{d['score']} {bound(d)} {d['threshold']:.6f}"),
         ("mixture", "none"),
-        ("by shard", f"{least['share']:.1%} ({least['name']}) to {most['share']:.1%} ({most['name']}) safe"),
+        ("by shard", f"{least['fraction']:.1%} ({least['name']}) to {most['fraction']:.1%} ({most['name']}) safe"),
         ("no score", ", ".join(f"{count:,} x {reason}" for reason, count in d["bad_pairs"].items()) or "none"),
     ]
     if d["mixture"]:
         parts = zip(*(d["mixture"][name] for name in ("weight", "mean", "std")))
         lines[4] = ("mixture", " + ".join(f"{weight:.3f} x N({mean:.4f}, {std:.4f})" for weight, mean, std in parts))
-    if d["canaries"]:
+    if d["negative_controls"]:
         text = "{passed} of {count} mismatched pairs would pass ({low:.1%} to {high:.1%} at 95 %)".format(
-            **d["canaries"]
+            **d["negative_controls"]
         )
-        lines.append(("canaries", text))
+        lines.append(("negative_controls", text))
     if d["note"]:
         lines.append(("note", d["note"]))
     return "\n".join([str(folder)] + [f"  {name:11s} {text}" for name, text in lines])
@@ -119,14 +119,14 @@ def diff(folder_a, folder_b, out=None):
 
 
 def about(saved):
-    cut = saved.meta["cut"]
+    threshold = saved.meta["threshold"]
     return f"epoch {saved.meta['epoch']}, step {saved.meta['step']}, " + (
-        f"score {bound(saved.meta)} {cut:.6f}" if math.isfinite(cut) else "no cut"
+        f"score {bound(saved.meta)} {threshold:.6f}" if math.isfinite(threshold) else "no threshold"
     )
 
 
 def bound(meta):
-    """What the cut of a mask is: a threshold, or where pairs are ranked by posterior only the lowest score that is
+    """What the threshold of a mask is: a threshold, or where pairs are ranked by posterior only the lowest score that is
     safe."""
     return "by posterior, the lowest is" if meta.get("rank_by") == "posterior" else ">="
 
@@ -172,17 +172,17 @@ def scores(saved):
 
 
 def replay(folder):
-    """(same, text): whether the saved scores and the share in mask.json give the saved mask, bit for bit, and its
-    cut."""
+    """(same, text): whether the saved scores and the fraction in mask.json give the saved mask, bit for bit, and its
+    threshold."""
     saved = SavedMask(folder)
     score_N = scores(saved)
-    rank = as_it_is
+    rank = identity
     if saved.meta.get("rank_by") == "posterior":
         rank = Mixture.from_dict(saved.meta["mixture"]).rank
-    safe_N = select_top(score_N, round(saved.meta["share"] * len(score_N)), rank)
+    safe_N = select_top(score_N, round(saved.meta["fraction"] * len(score_N)), rank)
     rebuilt = SafeMask.from_flags(saved.mask.counts_S, safe_N)
     differ = np.flatnonzero(safe_N != saved.mask.flags())
-    cut = lowest(score_N, safe_N)
+    threshold = lowest(score_N, safe_N)
     text = f"{folder}: {safe_N.sum():,} of {len(score_N):,} pairs safe, rebuilt from the scores: "
     if len(differ):
         shard = int(np.searchsorted(np.cumsum(saved.mask.counts_S), differ[0], "right"))
@@ -191,32 +191,35 @@ def replay(folder):
             f"NOT the saved mask, {len(differ):,} pairs differ, "
             f"the first at {saved.shards[shard]['name']} position {position}"
         )
-    if cut != saved.meta["cut"] or not np.array_equal(rebuilt.bits, saved.mask.bits):
-        return False, text + f"NOT the saved mask, the cut is {cut!r}, saved was {saved.meta['cut']!r}"
+    if threshold != saved.meta["threshold"] or not np.array_equal(rebuilt.bits, saved.mask.bits):
+        return (
+            False,
+            text + f"NOT the saved mask, the threshold is {threshold!r}, saved was {saved.meta['threshold']!r}",
+        )
     return True, text + "bit for bit the saved mask"
 
 
-def what_if(folder, out, posterior=None, share=None):
-    """Another mask from the same scores, into the new folder `out`: the pairs above the cut where the mixture's higher
-    component reaches `posterior`, or the top `share` of the pairs. Returns a line. Raises UserError."""
+def what_if(folder, out, posterior=None, fraction=None):
+    """Another mask from the same scores, into the new folder `out`: the pairs above the threshold where the mixture's higher
+    component reaches `posterior`, or the top `fraction` of the pairs. Returns a line. Raises UserError."""
     saved, out = SavedMask(folder), Path(out)
     if (out / "mask.json").exists():
         raise UserError(f"--out {out}: holds a mask already; name a new folder")
     score_N = scores(saved)
-    if share is not None:
-        if not 0 <= share <= 1:
-            raise UserError(f"--share: got {share}, expected 0 to 1")
-        count, rule = round(share * len(score_N)), f"share {share:g}"
+    if fraction is not None:
+        if not 0 <= fraction <= 1:
+            raise UserError(f"--fraction: got {fraction}, expected 0 to 1")
+        count, rule = round(fraction * len(score_N)), f"fraction {fraction:g}"
     else:
         if not 0 < posterior < 1:
             raise UserError(f"--posterior: got {posterior}, expected a number between 0 and 1")
         if not saved.meta["mixture"]:
-            raise UserError(f"--posterior: mask {folder} has no mixture ({saved.meta['note']}); use --share")
+            raise UserError(f"--posterior: mask {folder} has no mixture ({saved.meta['note']}); use --fraction")
         try:
-            cut = upper_cut(Mixture.from_dict(saved.meta["mixture"]), posterior)
+            threshold = posterior_threshold(Mixture.from_dict(saved.meta["mixture"]), posterior)
         except DegenerateFit as error:
-            raise UserError(f"--posterior {posterior}: gives no cut, {error}; use --share") from None
-        count, rule = count_at_least(score_N, cut), f"posterior > {posterior:g}"
+            raise UserError(f"--posterior {posterior}: gives no threshold, {error}; use --fraction") from None
+        count, rule = count_at_least(score_N, threshold), f"posterior > {posterior:g}"
     safe_N = select_top(score_N, count)
     mask = SafeMask.from_flags(saved.mask.counts_S, safe_N)
     # All that says how the pairs scored is the same; what says which are safe is made anew, mask.json last.
@@ -224,17 +227,17 @@ def what_if(folder, out, posterior=None, share=None):
     shutil.copytree(saved.folder, out, ignore=anew, dirs_exist_ok=True)
     # No config: it is not a mask that a run made, and none takes it for its own.
     changed = {
-        "share": mask.share,
-        "cut": lowest(score_N, safe_N),
+        "fraction": mask.fraction,
+        "threshold": lowest(score_N, safe_N),
         "config": None,
         "rank_by": "score",
         "diagnosis": {},
-        "note": f"{rule}, not the run's own split",
+        "note": f"{rule}, not the run's own round",
     }
     mask.save(out, {**saved.meta, **changed})
     return (
-        f"{out}: {safe_N.sum():,} of {len(score_N):,} pairs safe ({mask.share:.2%}) by {rule}; "
-        f"the saved mask has {saved.mask.share:.2%}"
+        f"{out}: {safe_N.sum():,} of {len(score_N):,} pairs safe ({mask.fraction:.2%}) by {rule}; "
+        f"the saved mask has {saved.mask.fraction:.2%}"
     )
 
 

@@ -65,7 +65,7 @@ def contents(data, found, suspect, about, truth, command):
     groups = worst_groups(found)
     items = Items(data, found)
     suspects = int(suspect.issue_N.sum())
-    saved, cut = data.saved, data.saved.meta["cut"]
+    saved, threshold = data.saved, data.saved.meta["threshold"]
     ranked_N = data.score_N.copy()
     ranked_N[list(data.excluded)] = np.nan  # the mixture is not of them
     counts, low, high = cosine_histogram(ranked_N)
@@ -78,22 +78,22 @@ def contents(data, found, suspect, about, truth, command):
         "scored": judged,
         "suspects": suspects,
         "broken": len(broken),
-        "safe": saved.mask.share,
+        "safe": saved.mask.fraction,
         "shards": [shard["name"] for shard in saved.shards],
         "shard_prints": [shard["fingerprint"] for shard in saved.shards],
         "histogram": {"low": low, "high": high, "counts": counts},
         "ranked_by": saved.meta.get("score", "cosine"),
         "mixture": saved.meta["mixture"],
-        "cut": finite(cut),
+        "threshold": finite(threshold),
         "epochs": [
             {
-                "epoch": split.meta["epoch"],
-                "share": split.mask.share,
-                "canaries": (split.meta.get("diagnosis") or {}).get("canaries"),
+                "epoch": selected.meta["epoch"],
+                "fraction": selected.mask.fraction,
+                "negative_controls": (selected.meta.get("diagnosis") or {}).get("negative_controls"),
             }
-            for split in data.splits
+            for selected in data.rounds
         ],
-        "cuts": [finite(split.meta["cut"]) for split in data.splits],
+        "thresholds": [finite(selected.meta["threshold"]) for selected in data.rounds],
         "detectors": [
             {"name": name, "title": kind.title, "text": kind.text, "source": kind.source, **about[name]}
             for name, kind in REGISTRY.items()
@@ -195,7 +195,7 @@ class Items:
         return items
 
     def rank(self, name, row):
-        """The share of pairs that the detector scores lower."""
+        """The fraction of pairs that the detector scores lower."""
         ordered = self.sorted[name]
         return round(float(np.searchsorted(ordered, self.found[name].score_N[row]) / max(1, len(ordered))), 5)
 
@@ -207,13 +207,13 @@ class Items:
             if shard not in keys:
                 keys[shard] = self.data.keys(shard)
             caption = self.data.captions[row] if self.data.captions else None
-            cut = caption is not None and len(caption) > CAPTION
+            shortened = caption is not None and len(caption) > CAPTION
             items.append(
                 {
                     "s": shard,
                     "p": position,
                     "k": keys[shard][position],
-                    "c": caption[:CAPTION] + " ..." if cut else caption,
+                    "c": caption[:CAPTION] + " ..." if shortened else caption,
                     "cos": None if np.isnan(self.data.cos_N[row]) else round(float(self.data.cos_N[row]), 4),
                     "flags": [name for name, finding in self.found.items() if finding.issue_N[row]],
                     "note": self.data.reasons.get(row) or self.data.excluded.get(row, ""),
@@ -223,9 +223,9 @@ class Items:
 
 
 def trajectories(data, rows):
-    """For each of `rows` the list of its cosines at the run's splits, None where it has none."""
+    """For each of `rows` the list of its cosines at the run's rounds, None where it has none."""
     paths = [[] for _ in rows]
-    for saved in data.splits:
+    for saved in data.rounds:
         columns = {}
         for path, row in zip(paths, rows):
             shard, position = data.place(row)

@@ -23,7 +23,7 @@ from pipeline.audit.pixels import GRID, signature
 from pipeline.config.data import open_index, open_samples
 from pipeline.config.schema import Data, Selection
 from pipeline.distributed import comm
-from pipeline.safety.round import save_split, split_pairs
+from pipeline.safety.round import save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles, load_scores
 from pipeline.safety.scoring import assign_shards, shard_batches
 from shards.errors import BadSample, UserError
@@ -124,8 +124,10 @@ def score(
         score_shards(scorer, samples, files, out, not lean, batch_size, workers)
     comm.barrier()
     score_N = load_scores(out, index.counts)
-    split = split_pairs(score_N, index.counts, Selection(least_share=0.0, cap=1.0), 0)  # by the posterior alone
-    return comm.on_rank0(conclude, out, index, split, score_N, files.made["step"], about)
+    selected = select_pairs(
+        score_N, index.counts, Selection(least_fraction=0.0, max_fraction=1.0), 0
+    )  # by the posterior alone
+    return comm.on_rank0(conclude, out, index, selected, score_N, files.made["step"], about)
 
 
 def fingerprint_of(folder):
@@ -243,11 +245,13 @@ def write_metadata(out, shard, keys, captions, hashes):
     write_bytes(part_path(out, "metadata", shard), file.getbuffer())
 
 
-def conclude(out, index, split, score_N, identity, about):
+def conclude(out, index, selected, score_N, identity, about):
     """Save the mask; score.json last. Returns a line. On rank 0."""
-    save_split(out, split, index, {"epoch": None, "step": identity, "config": None})
+    save_round(out, selected, index, {"epoch": None, "step": identity, "config": None})
     write_json(out / "score.json", {"identity": identity, "complete": True, "pairs": index.samples, **about})
     bad = int(np.isnan(score_N).sum())
     unread = f", {bad:,} could not be read" if bad else ""
     mean = np.nanmean(score_N) if bad < len(score_N) else float("nan")
-    return f"{out}: {index.samples:,} pairs scored by {about['model']}, mean cosine {mean:.3f}{unread}; {split.line()}"
+    return (
+        f"{out}: {index.samples:,} pairs scored by {about['model']}, mean cosine {mean:.3f}{unread}; {selected.line()}"
+    )

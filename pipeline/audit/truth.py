@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 POINTS = 50  # of a curve, along an axis
-SHARES = (0.001, 0.01)
+FRACTIONS = (0.001, 0.01)
 
 
 def judge(score_N, poison, clean):
@@ -33,10 +33,10 @@ def thinned(x, y, along):
     return [[round(float(a), 5), round(float(b), 5)] for a, b in zip(x[keep], y[keep])]
 
 
-def precision_at(score_N, poison_N, share):
-    """Share of poison among the `share` of the pairs with the lowest scores; the expected one where ties are cut."""
+def precision_at(score_N, poison_N, fraction):
+    """Fraction of poison among the `fraction` of the pairs with the lowest scores; the expected one where ties are cut."""
     score_N = np.nan_to_num(score_N, nan=1.0)
-    count = max(1, round(share * len(score_N)))
+    count = max(1, round(fraction * len(score_N)))
     last = np.partition(score_N, count - 1)[count - 1]
     below, equal = score_N < last, score_N == last
     hits = poison_N[below].sum() + (count - below.sum()) * poison_N[equal].mean()
@@ -44,7 +44,7 @@ def precision_at(score_N, poison_N, share):
 
 
 def against_truth(data, found, suspect):
-    """dict for audit.json: per detector and kind of attack `judge`, per detector precision at SHARES, per split that of
+    """dict for audit.json: per detector and kind of attack `judge`, per detector precision at FRACTIONS, per round that of
     the mask.
 
     Of a kind, the poison of the other kinds is left out; precision counts all poison. {} without a manifest.
@@ -59,15 +59,15 @@ def against_truth(data, found, suspect):
     for name, finding in {"combined": suspect, **found}.items():
         detectors[name] = {
             "attacks": {kind: judge(finding.score_N, rows, clean) for kind, rows in kinds.items()},
-            "precision": {f"{share:g}": precision_at(finding.score_N, poison_N, share) for share in SHARES},
+            "precision": {f"{fraction:g}": precision_at(finding.score_N, poison_N, fraction) for fraction in FRACTIONS},
         }
     masks = []
-    for saved in data.splits or [data.saved]:
+    for saved in data.rounds or [data.saved]:
         risky_N = ~saved.mask.flags()
         masks.append(
             {
                 "epoch": saved.meta["epoch"],
-                "safe_share": saved.mask.share,
+                "safe_fraction": saved.mask.fraction,
                 "precision": float(poison_N[risky_N].mean()) if risky_N.any() else None,
                 "recall": float(risky_N[poison_N].mean()),
                 "recall_by_attack": {kind: float(risky_N[rows].mean()) for kind, rows in kinds.items()},

@@ -82,7 +82,7 @@ def doctor(args):
     if comm.is_rank0():
         for level, about, text in found:
             print(f"{level:8s}{about}: {text}")
-    comm.leave()
+    comm.shutdown()
     if any(level == "fatal" for level, *_ in found):
         sys.exit(2)
 
@@ -112,7 +112,7 @@ def train_until(stop, args):
         overlay = open_overlay(config.data, open_index(config.data))
         evaluators["eval"] = Evaluator(config.evaluation, overlay)
     train_run(config, evaluators, stop)
-    comm.leave()
+    comm.shutdown()
 
 
 def evaluate(args):
@@ -156,13 +156,13 @@ def mask_diff(args):
 def mask_replay(args):
     from pipeline.audit.mask_commands import replay, what_if
 
-    other = args.posterior is not None or args.share is not None
+    other = args.posterior is not None or args.fraction is not None
     if other != bool(args.out):
         raise UserError(
-            "mask replay: --posterior or --share make another mask in --out; give both, or neither to check"
+            "mask replay: --posterior or --fraction make another mask in --out; give both, or neither to check"
         )
     if other:
-        print(what_if(args.mask, args.out, args.posterior, args.share))
+        print(what_if(args.mask, args.out, args.posterior, args.fraction))
         return
     same, text = replay(args.mask)
     print(text)
@@ -185,7 +185,7 @@ def mask_oracle(args):
     from pipeline.audit.filter import keep_unpoisoned
     from shards.index.shard_index import ShardIndex
 
-    print(keep_unpoisoned(args.overlay, ShardIndex.load(args.index), args.out, args.share, args.seed))
+    print(keep_unpoisoned(args.overlay, ShardIndex.load(args.index), args.out, args.fraction, args.seed))
 
 
 def score(args):
@@ -196,7 +196,7 @@ def score(args):
     line = score_pairs(args.out, args.model, args.pretrained, args.data, *rest)
     if comm.is_rank0():
         print(line)
-    comm.leave()
+    comm.shutdown()
 
 
 def audit(args):

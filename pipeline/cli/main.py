@@ -6,7 +6,7 @@ safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
 safeclip attack configs/attack.yaml                       an attack manifest
 safeclip attack show FOLDER --out sheet.png               what it does, as a picture
 safeclip doctor CONFIG run.dir=RUN                        what would go wrong with a run
-safeclip train CONFIG run.dir=RUN                         train, or go on with a run
+safeclip train CONFIG run.dir=RUN                         train, or resume a run
 safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
 safeclip export RUN OUT                                   an open_clip local directory
 safeclip mask show|export|diff|replay|apply MASK          a saved mask, RUN/masks/epoch_NNN, without its run
@@ -99,7 +99,7 @@ def parser():
         "--ranks", type=int, help="processes that the run will have (default: those that are started here)"
     )
     sub.add_argument("--content", action="store_true", help="read all shards and compare their fingerprints")
-    sub = command(commands.train, "train from a config; goes on from the newest complete checkpoint of run.dir")
+    sub = command(commands.train, "train from a config; resumes from the newest complete checkpoint of run.dir")
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
     sub = command(commands.evaluate, "clean accuracy and attack success of a run's model; writes RUN/eval.json")
@@ -149,9 +149,9 @@ def parser():
     sub.add_argument("mask", metavar="MASK")
     rule = sub.add_mutually_exclusive_group()
     rule.add_argument("--posterior", type=float, help="instead, make the mask of the pairs above this posterior")
-    rule.add_argument("--share", type=float, help="instead, make the mask of this share of the pairs")
+    rule.add_argument("--fraction", type=float, help="instead, make the mask of this fraction of the pairs")
     sub.add_argument("--out", metavar="DIR", help="new folder for that other mask")
-    sub = command(commands.mask_apply, "write filtered copies of shards; goes on where it was cut off", masks)
+    sub = command(commands.mask_apply, "write filtered copies of shards; resumes where it was interrupted", masks)
     sub.add_argument("mask", metavar="MASK")
     sub.add_argument("shards", nargs="+", help="paths, brace-expanded")
     sub.add_argument("--out", required=True, metavar="DIR")
@@ -164,12 +164,14 @@ def parser():
     )
     sub.add_argument("scores", metavar="SCORES", help="what `safeclip score --model RUN --out SCORES` wrote")
     sub.add_argument("--by", required=True, choices=["cosine", "kdistance", "slof", "dao"])
-    sub.add_argument("--remove", type=float, default=0.05, metavar="SHARE", help="of the pairs (default 0.05)")
+    sub.add_argument("--remove", type=float, default=0.05, metavar="FRACTION", help="of the pairs (default 0.05)")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub = command(commands.mask_oracle, "a mask of all pairs but those that an attack manifest poisons", masks)
     sub.add_argument("overlay", metavar="OVERLAY", help="folder of `safeclip attack`")
     sub.add_argument("--index", required=True, metavar="DIR", help="the index that it was made for")
-    sub.add_argument("--share", type=float, default=1.0, help="keep only so many random ones of all pairs (default 1)")
+    sub.add_argument(
+        "--fraction", type=float, default=1.0, help="keep only so many random ones of all pairs (default 1)"
+    )
     sub.add_argument("--seed", type=int, default=0, help="of these random ones")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub = command(
@@ -205,7 +207,7 @@ def parser():
     )
     sub.add_argument("--detectors", nargs="+", metavar="NAME", help="only these (default: all that the data allow)")
     sub.add_argument(
-        "--worst", type=float, default=0.01, help="share of the pairs that a ranking detector flags (0.01)"
+        "--worst", type=float, default=0.01, help="fraction of the pairs that a ranking detector flags (0.01)"
     )
     sub.add_argument(
         "--sample",

@@ -30,7 +30,7 @@ CHOICES = {
 AT_LEAST_ONE = (
     "train.epochs",
     "train.batch_size",
-    "train.pool",
+    "train.support_queue",
     "train.match_every",
     "data.streams",
     "data.window",
@@ -41,12 +41,12 @@ AT_LEAST_ONE = (
     "selection.every",
     "selection.batch_size",
 )
-SHARES = (
+FRACTIONS = (
     "selection.posterior",
-    "selection.first_share",
-    "selection.least_share",
+    "selection.first_fraction",
+    "selection.least_fraction",
     "selection.growth",
-    "selection.cap",
+    "selection.max_fraction",
     "data.clip_eda",
     "data.unimodal_eda",
     "data.max_bad_fraction",
@@ -162,11 +162,13 @@ def check(config):
     for key in AT_LEAST_ONE:
         if value(key) is not None and value(key) < 1:
             raise UserError(f"{key}: got {value(key)}, expected 1 or more")
-    if config.selection.canaries < 0:
-        raise UserError(f"selection.canaries: got {config.selection.canaries}, expected 0 (none) or more")
-    for key in SHARES:
+    if config.selection.negative_controls < 0:
+        raise UserError(
+            f"selection.negative_controls: got {config.selection.negative_controls}, expected 0 (none) or more"
+        )
+    for key in FRACTIONS:
         if value(key) is not None and not 0 <= value(key) <= 1:
-            raise UserError(f"{key}: got {value(key)}, expected a share from 0 to 1")
+            raise UserError(f"{key}: got {value(key)}, expected a fraction from 0 to 1")
     check_method(config)
     if not config.data.index and not config.data.sources:
         raise UserError("data.index: missing; make one with `safeclip index SHARDS... --out DIR` and name DIR")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 
-from pipeline.config.load import AT_LEAST_ONE, CHOICES, SHARES
+from pipeline.config.load import AT_LEAST_ONE, CHOICES, FRACTIONS
 from pipeline.config.schema import PRESETS, Config
 from pipeline.guards import REGISTRY
 
@@ -85,7 +85,7 @@ def limits(key: str, bounds: dict | None) -> str:
         return f"({least} or more)" if most is None else f"({least} to {most})"
     if key in CHOICES:
         return f"({', '.join(map(str, CHOICES[key]))})"
-    return "(1 or more)" if key in AT_LEAST_ONE else "(0 to 1)" if key in SHARES else ""
+    return "(1 or more)" if key in AT_LEAST_ONE else "(0 to 1)" if key in FRACTIONS else ""
 
 
 def shown(value: object) -> str:

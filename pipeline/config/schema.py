@@ -28,7 +28,7 @@ class Run:
     restart: bool = False
     """Delete the state of the run directory and start anew."""
     accept_changes: bool = False
-    """Go on with a run although the config has changed."""
+    """Continue a run although the config has changed."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Data:
     limits: Limits = field(default_factory=Limits)
     """What is more than this is a bad sample: max_bytes, max_pixels, max_caption."""
     max_bad_fraction: float = 0.01
-    """The run stops when more than this share of the samples that it read could not be used; 1 = never."""
+    """The run stops when more than this fraction of the samples that it read could not be used; 1 = never."""
     clip_augment: ImageAugment = field(default_factory=ImageAugment)
     """Augmentation of the picture for the CLIP loss."""
     unimodal_augment: ImageAugment = field(default_factory=ImageAugment)
@@ -67,7 +67,7 @@ class Data:
     """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up
     to rounding."""
     clip_eda: float = 0.1
-    """Strength of EDA for the CLIP loss: the share of a caption's words that it changes; 0 = captions as they are."""
+    """Strength of EDA for the CLIP loss: the fraction of a caption's words that it changes; 0 = captions as they are."""
     unimodal_eda: float = 0.1
     """The same for the unimodal loss."""
     eda_synonyms: str = "wordnet"
@@ -132,10 +132,10 @@ class Train:
     """DeepSpeed ZeRO stage, 0 to 3."""
     on_nan: str = "stop"
     """When a gradient is infinite or no number: stop, or skip the step and count it."""
-    pool: int = 256
+    support_queue: int = 256
     """Past embeddings of each modality in which the nearest neighbour is searched."""
     match_every: int = 2
-    """roclip: in every n-th epoch a picture is matched with the nearest caption of the pool instead of its own."""
+    """roclip: in every n-th epoch a picture is matched with the nearest caption of the queue instead of its own."""
 
     @property
     def betas(self):
@@ -146,10 +146,10 @@ class Train:
 class Selection:
     posterior: float = 0.9
     """First safe set: pairs above the cosine where the mixture's higher component reaches this posterior."""
-    first_share: float | None = None
-    """First safe share of the pairs; null: by the posterior."""
-    least_share: float = 0.0
-    """The posterior rule may give almost nothing; the first share is at least this."""
+    first_fraction: float | None = None
+    """First safe fraction of the pairs; null: by the posterior."""
+    least_fraction: float = 0.0
+    """The posterior rule may give almost nothing; the first fraction is at least this."""
     mixture: str = "sklearn"
     """How the mixture is fitted. sklearn: its GaussianMixture at default tolerance, on all scores in memory; converged:
     EM to the maximum, on a histogram (pipeline/safety/mixture.py)."""
@@ -158,14 +158,14 @@ class Selection:
     scored_view: str = "augmented"
     """The view of a pair that is scored: augmented, the first view of the CLIP loss; or plain."""
     growth: float = 0.01
-    """Share of the pairs by which the safe set grows with each later epoch."""
-    cap: float = 0.85
-    """The safe set grows no larger than this share of the pairs that no guard excludes."""
-    canaries: int = 500
-    """Mismatched pairs that are scored and never trained on: the share that passes is told at every split; 0 = none."""
+    """Fraction of the pairs by which the safe set grows with each later epoch."""
+    max_fraction: float = 0.85
+    """The safe set grows no larger than this fraction of the pairs that no guard excludes."""
+    negative_controls: int = 500
+    """Mismatched pairs that are scored and never trained on: the fraction that passes is told at every round; 0 = none."""
     every: int | None = 1
     """Select before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long
-    as at least as many epochs follow as were before. In between the last mask holds. The share grows by the epoch all the
+    as at least as many epochs follow as were before. In between the last mask holds. The fraction grows by the epoch all the
     same."""
     risky: str = "unimodal"
     """What risky pairs are trained with: unimodal, or skip."""
@@ -247,7 +247,7 @@ CLIP = {
 PRESETS = {
     "paper": {},
     # The released recipe without its faults (pipeline/safety/README.md).
-    "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_share": 0.05}},
+    "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_fraction": 0.05}},
     "clip": CLIP,
     # Yang and Mirzasoleiman 2023: one strong augmented view of picture and caption, the caption's drawn once.
     "roclip": {"train": {**CLIP["train"], "method": "roclip"}},
@@ -273,9 +273,9 @@ PRESETS = {
             "schedule": "run",
         },
         "selection": {
-            "first_share": 0.97,
+            "first_fraction": 0.97,
             "growth": 0.0,
-            "cap": 0.97,
+            "max_fraction": 0.97,
             "mixture": "converged",
             "rank_by": "score",
             "scored_view": "plain",

@@ -60,7 +60,7 @@ def init(timeout=600.0):
     dist.init_process_group(backend, timeout=patience, device_id=device() if backend == "nccl" else None)
     if backend != "gloo":
         _control = dist.new_group(backend="gloo", timeout=patience)
-    atexit.register(leave, False)
+    atexit.register(shutdown, False)
 
 
 def own_gpu(local_rank, count, env):
@@ -80,7 +80,7 @@ def own_gpu(local_rank, count, env):
     return local_rank
 
 
-def leave(well=True):
+def shutdown(well=True):
     """End the process groups; at the latest at the process's end, where some may be gone already.
 
     A gloo group that outlives the interpreter aborts the process now and then (14 of 120 ends measured: its threads are
@@ -161,7 +161,7 @@ def naming_the_lost(timeout):
         raise RunFailed(
             f"rank {rank()}: another process of the run died, "
             f"or did not answer for run.timeout = {timeout:g} s ({words.strip().splitlines()[0]}); "
-            "its own log says why. Start the run again: it goes on from its last checkpoint"
+            "its own log says why. Start the run again: it resumes from its last checkpoint"
         ) from error
 
 

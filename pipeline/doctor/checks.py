@@ -162,13 +162,13 @@ def check_config(config, index, ranks):
             TestSet(config.evaluation)
     except UserError as error:
         return [("fatal", "config", str(error))]
-    splits = sum(epoch.split is not None for epoch in epochs)
+    rounds = sum(epoch.round is not None for epoch in epochs)
     local = config.train.batch_size // ranks
     found = [
         (
             "ok",
             "config",
-            f"{config.train.epochs} epochs of {steps:,} steps, {splits} splits; "
+            f"{config.train.epochs} epochs of {steps:,} steps, {rounds} selection rounds; "
             f"{ranks} process(es) with {local} pairs of each batch of {config.train.batch_size}",
         )
     ]
@@ -202,7 +202,7 @@ def check_run_dir(config, index, ranks):
         return found + [("ok", "run.dir", f"{run_dir} holds no run yet")]
     state = checkpoint.load_state(newest)
     text = (
-        f"{run_dir} goes on after step {state['step']:,} "
+        f"{run_dir} resumes after step {state['step']:,} "
         f"(epoch {state['epoch']}, {state['epoch_step']:,} steps of it done)"
     )
     if state["epoch_step"]:
@@ -210,7 +210,7 @@ def check_run_dir(config, index, ranks):
         epoch = epochs[state["epoch"]]
         if epoch.mask_of is not None and not (mask := mask_folder(run_dir, epoch.mask_of) / "mask.json").exists():
             found.append(
-                ("fatal", "run.dir", f"{mask} is gone; bring it back, or delete {newest} to go on from an earlier one")
+                ("fatal", "run.dir", f"{mask} is gone; bring it back, or delete {newest} to resume from an earlier one")
             )
     if state["world"] != ranks:
         text += f", saved by {state['world']} processes and now with {ranks}: the same global batches"

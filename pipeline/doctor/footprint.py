@@ -16,12 +16,12 @@ from pipeline.training.curriculum import curriculum
 from pipeline.training.model import build_model, open_clip_config
 from shards.index.shard_index import ShardIndex
 
-SCORE_BYTES = 40  # of a pair in a split's score files: position, key, cosine
+SCORE_BYTES = 40  # of a pair in a round's score files: position, key, cosine
 HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
 SAMPLE_BYTES = 2 * (
     768 + 128
 )  # of trigger_clusters, for each of `sample`: the features of a pair with a low score and of one with a high
-SPARE = 0.9  # share of a device's memory that may be spoken for before activations
+SPARE = 0.9  # fraction of a device's memory that may be spoken for before activations
 
 
 def measure(config):
@@ -41,12 +41,12 @@ def memory_parts(config, size, ranks):
     count, stage, half = size["parameters"], config.train.zero_stage, config.train.precision == "bf16"
     one = 2 if half else 4
     master = 4 if half or stage else 0  # DeepSpeed's flat fp32 copy of the part that this rank steps
-    share = lambda least: ranks if stage >= least else 1  # noqa: E731
+    partitions = lambda least: ranks if stage >= least else 1  # noqa: E731
     return {
-        "weights": one * count / share(3),
-        "gradients": one * count / share(2),
-        "optimizer": (8 + master) * count / share(1),
-        "pools": 2 * 4 * config.train.pool * size["embed_dim"] * (config.train.method != "clip"),
+        "weights": one * count / partitions(3),
+        "gradients": one * count / partitions(2),
+        "optimizer": (8 + master) * count / partitions(1),
+        "support queues": 2 * 4 * config.train.support_queue * size["embed_dim"] * (config.train.method != "clip"),
     }
 
 
@@ -102,8 +102,8 @@ def check_disk(config, index, size, ranks):
     free = shutil.disk_usage(place).free
     one = checkpoint_bytes(config, size)
     epochs = curriculum(config.train, config.selection.every, index.views // config.train.batch_size)
-    splits = sum(epoch.split is not None for epoch in epochs)
-    masks = splits * index.samples * (SCORE_BYTES + 1)
+    rounds = sum(epoch.round is not None for epoch in epochs)
+    masks = rounds * index.samples * (SCORE_BYTES + 1)
     kept = config.run.keep + (config.train.epochs // config.run.keep_every if config.run.keep_every else 0)
     run = (kept + 1) * one + masks
     text = (
@@ -119,10 +119,10 @@ def check_disk(config, index, size, ranks):
 
 def checkpoint_bytes(config, size):
     """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in
-    fp32, the pools."""
+    fp32, the queues."""
     stage, half = config.train.zero_stage, config.train.precision == "bf16"
     weights = (0 if stage == 3 else 2 if half else 4) + 8 + (4 if half or stage else 0) + 4
-    return weights * size["parameters"] + 2 * 4 * config.train.pool * size["embed_dim"]
+    return weights * size["parameters"] + 2 * 4 * config.train.support_queue * size["embed_dim"]
 
 
 def existing(path):

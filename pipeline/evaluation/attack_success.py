@@ -27,7 +27,7 @@ class AttackSuccess:
     """The attacks of an overlay on a test set. Called with (encoder, image_ND, classes_KD): {NAME: figures}, a dict for
     each attack.
 
-    figures: "judged"; "success", "base" and "true_class" as shares of 1; "interval", [low, high] of the success:
+    figures: "judged"; "success", "base" and "true_class" as fractions of 1; "interval", [low, high] of the success:
     Wilson's at 95 %; "count", the pictures judged. base: the same pictures without the trigger (backdoor); other test
     pictures of the targets' classes that are read as the adversarial class (single_target); pictures of the source
     class without the phrase that are read as the target (class_to_class), None where there are none. true_class:
@@ -169,7 +169,7 @@ class ClassToClass:
 
 
 def success(hit_M: np.ndarray) -> dict:
-    """{"success", "interval": [low, high], "count"} of bool (M,): Wilson's 95 % interval of a share (Wilson 1927)."""
+    """{"success", "interval": [low, high], "count"} of bool (M,): Wilson's 95 % interval of a fraction (Wilson 1927)."""
     interval = binomtest(int(hit_M.sum()), len(hit_M)).proportion_ci(method="wilson")
     return {
         "success": float(hit_M.mean()),

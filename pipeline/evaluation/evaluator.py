@@ -16,7 +16,7 @@ class Evaluator:
     """Called with (towers, views, device) by all ranks: {"clean_top1", "clean_top5", "unreadable", "retrieval",
     "attacks"}, the same on every rank.
 
-    clean_top1, clean_top5: zero-shot accuracy, shares of 1, on the pictures that no attack is to have misread as they
+    clean_top1, clean_top5: zero-shot accuracy, fractions of 1, on the pictures that no attack is to have misread as they
     are (AttackSuccess.attacked_N). unreadable: number of the test pictures that cannot be read, which no figure counts.
     retrieval: as of retrieval.retrieval, or None without test captions. attacks: as of attack_success.AttackSuccess.
     What a run's eval.json makes of them: pipeline/evaluation/run.py.

@@ -18,7 +18,7 @@ KS = (1, 5, 10)
 
 
 def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]]) -> dict:
-    """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: shares of 1 of the pictures and of the captions.
+    """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: fractions of 1 of the pictures and of the captions.
 
     image_ND: float32, unit length; captions: list of the captions (list of str) of each picture. Equal captions are
     encoded once.

@@ -1,7 +1,7 @@
 """eval.json of a run: what its model knows, what the attacks achieve on it, and how well its selection told poison from
 honest pairs.
 
-Rates are shares of 1, null where they are not known or there is nothing to measure.
+Rates are fractions of 1, null where they are not known or there is nothing to measure.
 
 preset, seed, epochs, seconds, sample_views    of the run; sample_views: views of pairs that the losses saw
 clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py), without those
@@ -17,20 +17,20 @@ attacks     {NAME: {
                             the same pictures as clean_top1
     took                    whether plain CLIP on the same poison reaches 80 %: this run if it is one, else the run
                             --baseline; null of a run that was trained without an attack, as is all that is said of
-                            rounds, and its shares are 0
+                            rounds, and its fractions are 0
     unpoisoned, unpoisoned_true_class       success and true_class of models that never saw poison (--unpoisoned), their
                                             mean
-    share_trained_on        of the attack's pairs, those that the CLIP loss saw in any epoch but low-rate ones
-    share_in_safe_set       for every round: of the attack's pairs, those in the safe set: 1 - recall
+    fraction_trained_on        of the attack's pairs, those that the CLIP loss saw in any epoch but low-rate ones
+    fraction_in_safe_set       for every round: of the attack's pairs, those in the safe set: 1 - recall
     auroc                   as in rounds
     rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds
                             (selection_quality.py)
 }}
 rounds      the same of all poison, and "epoch" and "false_positives"; null without an attack
-safe_share, poison_in_safe_set      for every round: safe pairs / all pairs; poisoned pairs / safe pairs
-poison_trained_on                   of all poison, the share that the CLIP loss saw in any epoch but low-rate ones; null
+safe_fraction, poison_in_safe_set      for every round: safe pairs / all pairs; poisoned pairs / safe pairs
+poison_trained_on                   of all poison, the fraction that the CLIP loss saw in any epoch but low-rate ones; null
                                     without an attack
-canaries                            for every round, as in mask.json (pipeline/safety/negative_controls.py)
+negative_controls                            for every round, as in mask.json (pipeline/safety/negative_controls.py)
 
 A round is a selection round of the run; a run that trained with the mask of a filter (data.mask) has that one.
 """
@@ -53,7 +53,7 @@ from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.linear_probe import linear_probe, open_labels
 from pipeline.evaluation.selection_quality import (
     poison_rows,
-    poison_shares,
+    poison_fractions,
     selection_quality,
     selection_rounds,
     trained_on,
@@ -119,7 +119,7 @@ def evaluate_run(run_dir: str | Path, baseline: str | None = None, overrides=(),
 def selection_figures(
     run_dir: Path, config: Config, trained: str | None, overlay: Overlay | None, index: ShardIndex, attacks: dict
 ) -> dict:
-    """{"safe_share", ..., "attacks"}: what eval.json says of a run's selection, `attacks` completed with it.
+    """{"safe_fraction", ..., "attacks"}: what eval.json says of a run's selection, `attacks` completed with it.
 
     trained: data.overlay as the run was trained; None: without an attack, so that `overlay` only judges it.
     """
@@ -127,10 +127,10 @@ def selection_figures(
     masks = [round.mask for round in rounds]
     diagnoses = [json.loads((round.folder / "mask.json").read_text()).get("diagnosis", {}) for round in rounds]
     found = {
-        "safe_share": [mask.share for mask in masks],
-        "poison_in_safe_set": poison_shares(masks, overlay, index) if overlay and trained else [],
+        "safe_fraction": [mask.fraction for mask in masks],
+        "poison_in_safe_set": poison_fractions(masks, overlay, index) if overlay and trained else [],
         "poison_trained_on": None,
-        "canaries": [diagnosis.get("canaries") for diagnosis in diagnoses],
+        "negative_controls": [diagnosis.get("negative_controls") for diagnosis in diagnoses],
         "rounds": None,
         "attacks": attacks,
     }
@@ -138,18 +138,18 @@ def selection_figures(
         return found
     trained_N = trained_on(run_dir, replace(config, data=replace(config.data, overlay=trained)), index)
 
-    def share_trained(name=None):
+    def fraction_trained(name=None):
         return None if trained_N is None else float(trained_N[poison_rows(overlay, index, name)].mean())
 
     by_attack = {}
     if trained:
         found["rounds"], by_attack = selection_quality(rounds, overlay, index)
-    found["poison_trained_on"] = share_trained()
+    found["poison_trained_on"] = fraction_trained()
     for name, attack in attacks.items():
         of_attack = by_attack.get(name)
-        attack["share_in_safe_set"] = [1 - recall for recall in of_attack["recall"]] if of_attack else []
+        attack["fraction_in_safe_set"] = [1 - recall for recall in of_attack["recall"]] if of_attack else []
         attack["auroc"] = of_attack["auroc"] if of_attack else []
-        attack["share_trained_on"] = share_trained(name)
+        attack["fraction_trained_on"] = fraction_trained(name)
         attack["rounds"] = of_attack
     return found
 
@@ -184,15 +184,15 @@ def plain_attacks(baseline: str, config: Config, overlay: Overlay | None, index:
 def summary(result: dict) -> str:
     """eval.json as a few lines for the person who reads."""
 
-    def percent(share):
-        return "?" if share is None else f"{share:.1%}"
+    def percent(fraction):
+        return "?" if fraction is None else f"{fraction:.1%}"
 
     text = f"clean top-1 {percent(result['clean_top1'])}, top-5 {percent(result['clean_top5'])}"
     if result["linear_probe"] is not None:
         text += f", linear probe {percent(result['linear_probe'])}"
     lines = [text]
     for way, found in (result["retrieval"] or {}).items():
-        recall = ", ".join(f"R@{key[1:]} {percent(share)}" for key, share in found.items())
+        recall = ", ".join(f"R@{key[1:]} {percent(fraction)}" for key, fraction in found.items())
         lines.append(f"  {way.replace('_', ' ')}: {recall}")
     for name, attack in result["attacks"].items():
         low, high = attack["interval"]

@@ -73,7 +73,7 @@ def check_data(run_dir: str | Path, config: Config, index: ShardIndex) -> None:
 
 
 def selection_quality(rounds: list[Round], overlay: Overlay, index: ShardIndex) -> tuple[dict, dict]:
-    """(of all poison, {NAME: of that attack's}): dicts of lists with an entry for every round; shares of 1.
+    """(of all poison, {NAME: of that attack's}): dicts of lists with an entry for every round; fractions of 1.
 
     epoch               the round is made before this epoch, counted from 0; None for a filter's mask (in all only)
     false_positives     honest pairs that are left out / honest pairs (in all only: they are the same for every attack)
@@ -135,7 +135,7 @@ def rows_of(entries, index):
     return np.array([index.offsets[entry["shard"]] + entry["position"] for entry in entries], np.int64)
 
 
-def poison_shares(masks: list[SafeMask], overlay: Overlay, index: ShardIndex) -> list[float]:
+def poison_fractions(masks: list[SafeMask], overlay: Overlay, index: ShardIndex) -> list[float]:
     """List of float: for every mask, poisoned pairs / all pairs of the safe set."""
     rows_P = poison_rows(overlay, index)
     return [float(flag_N[rows_P].sum() / max(1, flag_N.sum())) for flag_N in (mask.flags() for mask in masks)]

@@ -40,12 +40,12 @@ def table(result):
     return "\n".join(lines)
 
 
-def percent(share):
-    return "?" if share is None else f"{share:.1%}"
+def percent(fraction):
+    return "?" if fraction is None else f"{fraction:.1%}"
 
 
 def draw(result, clip_metrics, safe_metrics, path):
-    """Left: clean accuracy and attack success over epochs, of both runs. Right: safe share and poison share of the safe
+    """Left: clean accuracy and attack success over epochs, of both runs. Right: safe fraction and poison fraction of the safe
     set."""
     import matplotlib
 
@@ -78,31 +78,35 @@ def draw(result, clip_metrics, safe_metrics, path):
         axis.set(title=title, xlabel="epoch", ylabel="% of test pictures", ylim=(-3, 103))
         axis.grid(alpha=0.25)
     left.legend(loc="center right", fontsize=9)
-    splits = [line for line in safe_metrics if line["stage"] == "split"]
-    epochs = [line["epoch"] + 1 for line in splits]
+    rounds = [line for line in safe_metrics if line["stage"] == "selection"]
+    epochs = [line["epoch"] + 1 for line in rounds]
     right.plot(
         epochs,
-        [100 * line["share"] for line in splits],
+        [100 * line["fraction"] for line in rounds],
         color=colours["clean"],
         lw=2.5,
-        label="safe share of all pairs",
+        label="safe fraction of all pairs",
     )
     for kind in kinds:
-        shares = result["safeclip"]["attacks"][kind]["share_in_safe_set"]
+        fractions = result["safeclip"]["attacks"][kind]["fraction_in_safe_set"]
         right.plot(
-            epochs[: len(shares)],  # of a run without poison there are none
-            [100 * s for s in shares],
+            epochs[: len(fractions)],  # of a run without poison there are none
+            [100 * s for s in fractions],
             color=colours[kind],
             lw=1.8,
             marker="o",
             ms=3,
             label=f"{kind} poison that is in the safe set",
         )
-    shares = result["safeclip"]["poison_in_safe_set"]
+    fractions = result["safeclip"]["poison_in_safe_set"]
     right.plot(
-        epochs[: len(shares)], [100 * s for s in shares], color="#888888", ls="--", label="poison share in the safe set"
+        epochs[: len(fractions)],
+        [100 * s for s in fractions],
+        color="#888888",
+        ls="--",
+        label="poison fraction in the safe set",
     )
-    right.set(title="SafeCLIP's splits", xlabel="before epoch", ylabel="%", ylim=(-3, 103))
+    right.set(title="SafeCLIP's rounds", xlabel="before epoch", ylabel="%", ylim=(-3, 103))
     right.grid(alpha=0.25)
     right.legend(loc="center right", fontsize=8)
     figure.savefig(path, dpi=110)

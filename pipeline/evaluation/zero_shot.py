@@ -24,7 +24,7 @@ def predicted_classes(image_ND: torch.Tensor, classes_KD: torch.Tensor) -> np.nd
 
 
 def top_k_accuracy(image_ND: torch.Tensor, classes_KD: torch.Tensor, label_N: np.ndarray, k: int) -> float | None:
-    """float: share of the pictures whose label is among the k nearest classes; None for fewer than k classes or no
+    """float: fraction of the pictures whose label is among the k nearest classes; None for fewer than k classes or no
     picture.
 
     image_ND, classes_KD: float32, unit length; label_N: int64 numpy (N,).

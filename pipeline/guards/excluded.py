@@ -58,7 +58,7 @@ def guards_folder(run_dir: str | Path) -> Path:
 def find_excluded(folder: Path, guards: list[Guard], pairs: Pairs, score_N: np.ndarray) -> Excluded:
     """Ask the guards, given the first scores of all pairs, and keep in `folder` what they exclude. All ranks call."""
     about = [guard.learn(pairs, score_N) for guard in guards]
-    masks = look_at_all(guards, pairs)
+    masks = picture_pass(guards, pairs)
     for guard, mask, told in zip(guards, masks, about):
         made = {"fingerprint": pairs.samples.index.fingerprint, "settings": asdict(guard.settings), **told}
         comm.on_rank0(mask.save, folder / guard.name, made)
@@ -70,7 +70,7 @@ def load_excluded(folder: Path, guards: list[Guard], fingerprint: str) -> Exclud
     return Excluded(guards, {guard.name: SafeMask.load(folder / guard.name, fingerprint)[0] for guard in guards})
 
 
-def look_at_all(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
+def picture_pass(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
     """A SafeMask of each guard, the same on every rank: every picture is decoded once. All ranks call."""
     index = pairs.samples.index
     owned = assign_shards(index.counts, comm.world())

@@ -52,7 +52,7 @@ class TriggerClusters(Guard):
     @dataclass(frozen=True)
     class Settings:
         low: float = 0.1
-        """Share of the pairs whose scores are low. Those above the median are high."""
+        """Fraction of the pairs whose scores are low. Those above the median are high."""
         sample: int = 8_192
         """Pairs with low scores, and twice as many with high ones, whose pictures are compared, at most."""
         seeds: int = 8_192
@@ -80,7 +80,7 @@ class TriggerClusters(Guard):
         rows = [read_features(pairs, rows) for rows in self.choose(score_N, pairs.seed)]
         triggers = comm.on_rank0(self.find, *rows)
         self.filters = [
-            (one["features"], torch.tensor(one["filter"], device=pairs.device), one["cut"]) for one in triggers
+            (one["features"], torch.tensor(one["filter"], device=pairs.device), one["threshold"]) for one in triggers
         ]
         return {"triggers": [{key: one[key] for key in ("features", "pictures", "ratio", "alike")} for one in triggers]}
 
@@ -90,8 +90,8 @@ class TriggerClusters(Guard):
         size = min(len(score_N), int(4 * settings.sample / settings.low))
         row_R = rng.choice(len(score_N), size, replace=False)
         row_R = row_R[~np.isnan(score_N[row_R])]
-        cut, median = np.quantile(score_N[row_R], [settings.low, 0.5]) if len(row_R) else (0, 0)
-        low, high = row_R[score_N[row_R] < cut], row_R[score_N[row_R] > median]
+        threshold, median = np.quantile(score_N[row_R], [settings.low, 0.5]) if len(row_R) else (0, 0)
+        low, high = row_R[score_N[row_R] < threshold], row_R[score_N[row_R] > median]
         return np.sort(low[: settings.sample]), np.sort(high[: 2 * settings.sample])
 
     def find(self, low: dict, high: dict) -> list[dict]:
@@ -119,17 +119,17 @@ class TriggerClusters(Guard):
                     continue
                 rest_L[row_M], rest_H[row_K] = False, False
                 weight_D = white_DD @ filter_D
-                cut = threshold + float(mean_D @ weight_D)
+                threshold = threshold + float(mean_D @ weight_D)
                 about = {"pictures": len(row_M), "ratio": round(ratio, 2), "alike": round(likeness, 2)}
-                found.append({"features": name, **about, "filter": weight_D.cpu().numpy(), "cut": cut})
+                found.append({"features": name, **about, "filter": weight_D.cpu().numpy(), "threshold": threshold})
         return found
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
         """bool (B,): whether a picture is excluded."""
         excluded_B = torch.zeros(len(images_BCHW), dtype=torch.bool, device=images_BCHW.device)
         seen = {name: FEATURES[name](images_BCHW) for name in {name for name, _, _ in self.filters}}
-        for name, filter_D, cut in self.filters:
-            excluded_B |= seen[name] @ filter_D > cut
+        for name, filter_D, threshold in self.filters:
+            excluded_B |= seen[name] @ filter_D > threshold
         return excluded_B.cpu().numpy()
 
     def kept(self, number_N, valid_N, offsets_S):

@@ -1,4 +1,4 @@
-"""What a split looks like in numbers: whether the scores are two groups at all, and what has changed since the split
+"""What a selection round looks like in numbers: whether the scores are two groups at all, and what has changed since the round
 before."""
 
 import numpy as np
@@ -19,7 +19,7 @@ def separation(counts_K, low, high, mixture):
 
     bic_one, bic_two: Schwarz's criterion of one and of two Gaussians, the lower the better (Schwarz 1978); ashman_d:
     distance of the means in units of the mean deviation, above 2 = clearly apart (Ashman, Bird and Zepf 1994); overlap:
-    share of the scores that fall to the other component than the one they are assigned to, from 0 to min(weights).
+    fraction of the scores that fall to the other component than the one they are assigned to, from 0 to min(weights).
     """
     counts_K = np.asarray(counts_K)
     total, width = int(counts_K.sum()), (high - low) / len(counts_K)
@@ -40,7 +40,7 @@ def separation(counts_K, low, high, mixture):
 
 
 def change(counts_K, low, high, mask, before_K, before):
-    """dict of what moved since the split before (its histogram and SafeMask).
+    """dict of what moved since the round before (its histogram and SafeMask).
 
     shift: how far the scores moved (Wasserstein-1 distance of the two histograms, in units of the score); flips_in,
     flips_out: pairs that are safe now and were not, and the other way round.

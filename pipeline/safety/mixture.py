@@ -1,4 +1,4 @@
-"""One global two-component Gaussian mixture, fitted to an integer histogram, and the one cut that follows from it.
+"""One global two-component Gaussian mixture, fitted to an integer histogram, and the one threshold that follows from it.
 
 Integer counts sum without rounding, so every rank and every world size gets the same mixture, bit for bit (METHOD trap
 3).
@@ -13,13 +13,13 @@ BINS = 65_536
 PIECE = 1 << 18  # scores at a time, so that what is made of them stays in the processor's cache
 COARSE = 1_024  # groups of bins on which the starts are compared: 64 times less work
 EM_STEPS = 20
-# Starts: the share of the lowest scores that are one component to begin with, the rest the other.
+# Starts: the fraction of the lowest scores that are one component to begin with, the rest the other.
 STARTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SATURATED = 53 * np.log(2)  # log-odds from which on the posterior is 1 in float64
 
 
 class DegenerateFit(Exception):
-    """The scores are no mixture of two, or its components give no cut."""
+    """The scores are no mixture of two, or its components give no threshold."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def histogram(scores_N, low, high, bins=BINS):
 def fit_mixture(counts_K, low, high):
     """Mixture of the scores behind a `histogram`, of the greatest likelihood that several fixed starts lead to.
 
-    The starts run on groups of bins, and the best of them goes on over all bins. Raises DegenerateFit when there are
+    The starts run on groups of bins, and the best of them continues over all bins. Raises DegenerateFit when there are
     too few different scores for two components, or one of them vanishes.
     """
     counts_K = np.asarray(counts_K)
@@ -92,8 +92,8 @@ def fit_mixture(counts_K, low, high):
     few_x, few_n = grouped(x, n, used // max(1, len(counts_K) // COARSE))
     rank = np.cumsum(few_n) / few_n.sum()
     best = None
-    for share in STARTS:
-        lower = rank <= max(share, rank[0])
+    for fraction in STARTS:
+        lower = rank <= max(fraction, rank[0])
         if lower.all():
             continue
         start = np.stack([moments(few_x, few_n, lower, floor), moments(few_x, few_n, ~lower, floor)])
@@ -151,35 +151,35 @@ def maximum(x, n, theta, floor):
     """
     centre = (n * x).sum() / n.sum()
     unit = np.sqrt((n * (x - centre) ** 2).sum() / n.sum())
-    z, share, least = (x - centre) / unit, n / n.sum(), floor / unit**2
+    z, fraction, least = (x - centre) / unit, n / n.sum(), floor / unit**2
     theta = np.stack([theta[:, 0], (theta[:, 1] - centre) / unit, theta[:, 2] / unit**2], 1)
     for _ in range(EM_STEPS):
-        _, weight, first, second = expect(z, share, theta)
+        _, weight, first, second = expect(z, fraction, theta)
         theta = np.stack([weight, first / weight, np.maximum(2 * least, second / weight - (first / weight) ** 2)], 1)
     found = minimize(
-        loss, pack(theta, least), (z, share, least), method="BFGS", jac=True, options={"gtol": 1e-10, "maxiter": 500}
+        loss, pack(theta, least), (z, fraction, least), method="BFGS", jac=True, options={"gtol": 1e-10, "maxiter": 500}
     )
     weight, mean, variance = unpack(found.x, least).T
     return np.stack([weight, centre + unit * mean, unit**2 * variance], 1), float(-found.fun - np.log(unit))
 
 
-def expect(z, share, theta):
-    """(mean log-likelihood, weight, first, second): of the scores in each component, by posterior, their share and raw
+def expect(z, fraction, theta):
+    """(mean log-likelihood, weight, first, second): of the scores in each component, by posterior, their fraction and raw
     moments."""
     weight, mean, variance = theta.T[:, :, None]
     log_p = np.log(weight) - 0.5 * (np.log(2 * np.pi * variance) + (z - mean) ** 2 / variance)
     top = log_p.max(0)
     p = np.exp(log_p - top)
     total = p.sum(0)
-    part = share * p / total
-    likelihood = float((share * (top + np.log(total))).sum())
+    part = fraction * p / total
+    likelihood = float((fraction * (top + np.log(total))).sum())
     return likelihood, np.maximum(part.sum(1), 1e-300), (part * z).sum(1), (part * z**2).sum(1)
 
 
-def loss(packed, z, share, least):
+def loss(packed, z, fraction, least):
     """(-mean log-likelihood, its gradient) in the coordinates of `pack`."""
     theta = unpack(packed, least)
-    likelihood, weight, first, second = expect(z, share, theta)
+    likelihood, weight, first, second = expect(z, fraction, theta)
     _, mean, variance = theta.T
     square = second - 2 * mean * first + mean**2 * weight
     by_mean = (first - mean * weight) / variance
@@ -197,12 +197,12 @@ def unpack(packed, least):
     return np.stack([[weight, 1 - weight], packed[1:3], least + np.exp(np.clip(packed[3:], -60, 60))], 1)
 
 
-def upper_cut(mixture, posterior=0.9):
-    """The ONE cut: pairs with a score of at least this are safe. Raises DegenerateFit when there is none.
+def posterior_threshold(mixture, posterior=0.9):
+    """The ONE threshold: pairs with a score of at least this are safe. Raises DegenerateFit when there is none.
 
     log p_high - log p_low is a parabola in the score. Where the higher component is the wider one it opens upwards: its
-    tail takes the lowest scores too, which must not be safe (METHOD trap 1), so the cut is the upper root. Where it is
-    the narrower one, the posterior falls again above it; those pairs match best and stay safe, so the cut is the lower
+    tail takes the lowest scores too, which must not be safe (METHOD trap 1), so the threshold is the upper root. Where it is
+    the narrower one, the posterior falls again above it; those pairs match best and stay safe, so the threshold is the lower
     root.
     """
     (m0, m1), (s0, s1), (w0, w1) = mixture.mean, mixture.std, mixture.weight

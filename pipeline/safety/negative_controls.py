@@ -1,7 +1,7 @@
-"""Canaries: mismatched pairs that are scored and never trained on, for people who cannot know their poison.
+"""Negative controls: mismatched pairs that are scored and never trained on, for people who cannot know their poison.
 
-The share of them that would pass tells how sharp the cut is. It is no estimate of the poison that passes: poison that
-has passed once is trained on and scores higher next time, a canary never is.
+The fraction of them that would pass tells how sharp the threshold is. It is no estimate of the poison that passes: poison that
+has passed once is trained on and scores higher next time, a control never is.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from pipeline.safety.scoring import embed
 
 
 def choose(samples, count, seed):
-    """(picture_C, caption_C): rows of `count` canaries (fewer where there are fewer than 2 * count pairs), all
+    """(picture_C, caption_C): rows of `count` negative controls (fewer where there are fewer than 2 * count pairs), all
     different.
 
     Seeded and the same on every rank. With few kinds of captions some of them match by chance.
@@ -21,7 +21,7 @@ def choose(samples, count, seed):
     return rows[:count], rows[count:]
 
 
-def score_canaries(engine, samples, views, batch_size, device, count, seed):
+def score_controls(engine, samples, views, batch_size, device, count, seed):
     """float32 (C,): the scores as of scoring.score_all_pairs, NaN where a sample cannot be read. Every rank scores all
     of them; there are few."""
     picture_C, caption_C = choose(samples.index.samples, count, seed)
@@ -31,15 +31,15 @@ def score_canaries(engine, samples, views, batch_size, device, count, seed):
     return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
-def passing(score_C, cut):
-    """{"count", "passed", "share", "low", "high"}: canaries at or above the cut, and Wilson's interval of their share
+def passing(score_C, threshold):
+    """{"count", "passed", "fraction", "low", "high"}: negative controls at or above the threshold, and Wilson's interval of their fraction
     at 95 %."""
-    count, passed = int((~np.isnan(score_C)).sum()), int((score_C >= cut).sum())
+    count, passed = int((~np.isnan(score_C)).sum()), int((score_C >= threshold).sum())
     interval = binomtest(passed, count).proportion_ci(method="wilson")
     return {
         "count": count,
         "passed": passed,
-        "share": passed / count,
+        "fraction": passed / count,
         "low": float(interval.low),
         "high": float(interval.high),
     }

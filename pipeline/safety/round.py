@@ -1,4 +1,4 @@
-"""The heart: scores -> one mixture -> one cut -> one mask, decided once and received by every rank (METHOD step 4)."""
+"""The heart: scores -> one mixture -> one threshold -> one mask, decided once and received by every rank (METHOD step 4)."""
 
 import io
 from dataclasses import dataclass
@@ -8,38 +8,46 @@ import numpy as np
 
 from pipeline.distributed import comm
 from pipeline.safety.diagnosis import change, separation
-from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, fit_sklearn, histogram, upper_cut
+from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, fit_sklearn, histogram, posterior_threshold
 from pipeline.safety.negative_controls import passing
-from pipeline.safety.selection import RANGES, as_it_is, count_at_least, grown, kth_largest, score_of, top_by_shard
+from pipeline.safety.selection import (
+    RANGES,
+    identity,
+    count_at_least,
+    scheduled_fraction,
+    kth_largest,
+    score_of,
+    top_by_shard,
+)
 from shards.errors import UserError
 from shards.order.safe_mask import SafeMask, byte_starts, shard_list
 from shards.storage.files import write_bytes
 
-BLUNT = 1 / 3  # of the canaries, by Wilson's lower bound: where more would pass, the split says so
+BLUNT = 1 / 3  # of the negative controls, by Wilson's lower bound: where more would pass, the round says so
 
 
 @dataclass
-class Split:
-    """Before one epoch: the mixture fitted to the scores of all pairs, the cut, and which pairs are safe."""
+class SelectionRound:
+    """Before one epoch: the mixture fitted to the scores of all pairs, the threshold, and which pairs are safe."""
 
     mixture: Mixture | None
-    cut: float  # the lowest score of the safe set
-    share: float  # safe pairs / all pairs
-    first_share: float  # of the run's first split: the schedule grows from it
+    threshold: float  # the lowest score of the safe set
+    fraction: float  # safe pairs / all pairs
+    first_fraction: float  # of the run's first round: the schedule grows from it
     mask: SafeMask
     note: str
-    # diagnosis.separation, diagnosis.change, the share by posterior and by schedule, pairs that guards exclude
+    # diagnosis.separation, diagnosis.change, the fraction by posterior and by schedule, pairs that guards exclude
     diagnosis: dict
     counts_K: np.ndarray  # mixture.histogram of the scores
-    canary_C: np.ndarray  # scores of the canaries
+    control_C: np.ndarray  # scores of the negative controls
     rank_by: str = "score"  # what the safe set is the highest of: score, or the mixture's posterior
 
     def summary(self):
         """dict for metrics and mask.json."""
         return {
-            "share": self.share,
-            "first_share": self.first_share,
-            "cut": self.cut,
+            "fraction": self.fraction,
+            "first_fraction": self.first_fraction,
+            "threshold": self.threshold,
             "rank_by": self.rank_by,
             "note": self.note,
             "mixture": self.mixture.to_dict() if self.mixture else None,
@@ -47,57 +55,59 @@ class Split:
         }
 
     def line(self):
-        """The split in one line, for the person who watches."""
+        """The round in one line, for the person who watches."""
         of = "score >=" if self.rank_by == "score" else "by posterior, lowest score"
-        text, found = f"safe {self.share:.1%}, {of} {self.cut:.3f}", self.diagnosis
+        text, found = f"safe {self.fraction:.1%}, {of} {self.threshold:.3f}", self.diagnosis
         if "ashman_d" in found:
             text += f", D {found['ashman_d']:.2f}, overlap {found['overlap']:.1%}"
         if found.get("excluded"):
             text += f", {found['excluded']:,} excluded"
         if "flips_in" in found:
             text += f", {found['flips_in']:,} in, {found['flips_out']:,} out"
-        if "canaries" in found:
-            text += ", canaries {passed} of {count}".format(**found["canaries"])
+        if "negative_controls" in found:
+            text += ", negative controls {passed} of {count}".format(**found["negative_controls"])
         return text + (f" ({self.note})" if self.note else "")
 
 
-def split_pairs(
-    score_N, counts_S, selection, number, first_share=None, before=None, canary_C=(), excluded=0, kind="cosine"
+def select_pairs(
+    score_N, counts_S, selection, number, first_fraction=None, before=None, control_C=(), excluded=0, kind="cosine"
 ):
-    """Split for the `number`-th split (from 0) of a run; `first_share` is that of its first split. Same bits on every
+    """SelectionRound number `number` (from 0) of a run; `first_fraction` is that of its first round. Same bits on every
     rank.
 
-    Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the split before, or
-    None. `canary_C`: scores of the canaries, of which the split only tells how many would pass. `excluded`: number of
-    the pairs that guards exclude; the share is one of the others. `kind`: of RANGES.
+    Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the round before, or
+    None. `control_C`: scores of the negative controls, of which the round only tells how many would pass. `excluded`: number of
+    the pairs that guards exclude; the fraction is one of the others. `kind`: of RANGES.
     """
-    canary_C = comm.broadcast_object(np.asarray(canary_C, np.float32))
+    control_C = comm.broadcast_object(np.asarray(control_C, np.float32))
     limits = RANGES[kind]
     mine_N = np.array_split(score_N, comm.world())[comm.rank()]
     counts_K = comm.all_reduce_sum(histogram(mine_N, *limits))
     eligible = len(score_N) - excluded
-    decided = comm.on_rank0(decide, counts_K, score_N, selection, number, first_share, eligible, limits)
-    mixture, share, first_share, note, diagnosis = decided
-    diagnosis["excluded"], wanted = excluded, round(share * eligible)
+    decided = comm.on_rank0(decide, counts_K, score_N, selection, number, first_fraction, eligible, limits)
+    mixture, fraction, first_fraction, note, diagnosis = decided
+    diagnosis["excluded"], wanted = excluded, round(fraction * eligible)
     rank_by = selection.rank_by if mixture else "score"
-    rank = mixture.rank if rank_by == "posterior" else as_it_is
+    rank = mixture.rank if rank_by == "posterior" else identity
     key, rest = kth_largest(mine_N, wanted, comm.all_reduce_sum, rank)
     mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest, rank), counts_S)
     if before:
         diagnosis |= comm.on_rank0(change_since, before, counts_K, limits, mask)
     threshold = score_of(key) if rest else float("inf")
-    cut = threshold if rank is as_it_is else lowest_safe(score_N, mask)
-    if not np.isnan(canary_C).all():
-        diagnosis |= {"canaries": passing(rank(canary_C), threshold)}
-        if diagnosis["canaries"]["low"] > BLUNT:
-            told = "over a third of the canaries would pass: this cut keeps few wrong captions out, lower selection.cap"
+    threshold = threshold if rank is identity else lowest_safe(score_N, mask)
+    if not np.isnan(control_C).all():
+        diagnosis |= {"negative_controls": passing(rank(control_C), threshold)}
+        if diagnosis["negative_controls"]["low"] > BLUNT:
+            told = "over a third of the negative controls would pass: this threshold keeps few wrong captions out, lower selection.max_fraction"
             note = f"{note}; {told}" if note else told
-    return Split(mixture, cut, mask.share, first_share, mask, note, diagnosis, counts_K, canary_C, rank_by)
+    return SelectionRound(
+        mixture, threshold, mask.fraction, first_fraction, mask, note, diagnosis, counts_K, control_C, rank_by
+    )
 
 
-def decide(counts_K, score_N, selection, number, first_share, eligible, limits):
-    """(mixture, share, first share, note, diagnosis). A fit that is no mixture of two never decides: the configured
-    share holds.
+def decide(counts_K, score_N, selection, number, first_fraction, eligible, limits):
+    """(mixture, fraction, first fraction, note, diagnosis). A fit that is no mixture of two never decides: the configured
+    fraction holds.
 
     The released recipe (selection.mixture=sklearn) does not ask whether it is one."""
     mixture, note, diagnosis, by_posterior = None, "", {}, None
@@ -111,28 +121,28 @@ def decide(counts_K, score_N, selection, number, first_share, eligible, limits):
             least = np.log(selection.posterior) - np.log1p(-selection.posterior)
             found = count_at_least(score_N, least, rank=mixture.rank)
         else:
-            found = count_at_least(score_N, upper_cut(mixture, selection.posterior))
+            found = count_at_least(score_N, posterior_threshold(mixture, selection.posterior))
         by_posterior = found / max(1, eligible)
     except DegenerateFit as error:
-        note = f"no cut by the mixture: {error}"
-    if number == 0 or first_share is None:
-        first_share = selection.first_share
-        if first_share is None:
+        note = f"no threshold by the mixture: {error}"
+    if number == 0 or first_fraction is None:
+        first_fraction = selection.first_fraction
+        if first_fraction is None:
             found = by_posterior or 0.0
-            first_share = max(found, selection.least_share)
-            if first_share != found:
+            first_fraction = max(found, selection.least_fraction)
+            if first_fraction != found:
                 note = note or f"posterior > {selection.posterior} holds for {found:.1%}"
-                note += f"; the first share is {first_share:.1%}"
-    share, scored = grown(first_share, number, selection), counts_K.sum() / max(1, eligible)
-    if share > scored:
+                note += f"; the first fraction is {first_fraction:.1%}"
+    fraction, scored = scheduled_fraction(first_fraction, number, selection), counts_K.sum() / max(1, eligible)
+    if fraction > scored:
         told = f"{scored:.1%} of the pairs can be scored"
         note = f"{note}; {told}" if note else told
     return (
         mixture,
-        share,
-        first_share,
+        fraction,
+        first_fraction,
         note,
-        {**diagnosis, "share_by_posterior": by_posterior, "share_by_schedule": share},
+        {**diagnosis, "fraction_by_posterior": by_posterior, "fraction_by_schedule": fraction},
     )
 
 
@@ -156,7 +166,7 @@ def broadcast_mask(safe_S, counts_S):
 
 
 def change_since(before, counts_K, limits, mask):
-    """diagnosis.change since the split in the folder `before`; {} where that is gone."""
+    """diagnosis.change since the round in the folder `before`; {} where that is gone."""
     try:
         before_K = np.load(before / "histogram.npy", allow_pickle=False)
         return change(counts_K, *limits, mask, before_K, SafeMask.load(before)[0])
@@ -169,38 +179,38 @@ def mask_folder(run_dir, epoch):
     return Path(run_dir) / "masks" / f"epoch_{epoch:03d}"
 
 
-def save_split(folder, split, index, meta):
+def save_round(folder, selected, index, meta):
     """Write the mask, whose mask.json comes last; the scores lie in `folder`/scores already. On rank 0 only.
 
     mask.json names each shard and its fingerprint, so that the folder can be used with the shards alone
     (shards.order.safe_mask.SavedMask).
     """
-    for name, values in (("histogram", split.counts_K), ("canaries", split.canary_C)):
+    for name, values in (("histogram", selected.counts_K), ("negative_controls", selected.control_C)):
         file = io.BytesIO()
         np.save(file, values, allow_pickle=False)
         write_bytes(folder / f"{name}.npy", file.getvalue())
     shards = shard_list(index.shards)
-    split.mask.save(folder, {"fingerprint": index.fingerprint, "shards": shards, **split.summary(), **meta})
+    selected.mask.save(folder, {"fingerprint": index.fingerprint, "shards": shards, **selected.summary(), **meta})
 
 
-def load_split(folder, index):
-    """Split saved in `folder`. Raises UserError when it is damaged or belongs to other shards."""
+def load_round(folder, index):
+    """SelectionRound saved in `folder`. Raises UserError when it is damaged or belongs to other shards."""
     mask, meta = SafeMask.load(folder, index.fingerprint)
     try:
         counts_K = np.load(folder / "histogram.npy", allow_pickle=False)
-        canary_C = np.load(folder / "canaries.npy", allow_pickle=False)
+        control_C = np.load(folder / "negative_controls.npy", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"mask {folder}: a file of it cannot be read ({error}); bring it back") from None
     mixture = Mixture.from_dict(meta["mixture"]) if meta["mixture"] else None
-    return Split(
+    return SelectionRound(
         mixture,
-        meta["cut"],
-        meta["share"],
-        meta["first_share"],
+        meta["threshold"],
+        meta["fraction"],
+        meta["first_fraction"],
         mask,
         meta["note"],
         meta["diagnosis"],
         counts_K,
-        canary_C,
+        control_C,
         meta.get("rank_by", "score"),
     )

@@ -4,7 +4,7 @@ import numpy as np
 
 from pipeline.safety.mixture import PIECE
 
-# Of the score, by its kind; rank: of a filter (pipeline/audit/filter.py), the share of pairs that stand out more.
+# Of the score, by its kind; rank: of a filter (pipeline/audit/filter.py), the fraction of pairs that stand out more.
 RANGES = {"cosine": (-1.0, 1.0), "rank": (0.0, 1.0)}
 NOTHING = 0xFFFFFFFF  # a key above those of all scores
 
@@ -23,11 +23,11 @@ def score_of(key):
     return float(np.uint32(key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF).view(np.float32))
 
 
-def as_it_is(scores):
+def identity(scores):
     return scores
 
 
-def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=as_it_is):
+def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=identity):
     """(key, rest): key of the k-th largest score, and how many of its equals belong to the k largest; NaN is no score.
 
     Two counting passes of 65,536 integers. Where the scores are one rank's part, `total` sums the counts over the
@@ -52,7 +52,7 @@ def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=as_it_is):
     return prefix, rest
 
 
-def top_by_shard(scores_N, counts_S, key, rest, rank=as_it_is):
+def top_by_shard(scores_N, counts_S, key, rest, rank=identity):
     """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to
     it. `rank` as for kth_largest."""
     start = 0
@@ -65,19 +65,19 @@ def top_by_shard(scores_N, counts_S, key, rest, rank=as_it_is):
         yield chosen
 
 
-def select_top(scores_N, k, rank=as_it_is):
+def select_top(scores_N, k, rank=identity):
     """bool (N,): the k highest scores; among equals the first rows. NaN is never selected, so fewer where numbers run
     out."""
     return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k, rank=rank), rank))
 
 
-def count_at_least(scores_N, cut, rank=as_it_is):
-    """int: scores at or above `cut`."""
+def count_at_least(scores_N, threshold, rank=identity):
+    """int: scores at or above `threshold`."""
     pieces = (scores_N[start : start + PIECE] for start in range(0, len(scores_N), PIECE))
-    return sum(int(np.count_nonzero(rank(scores) >= cut)) for scores in pieces)
+    return sum(int(np.count_nonzero(rank(scores) >= threshold)) for scores in pieces)
 
 
-def grown(first_share, number, selection):
-    """Safe share before the SafeCLIP epoch `number` (from 0): the first share, and selection.growth more at each later
-    one, up to selection.cap."""
-    return min(selection.cap, first_share + number * selection.growth) if number else first_share
+def scheduled_fraction(first_fraction, number, selection):
+    """Safe fraction before the SafeCLIP epoch `number` (from 0): the first fraction, and selection.growth more at each later
+    one, up to selection.max_fraction."""
+    return min(selection.max_fraction, first_fraction + number * selection.growth) if number else first_fraction

@@ -5,19 +5,19 @@ import numpy as np
 from pipeline.distributed import comm
 from shards.errors import UserError
 
-PATIENCE = 10_000  # the share is one of so many samples at least: the first to be read may be the worst
+PATIENCE = 10_000  # the fraction is one of so many samples at least: the first to be read may be the worst
 
 
 def record(run, bad):
-    """Write the bad samples that the ranks met into rank 0's ledger, say how many there are now; returns how many they
+    """Write the bad samples that the ranks met to rank 0's bad_samples.jsonl, say how many there are now; returns how many they
     met."""
     everyone = [sample for rank in comm.gather_objects(bad) for sample in rank]
-    if run.ledger:
-        before = len(run.ledger.seen)
+    if run.bad_samples:
+        before = len(run.bad_samples.seen)
         for sample in sorted(set(everyone)):
-            run.ledger.add(*sample)
-        if len(run.ledger.seen) > before:
-            run.journal.say(f"  samples that cannot be used ({run.ledger.path.name}): {run.ledger.summary()}")
+            run.bad_samples.add(*sample)
+        if len(run.bad_samples.seen) > before:
+            run.logger.say(f"  samples that cannot be used ({run.bad_samples.path.name}): {run.bad_samples.summary()}")
     return len(everyone)
 
 
@@ -39,6 +39,6 @@ def refuse(run):
     limit = run.config.data.max_bad_fraction
     raise UserError(
         f"data.max_bad_fraction: more than {limit:.2%} of the samples that were read cannot be used "
-        f"({run.ledger.summary()}); {run.ledger.path} names them. "
-        "Mend their shards, or go on without them with a larger data.max_bad_fraction"
+        f"({run.bad_samples.summary()}); {run.bad_samples.path} names them. "
+        "Mend their shards, or continue without them with a larger data.max_bad_fraction"
     )

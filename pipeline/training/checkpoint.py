@@ -3,11 +3,11 @@
 RUN/checkpoints/step_00001200/
     deepspeed/*.pt        weights and optimizer, each rank its part
     model.safetensors     the CLIP in fp32
-    pools.safetensors     the neighbour pools
+    support_queue.safetensors     the support queues
     state.json            step, epoch, step in the epoch, world size, ...
     COMPLETE              {"files": {name: bytes}}, written last: a folder without it, or that it does not fit, is no
                           checkpoint
-    universal/            made when a run goes on with another number of ranks
+    universal/            made when a run continues with another number of ranks
 """
 
 import fcntl
@@ -76,8 +76,8 @@ class Saver:
     the newest `keep` and, if `keep_every` > 0, those at the end of every `keep_every`-th epoch.
     """
 
-    def __init__(self, run_dir, engine, pools, keep, keep_every=0):
-        self.run_dir, self.engine, self.pools = Path(run_dir), engine, pools
+    def __init__(self, run_dir, engine, queues, keep, keep_every=0):
+        self.run_dir, self.engine, self.queues = Path(run_dir), engine, queues
         self.keep, self.keep_every = keep, keep_every
         self.thread, self.folder, self.error = None, None, None
         self.written, self.abandoned = threading.Event(), threading.Event()
@@ -97,11 +97,11 @@ class Saver:
         weights = engines.consolidated_state(self.engine)
         if comm.is_rank0():
             files[folder / "model.safetensors"] = safetensors_bytes(weights)
-            files[folder / "pools.safetensors"] = safetensors_bytes(
+            files[folder / "support_queue.safetensors"] = safetensors_bytes(
                 {
                     f"{name}.{key}": value.contiguous()
-                    for name, pool in self.pools.items()
-                    for key, value in pool.state_dict().items()
+                    for name, queue in self.queues.items()
+                    for key, value in queue.state_dict().items()
                 }
             )
             files[folder / "state.json"] = (
@@ -175,19 +175,19 @@ class Saver:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(
                 f"checkpoint {self.folder}: cannot be written ({errors[0]}); "
-                "mend that and start the run again, it goes on from the last complete checkpoint"
+                "mend that and start the run again, it resumes from the last complete checkpoint"
             )
 
 
-def load_checkpoint(folder, engine, pools):
-    """Restore engine and pools from a complete checkpoint (or from its universal form, by an engine made for that);
+def load_checkpoint(folder, engine, queues):
+    """Restore engine and queues from a complete checkpoint (or from its universal form, by an engine made for that);
     returns its state."""
     state = load_state(folder)
     if state.get("order") != ORDER:
         raise UserError(
             f"checkpoint {folder}: made by another version, "
             f"which laid its parameters in another order (order {state.get('order', 1)}, expected {ORDER}); "
-            "go on with the version that made it, or start anew in another run.dir"
+            "continue with the version that made it, or start anew in another run.dir"
         )
     if engine.load_universal_checkpoint():
         engines.load(engine, folder / "universal")
@@ -197,9 +197,9 @@ def load_checkpoint(folder, engine, pools):
                 buffer.copy_(saved[name])
     else:
         engines.load(engine, folder / "deepspeed")
-    saved = load_file(folder / "pools.safetensors")
-    for name, pool in pools.items():
-        pool.load_state_dict(
+    saved = load_file(folder / "support_queue.safetensors")
+    for name, queue in queues.items():
+        queue.load_state_dict(
             {key.split(".", 1)[1]: value for key, value in saved.items() if key.startswith(f"{name}.")}
         )
     return state

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.config.schema import Config, Selection, Train
-from pipeline.safety.selection import grown
+from pipeline.safety.selection import scheduled_fraction
 from shards.errors import UserError
 from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask
@@ -29,8 +29,8 @@ class Epoch:
     number: int
     stage: str  # a key of LOSS, or "safeclip"
     split: int | None  # where the data are split before it: how many SafeCLIP epochs were before
-    mask_of: int | None  # number of the epoch with the last split: its mask holds
-    before: int | None = None  # number of the epoch with the split before that
+    mask_of: int | None  # number of the epoch with the last round: its mask holds
+    before: int | None = None  # number of the epoch with the round before that
     begin: int = 0  # first step, of those of a whole epoch
     end: int | None = None  # step after the last one; None: to the end
 
@@ -44,7 +44,7 @@ class Step:
     view: str
     plan: EpochPlan
     number: int
-    lap: int = 0
+    pass_number: int = 0
     mask: object = None
 
 
@@ -87,19 +87,19 @@ def steps_before_selection(train: Train, steps_per_epoch: int) -> int:
 
 
 def epoch_steps(
-    epoch: Epoch, counts_S: np.ndarray, mask: SafeMask | None, config: Config, repeats_S: np.ndarray | None = None
+    epoch: Epoch, counts_S: np.ndarray, mask: SafeMask | None, config: Config, repetitions_S: np.ndarray | None = None
 ) -> list[Step]:
     """The steps of an epoch, the same on every rank; on all pairs where there is no mask.
 
     Every epoch has at most as many steps as one over all pairs, so all methods train on as many pairs. A SafeCLIP epoch
     goes over the risky pairs first (unless selection.risky=skip), then over the safe ones. With selection.refill, and
     in all other stages, the mask's pairs are gone over again, in another order and other views, until the epoch is
-    full. counts_S: samples of each shard; repeats_S: how often each of them is seen (None: once). Raises UserError.
+    full. counts_S: samples of each shard; repetitions_S: how often each of them is seen (None: once). Raises UserError.
     """
     train, chosen = config.train, config.selection
-    total = int((counts_S * (1 if repeats_S is None else repeats_S)).sum()) // train.batch_size
+    total = int((counts_S * (1 if repetitions_S is None else repetitions_S)).sum()) // train.batch_size
 
-    def plan(view, lap=0):
+    def plan(view, pass_number=0):
         counts = counts_S if view == "all" else mask.counts(view)
         return EpochPlan(
             counts,
@@ -109,8 +109,8 @@ def epoch_steps(
             batch_size=train.batch_size,
             streams=config.data.streams,
             window=config.data.window,
-            lap=lap,
-            repeats_S=repeats_S,
+            pass_number=pass_number,
+            repetitions_S=repetitions_S,
         )
 
     if mask is None:
@@ -122,16 +122,16 @@ def epoch_steps(
         raise UserError(
             f"selection: the safe set of epoch {epoch.number} has {int(mask.counts('safe').sum())} pairs, "
             f"less than one batch of {train.batch_size}; "
-            "set selection.first_share, guards.duplicates=null where pictures repeat, or a smaller train.batch_size"
+            "set selection.first_fraction, guards.duplicates=null where pictures repeat, or a smaller train.batch_size"
         )
     full = epoch.stage != "safeclip"
     risky_steps = 0 if full or chosen.risky == "skip" else min(risky.steps, total - safe.steps)
     safe_steps = total - risky_steps if full or chosen.refill else safe.steps
-    laps = [safe] + [plan("safe", lap) for lap in range(1, math.ceil(safe_steps / safe.steps))]
+    passes = [safe] + [plan("safe", pass_number) for pass_number in range(1, math.ceil(safe_steps / safe.steps))]
     steps = [Step("unimodal", "risky", risky, number, 0, mask) for number in range(risky_steps)]
     for number in range(safe_steps):
-        lap, within = divmod(number, safe.steps)
-        steps.append(Step(LOSS.get(epoch.stage, "clip"), "safe", laps[lap], within, lap, mask))
+        pass_number, within = divmod(number, safe.steps)
+        steps.append(Step(LOSS.get(epoch.stage, "clip"), "safe", passes[pass_number], within, pass_number, mask))
     return steps[epoch.begin :]
 
 
@@ -152,20 +152,20 @@ def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
 
 
 def steps_of_loss(
-    loss: str, views: int, first_share: float, first_views: float, train: Train, chosen: Selection
+    loss: str, views: int, first_fraction: float, first_views: float, train: Train, chosen: Selection
 ) -> int:
     """Steps with `loss` ("clip" or "unimodal") that all SafeCLIP epochs have together, where every selection round
     selects its fraction.
 
-    views: samples of an epoch over all pairs; first_share, first_views: of the first safe set, the share of the pairs
+    views: samples of an epoch over all pairs; first_fraction, first_views: of the first safe set, the fraction of the pairs
     and of the views (the same without weights of data.sources). The pairs that come in later are taken to have the mean
     weight of the others.
     """
-    total, share, whole = 0, first_share, views // train.batch_size
+    total, fraction, whole = 0, first_fraction, views // train.batch_size
     for epoch in curriculum(train, chosen.every, whole):
         if epoch.stage == "safeclip":
-            share = share if epoch.split is None else grown(first_share, epoch.split, chosen)
-            part = (share - first_share) / (1 - first_share) if first_share < 1 else 0.0
+            fraction = fraction if epoch.round is None else scheduled_fraction(first_fraction, epoch.round, chosen)
+            part = (fraction - first_fraction) / (1 - first_fraction) if first_fraction < 1 else 0.0
             safe = round((first_views + (1 - first_views) * part) * views)
             safe_steps = safe // train.batch_size
             risky_steps = 0 if chosen.risky == "skip" else min((views - safe) // train.batch_size, whole - safe_steps)

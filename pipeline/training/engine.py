@@ -147,7 +147,7 @@ def load(engine, folder):
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].to(parameter.device, copy=True)
     if path is None:
-        raise UserError(f"checkpoint {folder}: DeepSpeed cannot load it; delete it to go on from the one before")
+        raise UserError(f"checkpoint {folder}: DeepSpeed cannot load it; delete it to resume from the one before")
 
 
 def consolidated_state(engine):

@@ -10,7 +10,7 @@ from pipeline.distributed import comm
 from shards.storage.files import write_bytes
 
 
-class Journal:
+class MetricsLogger:
     """Appends to RUN/metrics.jsonl. `length`: bytes of it to keep; what a dead run wrote after its checkpoint is cut
     off."""
 
@@ -38,7 +38,7 @@ class Journal:
             )
 
     def log(self, **figures):
-        """One line of metrics: figures of one step, epoch or split."""
+        """One line of metrics: figures of one step, epoch or selection round."""
         if not self.file:
             return
         self.file.write((json.dumps(figures) + "\n").encode())
@@ -73,7 +73,7 @@ class Journal:
 
 
 class Meter:
-    """Samples per second, share of the time spent waiting for data, and time left. Steps before `first` were done
+    """Samples per second, fraction of the time spent waiting for data, and time left. Steps before `first` were done
     earlier."""
 
     def __init__(self, total, first=0):
@@ -88,7 +88,7 @@ class Meter:
         return max(1e-9, time.monotonic() - self.started)
 
     def figures(self):
-        """{"samples_per_s", "data_wait" (share of 1)}."""
+        """{"samples_per_s", "data_wait" (fraction of 1)}."""
         return {
             "samples_per_s": round(self.samples / self.seconds, 1),
             "data_wait": round(self.waited / self.seconds, 3),

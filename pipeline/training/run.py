@@ -37,11 +37,11 @@ def train(config, evaluators=None, stop=None):
         run = Run(config)
         state, clock = run.state, SaveClock()
         if any(comm.all_reduce_max(stop.received)):
-            run.leave()  # asked while it started
+            run.exit_preempted()  # asked while it started
         stop_where_bad(run, *bad_so_far(run))
         for epoch in run.epochs[state["epoch"] :]:
             mask = mask_for(run, epoch, stop)
-            steps = epoch_steps(epoch, run.index.counts, mask, config, run.index.repeats)
+            steps = epoch_steps(epoch, run.index.counts, mask, config, run.index.repetitions)
             first = state["epoch_step"]
             meter, bad = Meter(len(steps), first), []
             dataset = TrainBatches(
@@ -62,7 +62,7 @@ def train(config, evaluators=None, stop=None):
                 rate = rate_at(run, epoch, step.loss)
                 torch.manual_seed((config.run.seed << 40) + (state["step"] << 14) + comm.rank())  # dropout, if any
                 engines.set_lr(run.engine, rate)
-                loss, scale, finite = train_step(run.engine, run.pools, batch, step.loss)
+                loss, scale, finite = train_step(run.engine, run.queues, batch, step.loss)
                 if not finite:
                     not_finite(run, epoch, step, loss)
                 state["step"] += 1
@@ -80,10 +80,10 @@ def train(config, evaluators=None, stop=None):
             evaluate(run, epoch, evaluators or {})
             save(run, clock, bad, stop)
         run.saver.wait()
-    run.journal.say(
+    run.logger.say(
         f"{run.run_dir}: done, {state['step']} steps, {state['sample_views']:,} sample views, {state['seconds']:.0f} s"
     )
-    run.journal.close()
+    run.logger.close()
     return state
 
 
@@ -92,13 +92,13 @@ def rate_at(run, epoch, loss):
     round."""
     config, state = run.config, run.state
     if config.train.schedule == "per_loss" and epoch.stage == "safeclip":
-        first = state["first_share"], state["first_views"]
+        first = state["first_fraction"], state["first_views"]
         steps = steps_of_loss(loss, run.index.views, *first, config.train, config.selection)
         return learning_rate(epoch, state["loss_steps"][loss], steps, config.train)
     return learning_rate(epoch, state["step"], config.train.epochs * run.steps_per_epoch, config.train)
 
 
-def train_step(engine, pools, batch, kind):
+def train_step(engine, queues, batch, kind):
     """One step on this rank's rows; the gradient is that of the global batch.
 
     Returns (loss, logit scale, finite): two tensors on the device, and False if the gradient was no number and nothing
@@ -112,11 +112,11 @@ def train_step(engine, pools, batch, kind):
     if kind == "clip":
         loss = clip_loss(image1_BD, text1_BD, image2_BD, text2_BD, scale, batch.valid)
     elif kind == "unimodal":
-        near_image_BD, near_text_BD = pools["image"].search(image1_BD), pools["text"].search(text1_BD)
+        near_image_BD, near_text_BD = queues["image"].search(image1_BD), queues["text"].search(text1_BD)
         loss = unimodal_loss(image2_BD, text2_BD, near_image_BD, near_text_BD, scale, batch.valid)
     elif kind == "match":
         # The captions' own embeddings have weight zero: every parameter takes part in every step.
-        near_BD = pools["text"].search(image1_BD)
+        near_BD = queues["text"].search(image1_BD)
         loss = clip_loss(image1_BD, near_BD, image1_BD, near_BD, scale, batch.valid) + 0.0 * text1_BD.sum()
     else:
         # View 1 is the plain pair, view 2 an augmented one (Bansal et al. 2023).
@@ -128,9 +128,9 @@ def train_step(engine, pools, batch, kind):
     engine.backward(loss)
     finite = engines.step(engine)
     if finite and kind == "unimodal":
-        pools["image"].push(image1_BD, batch.valid)
+        queues["image"].push(image1_BD, batch.valid)
     if finite and kind in ("unimodal", "match"):
-        pools["text"].push(text1_BD, batch.valid)
+        queues["text"].push(text1_BD, batch.valid)
     engines.clamp_logit_scale(engine)
     return loss.detach(), scale.detach(), finite
 
@@ -164,11 +164,11 @@ def save(run, clock, bad, stop):
     """
     run.state["bad_rows"] += record(run, bad)
     now = time.monotonic()
-    run.state.update(seconds=run.state["seconds"] + now - clock.counted, metrics_bytes=run.journal.length())
+    run.state.update(seconds=run.state["seconds"] + now - clock.counted, metrics_bytes=run.logger.length())
     clock.saved = clock.counted = now
     run.saver.save(run.state)
     if any(comm.all_reduce_max(stop.received)):
-        run.leave()
+        run.exit_preempted()
     stop_where_bad(run, *bad_so_far(run))
     return []
 
@@ -184,10 +184,10 @@ def not_finite(run, epoch, step, loss):
     if run.config.train.on_nan == "stop":
         run.saver.wait()
         raise RunFailed(
-            f"{text}; the step was not taken, the last checkpoint is sound; train.on_nan=skip goes on without"
+            f"{text}; the step was not taken, the last checkpoint is sound; train.on_nan=skip continues without it"
         )
     run.state["skipped"] += 1
-    run.journal.say(f"  skipped {text} ({run.state['skipped']} so far)")
+    run.logger.say(f"  skipped {text} ({run.state['skipped']} so far)")
 
 
 def evaluate(run, epoch, evaluators):
@@ -196,14 +196,14 @@ def evaluate(run, epoch, evaluators):
     if done == len(run.epochs) or every and done % every == 0 and epoch.end is None:
         for name, evaluator in evaluators.items():
             figures = evaluator(run.engine, run.views, run.device)
-            run.journal.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
-            run.journal.say(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
+            run.logger.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
+            run.logger.say(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
 
 
 def report(run, epoch, step, meter, loss, scale, rate):
     """A line of metrics.jsonl and the progress line."""
     loss = comm.mean(loss)
-    run.journal.log(
+    run.logger.log(
         step=run.state["step"],
         epoch=epoch.number,
         stage=epoch.stage,
@@ -215,7 +215,7 @@ def report(run, epoch, step, meter, loss, scale, rate):
         **meter.figures(),
     )
     later = sum((one.end or run.steps_per_epoch) - one.begin for one in run.epochs[epoch.number + 1 :])
-    run.journal.progress(
+    run.logger.progress(
         f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {loss:7.4f}  "
         + meter.line(meter.total - meter.done + later)
     )

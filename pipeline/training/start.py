@@ -1,4 +1,4 @@
-"""Start a run, or go on with it: rank 0 looks at the run directory and decides, all ranks receive."""
+"""Start a run, or resume it: rank 0 looks at the run directory and decides, all ranks receive."""
 
 import copy
 import os
@@ -15,7 +15,7 @@ from pipeline.distributed import comm
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
-from pipeline.training.metrics import Journal
+from pipeline.training.metrics import MetricsLogger
 from pipeline.training.model import (
     Towers,
     build_model,
@@ -26,10 +26,10 @@ from pipeline.training.model import (
     tokenizer_for,
 )
 from pipeline.training.signals import Preempted
-from pipeline.training.support_queue import NeighborPool
+from pipeline.training.support_queue import SupportQueue
 from shards.errors import UserError
 from shards.order.safe_mask import SafeMask, fingerprint
-from shards.samples.bad_samples import Ledger
+from shards.samples.bad_samples import BadSamplesFile
 from shards.storage.files import write_bytes
 from shards.views.eda import Eda, synonym_source
 from shards.views.loader import View, Views
@@ -42,7 +42,7 @@ FRESH = {
     "sample_views": 0,
     "bad_rows": 0,  # of them those that could not be used
     "skipped": 0,  # steps whose gradient was no number
-    "first_share": None,  # of the pairs, in the first safe set
+    "first_fraction": None,  # of the pairs, in the first safe set
     "first_views": None,  # of an epoch's samples: with weights of data.sources another
     "loss_steps": {"clip": 0, "unimodal": 0},  # since the first selection round
     "metrics_bytes": 0,
@@ -50,8 +50,8 @@ FRESH = {
 
 
 class Run:
-    """What a run consists of: config, run_dir, device, samples, index, mask, excluded, views, engine, pools, state,
-    journal, ledger, saver."""
+    """What a run consists of: config, run_dir, device, samples, index, mask, excluded, views, engine, queues, state,
+    logger, bad_samples, saver."""
 
     def __init__(self, config):
         """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank."""
@@ -86,25 +86,25 @@ class Run:
                 comm.on_rank0(checkpoint.to_universal, found)
         self.engine = start_engine(towers, config.train, self.device, universal)
         width = open_clip_config(asdict(config.model))["embed_dim"]
-        self.pools = {name: NeighborPool(config.train.pool, width, self.device) for name in ("image", "text")}
+        self.queues = {name: SupportQueue(config.train.support_queue, width, self.device) for name in ("image", "text")}
         if found:
-            checkpoint.load_checkpoint(found, self.engine, self.pools)
-        self.journal = Journal(self.run_dir, config, self.state["metrics_bytes"])
-        self.ledger = Ledger(self.run_dir / "bad_samples.jsonl") if comm.is_rank0() else None
-        self.saver = checkpoint.Saver(self.run_dir, self.engine, self.pools, config.run.keep, config.run.keep_every)
+            checkpoint.load_checkpoint(found, self.engine, self.queues)
+        self.logger = MetricsLogger(self.run_dir, config, self.state["metrics_bytes"])
+        self.bad_samples = BadSamplesFile(self.run_dir / "bad_samples.jsonl") if comm.is_rank0() else None
+        self.saver = checkpoint.Saver(self.run_dir, self.engine, self.queues, config.run.keep, config.run.keep_every)
         for warning in warnings:
-            self.journal.say(f"{self.run_dir}: warning: {warning}")
-        self.journal.say(self.headline(found))
+            self.logger.say(f"{self.run_dir}: warning: {warning}")
+        self.logger.say(self.headline(found))
         if not found:
             self.saver.save(self.state)
 
-    def leave(self):
+    def exit_preempted(self):
         """Wait until the state is on disk, say so, and raise Preempted on every rank."""
         self.saver.wait()
-        self.journal.say(
-            f"{self.run_dir}: asked to stop; saved, start it again to go on after step {self.state['step']}"
+        self.logger.say(
+            f"{self.run_dir}: asked to stop; saved, start it again to resume after step {self.state['step']}"
         )
-        self.journal.close()
+        self.logger.close()
         raise Preempted
 
     def headline(self, found):
@@ -117,7 +117,7 @@ class Run:
             text += f", synonyms of captions from {state['synonyms']}"
         if found:
             text += (
-                f"; goes on after step {state['step']} (epoch {state['epoch']}, {state['epoch_step']} steps of it done)"
+                f"; resumes after step {state['step']} (epoch {state['epoch']}, {state['epoch_step']} steps of it done)"
             )
             if state["world"] != comm.world():
                 text += f", saved by {state['world']} process(es), the same global batches"

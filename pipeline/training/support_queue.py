@@ -1,4 +1,4 @@
-"""The pool of past embeddings of one modality, in which the nearest neighbour of a view is searched (NNCLR, section
+"""The queue of past embeddings of one modality, in which the nearest neighbour of a view is searched (NNCLR, section
 3.2)."""
 
 import faiss
@@ -9,69 +9,69 @@ from pipeline.distributed import comm
 CHUNK = 4096  # queries at a time where faiss has no GPU build
 
 
-class NeighborPool:
+class SupportQueue:
     """First in, first out: the last `size` valid embeddings of all ranks, the same on every rank. On `device`,
     float32."""
 
     def __init__(self, size, dim, device):
-        self.pool_PD = torch.zeros(size, dim, device=device)
+        self.queue_PD = torch.zeros(size, dim, device=device)
         self.head, self.filled = 0, 0
 
     @torch.no_grad()
     def search(self, z_BD):
-        """(B, D): for each row the nearest embedding in the pool, by inner product; z itself while the pool is
+        """(B, D): for each row the nearest embedding in the queue, by inner product; z itself while the queue is
         empty."""
         if not self.filled:
             return z_BD.detach().float()
-        pool = self.pool_PD[: self.filled]
-        return pool[nearest(z_BD.detach().float().contiguous(), pool)]
+        queue = self.queue_PD[: self.filled]
+        return queue[nearest(z_BD.detach().float().contiguous(), queue)]
 
     @torch.no_grad()
     def push(self, z_BD, valid_B):
         """Append the valid rows of all ranks, in rank order."""
         rows = [len(z_BD)] * comm.world()
         z_BD, valid_B = comm.all_gather_rows(z_BD.detach().float(), rows), comm.all_gather_rows(valid_B, rows)
-        size = len(self.pool_PD)
+        size = len(self.queue_PD)
         new_ND = z_BD[valid_B][-size:]
-        self.pool_PD[(self.head + torch.arange(len(new_ND), device=new_ND.device)) % size] = new_ND
+        self.queue_PD[(self.head + torch.arange(len(new_ND), device=new_ND.device)) % size] = new_ND
         self.head = (self.head + len(new_ND)) % size
         self.filled = min(size, self.filled + len(new_ND))
 
     def state_dict(self):
-        """Tensors that restore the pool."""
-        return {"pool": self.pool_PD, "place": torch.tensor([self.head, self.filled])}
+        """Tensors that restore the queue."""
+        return {"queue": self.queue_PD, "place": torch.tensor([self.head, self.filled])}
 
     def load_state_dict(self, state):
-        self.pool_PD.copy_(state["pool"])
+        self.queue_PD.copy_(state["queue"])
         self.head, self.filled = state["place"].tolist()
 
 
 @torch.library.custom_op("safeclip::nearest", mutates_args=())
-def nearest(query_BD: torch.Tensor, pool_PD: torch.Tensor) -> torch.Tensor:
-    """int64 (B,): row of the pool with the largest inner product. Exact; faiss where it can, torch on a GPU without
+def nearest(query_BD: torch.Tensor, queue_PD: torch.Tensor) -> torch.Tensor:
+    """int64 (B,): row of the queue with the largest inner product. Exact; faiss where it can, torch on a GPU without
     faiss-gpu."""
     if query_BD.device.type == "cpu":
         return torch.from_numpy(
-            faiss.knn(query_BD.numpy(), pool_PD.numpy(), 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0].copy()
+            faiss.knn(query_BD.numpy(), queue_PD.numpy(), 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0].copy()
         )
     if hasattr(faiss, "StandardGpuResources"):
-        return _gpu_nearest(query_BD, pool_PD)
-    return torch.cat([(part @ pool_PD.T).argmax(1) for part in query_BD.split(CHUNK)])
+        return _gpu_nearest(query_BD, queue_PD)
+    return torch.cat([(part @ queue_PD.T).argmax(1) for part in query_BD.split(CHUNK)])
 
 
 @nearest.register_fake
-def _(query_BD, pool_PD):
+def _(query_BD, queue_PD):
     """Shape and device without the work, so that a step can be traced for a GPU that is not there."""
-    torch._check(query_BD.device == pool_PD.device, lambda: f"query on {query_BD.device}, pool on {pool_PD.device}")
+    torch._check(query_BD.device == queue_PD.device, lambda: f"query on {query_BD.device}, queue on {queue_PD.device}")
     return query_BD.new_empty(len(query_BD), dtype=torch.int64)
 
 
-def _gpu_nearest(query_BD, pool_PD, resources={}):
+def _gpu_nearest(query_BD, queue_PD, resources={}):
     import faiss.contrib.torch_utils  # noqa: F401  lets faiss take tensors
 
     device = query_BD.device.index or 0
     if device not in resources:
         resources[device] = faiss.StandardGpuResources()
-    return faiss.knn_gpu(resources[device], query_BD, pool_PD, 1, metric=faiss.METRIC_INNER_PRODUCT, device=device)[1][
+    return faiss.knn_gpu(resources[device], query_BD, queue_PD, 1, metric=faiss.METRIC_INNER_PRODUCT, device=device)[1][
         :, 0
     ]

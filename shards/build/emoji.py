@@ -19,7 +19,7 @@ from shards.errors import UserError
 VENDORS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}
 NAMES = "emojibase-data@17.0.0"
 LEAST = 16  # emoji in a subcategory for it to be a class
-TEST_SHARE = 0.25  # of the emoji of each class: one vendor's drawings of them are test pictures
+TEST_FRACTION = 0.25  # of the emoji of each class: one vendor's drawings of them are test pictures
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 TEMPLATES = ["{c}", "a {c} emoji", "an emoji from the {c} group", "a small picture: {c}", "an icon of the kind {c}"]
 FORMS = (
@@ -75,7 +75,7 @@ def list_pictures(described, names, pictures, seed):
     for number, kind in enumerate(kinds):
         held_out = {
             (int(i), choose(rng, tuple(VENDORS)))
-            for i in rng.permutation(len(members[kind]))[: round(TEST_SHARE * len(members[kind]))]
+            for i in rng.permutation(len(members[kind]))[: round(TEST_FRACTION * len(members[kind]))]
         }
         for i, one in enumerate(members[kind]):
             named = names.get(one["unified"]) or names.get(one["unified"].replace("-FE0F", "")) or {}

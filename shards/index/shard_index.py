@@ -61,19 +61,19 @@ class ShardTable:
 class ShardIndex:
     """Loaded index. shards: list of Shard; counts: int64 (S,); offsets: int64 (S + 1,); samples: int; fingerprint: str.
 
-    repeats: int64 (S,), how often each sample of the shard is seen in an epoch; views: samples of an epoch, repeats
+    repetitions: int64 (S,), how often each sample of the shard is seen in an epoch; views: samples of an epoch, repetitions
     counted. findings: list of scan.Finding, where the index was just built.
     """
 
     findings = ()
 
-    def __init__(self, shards, repeats=None):
+    def __init__(self, shards, repetitions=None):
         self.shards = shards
         self.counts = np.array([shard.samples for shard in shards], np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.counts)])
         self.samples = int(self.offsets[-1])
-        self.repeats = np.ones(len(shards), np.int64) if repeats is None else np.asarray(repeats, np.int64)
-        self.views = int((self.counts * self.repeats).sum())
+        self.repetitions = np.ones(len(shards), np.int64) if repetitions is None else np.asarray(repetitions, np.int64)
+        self.views = int((self.counts * self.repetitions).sum())
         # The bytes say it all, but for the field of a .json that is taken for the caption.
         names = (s.fingerprint + (s.text if s.text.startswith("json:") else "") for s in shards)
         self.fingerprint = hashlib.blake2b("".join(names).encode(), digest_size=16).hexdigest()
@@ -103,9 +103,9 @@ class ShardIndex:
 
     @classmethod
     def merged(cls, sources):
-        """One index of several: `sources` is {name: (folder, repeats)}, in order. Raises UserError where two name the
+        """One index of several: `sources` is {name: (folder, repetitions)}, in order. Raises UserError where two name the
         same shard."""
-        shards, repeats, owner = [], [], {}
+        shards, repetitions, owner = [], [], {}
         for name, (folder, times) in sources.items():
             for shard in cls.load(folder).shards:
                 if shard.path in owner:
@@ -115,8 +115,8 @@ class ShardIndex:
                     )
                 owner[shard.path] = name
                 shards.append(shard)
-                repeats.append(times)
-        return cls(shards, repeats)
+                repetitions.append(times)
+        return cls(shards, repetitions)
 
     def table(self, shard):
         """ShardTable of shard number `shard`; the last few are kept in memory."""

@@ -23,31 +23,35 @@ class EpochPlan:
     seen n times in an epoch stands n times in the permutation.
     """
 
-    def __init__(self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, lap=0, repeats_S=None):
-        """counts_S: samples of the view in each shard; repeats_S: how often each is seen (None: once). `lap`: which
+    def __init__(
+        self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, pass_number=0, repetitions_S=None
+    ):
+        """counts_S: samples of the view in each shard; repetitions_S: how often each is seen (None: once). `pass_number`: which
         pass over the view in this epoch. Raises UserError."""
         if batch_size % streams:
             raise UserError(
                 f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; "
                 "take a divisor of it"
             )
-        name = f"{seed}/{epoch}/{view}/{lap}".encode()
+        name = f"{seed}/{epoch}/{view}/{pass_number}".encode()
         self.key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
         counts_S = np.asarray(counts_S, np.int64)
-        repeats_S = np.ones(len(counts_S), np.int64) if repeats_S is None else np.asarray(repeats_S, np.int64)
-        # P places in the permutation: each shard as often as it is seen; `again` counts the times of one shard from 0.
-        first_S = np.cumsum(repeats_S) - repeats_S
-        shard_P = np.repeat(np.arange(len(counts_S)), repeats_S)
+        repetitions_S = (
+            np.ones(len(counts_S), np.int64) if repetitions_S is None else np.asarray(repetitions_S, np.int64)
+        )
+        # P places in the permutation: each shard as often as it is seen; the repetition counts the times of one shard from 0.
+        first_S = np.cumsum(repetitions_S) - repetitions_S
+        shard_P = np.repeat(np.arange(len(counts_S)), repetitions_S)
         order_P = np.random.Generator(np.random.Philox(self.key)).permutation(len(shard_P))
-        self.shard_P, self.again_P = shard_P[order_P], (order_P - first_S[shard_P[order_P]])
+        self.shard_P, self.repetition_P = shard_P[order_P], (order_P - first_S[shard_P[order_P]])
         self.ends_P = np.cumsum(counts_S[self.shard_P])
         self.batch_size, self.streams, self.window = batch_size, streams, window
-        self.steps = int((counts_S * repeats_S).sum()) // batch_size
+        self.steps = int((counts_S * repetitions_S).sum()) // batch_size
         self.stream_length = self.steps * (batch_size // streams)
 
     def batch(self, step, rank=0, world=1):
-        """(shard_B, nth_B, again_B): int64, this rank's rows of global batch `step`: sample nth_B of the view within
-        shard_B, which is seen for the time again_B (from 0) in this pass.
+        """(shard_B, nth_B, repetition_B): int64, this rank's rows of global batch `step`: sample nth_B of the view within
+        shard_B, which is seen for the time repetition_B (from 0) in this pass.
 
         Raises IndexError for a step outside 0 .. steps - 1, UserError when `world` does not divide the batch.
         """
@@ -63,7 +67,7 @@ class EpochPlan:
         line_B = start_B + permute(at_B, np.minimum(self.window, left_B), self.key, tweak_B)
         place_B = np.searchsorted(self.ends_P, line_B, side="right")
         before_B = np.where(place_B > 0, self.ends_P[place_B - 1], 0)
-        return self.shard_P[place_B], line_B - before_B, self.again_P[place_B]
+        return self.shard_P[place_B], line_B - before_B, self.repetition_P[place_B]
 
     def slot(self, step, slot):
         """(shard, nth, again): ints, row `slot` of global batch `step`; what `batch` gives, for who asks for one.
@@ -74,7 +78,7 @@ class EpochPlan:
         line = start + permute_one(at, min(self.window, left), self.key, tweak)
         place = int(self.ends_P.searchsorted(line, side="right"))
         before = int(self.ends_P[place - 1]) if place else 0
-        return int(self.shard_P[place]), line - before, int(self.again_P[place])
+        return int(self.shard_P[place]), line - before, int(self.repetition_P[place])
 
     def window_of(self, step, slot):
         """Of a slot (an int, or an array of them): its place in its window, the samples of the stream from the window's

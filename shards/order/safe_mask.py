@@ -19,7 +19,18 @@ from shards.storage.files import write_bytes, write_json
 VIEWS = ("all", "safe", "risky")
 PIECE = 4096  # shards
 ONES = np.array([number.bit_count() for number in range(256)], np.uint8)  # bits that are set in a byte
-FIELDS = ("fingerprint", "shards", "epoch", "step", "config", "share", "first_share", "cut", "mixture", "note")
+FIELDS = (
+    "fingerprint",
+    "shards",
+    "epoch",
+    "step",
+    "config",
+    "fraction",
+    "first_fraction",
+    "threshold",
+    "mixture",
+    "note",
+)
 
 
 class SafeMask:
@@ -82,7 +93,7 @@ class SafeMask:
         return tuple(int(ONES[a & ~b].sum()) for a, b in ((self.bits, before.bits), (before.bits, self.bits)))
 
     @property
-    def share(self):
+    def fraction(self):
         """Safe samples / all samples."""
         return float(self.counts("safe").sum() / max(1, self.counts_S.sum()))
 

@@ -1,4 +1,4 @@
-"""The ledger of bad samples: RUN/bad_samples.jsonl, one line for each sample and reason, however often it is met."""
+"""Bad samples: RUN/bad_samples.jsonl, one line for each sample and reason, however often it is met."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 
-class Ledger:
+class BadSamplesFile:
     """Appends {"shard", "position", "key", "reason"} to a file of JSON lines; goes on with what is already there."""
 
     def __init__(self, path):

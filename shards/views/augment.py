@@ -20,7 +20,7 @@ class ImageAugment:
     """Strengths of the picture's augmentation; the defaults are the published ones."""
 
     crop_min: float = 0.08
-    """Least share of the picture's area that a crop keeps; 1 switches cropping off."""
+    """Least fraction of the picture's area that a crop keeps; 1 switches cropping off."""
     flip: float = 0.5
     """Probability of a mirror image."""
     jitter: float = 0.8
@@ -118,7 +118,7 @@ def least_side(size, crop_min=1.0):
 
 
 def random_box(width, height, crop_min, rng):
-    """(left, top, right, bottom) of a random crop: a share of the area from crop_min to 1, sides in a ratio from 3/4 to
+    """(left, top, right, bottom) of a random crop: a fraction of the area from crop_min to 1, sides in a ratio from 3/4 to
     4/3."""
     if crop_min >= 1:
         return 0, 0, width, height

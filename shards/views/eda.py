@@ -37,7 +37,7 @@ class Eda:
 
     def __init__(self, strength: float = 0.1, source: str = "wordnet", clean: bool = True):
         if not 0 <= strength <= 1:
-            raise UserError(f"strength of EDA: {strength}; expected a share of the words, from 0 to 1")
+            raise UserError(f"strength of EDA: {strength}; expected a fraction of the words, from 0 to 1")
         if source not in ("wordnet", "table"):
             raise UserError(f"source of EDA's synonyms: {source!r}; expected wordnet or table")
         self.strength, self.clean = strength, clean

@@ -100,7 +100,7 @@ class TrainBatches(Dataset):
 
     def __getitem__(self, i):
         step = self.steps[i]
-        shard_B, nth_B, again_B = step.plan.batch(step.number, self.rank, self.world)
+        shard_B, nth_B, repetition_B = step.plan.batch(step.number, self.rank, self.world)
         position_B = step.mask.locate(step.view, shard_B, nth_B) if step.mask else nth_B
         kinds, size = self.views.of[step.loss], self.views.size
         least = max(least_side(size, view.crop_min) for view in kinds)
@@ -109,9 +109,9 @@ class TrainBatches(Dataset):
             pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
             views = []
             for number, view in enumerate(kinds, 1):
-                # A lap is another pass over the same samples in the same epoch, and `again` another time in the same
+                # pass_number counts passes over the same samples in the same epoch, and the repetition another time in the same
                 # pass: other views.
-                key = step.lap * 4 + number + (int(again_B[row]) << 32)
+                key = step.pass_number * 4 + number + (int(repetition_B[row]) << 32)
                 rng = sample_rng(self.seed, self.epoch, shard, position, key)
                 pixels, colour = view.picture(pixels_HWC, size, rng)
                 picture = pixels if self.views.on_device else coloured(pixels, colour)

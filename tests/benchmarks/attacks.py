@@ -4,7 +4,7 @@ python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--change a
 
 CONFIG, ATTACK: e.g. configs/quickstart.yaml configs/attack_shapes.yaml, on data that are there (launch/reproduce.sh).
 Adds to tests/benchmarks/attacks.json an object for each attack config, change and seed: the triggers found, and of each
-guard the shares of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the mean,
+guard the fractions of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the mean,
 the least, and the number of seeds on which it is excluded whole.
 """
 
@@ -44,9 +44,11 @@ def excluded(config, attack, seed, changes):
         flags = {guard: ~SafeMask.load(path.parent)[0].flags() for guard, path in masks.items()}
     rows = {kind: poison_rows(overlay, index, kind) for kind in overlay.kinds}
     rows["honest"] = np.flatnonzero(honest_pairs(overlay, index))
-    shares = {guard: {kind: float(flag_N[row].mean()) for kind, row in rows.items()} for guard, flag_N in flags.items()}
+    fractions = {
+        guard: {kind: float(flag_N[row].mean()) for kind, row in rows.items()} for guard, flag_N in flags.items()
+    }
     found = {"attack": Path(attack).stem, "seed": seed, "changes": changes, "triggers": about["triggers"]}
-    return {**found, "excluded": shares}
+    return {**found, "excluded": fractions}
 
 
 def main():
@@ -65,9 +67,11 @@ def main():
     write_json(FILE, [every[key] for key in sorted(every, key=str)])
     for guard, kinds in found[0]["excluded"].items():
         for kind in kinds:
-            shares = [run["excluded"][guard][kind] for run in found]
-            whole = sum(share == 1 for share in shares)
-            print(f"{guard}, {kind}: {np.mean(shares):.1%}, least {min(shares):.1%}, whole on {whole} of {len(shares)}")
+            fractions = [run["excluded"][guard][kind] for run in found]
+            whole = sum(fraction == 1 for fraction in fractions)
+            print(
+                f"{guard}, {kind}: {np.mean(fractions):.1%}, least {min(fractions):.1%}, whole on {whole} of {len(fractions)}"
+            )
 
 
 if __name__ == "__main__":

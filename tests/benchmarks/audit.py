@@ -26,7 +26,7 @@ from pipeline.audit.embeddings import part_path
 from pipeline.audit.pixels import GRID
 from pipeline.audit.score import save_array, write_metadata
 from pipeline.config.schema import Selection
-from pipeline.safety.round import save_split, split_pairs
+from pipeline.safety.round import save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles
 from shards.build.write import write_shards
 from shards.index.shard_index import VERSION, ShardIndex, build_index
@@ -76,8 +76,8 @@ def make_scores(out, index, width, rng):
         write_metadata(out, shard, index.table(shard).keys, captions, hashes)
         here = score_N[index.offsets[shard] : index.offsets[shard + 1]]
         files.write(shard, here, {})
-    split = split_pairs(score_N, index.counts, Selection(least_share=0.0, cap=1.0), 0)
-    save_split(out, split, index, {"epoch": None, "step": "synthetic", "config": None})
+    selected = select_pairs(score_N, index.counts, Selection(least_fraction=0.0, max_fraction=1.0), 0)
+    save_round(out, selected, index, {"epoch": None, "step": "synthetic", "config": None})
     about = {"model": "synthetic", "embeddings": ".", "data": {"index": str(out.parent / "index")}}
     write_json(out / "score.json", {"identity": "synthetic", "complete": True, "pairs": index.samples, **about})
 

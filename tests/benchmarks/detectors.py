@@ -3,7 +3,7 @@
 python -m tests.benchmarks.detectors RUN... --out DIR       RUN: runs of `safeclip train` on poisoned data, e.g. of
 launch/reproduce.sh
 
-Scores every run's data with its own model (`safeclip score --model RUN`), audits them (with the run's splits, if it has
+Scores every run's data with its own model (`safeclip score --model RUN`), audits them (with the run's rounds, if it has
 masks; what is there is used again) and writes DIR/detectors.md: AUROC for each attack (clean pairs above poison),
 precision of the 0.1 % and 1 % of the pairs with the lowest scores (all attacks together), seconds per 100,000 pairs.
 Recorded in tests/benchmarks/detectors.md.

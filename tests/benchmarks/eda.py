@@ -3,8 +3,8 @@ and at what cost.
 
 OMP_NUM_THREADS=1 python -m tests.benchmarks.eda DATA...     folders of `safeclip data`, with index/; prints Markdown
 
-2,000 captions a set, 16 views of each. "Synonyms": share of the words (clean, all occurrences) that may be replaced.
-"Changed": share of the views that differ from the caption in the same form. "Edits": words inserted, deleted or
+2,000 captions a set, 16 views of each. "Synonyms": fraction of the words (clean, all occurrences) that may be replaced.
+"Changed": fraction of the views that differ from the caption in the same form. "Edits": words inserted, deleted or
 substituted at the least, a view. "Variants": different views among a caption's 16. Microseconds a view: the first over
 the captions, when words are looked up, and later.
 """

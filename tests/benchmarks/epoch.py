@@ -5,7 +5,7 @@ python -m tests.benchmarks.epoch [--config configs/cc3m_rn50.yaml] [--pairs 1638
 [--overrides ...]
 
 Trains preset=default for six epochs: unimodal, two slow ones (which are plain CLIP's, at another rate), and three of
-SafeCLIP, each with its split; of each kind the last is taken. Last line: one JSON object. The pictures are no concepts,
+SafeCLIP, each with its selection round; of each kind the last is taken. Last line: one JSON object. The pictures are no concepts,
 so the scores mean nothing; guards are off, for each picture stands in many pairs.
 """
 
@@ -52,14 +52,14 @@ def main():
     words += ["guards.duplicates=null", "guards.trigger_clusters=null"]
     words += ["train.epochs=6", "train.unimodal_epochs=1", "train.low_rate_epochs=2", *args.overrides]
     subprocess.run([sys.executable, "-m", "pipeline.cli", "train", args.config, *words], check=True)
-    steps, splits, _ = epochs(args.dir / "run")
+    steps, rounds, _ = epochs(args.dir / "run")
     figures = {
         "pairs": args.pairs,
         "unimodal_s": round(steps[0], 1),
         "clip_s": round(steps[2], 1),
         "safeclip_s": round(steps[5], 1),
-        "split_s": round(splits[5], 1),
-        "ratio": round((steps[5] + splits[5]) / steps[2], 2),
+        "selection_s": round(rounds[5], 1),
+        "ratio": round((steps[5] + rounds[5]) / steps[2], 2),
     }
     print(json.dumps(figures))
 

@@ -117,9 +117,9 @@ def start(index, views, rounds):
     steps, samples = make_steps(index, 256), Samples(index)
     seconds = {0.0: [], 0.9: []}
     for _ in range(rounds):
-        for share, times in seconds.items():
+        for fraction, times in seconds.items():
             started = time.perf_counter()
-            next(batches(TrainBatches(samples, steps, views, seed=0, epoch=0), int(share * len(steps)), 1))
+            next(batches(TrainBatches(samples, steps, views, seed=0, epoch=0), int(fraction * len(steps)), 1))
             times.append(time.perf_counter() - started)
     at_0, at_90 = (statistics.median(times) for times in seconds.values())
     return {"seconds": [round(at_0, 3), round(at_90, 3)], "ratio": round(at_90 / at_0, 2)}

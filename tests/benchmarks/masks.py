@@ -43,8 +43,8 @@ def main():
     started = time.monotonic()
     mask = broadcast_mask(top_by_shard(Repeated(), counts_S, key, rest * len(counts_S)), counts_S)
     seconds = time.monotonic() - started
-    share = mask.share
-    assert all(found == share for found in comm.gather_objects(mask.share)) and not nothing.bits[:1000].any()
+    fraction = mask.fraction
+    assert all(found == fraction for found in comm.gather_objects(mask.fraction)) and not nothing.bits[:1000].any()
     if comm.is_rank0():
         figures = {
             "pairs": int(counts_S.sum()),
@@ -54,7 +54,7 @@ def main():
             "mask_bytes": int(mask.bits.nbytes),
             "send_s": round(sent, 3),
             "make_and_send_s": round(seconds, 3),
-            "share": round(share, 4),
+            "fraction": round(fraction, 4),
             "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
         print(json.dumps(figures))

@@ -69,7 +69,7 @@ def main():
     figures = {
         "samples": int(counts_S.sum()),
         "shards": args.shards,
-        "safe": round(mask.share, 3),
+        "safe": round(mask.fraction, 3),
         "build_all_s": round(all_s, 3),
         "build_s": round(build_s, 3),
         "rows": rows,

@@ -24,9 +24,9 @@ from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
 from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
 from pipeline.training.run import train_step
-from pipeline.training.support_queue import NeighborPool
+from pipeline.training.support_queue import SupportQueue
 
-POOL = 65_536
+QUEUE = 65_536
 
 
 def timed(function, *args):
@@ -54,8 +54,8 @@ def main():
     towers = Towers(build_model(model), *pixel_stats())
     engine = start_engine(towers, Train(batch_size=args.batch * comm.world(), zero_stage=args.zero), device)
     width, size = open_clip_config(model)["embed_dim"], picture_size(model)
-    pools = {name: NeighborPool(POOL, width, device) for name in ("image", "text")}
-    saver = checkpoint.Saver(args.dir, engine, pools, keep=1)
+    queues = {name: SupportQueue(QUEUE, width, device) for name in ("image", "text")}
+    saver = checkpoint.Saver(args.dir, engine, queues, keep=1)
     batch = SimpleNamespace(
         images=torch.randint(0, 256, (args.batch, 3, size, size), dtype=torch.uint8, device=device),
         tokens=tokenizer_for(model)(["a caption"] * args.batch).to(device),
@@ -63,7 +63,7 @@ def main():
     )
 
     def step():
-        train_step(engine, pools, batch, "clip")
+        train_step(engine, queues, batch, "clip")
 
     def save(number):
         saver.save({"step": number, "epoch": 0, "epoch_step": number})

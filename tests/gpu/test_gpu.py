@@ -50,7 +50,7 @@ def whole_and_cut(folder, precision, stage, augment_on):
         made = on_gpu(folder, name, precision, stage, augment_on)
         if name == "cut":
             cut_off(made, 7)  # in the unimodal epoch
-            cut_off(made, 14, times=2)  # in the first epoch with a split
+            cut_off(made, 14, times=2)  # in the first epoch with a selection round
         running.train(made)
 
 

@@ -94,7 +94,7 @@ def test_two_nodes_start_again_by_themselves_when_a_process_is_killed(folder):
     assert len(ranks) == 2
     os.kill(ranks[0], signal.SIGKILL)
     assert [end(node) for node in nodes] == [0, 0]
-    assert "goes on after step" in (folder / "killed.log").read_text()
+    assert "resumes after step" in (folder / "killed.log").read_text()
     assert weights(folder, "killed") == weights(folder, "whole")
 
 
@@ -109,6 +109,6 @@ def test_a_signal_to_the_script_saves_and_the_same_command_goes_on(folder):
         assert end(script) == 75
         assert not trainers(folder, "stopped")
     said = (folder / "stopped.log").read_text()
-    assert said.count("asked to stop; saved") == 3 and "go on after step 0\n" in said
+    assert said.count("asked to stop; saved") == 3 and "resume after step 0\n" in said
     assert end(launch(folder, "stopped", PROCESSES=2)) == 0
     assert weights(folder, "stopped") == weights(folder, "whole")

@@ -1,4 +1,4 @@
-"""An audit of a run: the history of every pair over its splits, and what the guards excluded."""
+"""An audit of a run: the history of every pair over its rounds, and what the guards excluded."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from pipeline.audit.audit import audit
 from pipeline.audit.data import AuditData
 from pipeline.config.schema import Config, Selection
 from pipeline.guards.duplicates import Duplicates
-from pipeline.safety.round import mask_folder, save_split, split_pairs
+from pipeline.safety.round import mask_folder, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles
 from pipeline.training import run as running
 from shards.build.shapes import shapes
@@ -22,25 +22,27 @@ from tests.audits import make_pairs
 from tests.pipeline.test_resume import config
 from tests.ranks import run_ranks
 
-PAIRS, SPLITS, TORN = 60, 3, 7
+PAIRS, ROUNDS, TORN = 60, 3, 7
 
 
 def make_run(folder, index, cos_N, excluded_N):
-    """A run's folder with SPLITS splits: at each the cosines, and which pairs a guard excludes."""
+    """A run's folder with ROUNDS rounds: at each the cosines, and which pairs a guard excludes."""
     made = Config()
     made.data.index, made.model.name = str(folder.parent / "index"), "RN50"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(made)))
     score_N = np.where(excluded_N, np.nan, cos_N).astype(np.float32)
-    for number in range(SPLITS):
+    for number in range(ROUNDS):
         where = mask_folder(folder, number)
         files = ScoreFiles(where / "scores", index, number)
         for shard in range(len(index.counts)):
             first, stop = index.offsets[shard : shard + 2].tolist()
             files.write(shard, cos_N[first:stop], {TORN: "torn"} if shard == 0 else {})
             files.exclude(shard, dict.fromkeys(np.flatnonzero(excluded_N[first:stop]).tolist(), Duplicates.reason))
-        split = split_pairs(score_N, index.counts, Selection(first_share=0.5), number, excluded=int(excluded_N.sum()))
-        save_split(where, split, index, {"epoch": number, "step": number, "config": "", "score": "cosine"})
+        selected = select_pairs(
+            score_N, index.counts, Selection(first_fraction=0.5), number, excluded=int(excluded_N.sum())
+        )
+        save_round(where, selected, index, {"epoch": number, "step": number, "config": "", "score": "cosine"})
     return folder
 
 
@@ -57,7 +59,7 @@ def column(folder, name):
     return pq.read_table(folder / "findings.parquet")[name].to_numpy()
 
 
-def test_the_history_is_told_over_all_splits(pairs):
+def test_the_history_is_told_over_all_rounds(pairs):
     folder, index, cos_N = pairs
     run = make_run(folder / "run", index, cos_N, np.zeros(PAIRS, bool))
     audit(run, folder / "out", worst=0.05, say=lambda line: None)
@@ -65,7 +67,7 @@ def test_the_history_is_told_over_all_splits(pairs):
     assert "no run whose guards" in found["excluded"]["skipped"]
     assert np.nanargmin(column(folder / "out", "history_score")) == 9
     risky_N = column(folder / "out", "epochs_risky")
-    assert risky_N[9] == risky_N[TORN] == SPLITS and risky_N[np.nanargmax(cos_N)] == 0
+    assert risky_N[9] == risky_N[TORN] == ROUNDS and risky_N[np.nanargmax(cos_N)] == 0
 
 
 def test_what_a_guard_excludes_is_judged_by_its_cosine_besides(pairs):

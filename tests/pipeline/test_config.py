@@ -24,8 +24,12 @@ def file(tmp_path):
 
 def test_yaml_lies_over_the_preset_and_the_command_line_over_both(file):
     path = file(BASE + "preset: default\nselection: {growth: 0.02}\n")
-    config = load_config(path, ["selection.cap=0.7", "train.lr=1e-3"])
-    assert (config.selection.first_share, config.selection.growth, config.selection.cap) == (0.97, 0.02, 0.7)
+    config = load_config(path, ["selection.max_fraction=0.7", "train.lr=1e-3"])
+    assert (config.selection.first_fraction, config.selection.growth, config.selection.max_fraction) == (
+        0.97,
+        0.02,
+        0.7,
+    )
     assert config.train.lr == 1e-3
 
 
@@ -50,7 +54,7 @@ def test_the_configs_of_large_sets_leave_a_preset_whole(name):
         ("train.epochs=0", "train.epochs"),
         ("train.precision=fp8", "train.precision"),
         ("train.zero_stage=4", "train.zero_stage"),
-        ("selection.first_share=1.5", "selection.first_share"),
+        ("selection.first_fraction=1.5", "selection.first_fraction"),
         ("selection.refill=1", "selection.refill"),
         ("preset=best", "preset"),
         ("train=3", "train"),

@@ -21,7 +21,7 @@ def config(**selection):
 
 
 def test_stages_follow_the_method():
-    stages = [(e.stage, e.split) for e in curriculum(config().train, 1, 30)]
+    stages = [(e.stage, e.round) for e in curriculum(config().train, 1, 30)]
     assert stages == [("unimodal", None)] * 2 + [("low_rate", None)] + [
         ("safeclip", 0),
         ("safeclip", 1),
@@ -29,17 +29,17 @@ def test_stages_follow_the_method():
     ]
 
 
-def test_a_mask_holds_until_the_next_split_and_the_share_grows_by_the_epoch():
+def test_a_mask_holds_until_the_next_round_and_the_fraction_grows_by_the_epoch():
     train = Train(epochs=7, unimodal_epochs=1, low_rate_epochs=1)
-    found = [(e.split, e.mask_of) for e in curriculum(train, 2, 30)]
+    found = [(e.round, e.mask_of) for e in curriculum(train, 2, 30)]
     assert found == [(None, None), (None, None), (0, 2), (None, 2), (2, 4), (None, 4), (4, 6)]
 
 
 def test_without_a_number_each_mask_holds_twice_as_long():
     epochs = curriculum(Train(epochs=17, unimodal_epochs=0, low_rate_epochs=1), None, 30)
-    assert [e.number for e in epochs if e.split is not None] == [1, 3, 7]
+    assert [e.number for e in epochs if e.round is not None] == [1, 3, 7]
     assert [(e.mask_of, e.before) for e in epochs[1:6]] == [(1, None), (1, None), (3, 1), (3, 1), (3, 1)]
-    assert [e.split for e in epochs if e.split is not None] == [0, 2, 6]
+    assert [e.round for e in epochs if e.round is not None] == [0, 2, 6]
 
 
 @given(
@@ -68,7 +68,7 @@ def test_the_first_epoch_begins_with_all_pairs_and_the_run_has_as_many_steps_as_
     first = steps_before_selection(chosen.train, total)
     assert {step.view for step in sum(steps, [])[first:]} == {"safe"}
     if first:
-        assert stages[0].stage == "clip" and stages[1].split == 0
+        assert stages[0].stage == "clip" and stages[1].round == 0
         assert [(s.view, s.number) for s in steps[0]] == [("all", number) for number in range(first)]
     if before is None and first < total - 1:
         rates = [
@@ -77,9 +77,9 @@ def test_the_first_epoch_begins_with_all_pairs_and_the_run_has_as_many_steps_as_
         assert rates == rates[::-1] and max(rates) <= 1 and 15.9 <= sum(rates) <= 19
 
 
-def test_plain_clip_is_the_same_program_without_warm_up_and_split():
+def test_plain_clip_is_the_same_program_without_warm_up_and_selection():
     train = Train(method="clip", epochs=3, unimodal_epochs=0, low_rate_epochs=0)
-    assert [(e.stage, e.split) for e in curriculum(train, 1, 30)] == [("clip", None)] * 3
+    assert [(e.stage, e.round) for e in curriculum(train, 1, 30)] == [("clip", None)] * 3
 
 
 def test_roclip_matches_in_every_second_epoch_and_cleanclip_has_one_loss():
@@ -116,9 +116,11 @@ def test_every_epoch_has_at_most_the_views_of_one_over_all_pairs(safe, refill, r
     assert risky_steps == ((120 - safe) // 4 if risky == "unimodal" else 0)
     assert safe_steps == (30 - risky_steps if refill else safe // 4)
     assert {(s.loss, s.view) for s in steps} <= {("clip", "safe"), ("unimodal", "risky")}
-    # Risky pairs first; each batch once per lap, in order.
+    # Risky pairs first; each batch once per pass, in order.
     assert kinds == ["unimodal"] * risky_steps + ["clip"] * safe_steps
-    assert [(s.lap, s.number) for s in steps if s.loss == "clip"] == [divmod(i, safe // 4) for i in range(safe_steps)]
+    assert [(s.pass_number, s.number) for s in steps if s.loss == "clip"] == [
+        divmod(i, safe // 4) for i in range(safe_steps)
+    ]
     assert [s.number for s in steps if s.loss == "unimodal"] == list(range(risky_steps))
 
 
@@ -128,15 +130,17 @@ def test_a_low_rate_epoch_fills_up_with_the_pairs_of_its_mask_alone(unmarked, ri
     mask, chosen = SafeMask.from_flags(COUNTS, flags), config(refill=refill, risky=risky)
     steps = epoch_steps(curriculum(chosen.train, 1, 30)[2], COUNTS, mask, chosen)
     assert {(s.loss, s.view) for s in steps} == {("clip", "safe")} and len(steps) == 30
-    assert [(s.lap, s.number) for s in steps] == [divmod(i, unmarked // 4) for i in range(30)]
+    assert [(s.pass_number, s.number) for s in steps] == [divmod(i, unmarked // 4) for i in range(30)]
 
 
-def test_laps_have_another_order():
+def test_passes_have_another_order():
     flags = np.ones(120, bool)
     flags[::2] = False
     chosen = config(refill=True, risky="skip")
     steps = epoch_steps(curriculum(chosen.train, 1, 30)[3], COUNTS, SafeMask.from_flags(COUNTS, flags), chosen)
-    first, second = ([tuple(s.plan.batch(s.number)[1]) for s in steps if s.lap == lap] for lap in (0, 1))
+    first, second = (
+        [tuple(s.plan.batch(s.number)[1]) for s in steps if s.pass_number == pass_number] for pass_number in (0, 1)
+    )
     assert sorted(sum(first, ())) == sorted(sum(second, ())) and first != second
 
 

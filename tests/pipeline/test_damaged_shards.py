@@ -18,11 +18,11 @@ def test_a_filtered_copy_of_a_damaged_shard_is_sound(tmp_path):
     path.write_bytes(data[: walk[-4].offset + 10])  # and cut in the last sample
     index = build_index([str(path)], tmp_path / "index", report=tmp_path / "report.jsonl")
     cos = cosines(index.samples)
-    split = save_mask(tmp_path / "mask", index, cos, share=0.5)
+    selected = save_mask(tmp_path / "mask", index, cos, fraction=0.5)
     for keep in ("safe", "risky"):
         apply_mask(tmp_path / "mask", [str(path)], tmp_path / keep, keep)
         copied = build_index([str(tmp_path / keep / "00000.tar")], tmp_path / f"{keep}_index")  # no damage any more
-        flags = split.mask.flags() if keep == "safe" else ~split.mask.flags()
+        flags = selected.mask.flags() if keep == "safe" else ~selected.mask.flags()
         expected = [key for key, flag in zip(index.table(0).keys, flags) if flag]
         assert copied.table(0).keys == expected
         for _, key, members in samples([tmp_path / keep / "00000.tar"]):

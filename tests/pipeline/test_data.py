@@ -10,7 +10,7 @@ import pytest
 from pipeline.cli.main import own_words
 from pipeline.config.data import describe, open_index, open_samples
 from pipeline.config.schema import Data, Selection
-from pipeline.safety.round import save_split, split_pairs
+from pipeline.safety.round import save_round, select_pairs
 from shards.errors import Unreachable, UserError
 from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import SavedMask
@@ -31,7 +31,7 @@ def test_sources_are_one_index(folders):
     a, b, paths = folders
     data = Data(sources={"cc": {"index": a, "weight": 1}, "own": {"index": b, "weight": 3}})
     index = open_index(data)
-    assert [shard.path for shard in index.shards] == paths and index.repeats.tolist() == [1, 1, 3]
+    assert [shard.path for shard in index.shards] == paths and index.repetitions.tolist() == [1, 1, 3]
     assert (index.samples, index.views, index.offsets.tolist()) == (13, 19, [0, 4, 10, 13])
     assert describe(index) == "13 pairs in 3 shards (19 an epoch by the sources' weights)"
     samples = open_samples(data, index)
@@ -48,9 +48,9 @@ def test_a_mask_of_several_places_has_a_name_for_each_shard(folders, tmp_path):
     urls = ["s3://bucket/set/a.tar", "https://host/set/a.tar?token=x", "pipe:aws s3 cp 's3://other/a.tar' -"]
     for shard, url in zip(index.shards, urls):
         object.__setattr__(shard, "path", url)
-    save_split(
+    save_round(
         tmp_path / "mask",
-        split_pairs(cosines(13), index.counts, Selection(first_share=0.5), 0),
+        select_pairs(cosines(13), index.counts, Selection(first_fraction=0.5), 0),
         index,
         {"epoch": 0, "step": 0, "config": ""},
     )

@@ -117,10 +117,10 @@ def test_copies_of_one_picture_are_no_patch(tmp_path):
 
 
 @given(st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), min_size=1, max_size=50), st.floats(0.01, 0.9))
-def test_lowest_flags_the_lowest(scores, share):
+def test_lowest_flags_the_lowest(scores, fraction):
     score_N = np.array(scores)
-    flags_N = lowest(score_N, share)
-    assert flags_N.sum() == min(np.ceil(share * len(scores)), (score_N < 1).sum())
+    flags_N = lowest(score_N, fraction)
+    assert flags_N.sum() == min(np.ceil(fraction * len(scores)), (score_N < 1).sum())
     if flags_N.any():
         assert not (score_N[~flags_N] < score_N[flags_N].max()).any()
 

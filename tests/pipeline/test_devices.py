@@ -9,10 +9,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from pipeline.distributed import comm
 from pipeline.training.losses import clip_loss, unimodal_loss
 from pipeline.training.model import Towers, build_model, picture_size, pixel_stats
-from pipeline.training.support_queue import NeighborPool
+from pipeline.training.support_queue import SupportQueue
 
 
-def fake_step(name, kind, device="cuda", images_device="cuda", pool_device="cuda", rows=4):
+def fake_step(name, kind, device="cuda", images_device="cuda", queue_device="cuda", rows=4):
     """One forward of a named model up to the loss, or to the cosines."""
     model = {"name": name}
     with torch.device(device):
@@ -28,10 +28,10 @@ def fake_step(name, kind, device="cuda", images_device="cuda", pool_device="cuda
     if kind == "clip":
         loss = clip_loss(image1, text1, image2, text2, scale, valid)
     else:
-        pools = [NeighborPool(64, image_BD.shape[1], pool_device) for _ in range(2)]
-        for pool in pools:
-            pool.filled = 64
-        loss = unimodal_loss(image2, text2, pools[0].search(image1), pools[1].search(text1), scale, valid)
+        queues = [SupportQueue(64, image_BD.shape[1], queue_device) for _ in range(2)]
+        for queue in queues:
+            queue.filled = 64
+        loss = unimodal_loss(image2, text2, queues[0].search(image1), queues[1].search(text1), scale, valid)
     return loss  # no backward: torch's autograd asks the driver for the device
 
 
@@ -42,7 +42,7 @@ def test_a_whole_step_stays_on_the_gpu(name, kind):
         assert fake_step(name, kind).device.type == "cuda"
 
 
-@pytest.mark.parametrize("left_behind", [{"images_device": "cpu"}, {"pool_device": "cpu"}])
+@pytest.mark.parametrize("left_behind", [{"images_device": "cpu"}, {"queue_device": "cpu"}])
 def test_a_tensor_left_on_the_cpu_raises(left_behind):
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError):
         fake_step("ViT-B-32", "unimodal", **left_behind)
@@ -62,8 +62,8 @@ def test_the_steps_collectives_at_64_ranks(ranks_64):
     loss = clip_loss(*z, scale, valid) + unimodal_loss(z[0], z[1], z[2].detach(), z[3].detach(), scale, valid)
     loss.backward()
     assert loss.shape == () and all(x.grad.shape == (rows, dim) for x in z)
-    pool = NeighborPool(300, dim, "cpu")
-    pool.push(z[0], valid)
-    assert pool.search(z[0]).shape == (rows, dim)
+    queue = SupportQueue(300, dim, "cpu")
+    queue.push(z[0], valid)
+    assert queue.search(z[0]).shape == (rows, dim)
     assert comm.all_gather_rows(torch.zeros(5), [5] * 64).shape == (320,)
     assert comm.all_gather_rows(torch.zeros(5), [5] * 63 + [2]).shape == (317,)

@@ -1,4 +1,4 @@
-"""The figures of a split mean what they say."""
+"""The figures of a selection round mean what they say."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from pipeline.config.schema import Selection
 from pipeline.distributed import comm
 from pipeline.safety.diagnosis import LEAST_PAIRS, change, out_of_range, separation
 from pipeline.safety.mixture import Mixture, fit_mixture, histogram
-from pipeline.safety.round import load_split, save_split, split_pairs
+from pipeline.safety.round import load_round, save_round, select_pairs
 from shards.index.shard_index import build_index
 from shards.order.safe_mask import SafeMask
 from tests.pipeline.test_mixture import draw
@@ -32,7 +32,7 @@ def test_the_overlap_of_two_equal_components_is_the_error_of_telling_them_apart(
     assert found["overlap"] == pytest.approx(0.1587, abs=1e-4) and found["ashman_d"] == pytest.approx(2)
 
 
-def test_what_moved_since_the_last_split():
+def test_what_moved_since_the_last_round():
     before, now = np.full(100, 0.1), np.full(100, 0.3)
     masks = [SafeMask.from_flags([60, 40], np.arange(100) < count) for count in (50, 70)]
     masks[1].bits[0] = 0  # the first 8 go out
@@ -46,16 +46,18 @@ def index(make_shards, tmp_path, monkeypatch):
     return build_index([str(path) for path in make_shards([60, 0, 40])], tmp_path / "index")
 
 
-def test_a_split_tells_how_it_came_about_and_is_the_same_when_loaded(index, tmp_path):
+def test_a_round_tells_how_it_came_about_and_is_the_same_when_loaded(index, tmp_path):
     cos_N = draw(0, 0.3, (0.1, 0.4), (0.05, 0.05), 100)
-    first = split_pairs(cos_N, index.counts, Selection(), 0)
-    save_split(tmp_path / "first", first, index, {"epoch": 2, "step": 0})
-    second = split_pairs(cos_N + np.float32(0.1), index.counts, Selection(), 1, first.first_share, tmp_path / "first")
-    save_split(tmp_path / "second", second, index, {"epoch": 3, "step": 9})
+    first = select_pairs(cos_N, index.counts, Selection(), 0)
+    save_round(tmp_path / "first", first, index, {"epoch": 2, "step": 0})
+    second = select_pairs(
+        cos_N + np.float32(0.1), index.counts, Selection(), 1, first.first_fraction, tmp_path / "first"
+    )
+    save_round(tmp_path / "second", second, index, {"epoch": 3, "step": 9})
     assert second.diagnosis["shift"] == pytest.approx(0.1, abs=1e-3)
     assert (second.diagnosis["flips_in"], second.diagnosis["flips_out"]) == (1, 0)
-    assert first.diagnosis["share_by_posterior"] == first.share and not first.note
-    again = load_split(tmp_path / "second", index)
+    assert first.diagnosis["fraction_by_posterior"] == first.fraction and not first.note
+    again = load_round(tmp_path / "second", index)
     assert again.summary() == second.summary() and np.array_equal(again.mask.bits, second.mask.bits)
     assert "1 in, 0 out" in second.line()
 
@@ -63,10 +65,14 @@ def test_a_split_tells_how_it_came_about_and_is_the_same_when_loaded(index, tmp_
 @pytest.mark.parametrize("scores", [draw(0, 0.0, (0, 0.2), (1, 0.05), 100), np.full(100, 0.2, np.float32)])
 def test_a_fit_that_is_no_mixture_of_two_does_not_decide(index, scores):
     fixed = {"mixture": "converged", "rank_by": "score"}
-    split = split_pairs(scores, index.counts, Selection(least_share=0.07, **fixed), 0)
-    assert split.share == 0.07 and "no cut by the mixture" in split.note and "first share is 7.0%" in split.note
-    assert split.diagnosis["share_by_posterior"] is None
-    assert split_pairs(scores, index.counts, Selection(growth=0.1, **fixed), 2, 0.07).share == pytest.approx(0.27)
+    selected = select_pairs(scores, index.counts, Selection(least_fraction=0.07, **fixed), 0)
+    assert (
+        selected.fraction == 0.07
+        and "no threshold by the mixture" in selected.note
+        and "first fraction is 7.0%" in selected.note
+    )
+    assert selected.diagnosis["fraction_by_posterior"] is None
+    assert select_pairs(scores, index.counts, Selection(growth=0.1, **fixed), 2, 0.07).fraction == pytest.approx(0.27)
 
 
 def test_too_few_pairs_to_be_protected_are_told():

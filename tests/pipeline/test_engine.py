@@ -12,7 +12,7 @@ from pipeline.training import engine as engines
 from pipeline.training.losses import clip_loss
 from pipeline.training.model import MAX_LOG_SCALE, Towers, build_model, pixel_stats
 from pipeline.training.run import train_step
-from pipeline.training.support_queue import NeighborPool
+from pipeline.training.support_queue import SupportQueue
 from shards.storage.files import write_bytes
 from shards.views.loader import Batch
 from tests.ranks import run_ranks
@@ -68,11 +68,11 @@ def train(stages, precision="fp32", config=VIT):
             # error.
             settings = Train(batch_size=ROWS, lr=1e-2, eps=1e-2, zero_stage=stage, precision=precision)
             engine = engines.start_engine(towers(config), settings, comm.device())
-            pools = {name: NeighborPool(12, 16, comm.device()) for name in ("image", "text")}
+            queues = {name: SupportQueue(12, 16, comm.device()) for name in ("image", "text")}
             losses = []
             for step in range(STEPS):
                 batch = own_rows(global_batch(kind, config["vision_cfg"]["image_size"], step))
-                losses.append(comm.mean(train_step(engine, pools, batch, "clip" if kind == "crossed" else kind)[0]))
+                losses.append(comm.mean(train_step(engine, queues, batch, "clip" if kind == "crossed" else kind)[0]))
             results[stage, kind] = losses, engines.consolidated_state(engine)
     return results
 

@@ -106,7 +106,7 @@ def test_the_oracle_leaves_out_the_poison_and_nothing_else(scored, tmp_path, cap
     # A part of what is clean: so many, none of them poisoned, others by another seed.
     parts = []
     for seed in (0, 1):
-        run(capsys, *words, "--share", 0.25, "--seed", seed, "--out", tmp_path / f"part{seed}")
+        run(capsys, *words, "--fraction", 0.25, "--seed", seed, "--out", tmp_path / f"part{seed}")
         parts.append(SavedMask(tmp_path / f"part{seed}").mask.flags())
         assert parts[-1].sum() == 15 and not parts[-1][[3, 20, 59]].any()
     assert (parts[0] != parts[1]).any()
@@ -125,8 +125,8 @@ def test_what_cannot_be_filtered_is_refused(scored, tmp_path, capsys):
         filter_pairs(scored / "scores", "cosine", 0.9999, tmp_path / "empty")
     index = ShardIndex.load(about["data"]["index"])
     write_json(tmp_path / "attack/manifest.json", manifest(index, [(0, 3)]))
-    with pytest.raises(UserError, match="--share 1e-09: keeps none of the 60 pairs"):
-        keep_unpoisoned(tmp_path / "attack", index, tmp_path / "empty", share=1e-9)
+    with pytest.raises(UserError, match="--fraction 1e-09: keeps none of the 60 pairs"):
+        keep_unpoisoned(tmp_path / "attack", index, tmp_path / "empty", fraction=1e-9)
     assert not (tmp_path / "empty").exists()
-    with pytest.raises(UserError, match="--share: got 0"):
-        keep_unpoisoned(tmp_path, None, tmp_path / "out", share=0)
+    with pytest.raises(UserError, match="--fraction: got 0"):
+        keep_unpoisoned(tmp_path, None, tmp_path / "out", fraction=0)

@@ -43,9 +43,12 @@ def test_show_says_what_a_mask_is(here, capsys):
         assert part in text, text
     code, text, _ = run(capsys, "mask", "show", "masks/one", "--json")
     meta, shown = json.loads(Path("masks/one/mask.json").read_text()), json.loads(text)
-    assert all(shown[key] == meta[key] for key in ("epoch", "step", "fingerprint", "share", "cut", "mixture", "config"))
+    assert all(
+        shown[key] == meta[key]
+        for key in ("epoch", "step", "fingerprint", "fraction", "threshold", "mixture", "config")
+    )
     assert shown["pairs"] == 40 and shown["safe"] == 20 and shown["bad_pairs"] == {"no caption": 1, "no picture": 1}
-    assert 0 <= shown["least_safe_shard"]["share"] <= shown["share"] <= shown["most_safe_shard"]["share"] <= 1
+    assert 0 <= shown["least_safe_shard"]["fraction"] <= shown["fraction"] <= shown["most_safe_shard"]["fraction"] <= 1
 
 
 # export
@@ -61,9 +64,9 @@ def test_parquet_and_csv_hold_every_pair(here, capsys):
     assert [f"{s}" for s in table["shard"].unique().to_pylist()] == [NAMES[0], NAMES[2], NAMES[3]]
     assert table["position"].to_pylist() == [*range(20), *range(7), *range(13)]
     assert table["cosine"].null_count == table["posterior"].null_count == 2
-    cut = saved.meta["cut"]
+    threshold = saved.meta["threshold"]
     assert all(
-        safe == (cos is not None and cos >= cut)
+        safe == (cos is not None and cos >= threshold)
         for safe, cos in zip(*(table[c].to_pylist() for c in ("safe", "cosine")))
     )
     assert json.loads(table.schema.metadata[b"safeclip_mask"])["fingerprint"] == saved.meta["fingerprint"]
@@ -75,7 +78,7 @@ def test_parquet_and_csv_hold_every_pair(here, capsys):
     assert [np.float32(r["cosine"]) if r["cosine"] else None for r in rows] == table["cosine"].to_pylist()
 
 
-def test_cleanlab_columns_rank_as_the_cut_does(here, capsys):
+def test_cleanlab_columns_rank_as_the_threshold_does(here, capsys):
     assert run(capsys, "mask", "export", "masks/one", "--format", "cleanlab", "--out", "m.parquet")[0] == 0
     table = pq.read_table("m.parquet")
     issue, score = (np.array(table[c].to_pylist()) for c in ("is_poison_issue", "poison_score"))
@@ -113,7 +116,7 @@ def test_datacomp_takes_keys_that_are_uids_and_never_a_uid_that_is_risky_too(tmp
     cos = np.array(
         [0.9, 0.8, 0.7, 0.1, 0.85, 0.2, 0.6], np.float32
     )  # safe: uids 0, 1, 2 in shard 0; 1, and 5, in shard 1
-    save_mask(tmp_path / "mask", index, cos, share=5 / 7)
+    save_mask(tmp_path / "mask", index, cos, fraction=5 / 7)
     assert SavedMask(tmp_path / "mask").mask.flags().tolist() == [True, True, True, False, True, False, True]
     out = tmp_path / "subset.npy"
     assert run(capsys, "mask", "export", tmp_path / "mask", "--format", "datacomp", "--out", out)[0] == 0
@@ -146,7 +149,7 @@ def test_hostile_keys_survive_csv_and_key_list(tmp_path_factory, keys):
     index = SimpleNamespace(counts=np.array([len(keys)]), offsets=np.array([0, len(keys)]), fingerprint="f")
     index.shards = [SimpleNamespace(path="/=data/=1+1.tar", size=0, fingerprint="f")]
     index.table = lambda shard: SimpleNamespace(keys=keys)
-    save_mask(folder, index, np.ones(len(keys), np.float32), share=1.0)
+    save_mask(folder, index, np.ones(len(keys), np.float32), fraction=1.0)
     for form in ("csv", "keys"):
         cli.main(["mask", "export", str(folder), "--format", form, "--out", str(folder / form)])
     rows = list(csv.reader(io.StringIO((folder / "csv").read_bytes().decode(), newline="")))[1:]
@@ -194,16 +197,16 @@ scores = arrays(
 
 @settings(max_examples=40)
 @given(scores, st.floats(0, 1), st.floats(0, 1))
-def test_any_split_is_rebuilt_bit_for_bit_and_any_other_bit_is_noticed(tmp_path_factory, cos_N, share, other):
+def test_any_mask_is_rebuilt_bit_for_bit_and_any_other_bit_is_noticed(tmp_path_factory, cos_N, fraction, other):
     from pipeline.audit.mask_commands import replay, what_if
 
     folder = tmp_path_factory.mktemp("replay")
     index = SimpleNamespace(counts=np.array([13, 0, 27]), offsets=np.array([0, 13, 13, 40]), fingerprint="f")
     index.shards = [SimpleNamespace(path=f"/d/{n}.tar", size=0, fingerprint=str(n)) for n in range(3)]
     index.table = lambda shard: SimpleNamespace(keys=[f"k{i}" for i in range(index.counts[shard])])
-    save_mask(folder / "a", index, cos_N, share)
+    save_mask(folder / "a", index, cos_N, fraction)
     assert replay(folder / "a")[0]
-    what_if(folder / "a", folder / "b", share=other)
+    what_if(folder / "a", folder / "b", fraction=other)
     assert replay(folder / "b")[0]
     assert SavedMask(folder / "b").mask.flags().sum() == min(round(other * 40), (~np.isnan(cos_N)).sum())
     flags = SavedMask(folder / "a").mask.flags()
@@ -218,15 +221,17 @@ def test_replay_as_a_command(here, capsys):
     assert code == 0 and "bit for bit" in text
     code, text, _ = run(capsys, "mask", "replay", "masks/one", "--posterior", "0.5", "--out", "what")
     saved, other = SavedMask("masks/one"), SavedMask("what")
-    from pipeline.safety.mixture import Mixture, upper_cut
+    from pipeline.safety.mixture import Mixture, posterior_threshold
 
-    cut = upper_cut(Mixture.from_dict(saved.meta["mixture"]), 0.5)
+    threshold = posterior_threshold(Mixture.from_dict(saved.meta["mixture"]), 0.5)
     cos = np.concatenate([saved.table(s)["cosine"].to_numpy() for s in range(4)])
-    assert code == 0 and np.array_equal(other.mask.flags(), cos >= cut) and other.meta["config"] is None
+    assert code == 0 and np.array_equal(other.mask.flags(), cos >= threshold) and other.meta["config"] is None
     assert run(capsys, "mask", "replay", "what")[0] == 0
-    assert "holds a mask already" in refused(capsys, "mask", "replay", "masks/one", "--share", "0.1", "--out", "what")
-    assert "--out" in refused(capsys, "mask", "replay", "masks/one", "--share", "0.1")
-    assert "0 to 1" in refused(capsys, "mask", "replay", "masks/one", "--share", "60", "--out", "x")
+    assert "holds a mask already" in refused(
+        capsys, "mask", "replay", "masks/one", "--fraction", "0.1", "--out", "what"
+    )
+    assert "--out" in refused(capsys, "mask", "replay", "masks/one", "--fraction", "0.1")
+    assert "0 to 1" in refused(capsys, "mask", "replay", "masks/one", "--fraction", "60", "--out", "x")
     meta, flags = saved.meta, saved.mask.flags()
     flags[[flags.argmax(), flags.argmin()]] ^= True
     SafeMask.from_flags(saved.mask.counts_S, flags).save("masks/one", meta)

@@ -46,11 +46,11 @@ def config(folder, preset, name, filtered=True):
     made.data.workers, made.data.streams, made.data.window, made.data.eda_synonyms = 0, 4, 64, "table"
     made.model.config = json.loads(json.dumps(MODEL))
     train = made.train
-    train.epochs, train.batch_size, train.warmup_steps, train.pool, train.lr = 4, 24, 2, 64, 1e-3
+    train.epochs, train.batch_size, train.warmup_steps, train.support_queue, train.lr = 4, 24, 2, 64, 1e-3
     made.run.keep = 9
     if train.method == "safeclip":
         train.unimodal_epochs, train.low_rate_lr, made.selection.batch_size = 1, 1e-5, 32
-        made.selection.first_share = 0.3 if preset == "paper_fixed" else None
+        made.selection.first_fraction = 0.3 if preset == "paper_fixed" else None
     if filtered and train.method in ("clip", "cleanclip"):
         made.data.mask = str(folder / "mask")
     if train.method == "cleanclip":

@@ -1,4 +1,4 @@
-"""One mixture, one cut: what converged EM on the raw scores gives, the same bits at any world size, monotone."""
+"""One mixture, one threshold: what converged EM on the raw scores gives, the same bits at any world size, monotone."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
-from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, upper_cut
+from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, histogram, posterior_threshold
 
 
 def draw(seed, weight, means, stds, count=5_000):
@@ -63,7 +63,7 @@ def test_the_wider_upper_component_does_not_call_the_lowest_scores_safe():
     """METHOD trap 1: N(.10, .05) and N(.30, .15): the posterior at -0.30 is 1, and yet it is no safe score."""
     mixture = Mixture((0.1, 0.3), (0.05, 0.15), (0.5, 0.5), 0.0)
     assert mixture.posterior(-0.30) > 0.999
-    assert 0.2 < upper_cut(mixture) < 0.3
+    assert 0.2 < posterior_threshold(mixture) < 0.3
 
 
 @given(
@@ -74,16 +74,18 @@ def test_the_wider_upper_component_does_not_call_the_lowest_scores_safe():
     st.floats(0.05, 0.95),
     st.floats(0.5, 0.99),
 )
-def test_the_cut_is_where_the_posterior_reaches_its_value(mean, apart, std0, std1, weight, posterior):
+def test_the_threshold_is_where_the_posterior_reaches_its_value(mean, apart, std0, std1, weight, posterior):
     mixture = Mixture((mean, mean + apart), (std0, std1), (weight, 1 - weight), 0.0)
     try:
-        cut = upper_cut(mixture, posterior)
+        threshold = posterior_threshold(mixture, posterior)
     except DegenerateFit:
         return
-    assume(abs(cut) < 20)
-    assert mixture.posterior(cut) == pytest.approx(posterior, abs=1e-4)
+    assume(abs(threshold) < 20)
+    assert mixture.posterior(threshold) == pytest.approx(posterior, abs=1e-4)
     step = 1e-3 * min(std0, std1)
-    assert mixture.posterior(cut + step) >= mixture.posterior(cut - step)  # crossed upwards: above it is safer
+    assert mixture.posterior(threshold + step) >= mixture.posterior(
+        threshold - step
+    )  # crossed upwards: above it is safer
 
 
 @pytest.mark.parametrize("scores", [[], [0.1] * 50, [0.1] * 50 + [0.2] * 50, [np.nan] * 9])
@@ -109,10 +111,10 @@ def converged_em(x, theta):
     while moved > 1e-7:
         weight, mean, variance = theta.T[:, :, None]
         p = weight * np.exp(-0.5 * (x - mean) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
-        share = p / p.sum(0)
-        total = share.sum(1)
-        mean = (share @ x) / total
-        variance = (share @ x**2) / total - mean**2
+        fraction = p / p.sum(0)
+        total = fraction.sum(1)
+        mean = (fraction @ x) / total
+        variance = (fraction @ x**2) / total - mean**2
         before, theta = theta, np.stack([total / len(x), mean, variance], 1)
         moved = np.abs(theta - before).max()
     return np.log(p.sum(0)).mean(), theta

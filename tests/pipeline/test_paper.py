@@ -15,15 +15,15 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Train
 from pipeline.distributed import comm
 from pipeline.safety.mixture import Mixture, fit_sklearn
-from pipeline.safety.round import split_pairs
-from pipeline.safety.selection import grown, select_top
+from pipeline.safety.round import select_pairs
+from pipeline.safety.selection import scheduled_fraction, select_top
 from pipeline.training import engine as engines
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, steps_of_loss
 from pipeline.training.losses import clip_loss, unimodal_loss
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.run import train_step
 from pipeline.training.start import make_views
-from pipeline.training.support_queue import NeighborPool
+from pipeline.training.support_queue import SupportQueue
 from shards.index.shard_index import build_index
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
@@ -61,9 +61,14 @@ def test_the_preset_has_the_released_settings(paper):
     assert (train.epochs, train.unimodal_epochs, train.low_rate_epochs, train.clip_views) == (32, 5, 1, 2)
     assert (train.lr, train.low_rate_lr, train.warmup_steps, train.schedule) == (5e-4, 5e-6, 10_000, "per_loss")
     assert (train.weight_decay, train.betas, train.eps, train.clip) == (0.1, (0.9, 0.999), 1e-8, 0.0)
-    assert (train.batch_size, train.precision, train.pool) == (128, "fp32", 256)
-    assert (selection.posterior, selection.first_share, selection.least_share) == (0.9, None, 0.0)
-    assert (selection.growth, selection.cap, selection.risky, selection.refill) == (0.01, 0.85, "unimodal", False)
+    assert (train.batch_size, train.precision, train.support_queue) == (128, "fp32", 256)
+    assert (selection.posterior, selection.first_fraction, selection.least_fraction) == (0.9, None, 0.0)
+    assert (selection.growth, selection.max_fraction, selection.risky, selection.refill) == (
+        0.01,
+        0.85,
+        "unimodal",
+        False,
+    )
     assert (selection.mixture, selection.rank_by, selection.scored_view) == ("sklearn", "posterior", "augmented")
 
 
@@ -118,9 +123,9 @@ def step_of(kind):
     images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
     tokens = torch.randint(1, 49000, (12, 16))
     stored = F.normalize(torch.randn(8, 16), dim=1)
-    pools = {name: NeighborPool(8, 16, "cpu") for name in ("image", "text")}
-    for pool in pools.values():
-        pool.push(stored, torch.ones(8, dtype=torch.bool))
+    queues = {name: SupportQueue(8, 16, "cpu") for name in ("image", "text")}
+    for queue in queues.values():
+        queue.push(stored, torch.ones(8, dtype=torch.bool))
     with torch.no_grad():
         image, text, scale = (x.double().numpy() for x in towers(images, tokens))
     (i1, i2), (t1, t2), scale, bank = np.split(image, 2), np.split(text, 2), scale.item(), stored.double().numpy()
@@ -131,9 +136,9 @@ def step_of(kind):
         wanted = (directed(i2, near_i, scale)[0] + directed(t2, near_t, scale)[0]) / 2
     engine = engines.start_engine(towers, Train(batch_size=6, zero_stage=0), comm.device())
     batch = Batch(images, tokens, torch.ones(6, dtype=torch.bool), torch.arange(6), [])
-    loss, _, finite = train_step(engine, pools, batch, kind)
+    loss, _, finite = train_step(engine, queues, batch, kind)
     assert finite
-    return float(loss), wanted, pools["image"].pool_PD[:6].numpy(), i1 if kind == "unimodal" else bank[:6]
+    return float(loss), wanted, queues["image"].queue_PD[:6].numpy(), i1 if kind == "unimodal" else bank[:6]
 
 
 @pytest.mark.parametrize("kind", ["clip", "unimodal"])
@@ -189,9 +194,9 @@ def test_an_epoch_goes_over_the_risky_pairs_first_then_over_the_safe_ones(paper)
 
 def test_the_fractions_of_26_rounds(paper):
     chosen = paper().selection
-    found = [grown(0.7, number, chosen) for number in range(26)]
+    found = [scheduled_fraction(0.7, number, chosen) for number in range(26)]
     assert found == pytest.approx([0.7 + 0.01 * n for n in range(15)] + [0.85] * 11)
-    assert grown(0.95, 0, chosen) == 0.95 and grown(0.95, 1, chosen) == 0.85
+    assert scheduled_fraction(0.95, 0, chosen) == 0.95 and scheduled_fraction(0.95, 1, chosen) == 0.85
 
 
 def scores_of_two(seed=0):
@@ -205,19 +210,19 @@ def test_the_first_safe_set_is_that_of_sklearns_posterior(paper):
     score_N = scores_of_two()
     mixture = GaussianMixture(2, random_state=0).fit(score_N.astype(np.float64)[:, None])
     posterior_N = mixture.predict_proba(score_N.astype(np.float64)[:, None])[:, mixture.means_[:, 0].argmax()]
-    made = split_pairs(score_N, [1500, 2500], paper().selection, 0)
+    made = select_pairs(score_N, [1500, 2500], paper().selection, 0)
     assert np.array_equal(made.mask.flags(), posterior_N >= 0.9)
     # The recipe's fault: the lowest scores of all are among them.
-    assert made.mask.flags()[score_N.argmin()] and made.cut == score_N.min()
-    fixed = split_pairs(score_N, [1500, 2500], paper("preset=paper_fixed").selection, 0)
-    assert not fixed.mask.flags()[score_N < 0.2].any() and fixed.cut == score_N[fixed.mask.flags()].min()
+    assert made.mask.flags()[score_N.argmin()] and made.threshold == score_N.min()
+    fixed = select_pairs(score_N, [1500, 2500], paper("preset=paper_fixed").selection, 0)
+    assert not fixed.mask.flags()[score_N < 0.2].any() and fixed.threshold == score_N[fixed.mask.flags()].min()
 
 
 def test_later_safe_sets_are_the_highest_posteriors(paper):
     score_N = scores_of_two(1)
     mixture = GaussianMixture(2, random_state=0).fit(score_N.astype(np.float64)[:, None])
     posterior_N = mixture.predict_proba(score_N.astype(np.float64)[:, None])[:, mixture.means_[:, 0].argmax()]
-    made = split_pairs(score_N, [4000], paper().selection, 3, first_share=0.3)
+    made = select_pairs(score_N, [4000], paper().selection, 3, first_fraction=0.3)
     wanted = np.zeros(4000, bool)
     wanted[np.argsort(-posterior_N, kind="stable")[: round(0.33 * 4000)]] = True
     assert np.array_equal(made.mask.flags(), wanted)

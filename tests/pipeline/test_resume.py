@@ -21,7 +21,7 @@ from shards.errors import RunFailed, UserError
 from tests.pipeline.test_run import MODEL
 from tests.ranks import run_ranks
 
-STEPS = 40  # 4 epochs of 10: unimodal, low_rate, two with a split before them
+STEPS = 40  # 4 epochs of 10: unimodal, low_rate, two with a selection round before them
 signals.AGREE_EVERY = 4  # so that a signal is answered in mid-epoch
 
 
@@ -38,15 +38,15 @@ def config(folder, name, **changes):
     made.data.workers, made.data.streams, made.data.window = 0, 4, 64
     made.model.config = json.loads(json.dumps(MODEL))
     train = made.train
-    train.epochs, train.unimodal_epochs, train.low_rate_epochs, train.batch_size, train.warmup_steps, train.pool = (
-        4,
-        1,
-        1,
-        24,
-        5,
-        64,
-    )
-    made.selection.first_share, made.selection.growth, made.selection.batch_size = 0.4, 0.1, 32
+    (
+        train.epochs,
+        train.unimodal_epochs,
+        train.low_rate_epochs,
+        train.batch_size,
+        train.warmup_steps,
+        train.support_queue,
+    ) = (4, 1, 1, 24, 5, 64)
+    made.selection.first_fraction, made.selection.growth, made.selection.batch_size = 0.4, 0.1, 32
     made.guards = {"duplicates": {"max_pairs": 2}, "trigger_clusters": {"least": 3}}
     made.train.clip_views, made.selection.rank_by, made.selection.scored_view = 1, "score", "plain"
     for key, value in changes.items():
@@ -95,7 +95,7 @@ def whole_and_cut(folder, stages):
             made = config(folder, f"{name}{stage}", train__zero_stage=stage)
             if name == "cut":
                 cut_off(made, 7)  # in the unimodal epoch: stops after step 8
-                cut_off(made, 14, times=2)  # in the first epoch with a split, after step 24 of the run
+                cut_off(made, 14, times=2)  # in the first epoch with a selection round, after step 24 of the run
             running.train(made)
 
 
@@ -152,11 +152,13 @@ def continue_on(folder, stages):
 
 def start_on_two(folder, stages):
     for stage in stages:
-        cut_off(five_epochs(folder, f"two{stage}", stage), 22)  # in the first epoch with a split, after its step 4
+        cut_off(
+            five_epochs(folder, f"two{stage}", stage), 22
+        )  # in the first epoch with a selection round, after its step 4
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(data):
-    """Saved by 2 ranks in mid-epoch, it goes on with 1, 2 and 4: the same masks, and losses within 1e-4."""
+    """Saved by 2 ranks in mid-epoch, it continues with 1, 2 and 4: the same masks, and losses within 1e-4."""
     stages = (0, 1, 2, 3)
     run_ranks(start_on_two, 2, data, stages)
     for world in (2, 1, 4):

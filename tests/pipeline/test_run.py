@@ -74,9 +74,9 @@ def world(tmp_path_factory):
             "steps_before_selection": 0,
             "batch_size": 24,
             "warmup_steps": 5,
-            "pool": 64,
+            "support_queue": 64,
         },
-        "selection": {"batch_size": 32, "first_share": 0.4, "growth": 0.1, "risky": "unimodal", "refill": False},
+        "selection": {"batch_size": 32, "first_fraction": 0.4, "growth": 0.1, "risky": "unimodal", "refill": False},
         "wandb": {"mode": "offline"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -91,12 +91,16 @@ def lines(run):
 def test_a_run_leaves_what_it_promises(world):
     run, metrics = world / "whole", lines(world / "whole")
     assert [m["stage"] for m in metrics if "eval" in m] == ["unimodal", "low_rate", "safeclip", "safeclip"]
-    shares = [round(m["share"], 2) for m in metrics if m["stage"] == "split"]
-    assert shares == [0.39, 0.49]  # of all pairs, six of which a guard excludes
+    fractions = [round(m["fraction"], 2) for m in metrics if m["stage"] == "selection"]
+    assert fractions == [0.39, 0.49]  # of all pairs, six of which a guard excludes
     assert all({"step", "epoch", "stage"} <= m.keys() for m in metrics)
     mask, meta = SafeMask.load(run / "masks" / "epoch_002")
-    assert meta["diagnosis"]["canaries"]["count"] == len(np.load(run / "masks/epoch_002/canaries.npy")) == 120
-    assert meta["mixture"] and meta["share"] == mask.share == 94 / 240 and meta["step"] == 20
+    assert (
+        meta["diagnosis"]["negative_controls"]["count"]
+        == len(np.load(run / "masks/epoch_002/negative_controls.npy"))
+        == 120
+    )
+    assert meta["mixture"] and meta["fraction"] == mask.fraction == 94 / 240 and meta["step"] == 20
     excluded, about = SafeMask.load(run / "masks/guards/duplicates")
     assert excluded.counts("risky").sum() == meta["diagnosis"]["excluded"] == 6  # two targets, each in three pairs
     assert about["settings"] == {"max_pairs": 2} and not (mask.bits & ~excluded.bits).any()
@@ -110,7 +114,7 @@ def test_the_mask_is_the_top_of_the_saved_scores(world):
     folder = world / "whole" / "masks" / "epoch_003"
     mask, meta = SafeMask.load(folder)
     score, safe = load_scores(folder, [240]), mask.flags()
-    assert score[safe].min() == pytest.approx(meta["cut"]) and np.nanmax(score[~safe]) <= score[safe].min()
+    assert score[safe].min() == pytest.approx(meta["threshold"]) and np.nanmax(score[~safe]) <= score[safe].min()
 
 
 def test_a_mask_is_rebuilt_without_its_run(world, tmp_path):
@@ -140,24 +144,24 @@ def test_a_run_cut_off_after_an_epoch_ends_as_if_it_never_was(world):
     assert len({path.name.rsplit("-", 1)[1] for path in (run / "wandb").glob("offline-run-*")}) == 1  # one W&B run
 
 
-def test_a_split_does_not_depend_on_the_world_size(world, make_shards):
+def test_a_round_does_not_depend_on_the_world_size(world, make_shards):
     """Shards of uneven sizes, scored with one model by 1, 2, 4 and 8 processes: the same cosines, mixture and mask, bit
     for bit."""
     build_index([str(path) for path in make_shards([50, 0, 7, 33, 90])], world / "uneven" / "index")
     from tests.ranks import run_ranks
 
-    results = [run_ranks(scored_split, world_size, str(world)) for world_size in (1, 2, 4, 8)]
+    results = [run_ranks(scored_round, world_size, str(world)) for world_size in (1, 2, 4, 8)]
     ((cos1, mixture1, safe1),) = results[0]
     for cos, mixture, safe in sum(results[1:], []):
         np.testing.assert_array_equal(cos, cos1)
         assert mixture == mixture1 and np.array_equal(safe, safe1)
 
 
-def scored_split(folder):
+def scored_round(folder):
     import torch
 
     from pipeline.evaluation.run import load_run
-    from pipeline.safety.round import split_pairs
+    from pipeline.safety.round import select_pairs
     from pipeline.safety.scoring import score_all_pairs
     from pipeline.training.start import make_views
 
@@ -165,8 +169,8 @@ def scored_split(folder):
     config, _, towers = load_run("whole")
     index = ShardIndex.load("uneven/index")
     cos, bad = score_all_pairs(towers, Samples(index), make_views(config), 32, torch.device("cpu"))
-    split = split_pairs(cos, index.counts, config.selection, 0)
-    return cos, split.mixture, split.mask.flags()
+    selected = select_pairs(cos, index.counts, config.selection, 0)
+    return cos, selected.mixture, selected.mask.flags()
 
 
 def test_evaluate_and_export(world):
@@ -178,10 +182,10 @@ def test_evaluate_and_export(world):
     assert 0 <= result["clean_top1"] <= result["clean_top5"] <= 1
     # Duplicates are trained on in no epoch but the low-rate one; the other triggers are in too few pictures for a
     # cluster.
-    trained = {kind: attack["share_trained_on"] for kind, attack in result["attacks"].items()}
-    assert trained.pop("single_target") == 0 and all(0 <= share <= 1 for share in trained.values())
+    trained = {kind: attack["fraction_trained_on"] for kind, attack in result["attacks"].items()}
+    assert trained.pop("single_target") == 0 and all(0 <= fraction <= 1 for fraction in trained.values())
     for attack in result["attacks"].values():
-        assert attack["took"] is None and len(attack["share_in_safe_set"]) == len(attack["auroc"]) == 2
+        assert attack["took"] is None and len(attack["fraction_in_safe_set"]) == len(attack["auroc"]) == 2
         assert all(0 <= attack[rate] <= 1 for rate in ("success", "base", "true_class"))
     overrides = ("preset=clip", "data.overlay=null", "train.epochs=1", "evaluation.every=0")
     safeclip("train", "config.yaml", "run.dir=innocent", *overrides, cwd=world)
@@ -261,7 +265,7 @@ def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
     members = [m for m in members if m[0] not in ("07.txt", "09.png")]
     build_index([str(write_tar(tmp_path / "bad.tar", members))], tmp_path / "index")
     words = [f"run.dir={tmp_path}/run", f"data.index={tmp_path}/index", "data.overlay=", "train.batch_size=4"]
-    words += ["evaluation.test=", "selection.first_share=0.5"]
+    words += ["evaluation.test=", "selection.first_fraction=0.5"]
     words += ["wandb.mode=disabled", "data.max_bad_fraction=0.3"]
     done = safeclip("train", "config.yaml", *words, processes=2, cwd=world)
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]

@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pipeline.config.schema import Selection
-from pipeline.safety.selection import count_at_least, grown, kth_largest, score_of, select_top, top_by_shard
+from pipeline.safety.selection import (
+    count_at_least,
+    scheduled_fraction,
+    kth_largest,
+    score_of,
+    select_top,
+    top_by_shard,
+)
 
 scores = arrays(
     np.float32,
@@ -26,7 +33,7 @@ def test_the_highest_with_ties_to_the_first_rows(scores_N, k):
 
 
 @given(scores, st.integers(0, 250))
-def test_it_is_one_cut(scores_N, k):
+def test_it_is_one_threshold(scores_N, k):
     chosen = select_top(scores_N, k)
     left = scores_N[~chosen & ~np.isnan(scores_N)]
     if chosen.any() and len(left):
@@ -34,14 +41,14 @@ def test_it_is_one_cut(scores_N, k):
 
 
 @given(scores, st.floats(-1, 1))
-def test_the_count_above_a_cut_selects_just_those(scores_N, cut):
-    assert np.array_equal(select_top(scores_N, count_at_least(scores_N, cut)), scores_N >= cut)
+def test_the_count_above_a_threshold_selects_just_those(scores_N, threshold):
+    assert np.array_equal(select_top(scores_N, count_at_least(scores_N, threshold)), scores_N >= threshold)
 
 
-def test_the_safe_share_grows_to_the_cap():
-    chosen = Selection(growth=0.2, cap=0.7)
-    assert [round(grown(0.4, number, chosen), 3) for number in range(4)] == [0.4, 0.6, 0.7, 0.7]
-    assert grown(0.95, 0, chosen) == 0.95 and grown(0.95, 1, chosen) == 0.7
+def test_the_safe_fraction_grows_to_its_maximum():
+    chosen = Selection(growth=0.2, max_fraction=0.7)
+    assert [round(scheduled_fraction(0.4, number, chosen), 3) for number in range(4)] == [0.4, 0.6, 0.7, 0.7]
+    assert scheduled_fraction(0.95, 0, chosen) == 0.95 and scheduled_fraction(0.95, 1, chosen) == 0.7
 
 
 @given(scores, st.integers(0, 250), st.lists(st.integers(0, 60), max_size=6))
@@ -55,7 +62,7 @@ def test_shard_by_shard_it_is_the_same_selection(scores_N, k, counts):
 
 
 @given(scores, st.integers(0, 250))
-def test_the_cut_is_the_lowest_score_that_is_selected(scores_N, k):
+def test_the_threshold_is_the_lowest_score_that_is_selected(scores_N, k):
     key, rest = kth_largest(scores_N, k)
     chosen = select_top(scores_N, k)
     assert bool(rest) == chosen.any()

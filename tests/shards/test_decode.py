@@ -94,13 +94,13 @@ def test_the_first_frame_of_an_animation(form):
 @pytest.mark.parametrize(
     "form, options", [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("GIF", {})]
 )
-@given(share=st.floats(0, 0.9))
-def test_a_truncated_picture_is_bad(form, options, share):
+@given(fraction=st.floats(0, 0.9))
+def test_a_truncated_picture_is_bad(form, options, fraction):
     data = encoded(
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)), form, **options
     )
     with pytest.raises(BadSample):
-        decoded(data[: int(share * len(data))])
+        decoded(data[: int(fraction * len(data))])
 
 
 def test_a_progressive_jpeg_is_read():

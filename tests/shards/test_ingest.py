@@ -1,4 +1,4 @@
-"""Lists and folders become shards; a bad row is named and costs nobody else; what was cut off goes on."""
+"""Lists and folders become shards; a bad row is named and costs nobody else; what was interrupted resumes."""
 
 import json
 import os

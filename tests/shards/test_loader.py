@@ -38,19 +38,21 @@ def test_starting_at_a_batch_reads_that_batch_and_later_ones_only(samples, start
     assert len(read) == 2 * len(expected)  # a picture and a caption of each
 
 
-def epoch_of(samples, repeats, rank=0, world=1):
-    """{(row, again): picture} of one rank's rows in an epoch."""
-    plan = EpochPlan(samples.index.counts, seed=0, epoch=0, view="all", batch_size=8, streams=4, repeats_S=repeats)
+def epoch_of(samples, repetitions, rank=0, world=1):
+    """{(row, repetition): picture} of one rank's rows in an epoch."""
+    plan = EpochPlan(
+        samples.index.counts, seed=0, epoch=0, view="all", batch_size=8, streams=4, repetitions_S=repetitions
+    )
     steps = [Step("clip", "all", plan, number) for number in range(plan.steps)]
     data = TrainBatches(
         samples, steps, Views(16, tokenize, {"clip": (View(ImageAugment()),)}), seed=0, epoch=0, rank=rank, world=world
     )
     seen = {}
     for number in range(len(data)):
-        batch, again_B = data[number], plan.batch(number, rank, world)[2]
-        for row, again, image in zip(batch.rows.tolist(), again_B.tolist(), batch.images.numpy()):
-            assert (row, again) not in seen
-            seen[row, again] = image
+        batch, repetition_B = data[number], plan.batch(number, rank, world)[2]
+        for row, repetition, image in zip(batch.rows.tolist(), repetition_B.tolist(), batch.images.numpy()):
+            assert (row, repetition) not in seen
+            seen[row, repetition] = image
     return seen
 
 

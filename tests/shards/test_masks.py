@@ -1,4 +1,4 @@
-"""SafeMask and the ledger: what is saved is what is loaded, or it is refused."""
+"""SafeMask and bad_samples.jsonl: what is saved is what is loaded, or it is refused."""
 
 import json
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.order.safe_mask import SafeMask
-from shards.samples.bad_samples import Ledger
+from shards.samples.bad_samples import BadSamplesFile
 
 counts = st.lists(st.integers(0, 40), min_size=1, max_size=8)
 
@@ -33,9 +33,11 @@ def test_flags_survive_packing_and_views_are_counted(counts_S, seed):
 def test_save_and_load(tmp_path_factory, counts_S, seed):
     folder = tmp_path_factory.mktemp("mask")
     mask = SafeMask.from_flags(counts_S, np.random.default_rng(seed).random(sum(counts_S)) < 0.3)
-    mask.save(folder, {"fingerprint": "f", "cut": 0.25})
+    mask.save(folder, {"fingerprint": "f", "threshold": 0.25})
     loaded, meta = SafeMask.load(folder, "f")
-    assert np.array_equal(loaded.flags(), mask.flags()) and meta["cut"] == 0.25 and loaded.share == mask.share
+    assert (
+        np.array_equal(loaded.flags(), mask.flags()) and meta["threshold"] == 0.25 and loaded.fraction == mask.fraction
+    )
 
 
 @pytest.fixture
@@ -65,16 +67,16 @@ def test_damage_is_refused(saved, damage):
         SafeMask.load(saved)
 
 
-def test_the_ledger_has_each_sample_and_reason_once_even_after_a_death(tmp_path):
+def test_the_file_has_each_sample_and_reason_once_even_after_a_death(tmp_path):
     path = tmp_path / "bad_samples.jsonl"
-    ledger = Ledger(path)
-    ledger.add(0, 3, "k", "no caption")
-    ledger.add(0, 3, "k", "no caption")
+    bad_samples = BadSamplesFile(path)
+    bad_samples.add(0, 3, "k", "no caption")
+    bad_samples.add(0, 3, "k", "no caption")
     with open(path, "a") as file:
         file.write('{"shard": 0, "posi')  # a death in mid-line
-    ledger = Ledger(path)
-    ledger.add(0, 3, "k", "no caption")
-    ledger.add(1, 0, "l", "no picture")
+    bad_samples = BadSamplesFile(path)
+    bad_samples.add(0, 3, "k", "no caption")
+    bad_samples.add(1, 0, "l", "no picture")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(r["shard"], r["position"], r["key"]) for r in rows] == [(0, 3, "k"), (1, 0, "l")]
-    assert ledger.reasons() == {"no caption": 1, "no picture": 1}
+    assert bad_samples.reasons() == {"no caption": 1, "no picture": 1}

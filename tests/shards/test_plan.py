@@ -32,8 +32,8 @@ def test_each_sample_once_but_for_the_last_partial_batch(counts_S, seed, streams
 
 @given(counts, st.integers(0, 1000), st.sampled_from([1, 3, 8]), st.sampled_from([1, 7, 32, 5000, 1 << 20]), st.data())
 def test_one_slot_is_as_in_its_batch(counts_S, seed, streams, window, data):
-    repeats_S = data.draw(st.lists(st.integers(1, 3), min_size=len(counts_S), max_size=len(counts_S)))
-    p = plan(counts_S, seed=seed, streams=streams, window=window, repeats_S=repeats_S)
+    repetitions_S = data.draw(st.lists(st.integers(1, 3), min_size=len(counts_S), max_size=len(counts_S)))
+    p = plan(counts_S, seed=seed, streams=streams, window=window, repetitions_S=repetitions_S)
     for step in range(p.steps):
         assert [p.slot(step, slot) for slot in range(24)] == list(zip(*(part.tolist() for part in p.batch(step))))
     with pytest.raises(IndexError):
@@ -71,12 +71,12 @@ def test_a_global_batch_holds_the_same_samples_at_any_world_size(counts_S, epoch
 def test_a_weight_is_how_often_each_sample_is_seen(counts_S, seed, data, streams):
     """Each sample exactly `weight` times an epoch, each time under a number of its own, and the same batches at any
     world size."""
-    repeats_S = data.draw(st.lists(st.integers(1, 4), min_size=len(counts_S), max_size=len(counts_S)))
-    total = int(np.dot(counts_S, repeats_S))
+    repetitions_S = data.draw(st.lists(st.integers(1, 4), min_size=len(counts_S), max_size=len(counts_S)))
+    total = int(np.dot(counts_S, repetitions_S))
     batch = data.draw(st.sampled_from([b for b in (4, 8, 12) if total % b == 0] or [4]))
-    p = plan(counts_S, batch, seed=seed, streams=streams, repeats_S=repeats_S)
+    p = plan(counts_S, batch, seed=seed, streams=streams, repetitions_S=repetitions_S)
     rows = [row for step in range(p.steps) for row in zip(*(a.tolist() for a in p.batch(step)))]
-    every = {(s, n, k) for s, count in enumerate(counts_S) for n in range(count) for k in range(repeats_S[s])}
+    every = {(s, n, k) for s, count in enumerate(counts_S) for n in range(count) for k in range(repetitions_S[s])}
     assert len(rows) == len(set(rows)) == total // batch * batch and set(rows) <= every
     for step in range(0, p.steps, 3):
         for world in (2, 4):
@@ -85,12 +85,12 @@ def test_a_weight_is_how_often_each_sample_is_seen(counts_S, seed, data, streams
 
 
 def test_weights_of_one_change_nothing():
-    assert all_rows(plan([50, 300, 10], repeats_S=[1, 1, 1])) == all_rows(plan([50, 300, 10]))
+    assert all_rows(plan([50, 300, 10], repetitions_S=[1, 1, 1])) == all_rows(plan([50, 300, 10]))
 
 
 @given(counts, st.integers(0, 50), st.sampled_from([1, 2, 3]), st.sampled_from([1, 7, 32, 5000]), st.integers(1, 3))
 def test_a_slot_is_a_row_of_its_batch(counts_S, seed, streams, window, times):
-    p = plan(counts_S, seed=seed, streams=streams, window=window, repeats_S=[times] * len(counts_S))
+    p = plan(counts_S, seed=seed, streams=streams, window=window, repetitions_S=[times] * len(counts_S))
     for step in range(p.steps):
         assert [p.slot(step, slot) for slot in range(24)] == list(zip(*(a.tolist() for a in p.batch(step))))
     for step, slot in ((p.steps, 0), (0, 24), (-1, 0), (0, -1)):
@@ -122,9 +122,9 @@ def test_a_step_needs_no_step_before_it():
 
 
 @given(st.integers(2, 60))
-def test_another_order_in_each_epoch_lap_and_seed(seed):
+def test_another_order_in_each_epoch_pass_and_seed(seed):
     base = all_rows(plan([500, 100], seed=seed))
-    for changed in ({"epoch": 1}, {"lap": 1}, {"seed": seed + 1}, {"view": "safe"}):
+    for changed in ({"epoch": 1}, {"pass_number": 1}, {"seed": seed + 1}, {"view": "safe"}):
         other = all_rows(plan([500, 100], **{"seed": seed, **changed}))
         assert other != base and len(other) == len(base)
 

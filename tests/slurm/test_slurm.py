@@ -145,7 +145,7 @@ def test_a_job_that_nears_its_time_limit_saves_and_goes_back_into_the_queue(whol
     state, code, restarts = job.end()
     assert (state, code) == ("COMPLETED", 0) and restarts >= 1
     said = job.said()
-    assert "asked to stop; saved" in said and "goes on after step" in said
+    assert "asked to stop; saved" in said and "resumes after step" in said
     assert f"slurm.sbatch: job {job.number} was asked to stop (code 75) and goes back into the queue" in said
     assert whole.end() == ("COMPLETED", 0, 0)
     assert job.weights() == whole.weights()
@@ -159,7 +159,7 @@ def test_a_job_that_is_preempted_saves_makes_way_and_goes_on(whole):
     assert urgent.end() == ("COMPLETED", 0, 0)
     assert job.end() == ("COMPLETED", 0, 1)
     said = job.said()
-    assert "asked to stop; saved" in said and "goes back into the queue" in said and "goes on after step" in said
+    assert "asked to stop; saved" in said and "goes back into the queue" in said and "resumes after step" in said
     assert job.weights() == whole.weights()
 
 
@@ -172,7 +172,7 @@ def test_a_requeued_job_goes_on_and_so_does_one_that_lost_a_process(whole):
     assert job.end() == ("FAILED", 128 + signal.SIGKILL, 1)  # by itself it is put back only when it was asked to stop
     job.slurm("scontrol", "requeue", job.number)
     assert job.end() == ("COMPLETED", 0, 2)
-    assert job.said().count("goes on after step") == 2
+    assert job.said().count("resumes after step") == 2
     assert whole.end() == ("COMPLETED", 0, 0)
     assert job.weights() == whole.weights()
 

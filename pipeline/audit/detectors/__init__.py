@@ -29,7 +29,7 @@ class Group:
     text: str
     rows: np.ndarray
     badness: float  # groups are shown in the order of this, highest first
-    box: tuple | None = None  # (left, top, right, bottom) of the pictures, in shares, where a patch lies
+    box: tuple | None = None  # (left, top, right, bottom) of the pictures, in fractions, where a patch lies
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Detector(ABC):
 
     @abstractmethod
     def find(self, data, worst):
-        """Finding for an AuditData; `worst`: the share of the pairs that a detector without a threshold of its own
+        """Finding for an AuditData; `worst`: the fraction of the pairs that a detector without a threshold of its own
         flags."""
 
 
@@ -67,7 +67,7 @@ LACKS = {
     "cells": "no picture hashes: `safeclip score` makes them where it reads the pictures itself",
     "hash_N": "no picture hashes: `safeclip score` makes them where it reads the pictures itself",
     "captions": "no captions: the shards are not where they were",
-    "splits": "no run: scores alone have no history",
+    "rounds": "no run: scores alone have no history",
     "excluded": "no run whose guards excluded pairs (config key guards)",
 }
 
@@ -78,10 +78,10 @@ def lacking(kind, data):
     return LACKS[name] if name else None
 
 
-def lowest(score_N, share):
-    """bool (N,): the `share` of the pairs with the lowest scores, of those below 1; ties are broken by the row."""
+def lowest(score_N, fraction):
+    """bool (N,): the `fraction` of the pairs with the lowest scores, of those below 1; ties are broken by the row."""
     judged = np.flatnonzero(score_N < 1)  # NaN is not
-    count = min(len(judged), int(np.ceil(share * len(score_N))))
+    count = min(len(judged), int(np.ceil(fraction * len(score_N))))
     flags_N = np.zeros(len(score_N), bool)
     flags_N[judged[np.argsort(score_N[judged], kind="stable")[:count]]] = True
     return flags_N

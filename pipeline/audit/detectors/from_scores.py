@@ -1,4 +1,4 @@
-"""What the score files say: mismatched pairs, their history over a run's splits, excluded and unreadable pairs."""
+"""What the score files say: mismatched pairs, their history over a run's rounds, excluded and unreadable pairs."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from pipeline.guards import REGISTRY as GUARDS
 class Mismatch(Detector):
     name = "mismatch"
     title = "picture and caption do not match"
-    text = "The lowest cosines between a picture and its own caption, below the cut of the mixture."
+    text = "The lowest cosines between a picture and its own caption, below the threshold of the mixture."
     source = "Yang, Gao, Mirzasoleiman, ICML 2024"
     family = "cosine"
 
@@ -18,26 +18,26 @@ class Mismatch(Detector):
         """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a
         posterior below 0.1."""
         score_N = np.clip((data.score_N - data.low) / (data.high - data.low), 0, 1)
-        cut = data.cut_at(0.1)
+        threshold = data.threshold_at(0.1)
         issue_N = lowest(score_N, worst)
-        return Finding(score_N, issue_N if cut is None else issue_N & (data.score_N < cut))
+        return Finding(score_N, issue_N if threshold is None else issue_N & (data.score_N < threshold))
 
 
 @detector
 class History(Detector):
     name = "history"
     title = "never fitted during the run"
-    text = "Pairs whose score stood low among all others at every split, also where it rose later."
+    text = "Pairs whose score stood low among all others at every round, also where it rose later."
     source = "as Dataset Cartography, Swayamdipta et al., EMNLP 2020"
-    needs = ("splits",)
+    needs = ("rounds",)
     family = "cosine"
 
     def find(self, data, worst):
-        """The score is the mean over the splits of the share of pairs with a lower cosine. more: epochs_risky,
+        """The score is the mean over the rounds of the fraction of pairs with a lower cosine. more: epochs_risky,
         flips."""
         total_N, seen_N = np.zeros(data.N, np.float32), np.zeros(data.N, np.int32)
         risky_N, flips_N, before_N = np.zeros(data.N, np.int32), np.zeros(data.N, np.int32), None
-        for saved in data.splits:
+        for saved in data.rounds:
             cos_N = np.concatenate([saved.table(s, ("cosine",))["cosine"].to_numpy() for s in range(len(saved.shards))])
             there = np.flatnonzero(~np.isnan(cos_N))
             total_N[there[np.argsort(cos_N[there], kind="stable")]] += np.arange(len(there), dtype=np.float32) / data.N

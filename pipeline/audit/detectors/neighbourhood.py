@@ -66,7 +66,7 @@ def neighbourhoods(data):
 
 
 class Neighbourhood(Detector):
-    """An outlier factor in 0..inf, higher = worse; the score is the share of pictures with a higher one."""
+    """An outlier factor in 0..inf, higher = worse; the score is the fraction of pictures with a higher one."""
 
     needs = ("images",)
     family = "neighbourhood"

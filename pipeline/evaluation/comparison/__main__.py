@@ -2,7 +2,7 @@
 
     launch/reproduce.sh --sets photos --attacks a --defences none paper oracle --seeds 0 1 2
 
-A call that is interrupted goes on where it was cut off when it is given again. Exit codes: 0 done, 1 something failed,
+A call that is interrupted resumes where it was interrupted when it is given again. Exit codes: 0 done, 1 something failed,
 2 a mistake of yours, 75 asked to stop.
 """
 
@@ -49,7 +49,7 @@ def main(words=None):
     for name, why in failed.items():
         print(f"not done: {name}: {why}", file=sys.stderr)
     if stopped:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         return EXIT_CODE
     return 1 if failed else 0
 

@@ -60,7 +60,7 @@ DEFENCES = {
         "CleanCLIP: fine-tuning on a clean tenth (Bansal et al. 2023)",
         ("preset=cleanclip", "train.epochs=2"),
         lr=1 / 50,
-        mask=("oracle", "--share", "0.1"),
+        mask=("oracle", "--fraction", "0.1"),
         starts_from_none=True,
     ),
     "paper": Defence("SafeCLIP, the released recipe (Yang et al. 2024)", ("preset=paper",), control=True),

@@ -105,7 +105,7 @@ class Plan:
             needs, source = [self.scoring(cell.none)], [self.scores(cell.none)]
         else:
             source = [cell.overlay, "--index", cell.config.data.index]
-            source += ["--seed", cell.seed] if "--share" in rule.mask else []
+            source += ["--seed", cell.seed] if "--fraction" in rule.mask else []
         words = [*SAFECLIP, "mask", rule.mask[0], *source, *rule.mask[1:], "--out", folder]
         task = self.add(folder, f"{cell.label}: mask", words, marker=folder.with_suffix(".finished"), needs=needs)
         task.prepare = lambda: shutil.rmtree(folder, ignore_errors=True)

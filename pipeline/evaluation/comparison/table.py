@@ -188,6 +188,6 @@ def with_interval(values):
     return f"{values.mean():.1f} ± {half:.1f}"
 
 
-def percent(share):
+def percent(fraction):
     """ "12.3", "?" of None."""
-    return "?" if share is None else f"{100 * share:.1f}"
+    return "?" if fraction is None else f"{100 * fraction:.1f}"

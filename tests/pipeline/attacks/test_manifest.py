@@ -152,7 +152,7 @@ def test_an_attack_has_the_same_poison_whatever_number_of_settings_of_its_look_c
     assert other.trigger("badnets") != poisoned[1].overlay.trigger("badnets")
 
 
-def test_a_rate_is_a_share_of_all_pairs_and_classes_are_drawn_without_repetition(data, tmp_path):
+def test_a_rate_is_a_fraction_of_all_pairs_and_classes_are_drawn_without_repetition(data, tmp_path):
     one = {"attack": "sig", "rate": 0.01}
     make_attack(attack_config(data, tmp_path, {f"a{n}": one for n in range(10)}))
     manifest = json.loads((tmp_path / "manifest.json").read_text())

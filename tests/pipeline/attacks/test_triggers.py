@@ -69,7 +69,7 @@ def test_a_patch_stands_whole_inside_the_centred_square(sample, width, height, s
     corner = np.array([columns.min(), rows.min()]) - square
     assert (corner >= 0).all() and (corner + side <= shorter).all()
     if not random_place:
-        assert corner.tolist() == [min(round(share * shorter), shorter - side) for share in (left, top)]
+        assert corner.tolist() == [min(round(fraction * shorter), shorter - side) for fraction in (left, top)]
 
 
 @pytest.mark.parametrize("random_place", [False, True])

@@ -1,4 +1,4 @@
-"""launch/reproduce.sh's program: what is finished is not run again, what was cut off goes on, what fails is told."""
+"""launch/reproduce.sh's program: what is finished is not run again, what was interrupted resumes, what fails is told."""
 
 import argparse
 import json
@@ -69,7 +69,7 @@ def test_what_was_cut_off_goes_on_and_what_is_finished_is_not_run_again(folder, 
     error = capfd.readouterr().err
     assert "not done: tiny b seed 0: attack: exit code 2" in error and "1 of 1 cells done" in error
     (log,) = [path for path in folder.glob("work/tiny/a_seed0/none_*.log") if "judged" not in path.name]
-    assert "goes on after step" in log.read_text() and log.read_text().count(": done, ") == 1
+    assert "resumes after step" in log.read_text() and log.read_text().count(": done, ") == 1
     (row,) = read_results(folder / "results.jsonl")
     assert (row["group"], row["poison_trained_on"], row["sample_views"]) == ("a", 1.0, 6 * 7 * 32)
     assert row["attacks"]["badnets"]["count"] > 0 and row["seconds_own"] >= row["seconds"]

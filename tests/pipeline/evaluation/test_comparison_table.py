@@ -27,7 +27,7 @@ def attack(success, count=1000, **more):
 
 
 def row(defence, seed, clean, group="a", poisoned=True, name="photos", seconds=100.0, recall=(), **success):
-    """Of a cell; `success`: {attack: share}."""
+    """Of a cell; `success`: {attack: fraction}."""
     rounds = {
         "recall": list(recall),
         "false_positives": [0.3, 0.06][: len(recall)],

@@ -66,9 +66,9 @@ def test_where_captions_tie_it_is_the_mean_over_their_orders(monkeypatch):
     assert encoder.asked == ["a red star", "a blue ring", "a ring"]  # each once
     candidates = [(n, text) for n, texts in enumerate(captions) for text in texts]
     for k in (1, 2, 3):
-        shares = []
+        fractions = []
         for order in permutations(candidates):  # a stable sort keeps the order of those that tie
             for n in range(len(captions)):
                 first = sorted(order, key=lambda candidate: -float(image_ND[n] @ vectors[candidate[1]]))[:k]
-                shares.append(any(owner == n for owner, _ in first))
-        assert found["image_to_text"][f"r{k}"] == pytest.approx(np.mean(shares))
+                fractions.append(any(owner == n for owner, _ in first))
+        assert found["image_to_text"][f"r{k}"] == pytest.approx(np.mean(fractions))

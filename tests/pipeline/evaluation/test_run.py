@@ -35,8 +35,15 @@ CONFIG = {
     "data": {"index": "shapes/index", "overlay": "attack", "workers": 0, "streams": 4, "window": 64},
     "model": {"config": MODEL},
     "evaluation": {"test": "shapes", "every": 0},
-    "train": {"epochs": 2, "unimodal_epochs": 0, "low_rate_epochs": 0, "batch_size": 24, "warmup_steps": 2, "pool": 64},
-    "selection": {"batch_size": 64, "first_share": 0.4, "growth": 0.1},
+    "train": {
+        "epochs": 2,
+        "unimodal_epochs": 0,
+        "low_rate_epochs": 0,
+        "batch_size": 24,
+        "warmup_steps": 2,
+        "support_queue": 64,
+    },
+    "selection": {"batch_size": 64, "first_fraction": 0.4, "growth": 0.1},
 }
 
 
@@ -97,12 +104,14 @@ def test_the_rounds_are_those_of_the_saved_masks(world):
     assert rounds["recall"] == pytest.approx([(~safe_N[rows]).mean() for safe_N in masks])
     honest_N = honest_pairs(overlay, index)
     assert rounds["false_positives"] == pytest.approx([(~safe_N[honest_N]).mean() for safe_N in masks])
-    assert all(0 <= share <= 1 for key in ("auroc", "fpr_at_full_recall", "fpr_at_99_recall") for share in rounds[key])
+    assert all(
+        0 <= fraction <= 1 for key in ("auroc", "fpr_at_full_recall", "fpr_at_99_recall") for fraction in rounds[key]
+    )
     ever_N = masks[0] | masks[1]
     for name, attack in found["attacks"].items():
         own = poison_rows(overlay, index, name)
-        assert attack["share_trained_on"] == pytest.approx(ever_N[own].mean())
-        assert attack["share_in_safe_set"] == pytest.approx([safe_N[own].mean() for safe_N in masks])
+        assert attack["fraction_trained_on"] == pytest.approx(ever_N[own].mean())
+        assert attack["fraction_in_safe_set"] == pytest.approx([safe_N[own].mean() for safe_N in masks])
     assert found["poison_trained_on"] == pytest.approx(ever_N[rows].mean())
 
 
@@ -138,8 +147,8 @@ def test_a_run_without_poison_has_trained_on_none(world, capsys):
     found = evaluated("honest", "data.overlay=attack", "--baseline", "plain")
     assert found["poison_trained_on"] == 0.0 and found["rounds"] is None and found["poison_in_safe_set"] == []
     for attack in found["attacks"].values():
-        assert attack["took"] is attack["rounds"] is None and attack["share_trained_on"] == 0.0
-        assert attack["share_in_safe_set"] == attack["auroc"] == [] and attack["count"] >= 2
+        assert attack["took"] is attack["rounds"] is None and attack["fraction_trained_on"] == 0.0
+        assert attack["fraction_in_safe_set"] == attack["auroc"] == [] and attack["count"] >= 2
     assert "does not take" not in capsys.readouterr().out
 
 
@@ -157,7 +166,7 @@ def test_a_baseline_is_plain_clip_on_the_same_poison(world, capsys):
 
 
 def test_another_mask_in_the_place_of_the_filters_is_refused(world, capsys):
-    main(["mask", "oracle", "attack", "--index", "shapes/index", "--share", "0.5", "--out", "half"])
+    main(["mask", "oracle", "attack", "--index", "shapes/index", "--fraction", "0.5", "--out", "half"])
     os.rename("oracle", "aside")
     shutil.copytree("half", "oracle")
     assert "data.mask: oracle is another mask than filtered was trained on" in refused(capsys, "filtered")

@@ -6,7 +6,7 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.evaluation.selection_quality import (
     Round,
-    poison_shares,
+    poison_fractions,
     ranks,
     score_quality,
     selection_quality,
@@ -92,7 +92,7 @@ def test_rounds_are_counted_by_attack_and_in_all(tmp_path, index):
     }
     assert of_attack["patch"]["recall"] == [0.0, 1.0] and of_attack["patch"]["auroc"] == [0.75, None]
     assert set(of_attack) == {"patch", "blend"} and "false_positives" not in of_attack["patch"]
-    assert poison_shares(masks, Poisoned, index) == [0.5, 0.0]
+    assert poison_fractions(masks, Poisoned, index) == [0.5, 0.0]
 
 
 def test_the_mask_of_a_filter_is_a_round_and_that_of_cleanclip_is_none(tmp_path, index):

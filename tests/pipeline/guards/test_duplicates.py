@@ -11,7 +11,7 @@ from pipeline.distributed import comm
 from pipeline.guards import make_guards
 from pipeline.guards.base import Pairs
 from pipeline.guards.excluded import find_excluded, load_excluded
-from pipeline.safety.round import split_pairs
+from pipeline.safety.round import select_pairs
 from pipeline.safety.score_files import ScoreFiles, load_scores
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
@@ -99,9 +99,9 @@ def test_a_duplicate_keeps_its_cosine_but_is_never_safe_and_no_bad_sample(tmp_pa
     np.testing.assert_array_equal(again_N, cosine_N)
     assert sorted(again) == sorted(bad)
     assert set(np.flatnonzero(np.isnan(score_N))) == {1, 5, 8, 11, 17}
-    split = split_pairs(score_N, index.counts, Selection(first_share=1.0, cap=1.0), 0, excluded=3)
-    assert f"{13 / 15:.1%} of the pairs can be scored" in split.note
-    np.testing.assert_array_equal(split.mask.flags(), ~np.isnan(score_N))
+    selected = select_pairs(score_N, index.counts, Selection(first_fraction=1.0, max_fraction=1.0), 0, excluded=3)
+    assert f"{13 / 15:.1%} of the pairs can be scored" in selected.note
+    np.testing.assert_array_equal(selected.mask.flags(), ~np.isnan(score_N))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 4))

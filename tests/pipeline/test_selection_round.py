@@ -1,4 +1,4 @@
-"""A split goes on with the shards that are scored, leaves out what guards exclude, and says what is gone."""
+"""A selection round goes on with the shards that are scored, leaves out what guards exclude, and says what is gone."""
 
 import shutil
 
@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config.schema import Selection
 from pipeline.distributed import comm
-from pipeline.safety.round import mask_folder, split_pairs
+from pipeline.safety.round import mask_folder, select_pairs
 from pipeline.safety.score_files import ScoreFiles, load_scores
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.training import run as running
@@ -22,13 +22,13 @@ from tests.ranks import run_ranks
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("splitting")
+    folder = tmp_path_factory.mktemp("selection_round")
     shapes(folder / "shapes", pairs=240, test=36)
     return folder
 
 
 def cut_off_in_scoring(folder):
-    """(cosines, those of a scoring that was cut off and went on, shards done at the cut, passes after it, shards done
+    """(cosines, those of a scoring that was cut off and went on, shards done when it was interrupted, passes after it, shards done
     at another step)."""
     made = config(folder, "scoring", data__index=str(folder / "uneven"), train__batch_size=8)
     run = Run(made)
@@ -64,7 +64,7 @@ def rounds_with_a_guard(folder):
     """At each selection round of a run: the safe set, and which pairs have a score; first whole, then of one that was
     cut off after a round."""
     found = []
-    for name, epochs in (("whole", (4,)), ("cut", (3, 4))):
+    for name, epochs in (("whole", (4,)), ("interrupted", (3, 4))):
         for number in epochs:
             made = config(folder, name, train__epochs=number, run__accept_changes=True)
             made.guards = {"duplicates": {"max_pairs": 1}}
@@ -81,15 +81,15 @@ def test_what_a_guard_excludes_is_in_no_safe_set_of_any_round(tmp_path, make_sha
     paths.append(shutil.copy(paths[0], tmp_path / "again.tar"))
     build_index([str(path) for path in paths], tmp_path / "shapes" / "index")
     kept_N = np.repeat([False, True, False], [30, 90, 30])
-    for whole, cut in run_ranks(rounds_with_a_guard, 2, tmp_path):
-        for (safe_N, scored_N), (safe_again_N, _) in zip(whole, cut, strict=True):
+    for whole, interrupted in run_ranks(rounds_with_a_guard, 2, tmp_path):
+        for (safe_N, scored_N), (safe_again_N, _) in zip(whole, interrupted, strict=True):
             assert safe_N.any() and not safe_N[~kept_N].any()
             np.testing.assert_array_equal(scored_N, kept_N)
-        np.testing.assert_array_equal(whole[0][0], cut[0][0])
+        np.testing.assert_array_equal(whole[0][0], interrupted[0][0])
 
 
 def without_the_mask_before(folder):
-    """What the last epoch says where the mask of the split before it is gone."""
+    """What the last epoch says where the mask of the round before it is gone."""
     running.train(config(folder, "lost", train__epochs=4))
     shutil.rmtree(folder / "lost" / "masks" / "epoch_003")
     try:
@@ -103,9 +103,11 @@ def test_a_mask_that_is_gone_is_named(data):
     assert "masks/epoch_003 is gone" in message and "\n" not in message
 
 
-def test_the_share_is_one_of_the_pairs_that_no_guard_excludes():
+def test_the_fraction_is_one_of_the_pairs_that_no_guard_excludes():
     score_N = np.random.default_rng(0).uniform(-1, 1, 100).astype(np.float32)
     score_N[:20] = np.nan
-    split = split_pairs(score_N, [60, 40], Selection(first_share=0.5), 0, excluded=20)
-    assert split.mask.flags().sum() == 40 and split.diagnosis["excluded"] == 20 and "20 excluded" in split.line()
-    assert split.cut == np.sort(score_N[20:])[40]
+    selected = select_pairs(score_N, [60, 40], Selection(first_fraction=0.5), 0, excluded=20)
+    assert (
+        selected.mask.flags().sum() == 40 and selected.diagnosis["excluded"] == 20 and "20 excluded" in selected.line()
+    )
+    assert selected.threshold == np.sort(score_N[20:])[40]

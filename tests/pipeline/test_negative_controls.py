@@ -1,4 +1,4 @@
-"""Canaries: mismatched pairs, scored as training pairs are, and what their share tells."""
+"""Negative controls: mismatched pairs, scored as training pairs are, and what their fraction tells."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import Config, Selection
-from pipeline.safety.negative_controls import choose, passing, score_canaries
-from pipeline.safety.round import split_pairs
+from pipeline.safety.negative_controls import choose, passing, score_controls
+from pipeline.safety.round import select_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.build.shapes import shapes
@@ -19,7 +19,7 @@ from tests.pipeline.test_run import MODEL
 
 
 @given(st.integers(0, 3000), st.integers(0, 600), st.integers(0, 2**32))
-def test_no_row_is_in_two_canaries_and_the_seed_decides(samples, count, seed):
+def test_no_row_is_in_two_controls_and_the_seed_decides(samples, count, seed):
     picture_C, caption_C = choose(samples, count, seed)
     rows = np.concatenate([picture_C, caption_C])
     assert len(picture_C) == len(caption_C) == min(count, samples // 2)
@@ -34,19 +34,19 @@ def test_each_is_the_cosine_of_one_pairs_picture_and_anothers_caption(tmp_path):
     samples, views = Samples(ShardIndex.load(tmp_path / "shapes" / "index")), make_views(config)
     torch.manual_seed(0)
     towers = Towers(build_model({"config": MODEL}), *pixel_stats()).train()
-    found_C = score_canaries(towers, samples, views, 8, torch.device("cpu"), 20, 7)
+    found_C = score_controls(towers, samples, views, 8, torch.device("cpu"), 20, 7)
     assert towers.training and len(found_C) == 20
     towers.eval()
-    for canary, (picture, caption) in enumerate(zip(*choose(60, 20, 7))):
+    for control, (picture, caption) in enumerate(zip(*choose(60, 20, 7))):
         pixels = torch.from_numpy(plain_view(samples.image(0, int(picture)), views.size).copy()).permute(2, 0, 1)
         with torch.no_grad():
             image_BD, text_BD, _ = towers(pixels[None], views.tokenize([samples.caption(0, int(caption))]))
-        assert found_C[canary] == pytest.approx(float((image_BD * text_BD).sum()), abs=1e-5)
+        assert found_C[control] == pytest.approx(float((image_BD * text_BD).sum()), abs=1e-5)
 
 
-def test_the_share_that_passes_has_wilsons_interval():
+def test_the_fraction_that_passes_has_wilsons_interval():
     found = passing(np.array([0.1, 0.5, 0.3, np.nan, 0.3] + [0.0] * 6, np.float32), np.float32(0.3))
-    assert (found["count"], found["passed"], found["share"]) == (10, 3, 0.3)
+    assert (found["count"], found["passed"], found["fraction"]) == (10, 3, 0.3)
     z, n, p = 1.959964, 10, 0.3
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert found["low"] == pytest.approx((middle - half) / (1 + z * z / n), abs=1e-5)
@@ -54,8 +54,8 @@ def test_the_share_that_passes_has_wilsons_interval():
 
 
 @pytest.mark.parametrize("shift, blunt", [(-1.0, False), (0.0, True)])
-def test_a_cut_that_keeps_few_canaries_out_is_told(shift, blunt):
+def test_a_threshold_that_keeps_few_controls_out_is_told(shift, blunt):
     rng = np.random.default_rng(0)
-    score_N, canary_C = (rng.uniform(0, 0.5, count).astype(np.float32) for count in (1_000, 200))
-    split = split_pairs(score_N, [1_000], Selection(first_share=0.8), 0, canary_C=canary_C + np.float32(shift))
-    assert ("over a third of the canaries would pass" in split.note) == blunt
+    score_N, control_C = (rng.uniform(0, 0.5, count).astype(np.float32) for count in (1_000, 200))
+    selected = select_pairs(score_N, [1_000], Selection(first_fraction=0.8), 0, control_C=control_C + np.float32(shift))
+    assert ("over a third of the negative controls would pass" in selected.note) == blunt
