@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.audit.export import write_csv
 from pipeline.safety.mixture import DegenerateFit, Mixture, posterior_threshold
-from pipeline.safety.selection import identity, count_at_least, select_top
+from pipeline.safety.selection import count_at_least, identity, select_top
 from shards.errors import UserError
 from shards.order.safe_mask import SafeMask, SavedMask
 
@@ -126,8 +126,8 @@ def about(saved):
 
 
 def bound(meta):
-    """What the threshold of a mask is: a threshold, or where pairs are ranked by posterior only the lowest score that is
-    safe."""
+    """What the threshold of a mask is: a threshold, or where pairs are ranked by posterior only the lowest score that
+    is safe."""
     return "by posterior, the lowest is" if meta.get("rank_by") == "posterior" else ">="
 
 
@@ -200,8 +200,8 @@ def replay(folder):
 
 
 def what_if(folder, out, posterior=None, fraction=None):
-    """Another mask from the same scores, into the new folder `out`: the pairs above the threshold where the mixture's higher
-    component reaches `posterior`, or the top `fraction` of the pairs. Returns a line. Raises UserError."""
+    """Another mask from the same scores, into the new folder `out`: the pairs above the threshold where the mixture's
+    higher component reaches `posterior`, or the top `fraction` of the pairs. Returns a line. Raises UserError."""
     saved, out = SavedMask(folder), Path(out)
     if (out / "mask.json").exists():
         raise UserError(f"--out {out}: holds a mask already; name a new folder")

@@ -1,5 +1,4 @@
-"""What a selection round looks like in numbers: whether the scores are two groups at all, and what has changed since the round
-before."""
+"""Diagnosis of a selection round: separation of the two components, and change since the previous round."""
 
 import numpy as np
 
@@ -8,18 +7,18 @@ LEAST_PAIRS = 10_000
 
 
 def out_of_range(pairs: int) -> str:
-    """A warning where there are fewer pairs than any recorded run has protected; else ""."""
+    """A warning if there are fewer pairs than in any recorded run that was protected, else ""."""
     if pairs >= LEAST_PAIRS:
         return ""
     return f"{pairs:,} pairs are too few to be protected: recorded runs with less than {LEAST_PAIRS:,} did not hold"
 
 
 def separation(counts_K, low, high, mixture):
-    """dict of the fit to a `mixture.histogram`: is it one group or two, and how far apart?
+    """dict: how well two Gaussians describe the scores of a `mixture.histogram`, and how far apart they are.
 
-    bic_one, bic_two: Schwarz's criterion of one and of two Gaussians, the lower the better (Schwarz 1978); ashman_d:
-    distance of the means in units of the mean deviation, above 2 = clearly apart (Ashman, Bird and Zepf 1994); overlap:
-    fraction of the scores that fall to the other component than the one they are assigned to, from 0 to min(weights).
+    bic_one, bic_two: Bayesian information criterion of one and of two Gaussians, lower is better (Schwarz 1978);
+    ashman_d: distance of the means in units of the mean deviation, above 2 for a clear separation (Ashman, Bird and
+    Zepf 1994); overlap: fraction of the scores assigned to the wrong component, from 0 to min(weights).
     """
     counts_K = np.asarray(counts_K)
     total, width = int(counts_K.sum()), (high - low) / len(counts_K)
@@ -40,10 +39,10 @@ def separation(counts_K, low, high, mixture):
 
 
 def change(counts_K, low, high, mask, before_K, before):
-    """dict of what moved since the round before (its histogram and SafeMask).
+    """dict: change since the previous round, of which before_K is the histogram and `before` the SafeMask.
 
-    shift: how far the scores moved (Wasserstein-1 distance of the two histograms, in units of the score); flips_in,
-    flips_out: pairs that are safe now and were not, and the other way round.
+    shift: Wasserstein-1 distance of the two histograms, in units of the score; flips_in, flips_out: number of pairs
+    that became safe, and that became risky.
     """
     ahead = np.cumsum(counts_K) / max(1, counts_K.sum()) - np.cumsum(before_K) / max(1, before_K.sum())
     flips_in, flips_out = mask.moved(before)

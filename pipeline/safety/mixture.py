@@ -1,7 +1,6 @@
-"""One global two-component Gaussian mixture, fitted to an integer histogram, and the one threshold that follows from it.
+"""Mixture of two Gaussians, fitted to a histogram of all scores, and the threshold of its posterior.
 
-Integer counts sum without rounding, so every rank and every world size gets the same mixture, bit for bit (METHOD trap
-3).
+Counts are integers, whose sum over ranks does not round, so the mixture is the same bit for bit at every world size.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,22 +9,24 @@ import numpy as np
 from scipy.optimize import minimize
 
 BINS = 65_536
-PIECE = 1 << 18  # scores at a time, so that what is made of them stays in the processor's cache
-COARSE = 1_024  # groups of bins on which the starts are compared: 64 times less work
+PIECE = 1 << 18  # scores at a time; temporaries of this size fit the processor's cache
+COARSE = 1_024  # groups of bins on which the starting points are compared
 EM_STEPS = 20
-# Starts: the fraction of the lowest scores that are one component to begin with, the rest the other.
+# Starting points of EM: this fraction of the lowest scores is one component, the others are the other.
 STARTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SATURATED = 53 * np.log(2)  # log-odds from which on the posterior is 1 in float64
 
 
 class DegenerateFit(Exception):
-    """The scores are no mixture of two, or its components give no threshold."""
+    """The scores are not a mixture of two components, or its posterior has no threshold."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Two Gaussians, the lower mean first. mean, std, weight: (low, high); log_likelihood: mean over the scores, in
-    nats."""
+    """Two Gaussians, the one with the lower mean first.
+
+    mean, std, weight: (low, high); log_likelihood: mean over the scores, in nats.
+    """
 
     mean: tuple
     std: tuple
@@ -33,8 +34,7 @@ class Mixture:
     log_likelihood: float
 
     def log_odds(self, scores):
-        """float64: log of the higher over the lower component's density at the scores, weights included; NaN stays
-        NaN."""
+        """Log of the weighted density of the higher component over that of the lower one, float64. NaN stays NaN."""
         scores = np.asarray(scores, np.float64)
         low, high = (
             np.log(w) - np.log(s) - 0.5 * ((scores - m) / s) ** 2 for m, s, w in zip(self.mean, self.std, self.weight)
@@ -42,11 +42,11 @@ class Mixture:
         return high - low
 
     def posterior(self, scores):
-        """Probability that a score comes from the higher component; the shape of `scores`, NaN stays NaN."""
+        """Posterior probability of the higher component, in the shape of `scores`. NaN stays NaN."""
         return 1 / (1 + np.exp(np.clip(-self.log_odds(scores), -700, 700)))
 
     def rank(self, scores):
-        """float32: numbers in the order of the posterior: log-odds, equal where the posterior is 1 in float64."""
+        """Ranking by posterior, float32: log-odds, clipped where the posterior is 1 in float64."""
         return np.minimum(self.log_odds(scores), SATURATED).astype(np.float32)
 
     def to_dict(self):
@@ -58,10 +58,10 @@ class Mixture:
 
 
 def histogram(scores_N, low, high, bins=BINS):
-    """int64 (bins,): counts of the scores in equal bins from `low` to `high`; what lies outside goes to the end bins,
-    NaN nowhere.
+    """int64 (bins,): counts of the scores in equal bins from `low` to `high`.
 
-    In float32, piece by piece, so that it takes no memory; the histograms of parts add up to that of the whole.
+    Scores outside are counted in the end bins, NaN is not counted. Works in float32 on pieces; histograms of parts add
+    up to that of the whole.
     """
     counts_K = np.zeros(bins + 1, np.int64)
     for start in range(0, len(scores_N), PIECE):
@@ -75,10 +75,10 @@ def histogram(scores_N, low, high, bins=BINS):
 
 
 def fit_mixture(counts_K, low, high):
-    """Mixture of the scores behind a `histogram`, of the greatest likelihood that several fixed starts lead to.
+    """Mixture of maximum likelihood for the scores of a `histogram`, over several fixed starting points.
 
-    The starts run on groups of bins, and the best of them continues over all bins. Raises DegenerateFit when there are
-    too few different scores for two components, or one of them vanishes.
+    Starting points are compared on groups of bins, and the best one is refined on all bins. Raises DegenerateFit if
+    there are too few different scores for two components, or one component vanishes.
     """
     counts_K = np.asarray(counts_K)
     width = (high - low) / len(counts_K)
@@ -114,9 +114,11 @@ def fit_mixture(counts_K, low, high):
 
 
 def fit_sklearn(scores_N):
-    """Mixture by sklearn.mixture.GaussianMixture(2, random_state=0), as in the released recipe: on all scores at once,
-    and stopped by its default tolerance before the maximum. Raises DegenerateFit when there are fewer than 3 different
-    scores."""
+    """Mixture by sklearn.mixture.GaussianMixture(2, random_state=0), as in the released recipe.
+
+    It holds all scores in memory and stops at its default tolerance, before the maximum. Raises DegenerateFit if there
+    are fewer than 3 different scores.
+    """
     from sklearn.mixture import GaussianMixture
 
     x_N1 = np.asarray(scores_N, np.float64)[:, None]
@@ -144,10 +146,9 @@ def moments(x, n, where, floor):
 
 
 def maximum(x, n, theta, floor):
-    """(theta, mean log-likelihood) of the fixed point of EM that `theta` (2, 3: weight, mean, variance) leads to.
+    """(theta, mean log-likelihood) of the local maximum reached from `theta` (2, 3: weight, mean, variance).
 
-    Where the components overlap EM takes thousands of steps and any rule that stops it stops too early; so after its
-    first, sure steps BFGS climbs the same likelihood by its gradient, to the point where that is zero.
+    EM converges slowly when the components overlap, so a few steps of EM are followed by BFGS on the same likelihood.
     """
     centre = (n * x).sum() / n.sum()
     unit = np.sqrt((n * (x - centre) ** 2).sum() / n.sum())
@@ -164,8 +165,8 @@ def maximum(x, n, theta, floor):
 
 
 def expect(z, fraction, theta):
-    """(mean log-likelihood, weight, first, second): of the scores in each component, by posterior, their fraction and raw
-    moments."""
+    """E-step: (mean log-likelihood, weight, first, second), the last three the weight and the raw moments of each
+    component by posterior."""
     weight, mean, variance = theta.T[:, :, None]
     log_p = np.log(weight) - 0.5 * (np.log(2 * np.pi * variance) + (z - mean) ** 2 / variance)
     top = log_p.max(0)
@@ -177,7 +178,7 @@ def expect(z, fraction, theta):
 
 
 def loss(packed, z, fraction, least):
-    """(-mean log-likelihood, its gradient) in the coordinates of `pack`."""
+    """(negative mean log-likelihood, its gradient) in the coordinates of `pack`."""
     theta = unpack(packed, least)
     likelihood, weight, first, second = expect(z, fraction, theta)
     _, mean, variance = theta.T
@@ -188,22 +189,23 @@ def loss(packed, z, fraction, least):
 
 
 def pack(theta, least):
-    """Free coordinates of theta: log-odds of the weight, means, logs of what the variances have above the `least`."""
+    """Unconstrained coordinates of theta: log-odds of the weight, means, logs of the variances minus `least`."""
     return np.concatenate([[np.log(theta[0, 0] / theta[1, 0])], theta[:, 1], np.log(theta[:, 2] - least)])
 
 
 def unpack(packed, least):
+    """theta of the coordinates of `pack`."""
     weight = 1 / (1 + np.exp(-np.clip(packed[0], -30, 30)))
     return np.stack([[weight, 1 - weight], packed[1:3], least + np.exp(np.clip(packed[3:], -60, 60))], 1)
 
 
 def posterior_threshold(mixture, posterior=0.9):
-    """The ONE threshold: pairs with a score of at least this are safe. Raises DegenerateFit when there is none.
+    """Score at which the posterior of the higher component reaches `posterior`: pairs at or above it are safe.
 
-    log p_high - log p_low is a parabola in the score. Where the higher component is the wider one it opens upwards: its
-    tail takes the lowest scores too, which must not be safe (METHOD trap 1), so the threshold is the upper root. Where it is
-    the narrower one, the posterior falls again above it; those pairs match best and stay safe, so the threshold is the lower
-    root.
+    The log-odds are a parabola in the score. If the higher component is the wider one, the parabola opens upwards and
+    the posterior rises again at the lowest scores, which must not be safe, so the threshold is the upper root. If it is
+    the narrower one, the posterior falls again at the highest scores, which stay safe, so it is the lower root. Raises
+    DegenerateFit if there is no such score.
     """
     (m0, m1), (s0, s1), (w0, w1) = mixture.mean, mixture.std, mixture.weight
     a = 0.5 / s0**2 - 0.5 / s1**2

@@ -1,7 +1,7 @@
-"""Negative controls: mismatched pairs that are scored and never trained on, for people who cannot know their poison.
+"""Negative controls: mismatched pairs that are scored and never trained on.
 
-The fraction of them that would pass tells how sharp the threshold is. It is no estimate of the poison that passes: poison that
-has passed once is trained on and scores higher next time, a control never is.
+The fraction of them above the threshold is the false positive rate of the selection on mismatched captions. It does not
+estimate the poison that passes, because poison in the safe set is trained on, which raises its score.
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ from pipeline.safety.scoring import embed
 
 
 def choose(samples, count, seed):
-    """(picture_C, caption_C): rows of `count` negative controls (fewer where there are fewer than 2 * count pairs), all
-    different.
+    """(picture_C, caption_C): rows of `count` negative controls, all different; fewer if there are fewer than 2 * count
+    pairs.
 
-    Seeded and the same on every rank. With few kinds of captions some of them match by chance.
+    Seeded, and the same on every rank. With few different captions some controls match by chance.
     """
     count = min(count, samples // 2)
     rows = np.random.default_rng([seed, count]).choice(samples, 2 * count, replace=False)
@@ -22,8 +22,7 @@ def choose(samples, count, seed):
 
 
 def score_controls(engine, samples, views, batch_size, device, count, seed):
-    """float32 (C,): the scores as of scoring.score_all_pairs, NaN where a sample cannot be read. Every rank scores all
-    of them; there are few."""
+    """float32 (C,): scores as by scoring.score_all_pairs, NaN if a sample cannot be read. Every rank scores all."""
     picture_C, caption_C = choose(samples.index.samples, count, seed)
     parts = [slice(at, at + batch_size) for at in range(0, len(picture_C), batch_size)]
     pairs = [(picture_C[part], caption_C[part]) for part in parts]
@@ -32,8 +31,8 @@ def score_controls(engine, samples, views, batch_size, device, count, seed):
 
 
 def passing(score_C, threshold):
-    """{"count", "passed", "fraction", "low", "high"}: negative controls at or above the threshold, and Wilson's interval of their fraction
-    at 95 %."""
+    """{"count", "passed", "fraction", "low", "high"}: controls at or above the threshold, their fraction, and its 95 %
+    Wilson interval."""
     count, passed = int((~np.isnan(score_C)).sum()), int((score_C >= threshold).sum())
     interval = binomtest(passed, count).proportion_ci(method="wilson")
     return {

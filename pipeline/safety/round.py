@@ -1,4 +1,7 @@
-"""The heart: scores -> one mixture -> one threshold -> one mask, decided once and received by every rank (METHOD step 4)."""
+"""A selection round: the scores of all pairs give a histogram, a mixture, a safe fraction and the mask of the safe set.
+
+`select_pairs` is the whole round. Rank 0 decides, and every rank receives the same mask.
+"""
 
 import io
 from dataclasses import dataclass
@@ -12,10 +15,10 @@ from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, fit_skl
 from pipeline.safety.negative_controls import passing
 from pipeline.safety.selection import (
     RANGES,
-    identity,
     count_at_least,
-    scheduled_fraction,
+    identity,
     kth_largest,
+    scheduled_fraction,
     score_of,
     top_by_shard,
 )
@@ -23,27 +26,28 @@ from shards.errors import UserError
 from shards.order.safe_mask import SafeMask, byte_starts, shard_list
 from shards.storage.files import write_bytes
 
-BLUNT = 1 / 3  # of the negative controls, by Wilson's lower bound: where more would pass, the round says so
+# A round warns when the lower end of Wilson's interval of the passing fraction of negative controls is above this.
+MAX_PASSING = 1 / 3
 
 
 @dataclass
 class SelectionRound:
-    """Before one epoch: the mixture fitted to the scores of all pairs, the threshold, and which pairs are safe."""
+    """Result of a selection round: the mixture fitted to the scores of all pairs, the threshold, and the safe set."""
 
     mixture: Mixture | None
-    threshold: float  # the lowest score of the safe set
+    threshold: float  # lowest score of the safe set
     fraction: float  # safe pairs / all pairs
-    first_fraction: float  # of the run's first round: the schedule grows from it
+    first_fraction: float  # safe fraction of the run's first round, from which the schedule grows
     mask: SafeMask
     note: str
-    # diagnosis.separation, diagnosis.change, the fraction by posterior and by schedule, pairs that guards exclude
+    # separation and change (diagnosis.py), fraction by posterior and by schedule, excluded pairs, negative controls
     diagnosis: dict
     counts_K: np.ndarray  # mixture.histogram of the scores
     control_C: np.ndarray  # scores of the negative controls
-    rank_by: str = "score"  # what the safe set is the highest of: score, or the mixture's posterior
+    rank_by: str = "score"  # what pairs are ranked by: score, or the mixture's posterior
 
     def summary(self):
-        """dict for metrics and mask.json."""
+        """dict for metrics.jsonl and mask.json."""
         return {
             "fraction": self.fraction,
             "first_fraction": self.first_fraction,
@@ -55,7 +59,7 @@ class SelectionRound:
         }
 
     def line(self):
-        """The round in one line, for the person who watches."""
+        """The round in one line, for the log."""
         of = "score >=" if self.rank_by == "score" else "by posterior, lowest score"
         text, found = f"safe {self.fraction:.1%}, {of} {self.threshold:.3f}", self.diagnosis
         if "ashman_d" in found:
@@ -72,90 +76,98 @@ class SelectionRound:
 def select_pairs(
     score_N, counts_S, selection, number, first_fraction=None, before=None, control_C=(), excluded=0, kind="cosine"
 ):
-    """SelectionRound number `number` (from 0) of a run; `first_fraction` is that of its first round. Same bits on every
-    rank.
+    """SelectionRound of the scores of all pairs, the same bits on every rank. All ranks call.
 
-    Every rank counts its part of the scores, rank 0 decides, all receive. `before`: folder of the round before, or
-    None. `control_C`: scores of the negative controls, of which the round only tells how many would pass. `excluded`: number of
-    the pairs that guards exclude; the fraction is one of the others. `kind`: of RANGES.
+    number: SafeCLIP epochs before the round; first_fraction: safe fraction of the first round; before: folder of the
+    previous round or None; control_C: scores of the negative controls, on rank 0; excluded: pairs that guards exclude.
     """
-    control_C = comm.broadcast_object(np.asarray(control_C, np.float32))
-    limits = RANGES[kind]
-    mine_N = np.array_split(score_N, comm.world())[comm.rank()]
-    counts_K = comm.all_reduce_sum(histogram(mine_N, *limits))
-    eligible = len(score_N) - excluded
-    decided = comm.on_rank0(decide, counts_K, score_N, selection, number, first_fraction, eligible, limits)
-    mixture, fraction, first_fraction, note, diagnosis = decided
-    diagnosis["excluded"], wanted = excluded, round(fraction * eligible)
+    limits, eligible = RANGES[kind], len(score_N) - excluded
+    local_N = np.array_split(score_N, comm.world())[comm.rank()]
+    counts_K = comm.all_reduce_sum(histogram(local_N, *limits))
+    mixture, by_posterior, diagnosis, notes = comm.on_rank0(fit, counts_K, score_N, selection, limits, eligible)
+    scored = counts_K.sum() / max(1, eligible)
+    fraction, first_fraction, notes = safe_fraction(by_posterior, scored, selection, number, first_fraction, notes)
     rank_by = selection.rank_by if mixture else "score"
     rank = mixture.rank if rank_by == "posterior" else identity
-    key, rest = kth_largest(mine_N, wanted, comm.all_reduce_sum, rank)
-    mask = broadcast_mask(top_by_shard(score_N, counts_S, key, rest, rank), counts_S)
-    if before:
-        diagnosis |= comm.on_rank0(change_since, before, counts_K, limits, mask)
-    threshold = score_of(key) if rest else float("inf")
-    threshold = threshold if rank is identity else lowest_safe(score_N, mask)
-    if not np.isnan(control_C).all():
-        diagnosis |= {"negative_controls": passing(rank(control_C), threshold)}
-        if diagnosis["negative_controls"]["low"] > BLUNT:
-            told = "over a third of the negative controls would pass: this threshold keeps few wrong captions out, lower selection.max_fraction"
-            note = f"{note}; {told}" if note else told
+    key, ties = kth_largest(local_N, round(fraction * eligible), comm.all_reduce_sum, rank)
+    mask = broadcast_mask(top_by_shard(score_N, counts_S, key, ties, rank), counts_S)
+
+    diagnosis |= {"fraction_by_posterior": by_posterior, "fraction_by_schedule": fraction, "excluded": excluded}
+    diagnosis |= comm.on_rank0(change_since, before, counts_K, limits, mask) if before else {}
+    control_C = comm.broadcast_object(np.asarray(control_C, np.float32))
+    threshold, controls, warnings = outcome(score_N, mask, key, ties, rank, control_C)
+    diagnosis, note = diagnosis | controls, "; ".join(notes + warnings)
     return SelectionRound(
         mixture, threshold, mask.fraction, first_fraction, mask, note, diagnosis, counts_K, control_C, rank_by
     )
 
 
-def decide(counts_K, score_N, selection, number, first_fraction, eligible, limits):
-    """(mixture, fraction, first fraction, note, diagnosis). A fit that is no mixture of two never decides: the configured
-    fraction holds.
+def fit(counts_K, score_N, selection, limits, eligible):
+    """(mixture, fraction of the eligible pairs with a posterior of at least selection.posterior, diagnosis, notes).
 
-    The released recipe (selection.mixture=sklearn) does not ask whether it is one."""
-    mixture, note, diagnosis, by_posterior = None, "", {}, None
-    released = selection.mixture == "sklearn"
+    The fraction is None when the scores are no mixture of two components; the configured one is then used. The released
+    recipe (selection.mixture=sklearn) does not test this. Rank 0 calls.
+    """
+    mixture, diagnosis, released = None, {}, selection.mixture == "sklearn"
     try:
         mixture = fit_sklearn(score_N) if released else fit_mixture(counts_K, *limits)
         diagnosis = separation(counts_K, *limits, mixture)
         if diagnosis["bic_two"] >= diagnosis["bic_one"] and not released:
             raise DegenerateFit("one Gaussian describes the scores as well as two (BIC)")
         if selection.rank_by == "posterior":
-            least = np.log(selection.posterior) - np.log1p(-selection.posterior)
-            found = count_at_least(score_N, least, rank=mixture.rank)
+            log_odds = np.log(selection.posterior) - np.log1p(-selection.posterior)
+            found = count_at_least(score_N, log_odds, rank=mixture.rank)
         else:
             found = count_at_least(score_N, posterior_threshold(mixture, selection.posterior))
-        by_posterior = found / max(1, eligible)
     except DegenerateFit as error:
-        note = f"no threshold by the mixture: {error}"
+        return mixture, None, diagnosis, [f"no threshold by the mixture: {error}"]
+    return mixture, found / max(1, eligible), diagnosis, []
+
+
+def safe_fraction(by_posterior, scored, selection, number, first_fraction, notes):
+    """(fraction, fraction of the first round, notes): the first by config or posterior, later ones by the schedule.
+
+    scored: fraction of the eligible pairs that have a score.
+    """
+    notes = list(notes)
     if number == 0 or first_fraction is None:
         first_fraction = selection.first_fraction
         if first_fraction is None:
             found = by_posterior or 0.0
             first_fraction = max(found, selection.least_fraction)
             if first_fraction != found:
-                note = note or f"posterior > {selection.posterior} holds for {found:.1%}"
-                note += f"; the first fraction is {first_fraction:.1%}"
-    fraction, scored = scheduled_fraction(first_fraction, number, selection), counts_K.sum() / max(1, eligible)
+                notes = notes or [f"posterior > {selection.posterior} holds for {found:.1%}"]
+                notes.append(f"the first fraction is {first_fraction:.1%}")
+    fraction = scheduled_fraction(first_fraction, number, selection)
     if fraction > scored:
-        told = f"{scored:.1%} of the pairs can be scored"
-        note = f"{note}; {told}" if note else told
-    return (
-        mixture,
-        fraction,
-        first_fraction,
-        note,
-        {**diagnosis, "fraction_by_posterior": by_posterior, "fraction_by_schedule": fraction},
-    )
+        notes.append(f"{scored:.1%} of the pairs can be scored")
+    return fraction, first_fraction, notes
+
+
+def outcome(score_N, mask, key, ties, rank, control_C):
+    """(lowest score of the safe set, diagnosis of the negative controls, warnings). key, ties: of kth_largest."""
+    threshold = score_of(key) if ties else float("inf")
+    lowest = threshold if rank is identity else lowest_safe(score_N, mask)
+    if np.isnan(control_C).all():
+        return lowest, {}, []
+    found, warnings = passing(rank(control_C), threshold), []
+    if found["low"] > MAX_PASSING:
+        warnings.append(
+            "over a third of the negative controls would pass: this threshold keeps few wrong captions out, "
+            "lower selection.max_fraction"
+        )
+    return lowest, {"negative_controls": found}, warnings
 
 
 def lowest_safe(score_N, mask):
-    """float: the lowest score of the safe set; infinity where it is empty."""
+    """Lowest score of the safe set as a float; infinity when it is empty."""
     starts = np.concatenate([[0], np.cumsum(mask.counts_S)])
     safe = (score_N[starts[s] : starts[s + 1]][mask.shard_flags(s)] for s in range(len(mask.counts_S)))
     return float(min((scores.min() for scores in safe if len(scores)), default=np.inf))
 
 
 def broadcast_mask(safe_S, counts_S):
-    """SafeMask of rank 0's flags (bool per shard, in order) on every rank: packed bits, one copy a host, sent between
-    hosts."""
+    """SafeMask of rank 0's flags (one bool array per shard, in order) on every rank; one copy of the bits per host."""
     starts = byte_starts(counts_S)
     mask = SafeMask(counts_S, comm.host_array(int(starts[-1]), np.uint8))
     if comm.is_rank0():
@@ -166,7 +178,7 @@ def broadcast_mask(safe_S, counts_S):
 
 
 def change_since(before, counts_K, limits, mask):
-    """diagnosis.change since the round in the folder `before`; {} where that is gone."""
+    """diagnosis.change since the round in the folder `before`; {} when its files are missing."""
     try:
         before_K = np.load(before / "histogram.npy", allow_pickle=False)
         return change(counts_K, *limits, mask, before_K, SafeMask.load(before)[0])
@@ -175,14 +187,14 @@ def change_since(before, counts_K, limits, mask):
 
 
 def mask_folder(run_dir, epoch):
-    """Path of the mask that was made before the epoch of this number."""
+    """Folder of the selection round before this epoch."""
     return Path(run_dir) / "masks" / f"epoch_{epoch:03d}"
 
 
 def save_round(folder, selected, index, meta):
-    """Write the mask, whose mask.json comes last; the scores lie in `folder`/scores already. On rank 0 only.
+    """Write a round to `folder`, mask.json last; its scores are in `folder`/scores already. Rank 0 calls.
 
-    mask.json names each shard and its fingerprint, so that the folder can be used with the shards alone
+    mask.json has the name and fingerprint of each shard, so that the folder can be used without the run
     (shards.order.safe_mask.SavedMask).
     """
     for name, values in (("histogram", selected.counts_K), ("negative_controls", selected.control_C)):
@@ -194,7 +206,7 @@ def save_round(folder, selected, index, meta):
 
 
 def load_round(folder, index):
-    """SelectionRound saved in `folder`. Raises UserError when it is damaged or belongs to other shards."""
+    """SelectionRound saved in `folder`. Raises UserError if it is damaged or belongs to other shards."""
     mask, meta = SafeMask.load(folder, index.fingerprint)
     try:
         counts_K = np.load(folder / "histogram.npy", allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Scores on disk: one Parquet file a shard, written by the rank that scored it as soon as it is done."""
+"""Score files: one Parquet file per shard, written by the rank that scored the shard as soon as it is done."""
 
 import io
 import json
@@ -11,11 +11,10 @@ from shards.storage.files import write_bytes
 
 
 class ScoreFiles:
-    """FOLDER/00000.parquet ... (none for an empty shard): position, key, cosine, score, and the reason where a pair has
-    no score.
+    """FOLDER/00000.parquet ... (none for an empty shard) with the columns position, key, cosine, score, and reason.
 
-    The score is what pairs are ranked by: the cosine, and none of what a guard excludes. Files of another step of the
-    model, or made by another config, are not used.
+    Pairs are ranked by the score: the cosine, or NaN for pairs that a guard excludes; reason says why a pair has no
+    score. Files of another step of the model or of another config are not used.
     """
 
     def __init__(self, folder, index, step, config=""):
@@ -49,8 +48,8 @@ class ScoreFiles:
         return table["cosine"].to_numpy().astype(np.float32), bad
 
     def write(self, shard, cos_B, reasons, excluded=()):
-        """Put a whole shard's cosines, float32 (n,), on disk. reasons: {position: why it has no score}; excluded:
-        positions that have a cosine all the same."""
+        """Write the cosines of a whole shard, float32 (n,). reasons: {position: why it has no score}; excluded:
+        positions that have a cosine and no score."""
         score_B = cos_B.copy()
         score_B[list(excluded)] = np.nan
         columns = {
@@ -67,8 +66,8 @@ class ScoreFiles:
         write_bytes(self.path(shard), file.getbuffer())
 
     def exclude(self, shard, reasons):
-        """Take the scores of some pairs of a shard that is done away. reasons: {position: why}, a pair that cannot be
-        read keeps its own."""
+        """Remove the scores of some pairs of a finished shard. reasons: {position: why}; a pair that cannot be read
+        keeps its own reason."""
         cos_B, bad = self.read(shard)
         self.write(shard, cos_B, {**reasons, **{position: reason for _, position, _, reason in bad}}, reasons)
 

@@ -1,4 +1,4 @@
-"""Scoring: the cosine of every picture with its own caption, by all ranks together (Yang et al. 2024, section 4)."""
+"""Scoring: cosine similarity of every picture with its own caption, on all ranks (Yang et al. 2024, section 4)."""
 
 import numpy as np
 import torch
@@ -9,19 +9,18 @@ from shards.views.loader import PlainBatches, batches
 
 
 def assign_shards(counts_S, world, done=()):
-    """List of `world` ranges of shard numbers, one after the other, of about equal work. Shards that are `done` are
-    only read."""
+    """List of `world` consecutive ranges of shard numbers with about equal work. Shards that are `done` count as
+    none."""
     work_S = np.array(counts_S, np.int64)
     work_S[list(done)] = 0
-    # A shard goes to the rank in whose part of the work its middle lies.
+    # A shard is assigned to the rank whose part of the work contains the middle of the shard.
     rank_S = (2 * np.cumsum(work_S) - work_S) * world // (2 * max(1, work_S.sum()))
     bounds = np.searchsorted(np.minimum(rank_S, world - 1), np.arange(world + 1)).tolist()
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
 def shard_batches(offsets_S, shards, batch_size):
-    """[(shard, rows)]: batches that never cross a shard, so a pair's batch does not depend on the world size. rows: a
-    range over all shards."""
+    """[(shard, rows)]: batches within one shard each, independent of the world size. rows: range over all shards."""
     return [
         (s, range(start, min(start + batch_size, int(offsets_S[s + 1]))))
         for s in shards
@@ -48,11 +47,11 @@ def embed(engine, samples, views, pairs, device, workers=0):
 def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None):
     """(score_N, bad): the float32 cosines of all pairs in (shard, position) order, the same vector on every rank.
 
-    The vector is one copy a host, shared by its ranks (4 bytes a pair). Pairs without a score are NaN; `bad` lists
-    those of this rank that cannot be read as (shard, position, key, reason). Every rank makes the same number of
-    forward passes (ZeRO-3 gathers weights in each), repeating a batch where it has fewer. With `files`
-    (scores.ScoreFiles) a shard is written as soon as it is scored, what is there is not scored again, and the scores
-    are those that the files hold. `each_round(done, rounds)` is called by all ranks after every pass.
+    The vector is one copy per host, shared by its ranks (4 bytes per pair). Pairs without a score are NaN; `bad` lists
+    those of this rank that cannot be read as (shard, position, key, reason). Every rank runs the same number of
+    forward passes, because ZeRO-3 gathers weights in each; a rank with fewer batches repeats one. With `files`
+    (score_files.ScoreFiles) a shard is written as soon as it is scored, and shards that have a file are read instead
+    of scored. each_round(done, rounds): called by all ranks after every forward pass.
     """
     index, world = samples.index, comm.world()
     score_N, bad = comm.host_array(index.samples, np.float32), []
@@ -71,7 +70,9 @@ def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files
             shard, rows = mine[number]
             parts.append(cos_B)
             found += batch.bad
-            if rows.stop == index.offsets[shard + 1]:  # only now are they copied: the GPU is not waited for in between
+            if (
+                rows.stop == index.offsets[shard + 1]
+            ):  # one copy per shard, so that the GPU is not synchronized per batch
                 cos_S = torch.cat(parts).cpu().numpy()
                 if files:
                     files.write(shard, cos_S, {position: reason for _, position, _, reason in found})

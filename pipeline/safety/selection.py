@@ -1,17 +1,16 @@
-"""Exact selection of the highest scores, by counting: no sort of floats, ties broken by (shard, position)."""
+"""Exact top-k selection by counting passes over integer keys of the scores; ties are broken by (shard, position)."""
 
 import numpy as np
 
 from pipeline.safety.mixture import PIECE
 
-# Of the score, by its kind; rank: of a filter (pipeline/audit/filter.py), the fraction of pairs that stand out more.
+# Range of each kind of score. rank: of a filter (pipeline/audit/filter.py), the fraction of pairs that are worse.
 RANGES = {"cosine": (-1.0, 1.0), "rank": (0.0, 1.0)}
-NOTHING = 0xFFFFFFFF  # a key above those of all scores
+NO_KEY = 0xFFFFFFFF  # above the keys of all scores
 
 
 def ordered_keys(scores_N):
-    """uint32 (N,): keys in the order of the float32 scores; NaN gets 0, below every number; -0.0 and 0.0 the same
-    key."""
+    """uint32 (N,): keys in the order of the float32 scores. NaN has key 0, the lowest; -0.0 and 0.0 have one key."""
     scores = np.asarray(scores_N, np.float32) + np.float32(0)  # -0.0 + 0.0 = 0.0
     bits = scores.view(np.uint32)
     keys = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
@@ -19,7 +18,7 @@ def ordered_keys(scores_N):
 
 
 def score_of(key):
-    """float: the score that has this key."""
+    """Score of a key, as a float."""
     return float(np.uint32(key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF).view(np.float32))
 
 
@@ -28,13 +27,13 @@ def identity(scores):
 
 
 def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=identity):
-    """(key, rest): key of the k-th largest score, and how many of its equals belong to the k largest; NaN is no score.
+    """(key, ties): key of the k-th largest score, and how many scores equal to it belong to the k largest.
 
-    Two counting passes of 65,536 integers. Where the scores are one rank's part, `total` sums the counts over the
-    ranks. With fewer than k scores it is the smallest one; (NOTHING, 0) where there is none to take. `rank` maps scores
-    to the numbers that are compared.
+    Two passes count 65,536 bins each. NaN is not a score. With fewer than k scores the key is that of the smallest one;
+    with none, or k = 0, the result is (NO_KEY, 0). total: sums the counts over ranks when each has a part of the
+    scores. rank: maps scores to the numbers that are compared.
     """
-    prefix, rest = 0, k
+    prefix, ties = 0, k
     for shift in (16, 0):
         counts_K = np.zeros(65_536, np.int64)
         for start in range(0, len(scores_N), PIECE):
@@ -43,41 +42,42 @@ def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=identity):
             counts_K += np.bincount((keys >> shift) & 0xFFFF, minlength=65_536)
         above_K = np.cumsum(total(counts_K)[::-1])
         if shift:
-            rest = min(rest, int(above_K[-1]))
-            if rest <= 0:
-                return NOTHING, 0
-        steps_down = int(np.searchsorted(above_K, rest))
-        rest -= int(above_K[steps_down - 1]) if steps_down else 0
+            ties = min(ties, int(above_K[-1]))
+            if ties <= 0:
+                return NO_KEY, 0
+        steps_down = int(np.searchsorted(above_K, ties))
+        ties -= int(above_K[steps_down - 1]) if steps_down else 0
         prefix = (prefix << 16) | (65_535 - steps_down)
-    return prefix, rest
+    return prefix, ties
 
 
-def top_by_shard(scores_N, counts_S, key, rest, rank=identity):
-    """Yield for each shard bool (n,): its scores above `key`, and the first `rest` (over all shards) of those equal to
-    it. `rank` as for kth_largest."""
+def top_by_shard(scores_N, counts_S, key, ties, rank=identity):
+    """Yield bool (n,) for each shard: scores above `key`, and the first `ties` (over all shards) of those equal to it.
+
+    rank: as for kth_largest.
+    """
     start = 0
     for count in counts_S:
         keys = ordered_keys(rank(scores_N[start : start + count]))
-        chosen, equals = keys > key, np.flatnonzero(keys == key)[:rest]
+        chosen, equals = keys > key, np.flatnonzero(keys == key)[:ties]
         chosen[equals] = True
-        rest -= len(equals)
+        ties -= len(equals)
         start += count
         yield chosen
 
 
 def select_top(scores_N, k, rank=identity):
-    """bool (N,): the k highest scores; among equals the first rows. NaN is never selected, so fewer where numbers run
-    out."""
+    """bool (N,): the k highest scores, the first rows among equals. NaN is never selected."""
     return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k, rank=rank), rank))
 
 
 def count_at_least(scores_N, threshold, rank=identity):
-    """int: scores at or above `threshold`."""
+    """Number of scores at or above `threshold`."""
     pieces = (scores_N[start : start + PIECE] for start in range(0, len(scores_N), PIECE))
     return sum(int(np.count_nonzero(rank(scores) >= threshold)) for scores in pieces)
 
 
 def scheduled_fraction(first_fraction, number, selection):
-    """Safe fraction before the SafeCLIP epoch `number` (from 0): the first fraction, and selection.growth more at each later
-    one, up to selection.max_fraction."""
+    """Safe fraction of the round before SafeCLIP epoch `number` (from 0): `first_fraction`, which grows by
+    selection.growth with each epoch up to selection.max_fraction."""
     return min(selection.max_fraction, first_fraction + number * selection.growth) if number else first_fraction

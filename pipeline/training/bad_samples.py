@@ -1,16 +1,15 @@
-"""Samples that cannot be used: written down, counted over all ranks, and too many of them stop the run."""
+"""Samples that cannot be read: recorded, counted over all ranks, and an error when there are too many."""
 
 import numpy as np
 
 from pipeline.distributed import comm
 from shards.errors import UserError
 
-PATIENCE = 10_000  # the fraction is one of so many samples at least: the first to be read may be the worst
+MIN_SAMPLES = 10_000  # denominator of the fraction while fewer samples have been read
 
 
 def record(run, bad):
-    """Write the bad samples that the ranks met to rank 0's bad_samples.jsonl, say how many there are now; returns how many they
-    met."""
+    """Add the bad samples of all ranks to bad_samples.jsonl and log their number; returns how many there were."""
     everyone = [sample for rank in comm.gather_objects(bad) for sample in rank]
     if run.bad_samples:
         before = len(run.bad_samples.seen)
@@ -22,15 +21,15 @@ def record(run, bad):
 
 
 def bad_so_far(run, pending=0):
-    """(rows, most): training rows of all ranks that could not be used, and how many may be. `pending`: not recorded yet
-    on this rank."""
-    most = run.config.data.max_bad_fraction * max(run.state["sample_views"], min(PATIENCE, run.index.samples))
-    return run.state["bad_rows"] + int(comm.all_reduce_sum(np.array([pending]))[0]), most
+    """(rows, limit): unusable training rows of all ranks, and how many are allowed. pending: of this rank, not recorded
+    yet."""
+    limit = run.config.data.max_bad_fraction * max(run.state["sample_views"], min(MIN_SAMPLES, run.index.samples))
+    return run.state["bad_rows"] + int(comm.all_reduce_sum(np.array([pending]))[0]), limit
 
 
-def stop_where_bad(run, failed, most):
-    """Raise UserError on every rank when more samples failed than `most`; what was done until now is saved."""
-    if failed > most:
+def stop_where_bad(run, failed, limit):
+    """Raise UserError on every rank if more than `limit` samples failed, after the pending save."""
+    if failed > limit:
         run.saver.wait()
         comm.on_rank0(refuse, run)
 

@@ -1,13 +1,13 @@
-"""Checkpoints that are complete or absent, written in the background (DEEPSPEED trap 5).
+"""Checkpoints, written in the background; a checkpoint is valid only when it is complete.
 
 RUN/checkpoints/step_00001200/
     deepspeed/*.pt        weights and optimizer, each rank its part
     model.safetensors     the CLIP in fp32
-    support_queue.safetensors     the support queues
+    support_queue.safetensors
+                          past embeddings of each modality
     state.json            step, epoch, step in the epoch, world size, ...
-    COMPLETE              {"files": {name: bytes}}, written last: a folder without it, or that it does not fit, is no
-                          checkpoint
-    universal/            made when a run continues with another number of ranks
+    COMPLETE              {"files": {name: bytes}}, written last: a folder without it, or with other sizes, is ignored
+    universal/            DeepSpeed's universal form, made when a run resumes with another number of ranks
 """
 
 import fcntl
@@ -113,7 +113,7 @@ class Saver:
         self.thread.start()
 
     def write(self, folder, files, rank, world):
-        """In the thread: this rank's files, then its receipt; on rank 0 also the marker. No collectives here."""
+        """Thread: write this rank's files, then its receipt; on rank 0 also the marker. No collectives."""
         try:
             sizes = {}
             for path, data in files.items():
@@ -145,7 +145,7 @@ class Saver:
             self.error = f"rank 0: {error.strerror or error}"
 
     def prune(self):
-        """Remove what need not be kept. The marker goes first: half a removal leaves no checkpoint."""
+        """Remove old checkpoints, the marker first, so that a partly removed one is not valid."""
         complete = [folder for folder in checkpoints(self.run_dir) if fault(folder) is None]
         for folder in checkpoints(self.run_dir):
             if folder >= complete[-self.keep :][0] or folder in complete and self.is_kept(load_state(folder)):
@@ -154,7 +154,7 @@ class Saver:
             shutil.rmtree(folder)
 
     def is_kept(self, state):
-        """Whether `keep_every` keeps a checkpoint for good."""
+        """Whether `keep_every` keeps this checkpoint."""
         at_an_end = state["epoch"] > 0 and state["epoch_step"] == 0
         return bool(self.keep_every) and at_an_end and state["epoch"] % self.keep_every == 0
 

@@ -1,10 +1,12 @@
-"""The curriculum: which stage an epoch is, which batches it has, and at what rate it learns. Pure functions.
+"""The curriculum: stages of the epochs, the batches of each, and learning rates. Pure functions.
 
 safeclip (Yang, Gao, Mirzasoleiman 2024): unimodal warm-up, low-rate CLIP epochs on all pairs (or a few steps of plain
-CLIP), then epochs that select a safe set and train CLIP on it and unimodally on the rest. clip: the same program with no warm-up and no selection.
+CLIP), then epochs that select a safe set and train CLIP on it and unimodally on the rest.
+clip: no warm-up and no selection.
 roclip (Yang and Mirzasoleiman 2023): in every n-th epoch pictures are matched with the nearest captions of a support
-queue. cleanclip (Bansal et al. 2023): fine-tuning of a trained CLIP on clean pairs, with the CLIP loss and a loss
-within each modality.
+queue.
+cleanclip (Bansal et al. 2023): fine-tuning of a trained CLIP on clean pairs, with the CLIP loss and a loss within each
+modality.
 """
 
 import math
@@ -18,7 +20,7 @@ from shards.errors import UserError
 from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask
 
-# The loss of each stage that trains on all pairs, or on those of data.mask.
+# Loss of each stage that trains on all pairs, or on those of data.mask.
 LOSS = {"unimodal": "unimodal", "low_rate": "clip", "clip": "clip", "match": "match", "cleanclip": "cleanclip"}
 
 
@@ -28,17 +30,17 @@ class Epoch:
 
     number: int
     stage: str  # a key of LOSS, or "safeclip"
-    split: int | None  # where the data are split before it: how many SafeCLIP epochs were before
-    mask_of: int | None  # number of the epoch with the last round: its mask holds
-    before: int | None = None  # number of the epoch with the round before that
+    round: int | None  # number of SafeCLIP epochs before it if it begins with a selection round, else None
+    mask_of: int | None  # number of the epoch of the latest round, whose mask is used
+    before: int | None = None  # number of the epoch of the round before that
     begin: int = 0  # first step, of those of a whole epoch
     end: int | None = None  # step after the last one; None: to the end
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an epoch: batch `number` of `plan` over `view`, with `loss` "clip", "unimodal", "match" or
-    "cleanclip"."""
+    """One step: batch `number` of `plan` over `view`. loss: "clip", "unimodal", "match" or "cleanclip"; pass_number:
+    which pass over the view in this epoch, from 0."""
 
     loss: str
     view: str
@@ -58,7 +60,7 @@ def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Ep
     epochs, first = [], train.unimodal_epochs + train.low_rate_epochs
     mask_of = before = None
     for past in range(-first, train.epochs - first) if train.method == "safeclip" else ():
-        number, begin, split = len(epochs), 0, None
+        number, begin, selects = len(epochs), 0, None
         if past < 0:
             stage = "unimodal" if number < train.unimodal_epochs else "low_rate"
         else:
@@ -67,8 +69,8 @@ def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Ep
                 epochs.append(Epoch(number, "clip", None, None, end=begin))
                 number += 1
             if past % every == 0 if every else (past + 2) & (past + 1) == 0 and past <= left:
-                split, mask_of, before = past, number, mask_of
-        epochs.append(Epoch(number, stage, split, mask_of, before, begin))
+                selects, mask_of, before = past, number, mask_of
+        epochs.append(Epoch(number, stage, selects, mask_of, before, begin))
     if train.method == "safeclip":
         return epochs
     stages = [train.method] * train.epochs
@@ -157,9 +159,9 @@ def steps_of_loss(
     """Steps with `loss` ("clip" or "unimodal") that all SafeCLIP epochs have together, where every selection round
     selects its fraction.
 
-    views: samples of an epoch over all pairs; first_fraction, first_views: of the first safe set, the fraction of the pairs
-    and of the views (the same without weights of data.sources). The pairs that come in later are taken to have the mean
-    weight of the others.
+    views: samples of an epoch over all pairs; first_fraction, first_views: of the first safe set, the fraction of the
+    pairs and of the views (the same without weights of data.sources). The pairs that come in later are taken to have
+    the mean weight of the others.
     """
     total, fraction, whole = 0, first_fraction, views // train.batch_size
     for epoch in curriculum(train, chosen.every, whole):

@@ -1,5 +1,4 @@
-"""What a run tells: metrics.jsonl always, Weights & Biases when configured, a progress line; all of it on rank 0
-only."""
+"""Logging of a run, on rank 0 only: metrics.jsonl, Weights & Biases if configured, and lines on stderr."""
 
 import json
 import sys
@@ -11,8 +10,7 @@ from shards.storage.files import write_bytes
 
 
 class MetricsLogger:
-    """Appends to RUN/metrics.jsonl. `length`: bytes of it to keep; what a dead run wrote after its checkpoint is cut
-    off."""
+    """Appends to RUN/metrics.jsonl. length: bytes of it to keep; lines written after the checkpoint are removed."""
 
     def __init__(self, run_dir, config, length=0):
         self.file, self.wandb, self.last = None, None, 0.0
@@ -38,7 +36,7 @@ class MetricsLogger:
             )
 
     def log(self, **figures):
-        """One line of metrics: figures of one step, epoch or selection round."""
+        """Write one line: figures of one step, selection round or evaluation."""
         if not self.file:
             return
         self.file.write((json.dumps(figures) + "\n").encode())
@@ -50,16 +48,16 @@ class MetricsLogger:
             )
 
     def length(self):
-        """Bytes written so far, to be kept by whoever resumes from here."""
+        """Bytes written so far; part of the checkpoint."""
         return self.file.tell() if self.file else 0
 
     def say(self, text):
-        """A line for the person who watches."""
+        """Print a line on stderr."""
         if comm.is_rank0():
             print(text, file=sys.stderr, flush=True)
 
     def progress(self, text, every=5.0):
-        """The same, at most once in `every` seconds."""
+        """Print a line at most once in `every` seconds."""
         now = time.monotonic()
         if now - self.last >= every:
             self.last = now
@@ -73,8 +71,7 @@ class MetricsLogger:
 
 
 class Meter:
-    """Samples per second, fraction of the time spent waiting for data, and time left. Steps before `first` were done
-    earlier."""
+    """Throughput, fraction of the time spent waiting for data, and time left, of the steps from `first` to `total`."""
 
     def __init__(self, total, first=0):
         self.total, self.first, self.done, self.samples, self.waited = total, first, first, 0, 0.0
@@ -88,7 +85,7 @@ class Meter:
         return max(1e-9, time.monotonic() - self.started)
 
     def figures(self):
-        """{"samples_per_s", "data_wait" (fraction of 1)}."""
+        """{"samples_per_s", "data_wait": fraction of the time}."""
         return {
             "samples_per_s": round(self.samples / self.seconds, 1),
             "data_wait": round(self.waited / self.seconds, 3),

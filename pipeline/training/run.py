@@ -1,4 +1,4 @@
-"""The training loop: it reads like the method.
+"""The training loop.
 
 safeclip train configs/quickstart.yaml run.dir=runs/a                               one process, CPU or GPU
 torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn50.yaml run.dir=runs/a     one node
@@ -29,9 +29,9 @@ LOG_EVERY = 20  # steps between lines of metrics.jsonl
 def train(config, evaluators=None, stop=None):
     """Train to the end, from the newest complete checkpoint if there is one; returns the run's state.
 
-    `evaluators`: name -> function(engine, views, device) -> dict of figures, called by all ranks after an epoch.
-    `stop`: a StopSignal that listens already, for a caller who began before; otherwise train listens from here on.
-    Raises UserError for what the user can mend, Preempted when a signal asked for a stop (the state is saved).
+    evaluators: {name: function(engine, views, device) -> dict of figures}, called by all ranks after an epoch. stop: an
+    active StopSignal of the caller, else a new one. Raises UserError for mistakes in the input, and Preempted after a
+    stop signal, with the state saved.
     """
     with nullcontext(stop) if stop else StopSignal() as stop, comm.naming_the_lost(config.run.timeout):
         run = Run(config)
@@ -88,8 +88,7 @@ def train(config, evaluators=None, stop=None):
 
 
 def rate_at(run, epoch, loss):
-    """Learning rate of the next step: of the run's schedule, or of the one that its loss has since the first selection
-    round."""
+    """Learning rate of the next step, by the run's schedule or by that of its loss (train.schedule=per_loss)."""
     config, state = run.config, run.state
     if config.train.schedule == "per_loss" and epoch.stage == "safeclip":
         first = state["first_fraction"], state["first_views"]
@@ -101,8 +100,7 @@ def rate_at(run, epoch, loss):
 def train_step(engine, queues, batch, kind):
     """One step on this rank's rows; the gradient is that of the global batch.
 
-    Returns (loss, logit scale, finite): two tensors on the device, and False if the gradient was no number and nothing
-    moved.
+    Returns (loss, logit scale, finite). finite: False if the gradient was infinite or NaN and the step was skipped.
     """
     image_BD, text_BD, scale = engine(batch.images, batch.tokens)
     views = len(image_BD) // len(batch.valid)
@@ -136,14 +134,14 @@ def train_step(engine, queues, batch, kind):
 
 
 class SaveClock:
-    """When the run was last saved, and up to when its seconds are counted."""
+    """Time of the last save, and time up to which the run's seconds are counted."""
 
     def __init__(self):
         self.saved = self.counted = time.monotonic()
 
 
 def save_now(run, clock, bad, stop):
-    """Whether to save after this step: by steps, by minutes on rank 0's clock, or because the run is to stop."""
+    """Whether to save after this step: by run.save_steps, by run.save_minutes on rank 0, or because the run stops."""
     settings, step = run.config.run, run.state["step"]
     due = bool(settings.save_steps) and step % settings.save_steps == 0
     if step % signals.AGREE_EVERY == 0:
@@ -152,13 +150,13 @@ def save_now(run, clock, bad, stop):
         asked, late, failed = comm.all_reduce_max(stop.received, late, run.saver.error is not None)
         if failed:
             run.saver.wait()  # raises on every rank
-        bad_rows, most = bad_so_far(run, len(bad))
-        due = due or asked or late or bad_rows > most
+        bad_rows, limit = bad_so_far(run, len(bad))
+        due = due or asked or late or bad_rows > limit
     return due
 
 
 def save(run, clock, bad, stop):
-    """Record what was read, save the state, and leave if a rank was asked to; returns an empty list of bad samples.
+    """Record bad samples, save the state, and exit if a rank was signalled; returns an empty list of bad samples.
 
     Raises UserError when too many samples are bad.
     """
@@ -174,7 +172,7 @@ def save(run, clock, bad, stop):
 
 
 def not_finite(run, epoch, step, loss):
-    """A gradient was infinite or no number, and the step was not taken: stop, or count it."""
+    """Handle a skipped step with an infinite or NaN gradient: stop the run, or count it (train.on_nan)."""
     shards = sorted(set(step.plan.batch(step.number, 0, 1)[0].tolist()))
     paths = ", ".join(run.index.shards[shard].path for shard in shards[:4]) + (" ..." if len(shards) > 4 else "")
     text = (
@@ -191,7 +189,7 @@ def not_finite(run, epoch, step, loss):
 
 
 def evaluate(run, epoch, evaluators):
-    """Let the evaluators judge the model after an epoch, where the config wants it."""
+    """Run the evaluators after an epoch, if the config asks for it."""
     done, every = epoch.number + 1, run.config.evaluation.every
     if done == len(run.epochs) or every and done % every == 0 and epoch.end is None:
         for name, evaluator in evaluators.items():

@@ -1,5 +1,7 @@
-"""The round before an epoch, as a run makes it: score all pairs, split them, keep what the next round resumes from.
-What is on disk is used as it is."""
+"""The selection round before an epoch of a run: score all pairs, apply the guards, select the safe set, save the round.
+
+A round that is on disk already is loaded.
+"""
 
 import json
 from dataclasses import replace
@@ -20,18 +22,15 @@ from shards.errors import UserError
 
 
 def mask_for(run, epoch, stop):
-    """The mask that `epoch` trains with: where it is due, all pairs are scored and split; what is already on disk is
-    used as it is.
-
-    None where it trains on all pairs."""
+    """SafeMask that `epoch` trains with; None if it trains on all pairs. Makes the selection round if one is due."""
     if epoch.mask_of is None:
         return run.mask
     folder, index, state, config = mask_folder(run.run_dir, epoch.mask_of), run.index, run.state, run.config
     meter, due = Meter(0), epoch.round is not None and state["epoch_step"] == 0
-    if not comm.on_rank0(round_is_made, folder, due, state, config):
+    if not comm.on_rank0(is_saved, folder, due, state, config):
         before = mask_folder(run.run_dir, epoch.before) if epoch.round else None
         if before:
-            comm.on_rank0(round_is_made, before, False, state, config)
+            comm.on_rank0(is_saved, before, False, state, config)
         score_N, control_C = scores_for(run, epoch, folder, stop, meter)
         excluded = excluded_by_guards(run, epoch, score_N, stop, meter) if config.guards else None
         if excluded:
@@ -46,8 +45,8 @@ def mask_for(run, epoch, stop):
             control_C,
             excluded.count if excluded else 0,
         )
-        if config.guards and (told := out_of_range(index.samples)):
-            selected.note = f"{selected.note}; {told}" if selected.note else told
+        if config.guards and (warning := out_of_range(index.samples)):
+            selected.note = f"{selected.note}; {warning}" if selected.note else warning
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash(), "score": "cosine"}
         comm.on_rank0(save_round, folder, selected, index, made)
     else:
@@ -63,7 +62,7 @@ def mask_for(run, epoch, stop):
 
 
 def scores_for(run, epoch, folder, stop, meter):
-    """(score_N, control_C) of the round in `folder`."""
+    """(score_N, control_C): scores of all pairs and of the negative controls, for the round in `folder`."""
     config, state = run.config, run.state
     files = ScoreFiles(folder / "scores", run.index, state["step"], config.hash())
     views = run.views
@@ -79,21 +78,21 @@ def scores_for(run, epoch, folder, stop, meter):
 
 
 def each_round(run, epoch, what, stop, meter):
-    """A function (done, rounds) for all ranks to call after every batch of a pass over all pairs: progress and signals.
+    """Callback (done, rounds) for all ranks after every batch of a pass over all pairs: logs progress, handles signals.
 
-    The last checkpoint is that of the epoch's start, and what is scored is on disk."""
+    Exiting here saves nothing: the last checkpoint is that of the epoch's start, and score files are on disk.
+    """
 
-    def told(done, rounds):
+    def report(done, rounds):
         run.logger.progress(f"  epoch {epoch.number:3d} {what:9s} {done}/{rounds} batches, {meter.seconds:.0f} s")
         if done % signals.AGREE_EVERY == 0 and any(comm.all_reduce_max(stop.received)):
             run.exit_preempted()
 
-    return told
+    return report
 
 
 def excluded_by_guards(run, epoch, score_N, stop, meter):
-    """guards.excluded.Excluded of the run, found at its first selection round and loaded at later ones. All ranks
-    call."""
+    """guards.excluded.Excluded of the run: computed in the first selection round, loaded later. All ranks call."""
     config, folder, guards = run.config, guards_folder(run.run_dir), make_guards(run.config.guards)
     if epoch.round == 0:
         reading = (run.samples, run.views, config.selection.batch_size, config.data.workers)
@@ -105,14 +104,14 @@ def excluded_by_guards(run, epoch, score_N, stop, meter):
     return run.excluded
 
 
-def round_is_made(folder, due, state, config):
-    """Whether the mask in `folder` is the one to train with. Where none is `due` it must be: raises UserError if it is
-    gone."""
+def is_saved(folder, due, state, config):
+    """Whether the round in `folder` is complete and of this run. Raises UserError if it is missing and no round is
+    due."""
     there = (folder / "mask.json").exists()
     if not due:
         if not there:
             raise UserError(
-                f"masks: {folder} is gone, and the run resumes from it; "
+                f"masks: {folder} is missing, and the run resumes from it; "
                 "bring it back, or delete the newest checkpoints to resume from an earlier one"
             )
         return True

@@ -1,4 +1,4 @@
-"""Start a run, or resume it: rank 0 looks at the run directory and decides, all ranks receive."""
+"""Start or resume a run. Rank 0 inspects the run directory and decides for all ranks."""
 
 import copy
 import os
@@ -41,16 +41,16 @@ FRESH = {
     "seconds": 0.0,
     "sample_views": 0,
     "bad_rows": 0,  # of them those that could not be used
-    "skipped": 0,  # steps whose gradient was no number
+    "skipped": 0,  # steps with an infinite or NaN gradient
     "first_fraction": None,  # of the pairs, in the first safe set
-    "first_views": None,  # of an epoch's samples: with weights of data.sources another
+    "first_views": None,  # the same of the samples of an epoch; differs with weights of data.sources
     "loss_steps": {"clip": 0, "unimodal": 0},  # since the first selection round
     "metrics_bytes": 0,
 }
 
 
 class Run:
-    """What a run consists of: config, run_dir, device, samples, index, mask, excluded, views, engine, queues, state,
+    """State of a run: config, run_dir, device, samples, index, mask, excluded, views, engine, queues, state,
     logger, bad_samples, saver."""
 
     def __init__(self, config):
@@ -72,7 +72,7 @@ class Run:
         towers = Towers(build_model(asdict(config.model)), *pixel_stats())
         if config.model.pretrained:
             load_pretrained(towers.clip, config.model.pretrained)
-        # Only now: a start that fails on its input must not claim the directory.
+        # After all checks of the input: a start that fails must not claim the directory.
         self.run_dir = Path(config.run.dir).absolute()
         found, warnings = comm.on_rank0(claim, config, self.run_dir, data)
         synonyms = synonyms_of(config)
@@ -125,8 +125,8 @@ class Run:
 
 
 def synonyms_of(config):
-    """Where EDA's synonyms come from, the same on every rank: "WordNet 3.0" or "table"; None where no caption is
-    changed. Raises UserError."""
+    """Source of EDA's synonyms, the same on every rank: "WordNet 3.0" or "table"; None without EDA. Raises
+    UserError."""
     data = config.data
     if not (data.clip_eda or data.unimodal_eda) or data.eda_synonyms == "table":
         return None
@@ -165,13 +165,13 @@ def steps_per_epoch(config, index, world):
 
 
 def claim(config, run_dir, fingerprint):
-    """(newest complete checkpoint or None, warnings), the directory being this config's from now on. On rank 0.
+    """(newest complete checkpoint or None, warnings); writes config.yaml, which claims the directory. Rank 0 calls.
 
     Raises UserError as `inspect` does, unless a fresh start is asked for.
     """
-    # The launcher starts a job that died with the same words; they asked for a fresh run once, not each time.
-    again = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    restart = config.run.restart and not again
+    # The launcher restarts a failed job with the same arguments; run.restart applies to its first start only.
+    restarted = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    restart = config.run.restart and not restarted
     if restart:
         shutil.rmtree(run_dir / "masks", ignore_errors=True)
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
@@ -211,7 +211,7 @@ def inspect(config, run_dir, fingerprint):
 
 
 def check_config(config, run_dir):
-    """Raise UserError, naming the fields, if the run directory was written by a config that learns something else."""
+    """Raise UserError, naming the keys, if the run directory has a config with another hash."""
     there = yaml.safe_load((run_dir / "config.yaml").read_text())
     if there.pop("hash", None) == config.hash() or config.run.accept_changes:
         return

@@ -1,5 +1,4 @@
-"""The queue of past embeddings of one modality, in which the nearest neighbour of a view is searched (NNCLR, section
-3.2)."""
+"""Support queue: past embeddings of one modality, searched for the nearest neighbour of a view (NNCLR, section 3.2)."""
 
 import faiss
 import torch
@@ -10,8 +9,7 @@ CHUNK = 4096  # queries at a time where faiss has no GPU build
 
 
 class SupportQueue:
-    """First in, first out: the last `size` valid embeddings of all ranks, the same on every rank. On `device`,
-    float32."""
+    """First-in, first-out queue of the last `size` valid embeddings of all ranks, float32, the same on every rank."""
 
     def __init__(self, size, dim, device):
         self.queue_PD = torch.zeros(size, dim, device=device)
@@ -19,8 +17,7 @@ class SupportQueue:
 
     @torch.no_grad()
     def search(self, z_BD):
-        """(B, D): for each row the nearest embedding in the queue, by inner product; z itself while the queue is
-        empty."""
+        """(B, D): nearest embedding in the queue of each row, by inner product; the rows themselves if it is empty."""
         if not self.filled:
             return z_BD.detach().float()
         queue = self.queue_PD[: self.filled]
@@ -48,8 +45,7 @@ class SupportQueue:
 
 @torch.library.custom_op("safeclip::nearest", mutates_args=())
 def nearest(query_BD: torch.Tensor, queue_PD: torch.Tensor) -> torch.Tensor:
-    """int64 (B,): row of the queue with the largest inner product. Exact; faiss where it can, torch on a GPU without
-    faiss-gpu."""
+    """int64 (B,): row of the queue with the largest inner product. Exact; by faiss, or by torch without faiss-gpu."""
     if query_BD.device.type == "cpu":
         return torch.from_numpy(
             faiss.knn(query_BD.numpy(), queue_PD.numpy(), 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0].copy()
@@ -61,7 +57,7 @@ def nearest(query_BD: torch.Tensor, queue_PD: torch.Tensor) -> torch.Tensor:
 
 @nearest.register_fake
 def _(query_BD, queue_PD):
-    """Shape and device without the work, so that a step can be traced for a GPU that is not there."""
+    """Output shape and device, for tracing on fake devices."""
     torch._check(query_BD.device == queue_PD.device, lambda: f"query on {query_BD.device}, queue on {queue_PD.device}")
     return query_BD.new_empty(len(query_BD), dtype=torch.int64)
 

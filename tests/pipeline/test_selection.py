@@ -8,8 +8,8 @@ from hypothesis.extra.numpy import arrays
 from pipeline.config.schema import Selection
 from pipeline.safety.selection import (
     count_at_least,
-    scheduled_fraction,
     kth_largest,
+    scheduled_fraction,
     score_of,
     select_top,
     top_by_shard,
