@@ -13,8 +13,8 @@ class Unreachable(UserError):
 
 
 class BadSample(Exception):
-    """One sample that cannot be used. It stays in its batch as an invalid row and is listed in bad_samples.jsonl with this
-    reason."""
+    """One sample that cannot be used. It stays in its batch as an invalid row and is listed in bad_samples.jsonl with
+    this reason."""
 
 
 class RunFailed(Exception):

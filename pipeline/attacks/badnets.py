@@ -22,7 +22,8 @@ class Square(Trigger):
     test pictures, keeps it."""
 
     size: float = bounded(0.19, 0.01, 1.0)
-    """Its side. Fractions are of the picture's shorter side, places are counted from the corner of the centred square."""
+    """Its side. Fractions are of the picture's shorter side, places are counted from the corner of the centred
+    square."""
     left: float = bounded(0.78, 0.0, 1.0)
     top: float = bounded(0.78, 0.0, 1.0)
     random_place: bool = False

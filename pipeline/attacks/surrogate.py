@@ -38,8 +38,8 @@ class Surrogate:
 
 
 def fit(trigger, rng, captions, target, pictures):
-    """(uint8 (3, cells, cells), success) of an optimised_trigger.Optimised: its colours, and the fraction of the pictures
-    read as the target.
+    """(uint8 (3, cells, cells), success) of an optimised_trigger.Optimised: its colours, and the fraction of the
+    pictures read as the target.
 
     captions: lists of str, one for each class, of which number `target` is the target's; pictures: list of PIL RGB.
     Minimises the cross-entropy of the target among the classes by Adam over random batches, and with `random_place`

@@ -21,8 +21,8 @@ from pipeline.attacks.settings import bounded
 class Warp(Trigger):
     pattern: ClassVar[str] = "warp"
     strength: float = bounded(0.06, 0.0, 0.5)
-    """Mean absolute offset at the grid's points, as a fraction of the picture's side. The paper's s = 0.5 at 32 pixels is
-    0.008."""
+    """Mean absolute offset at the grid's points, as a fraction of the picture's side. The paper's s = 0.5 at 32 pixels
+    is 0.008."""
     grid: int = bounded(4, 2, 64)
     """Points of the field along a side."""
 

@@ -82,9 +82,9 @@ def parquet(saved, out, tables=None, schema=COLUMNS):
 def cleanlab(saved, out):
     """Parquet with the columns of a cleanlab issue type: is_poison_issue, and poison_score in [0, 1], lower = worse.
 
-    poison_score is the score's place in its range (of a cosine (1 + cosine) / 2): it orders the pairs as the threshold does,
-    which the posterior would not. A pair without a score, which could not be read or was excluded by a guard, is an
-    issue with score 0. Convention: cleanlab's Datalab, docs.cleanlab.ai (issue types).
+    poison_score is the score's place in its range (of a cosine (1 + cosine) / 2): it orders the pairs as the threshold
+    does, which the posterior would not. A pair without a score, which could not be read or was excluded by a guard, is
+    an issue with score 0. Convention: cleanlab's Datalab, docs.cleanlab.ai (issue types).
     """
     low, high = RANGES[saved.meta.get("score", "cosine")]
     fields = [("is_poison_issue", pa.bool_()), ("poison_score", pa.float64())]

@@ -33,8 +33,8 @@ def filter_pairs(scores, by, remove, out):
     """Write the mask of all pairs but the worst fraction `remove` into the new folder `out`; returns a line.
 
     scores: folder of `safeclip score`; by: one of FILTERS. Among equals the first pairs by (shard, position) are kept;
-    a pair without a score is never kept. The mask's scores are what it filters by: cosines, or of an outlier the fraction
-    of pairs that stand out more. Raises UserError.
+    a pair without a score is never kept. The mask's scores are what it filters by: cosines, or of an outlier the
+    fraction of pairs that stand out more. Raises UserError.
     """
     if by not in FILTERS:
         raise UserError(f"--by: got {by!r}, expected one of {', '.join(FILTERS)}")
@@ -65,8 +65,8 @@ def keep_unpoisoned(overlay, index, out, fraction=1.0, seed=0):
     """Write the mask of all pairs of a ShardIndex but the poisoned ones and the decoys of an Overlay's folder; returns
     a line.
 
-    fraction: of all pairs, so many random ones of them are kept: a small part that is known to be clean, as CleanCLIP is
-    given (Bansal et al., ICCV 2023). Scores are 1, of what is left out 0; there are no cosines. Raises UserError.
+    fraction: of all pairs, so many random ones of them are kept: a small part that is known to be clean, as CleanCLIP
+    is given (Bansal et al., ICCV 2023). Scores are 1, of what is left out 0; there are no cosines. Raises UserError.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction: got {fraction}, expected a fraction of the pairs, more than 0 and at most 1")

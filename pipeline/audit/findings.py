@@ -41,7 +41,8 @@ def combined(found, worst):
 
     A detector's rank as a fraction of the pairs stands for a p-value; ties take the highest, so where a detector has
     nothing to say it says nothing. Those of a family are averaged first, for they look at the same thing. A pair is
-    suspect that is bad in two ways, or very bad in one. The score is the rank of the product as a fraction of the pairs.
+    suspect that is bad in two ways, or very bad in one. The score is the rank of the product as a fraction of the
+    pairs.
     """
     families, unread_N = {}, None
     for name, finding in found.items():

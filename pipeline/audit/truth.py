@@ -34,7 +34,8 @@ def thinned(x, y, along):
 
 
 def precision_at(score_N, poison_N, fraction):
-    """Fraction of poison among the `fraction` of the pairs with the lowest scores; the expected one where ties are cut."""
+    """Fraction of poison among the `fraction` of the pairs with the lowest scores; the expected one where ties are
+    cut."""
     score_N = np.nan_to_num(score_N, nan=1.0)
     count = max(1, round(fraction * len(score_N)))
     last = np.partition(score_N, count - 1)[count - 1]
@@ -44,8 +45,8 @@ def precision_at(score_N, poison_N, fraction):
 
 
 def against_truth(data, found, suspect):
-    """dict for audit.json: per detector and kind of attack `judge`, per detector precision at FRACTIONS, per round that of
-    the mask.
+    """dict for audit.json: per detector and kind of attack `judge`, per detector precision at FRACTIONS, per round that
+    of the mask.
 
     Of a kind, the poison of the other kinds is left out; precision counts all poison. {} without a manifest.
     """

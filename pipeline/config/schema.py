@@ -67,7 +67,8 @@ class Data:
     """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up
     to rounding."""
     clip_eda: float = 0.1
-    """Strength of EDA for the CLIP loss: the fraction of a caption's words that it changes; 0 = captions as they are."""
+    """Strength of EDA for the CLIP loss: the fraction of a caption's words that it changes; 0 = captions as they
+    are."""
     unimodal_eda: float = 0.1
     """The same for the unimodal loss."""
     eda_synonyms: str = "wordnet"
@@ -162,7 +163,8 @@ class Selection:
     max_fraction: float = 0.85
     """The safe set grows no larger than this fraction of the pairs that no guard excludes."""
     negative_controls: int = 500
-    """Mismatched pairs that are scored and never trained on: the fraction that passes is told at every round; 0 = none."""
+    """Mismatched pairs that are scored and never trained on: the fraction that passes is told at every round; 0 =
+    none."""
     every: int | None = 1
     """Select before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long
     as at least as many epochs follow as were before. In between the last mask holds. The fraction grows by the epoch all the

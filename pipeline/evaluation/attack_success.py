@@ -169,7 +169,8 @@ class ClassToClass:
 
 
 def success(hit_M: np.ndarray) -> dict:
-    """{"success", "interval": [low, high], "count"} of bool (M,): Wilson's 95 % interval of a fraction (Wilson 1927)."""
+    """{"success", "interval": [low, high], "count"} of bool (M,): Wilson's 95 % interval of a fraction (Wilson
+    1927)."""
     interval = binomtest(int(hit_M.sum()), len(hit_M)).proportion_ci(method="wilson")
     return {
         "success": float(hit_M.mean()),

@@ -16,10 +16,10 @@ class Evaluator:
     """Called with (towers, views, device) by all ranks: {"clean_top1", "clean_top5", "unreadable", "retrieval",
     "attacks"}, the same on every rank.
 
-    clean_top1, clean_top5: zero-shot accuracy, fractions of 1, on the pictures that no attack is to have misread as they
-    are (AttackSuccess.attacked_N). unreadable: number of the test pictures that cannot be read, which no figure counts.
-    retrieval: as of retrieval.retrieval, or None without test captions. attacks: as of attack_success.AttackSuccess.
-    What a run's eval.json makes of them: pipeline/evaluation/run.py.
+    clean_top1, clean_top5: zero-shot accuracy, fractions of 1, on the pictures that no attack is to have misread as
+    they are (AttackSuccess.attacked_N). unreadable: number of the test pictures that cannot be read, which no figure
+    counts. retrieval: as of retrieval.retrieval, or None without test captions. attacks: as of
+    attack_success.AttackSuccess. What a run's eval.json makes of them: pipeline/evaluation/run.py.
     """
 
     def __init__(self, config: Evaluation, overlay: Overlay | None = None):

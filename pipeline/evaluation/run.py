@@ -1,7 +1,7 @@
 """eval.json of a run: what its model knows, what the attacks achieve on it, and how well its selection told poison from
 honest pairs.
 
-Rates are fractions of 1, null where they are not known or there is nothing to measure.
+Rates are fractions, null where they are not known or there is nothing to measure.
 
 preset, seed, epochs, seconds, sample_views    of the run; sample_views: views of pairs that the losses saw
 clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py), without those
@@ -12,25 +12,26 @@ retrieval                                      {"image_to_text": {"r1", "r5", "r
                                                (retrieval.py)
 linear_probe                                   top-1 accuracy (linear_probe.py), on all test pictures
 attacks     {NAME: {
-    judged, success, interval, count, base, true_class      attack_success.py; the bases of single_target and
-    class_to_class leave out
-                            the same pictures as clean_top1
+    judged, success, interval, count, base, true_class
+                            attack_success.py; the base rates of single_target and class_to_class are of the same
+                            pictures as clean_top1
     took                    whether plain CLIP on the same poison reaches 80 %: this run if it is one, else the run
-                            --baseline; null of a run that was trained without an attack, as is all that is said of
-                            rounds, and its fractions are 0
-    unpoisoned, unpoisoned_true_class       success and true_class of models that never saw poison (--unpoisoned), their
-                                            mean
-    fraction_trained_on        of the attack's pairs, those that the CLIP loss saw in any epoch but low-rate ones
-    fraction_in_safe_set       for every round: of the attack's pairs, those in the safe set: 1 - recall
+                            --baseline; null of a run that was trained without an attack, as is `rounds`, and its
+                            fractions are 0
+    unpoisoned, unpoisoned_true_class
+                            mean success and true_class of models that never saw poison (--unpoisoned)
+    fraction_trained_on     of the attack's pairs, those that the CLIP loss saw in any epoch but low-rate ones
+    fraction_in_safe_set    for every round: of the attack's pairs, those in the safe set: 1 - recall
     auroc                   as in rounds
     rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds
                             (selection_quality.py)
 }}
-rounds      the same of all poison, and "epoch" and "false_positives"; null without an attack
-safe_fraction, poison_in_safe_set      for every round: safe pairs / all pairs; poisoned pairs / safe pairs
-poison_trained_on                   of all poison, the fraction that the CLIP loss saw in any epoch but low-rate ones; null
-                                    without an attack
-negative_controls                            for every round, as in mask.json (pipeline/safety/negative_controls.py)
+rounds                      the same of all poison, and "epoch" and "false_positives"; null without an attack
+safe_fraction, poison_in_safe_set
+                            for every round: safe pairs / all pairs; poisoned pairs / safe pairs
+poison_trained_on           of all poison, the fraction that the CLIP loss saw in any epoch but low-rate ones; null
+                            without an attack
+negative_controls           for every round, as in mask.json (pipeline/safety/negative_controls.py)
 
 A round is a selection round of the run; a run that trained with the mask of a filter (data.mask) has that one.
 """
@@ -52,8 +53,8 @@ from pipeline.evaluation.encoding import Encoder
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.linear_probe import linear_probe, open_labels
 from pipeline.evaluation.selection_quality import (
-    poison_rows,
     poison_fractions,
+    poison_rows,
     selection_quality,
     selection_rounds,
     trained_on,

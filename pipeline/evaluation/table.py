@@ -45,8 +45,8 @@ def percent(fraction):
 
 
 def draw(result, clip_metrics, safe_metrics, path):
-    """Left: clean accuracy and attack success over epochs, of both runs. Right: safe fraction and poison fraction of the safe
-    set."""
+    """Left: clean accuracy and attack success over epochs, of both runs. Right: safe fraction and poison fraction of
+    the safe set."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -61,8 +61,8 @@ class ShardTable:
 class ShardIndex:
     """Loaded index. shards: list of Shard; counts: int64 (S,); offsets: int64 (S + 1,); samples: int; fingerprint: str.
 
-    repetitions: int64 (S,), how often each sample of the shard is seen in an epoch; views: samples of an epoch, repetitions
-    counted. findings: list of scan.Finding, where the index was just built.
+    repetitions: int64 (S,), how often each sample of the shard is seen in an epoch; views: samples of an epoch,
+    repetitions counted. findings: list of scan.Finding, where the index was just built.
     """
 
     findings = ()
@@ -103,8 +103,8 @@ class ShardIndex:
 
     @classmethod
     def merged(cls, sources):
-        """One index of several: `sources` is {name: (folder, repetitions)}, in order. Raises UserError where two name the
-        same shard."""
+        """One index of several: `sources` is {name: (folder, repetitions)}, in order. Raises UserError where two name
+        the same shard."""
         shards, repetitions, owner = [], [], {}
         for name, (folder, times) in sources.items():
             for shard in cls.load(folder).shards:

@@ -26,8 +26,8 @@ class EpochPlan:
     def __init__(
         self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, pass_number=0, repetitions_S=None
     ):
-        """counts_S: samples of the view in each shard; repetitions_S: how often each is seen (None: once). `pass_number`: which
-        pass over the view in this epoch. Raises UserError."""
+        """counts_S: samples of the view in each shard; repetitions_S: how often each is seen (None: once).
+        `pass_number`: which pass over the view in this epoch. Raises UserError."""
         if batch_size % streams:
             raise UserError(
                 f"data.streams: got {streams}, which does not divide train.batch_size {batch_size}; "
@@ -39,7 +39,8 @@ class EpochPlan:
         repetitions_S = (
             np.ones(len(counts_S), np.int64) if repetitions_S is None else np.asarray(repetitions_S, np.int64)
         )
-        # P places in the permutation: each shard as often as it is seen; the repetition counts the times of one shard from 0.
+        # P places in the permutation: each shard as often as it is seen; the repetition counts the times of one shard
+        # from 0.
         first_S = np.cumsum(repetitions_S) - repetitions_S
         shard_P = np.repeat(np.arange(len(counts_S)), repetitions_S)
         order_P = np.random.Generator(np.random.Philox(self.key)).permutation(len(shard_P))
@@ -50,8 +51,8 @@ class EpochPlan:
         self.stream_length = self.steps * (batch_size // streams)
 
     def batch(self, step, rank=0, world=1):
-        """(shard_B, nth_B, repetition_B): int64, this rank's rows of global batch `step`: sample nth_B of the view within
-        shard_B, which is seen for the time repetition_B (from 0) in this pass.
+        """(shard_B, nth_B, repetition_B): int64, this rank's rows of global batch `step`: sample nth_B of the view
+        within shard_B, which is seen for the time repetition_B (from 0) in this pass.
 
         Raises IndexError for a step outside 0 .. steps - 1, UserError when `world` does not divide the batch.
         """

@@ -118,8 +118,8 @@ def least_side(size, crop_min=1.0):
 
 
 def random_box(width, height, crop_min, rng):
-    """(left, top, right, bottom) of a random crop: a fraction of the area from crop_min to 1, sides in a ratio from 3/4 to
-    4/3."""
+    """(left, top, right, bottom) of a random crop: a fraction of the area from crop_min to 1, sides in a ratio from 3/4
+    to 4/3."""
     if crop_min >= 1:
         return 0, 0, width, height
     for _ in range(10):

@@ -109,8 +109,8 @@ class TrainBatches(Dataset):
             pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
             views = []
             for number, view in enumerate(kinds, 1):
-                # pass_number counts passes over the same samples in the same epoch, and the repetition another time in the same
-                # pass: other views.
+                # pass_number counts passes over the same samples in the same epoch, and the repetition another time in
+                # the same pass: other views.
                 key = step.pass_number * 4 + number + (int(repetition_B[row]) << 32)
                 rng = sample_rng(self.seed, self.epoch, shard, position, key)
                 pixels, colour = view.picture(pixels_HWC, size, rng)

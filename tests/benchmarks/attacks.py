@@ -4,8 +4,8 @@ python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--change a
 
 CONFIG, ATTACK: e.g. configs/quickstart.yaml configs/attack_shapes.yaml, on data that are there (launch/reproduce.sh).
 Adds to tests/benchmarks/attacks.json an object for each attack config, change and seed: the triggers found, and of each
-guard the fractions of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the mean,
-the least, and the number of seeds on which it is excluded whole.
+guard the fractions of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the
+mean, the least, and the number of seeds on which it is excluded whole.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def main():
             fractions = [run["excluded"][guard][kind] for run in found]
             whole = sum(fraction == 1 for fraction in fractions)
             print(
-                f"{guard}, {kind}: {np.mean(fractions):.1%}, least {min(fractions):.1%}, whole on {whole} of {len(fractions)}"
+                f"{guard}, {kind}: {np.mean(fractions):.1%}, least {min(fractions):.1%}, "
+                f"whole on {whole} of {len(fractions)}"
             )
 
 

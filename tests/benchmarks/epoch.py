@@ -5,8 +5,8 @@ python -m tests.benchmarks.epoch [--config configs/cc3m_rn50.yaml] [--pairs 1638
 [--overrides ...]
 
 Trains preset=default for six epochs: unimodal, two slow ones (which are plain CLIP's, at another rate), and three of
-SafeCLIP, each with its selection round; of each kind the last is taken. Last line: one JSON object. The pictures are no concepts,
-so the scores mean nothing; guards are off, for each picture stands in many pairs.
+SafeCLIP, each with its selection round; of each kind the last is taken. Last line: one JSON object. The pictures are no
+concepts, so the scores mean nothing; guards are off, for each picture stands in many pairs.
 """
 
 import argparse

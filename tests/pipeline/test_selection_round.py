@@ -28,8 +28,8 @@ def data(tmp_path_factory):
 
 
 def cut_off_in_scoring(folder):
-    """(cosines, those of a scoring that was cut off and went on, shards done when it was interrupted, passes after it, shards done
-    at another step)."""
+    """(cosines, those of a scoring that was cut off and went on, shards done when it was interrupted, passes after it,
+    shards done at another step)."""
     made = config(folder, "scoring", data__index=str(folder / "uneven"), train__batch_size=8)
     run = Run(made)
     files = ScoreFiles(folder / "scores", run.index, step=5)

@@ -1,4 +1,5 @@
-"""launch/reproduce.sh's program: what is finished is not run again, what was interrupted resumes, what fails is told."""
+"""launch/reproduce.sh's program: what is finished is not run again, what was interrupted resumes, what fails is
+told."""
 
 import argparse
 import json
