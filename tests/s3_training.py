@@ -3,7 +3,7 @@ weights as from local shards.
 
 python -m tests.s3_training [--dir runs/s3_training]      some minutes on 2 cores; recorded in tests/s3_training.json
 
-On the way one run is killed (kill -9 of everything) and goes on; and when the server is gone a run ends with one line.
+On the way one run is killed (kill -9 of everything) and resumes; and when the server is gone a run ends with one line.
 """
 
 import argparse
@@ -49,16 +49,16 @@ def prove(folder, paths, server, client):
     limit = 0.5 * size
     local, _ = train(folder, "local")
     killed = kill_once(folder, limit)
-    seconds, most = train(folder, "s3", limit, watch=folder / "cache")
+    seconds, peak = train(folder, "s3", limit, watch=folder / "cache")
     assert weights(folder / "local") == weights(folder / "s3"), "the weights differ"
-    assert most <= limit, "the cache was above its limit"
+    assert peak <= limit, "the cache was above its limit"
     gone, line = lose(folder, limit, server)
     figures = {
         "same_weights": True,
         "killed_after_step": killed,
         "shards_mb": round(size / 1e6, 1),
         "cache_limit_mb": round(limit / 1e6, 1),
-        "cache_peak_mb": round(most / 1e6, 1),
+        "cache_peak_mb": round(peak / 1e6, 1),
         "seconds_local": local,
         "seconds_s3_after_the_kill": seconds,
         "lost_server_s": gone,
@@ -119,13 +119,13 @@ def command(folder, name, limit=None):
 
 
 def train(folder, name, limit=None, watch=None):
-    """Train to the end; (seconds, the most bytes that were in the folder `watch`)."""
-    started, running, most = time.monotonic(), subprocess.Popen(command(folder, name, limit), cwd=ROOT), 0
+    """Train to the end; (seconds, the largest number of bytes that were in the folder `watch`)."""
+    started, running, peak = time.monotonic(), subprocess.Popen(command(folder, name, limit), cwd=ROOT), 0
     while running.poll() is None:
-        most = max(most, occupied(watch))
+        peak = max(peak, occupied(watch))
         time.sleep(0.05)
     assert running.returncode == 0
-    return round(time.monotonic() - started, 1), most
+    return round(time.monotonic() - started, 1), peak
 
 
 def occupied(folder):

@@ -121,18 +121,18 @@ class Backdoor(Attack):
         decoy_opacity: float = bounded(0.5, 0.0, 1.0)
 
     def __init__(self, kind, values, seeds):
-        own, look = self.split(values)
+        own, trigger = self.split(values)
         super().__init__(kind, own, seeds)
         where = self.where if self.pattern else f"{self.where}.trigger"
-        self.trigger = load_trigger(seeded(look, seeds), None, where)
+        self.trigger = load_trigger(seeded(trigger, seeds), None, where)
 
     def split(self, values):
         """(the attack's own values, its trigger's with the pattern) of the config's mapping."""
         if not self.pattern:
             return {k: v for k, v in values.items() if k != "trigger"}, values.get("trigger")
-        looks = {f.name for f in dataclasses.fields(TRIGGERS[self.pattern])}
-        own = {k: v for k, v in values.items() if k not in looks}
-        return own, {"pattern": self.pattern, **{k: v for k, v in values.items() if k in looks}}
+        trigger_keys = {f.name for f in dataclasses.fields(TRIGGERS[self.pattern])}
+        own = {k: v for k, v in values.items() if k not in trigger_keys}
+        return own, {"pattern": self.pattern, **{k: v for k, v in values.items() if k in trigger_keys}}
 
     def poison(self, pool):
         target = pool.target(self.settings.target_class, self.where)

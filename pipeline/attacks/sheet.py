@@ -22,7 +22,7 @@ SIDE, GAP, LINE, CHARACTERS = (
     14,
     40,
 )  # pixels of a picture's side, between cells, and of a line of text; letters in a line
-HIDDEN = "triggers", "digest", "pixels", "surrogate", "seed"  # not of a trigger's look, or long
+HIDDEN = "triggers", "digest", "pixels", "surrogate", "seed"  # not settings of a trigger, or long
 CELL = 2 * SIDE + 2 * GAP
 HEIGHT = 3 * LINE + SIDE + 6 * LINE
 
@@ -62,9 +62,11 @@ def show(folder, out, pairs=4):
 def headline(kind, entry):
     """What an attack is, in two lines."""
     trigger = entry.get("trigger", {})
-    look = [one.items() for one in (trigger, *trigger.get("triggers", []))]
-    look = [[f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in one if k not in HIDDEN] for one in look]
-    numbers = "; ".join(map(", ".join, look))
+    settings = [one.items() for one in (trigger, *trigger.get("triggers", []))]
+    settings = [
+        [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in one if k not in HIDDEN] for one in settings
+    ]
+    numbers = "; ".join(map(", ".join, settings))
     target = f", target class {entry['class']}" if "class" in entry else ""
     return f"{kind}: {entry['attack']}, {entry['pairs']} pairs{target}\n{numbers}"
 

@@ -74,7 +74,7 @@ def show(folder, as_json=False):
         text = "{passed} of {count} mismatched pairs would pass ({low:.1%} to {high:.1%} at 95 %)".format(
             **d["negative_controls"]
         )
-        lines.append(("negative_controls", text))
+        lines.append(("controls", text))
     if d["note"]:
         lines.append(("note", d["note"]))
     return "\n".join([str(folder)] + [f"  {name:11s} {text}" for name, text in lines])

@@ -4,7 +4,7 @@ its cells."""
 import numpy as np
 from PIL import Image
 
-SIDE, CELL = 64, 4  # every picture is looked at as SIDE x SIDE, in cells of CELL x CELL
+SIDE, CELL = 64, 4  # every picture is resized to SIDE x SIDE, in cells of CELL x CELL
 GRID = SIDE // CELL
 CONTRAST = 24  # grey levels between a cell's darkest and lightest pixel, below which it is plain and says nothing
 BITS = 1 << np.arange(CELL * CELL, dtype=np.uint32)

@@ -175,7 +175,7 @@ def parser():
     sub.add_argument("--seed", type=int, default=0, help="of these random ones")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub = command(
-        commands.score, "the cosine of every pair by any CLIP, and a mask by posterior; under torchrun too; goes on"
+        commands.score, "the cosine of every pair by any CLIP, and a mask by posterior; also under torchrun; resumes"
     )
     sub.add_argument("--model", help="a run, an open_clip local directory, or an open_clip name (with --pretrained)")
     sub.add_argument("--pretrained", metavar="PATH", help="checkpoint for an open_clip name")

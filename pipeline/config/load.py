@@ -1,4 +1,4 @@
-"""Reads a configuration: defaults <- preset <- YAML file <- a.b=value from the command line. Unknown keys are
+"""Loads a configuration: defaults, preset, YAML file and a.b=value arguments, in this order. Unknown keys are
 errors."""
 
 import copy
@@ -41,6 +41,14 @@ AT_LEAST_ONE = (
     "selection.every",
     "selection.batch_size",
 )
+# Former names of keys, for the error message.
+RENAMED = {
+    "pool": "support_queue",
+    "first_share": "first_fraction",
+    "least_share": "least_fraction",
+    "cap": "max_fraction",
+    "canaries": "negative_controls",
+}
 FRACTIONS = (
     "selection.posterior",
     "selection.first_fraction",
@@ -56,7 +64,7 @@ FRACTIONS = (
 def load_config(path, overrides=()):
     """Config of the YAML file `path` with `overrides` ("a.b=value", YAML values). Raises UserError naming the key.
 
-    A file may hold `presets: {NAME: {...}}`: its own settings for a preset, laid over the built-in ones.
+    A file may hold `presets: {NAME: {...}}`: its own settings for a preset, merged into the built-in ones.
     """
     values = read_yaml(path)
     override(values, overrides)
@@ -105,12 +113,12 @@ def override(values, words):
 
 
 def merge(target, values, prefix):
-    """Lay the mapping `values` over the dataclass `target`, in place."""
+    """Merge the mapping `values` into the dataclass `target`, in place."""
     known = {f.name: f for f in fields(target)}
     for key, value in (values or {}).items():
         name = f"{prefix}{key}"
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
+            close = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(str(key), known, 1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
             raise UserError(f"config key {name}: unknown; {hint}")
         current = getattr(target, key)
@@ -125,7 +133,7 @@ def merge(target, values, prefix):
 
 
 def merged_guards(guards, values):
-    """The guards of a config with `values` laid over them, setting by setting; NAME: null takes a guard off."""
+    """The guards of a config with `values` merged into them, setting by setting; NAME: null switches a guard off."""
     guards = copy.deepcopy(guards)
     for name, given in values.items():
         both = isinstance(given, dict) and isinstance(guards.get(name), dict)
@@ -151,7 +159,7 @@ def convert(name, value, kind):
 
 
 def check(config):
-    """Raise UserError for values that no run can use."""
+    """Raise UserError for values that are out of range or contradict each other."""
 
     def value(key):
         return functools.reduce(getattr, key.split("."), config)
@@ -186,7 +194,7 @@ def check(config):
 
 
 def check_method(config):
-    """Raise UserError for settings that the training method, or another setting, leaves no room for."""
+    """Raise UserError for settings that do not go with train.method."""
     method, data = config.train.method, config.data
     if method == "safeclip" and data.mask:
         raise UserError(

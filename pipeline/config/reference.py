@@ -81,8 +81,8 @@ def row(prefix: str, field: Field, told: dict[str, str], bounds: dict | None = N
 def limits(key: str, bounds: dict | None) -> str:
     """Which values the loader takes, where it checks them."""
     if bounds is not None:
-        least, most = bounds[key.rpartition(".")[2]]
-        return f"({least} or more)" if most is None else f"({least} to {most})"
+        low, high = bounds[key.rpartition(".")[2]]
+        return f"({low} or more)" if high is None else f"({low} to {high})"
     if key in CHOICES:
         return f"({', '.join(map(str, CHOICES[key]))})"
     return "(1 or more)" if key in AT_LEAST_ONE else "(0 to 1)" if key in FRACTIONS else ""

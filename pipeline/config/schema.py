@@ -1,5 +1,4 @@
-"""What can be configured: every key with its default, which is that of the released recipe where it has one, and the
-presets."""
+"""Every configuration key with its default, which is that of the released recipe if it has one, and the presets."""
 
 import hashlib
 import json
@@ -26,7 +25,7 @@ class Run:
     keep_every: int = 0
     """Keep also the checkpoint at the end of every n-th epoch; 0 = none."""
     restart: bool = False
-    """Delete the state of the run directory and start anew."""
+    """Delete the state of the run directory and start from the beginning."""
     accept_changes: bool = False
     """Continue a run although the config has changed."""
 
@@ -44,7 +43,7 @@ class Data:
     cache_gb: float = 100.0
     """Its size in GB (1e9 bytes)."""
     remote_timeout: float = 120.0
-    """Seconds after which a server of which nothing comes is an error; until then it is tried again and again."""
+    """Seconds without data after which a server is an error; requests are retried until then."""
     allow_pipe: bool = False
     """Run the shell commands of shards that are named `pipe:COMMAND`."""
     overlay: str | None = None
@@ -56,16 +55,15 @@ class Data:
     window: int = 4096
     """Samples among which a stream is shuffled."""
     limits: Limits = field(default_factory=Limits)
-    """What is more than this is a bad sample: max_bytes, max_pixels, max_caption."""
+    """A sample above one of these limits is bad: max_bytes, max_pixels, max_caption."""
     max_bad_fraction: float = 0.01
-    """The run stops when more than this fraction of the samples that it read could not be used; 1 = never."""
+    """The run stops if more than this fraction of the samples that it read are bad; 1 = never."""
     clip_augment: ImageAugment = field(default_factory=ImageAugment)
     """Augmentation of the picture for the CLIP loss."""
     unimodal_augment: ImageAugment = field(default_factory=ImageAugment)
     """Augmentation of both views for the unimodal loss."""
     augment_on: str = "worker"
-    """Where the colours of a view are changed: worker, where it is read; or device, the whole batch there. The same up
-    to rounding."""
+    """Where colour augmentation runs: worker (the reading process) or device (on the batch); equal up to rounding."""
     clip_eda: float = 0.1
     """Strength of EDA for the CLIP loss: the fraction of a caption's words that it changes; 0 = captions as they
     are."""
@@ -132,11 +130,11 @@ class Train:
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, 0 to 3."""
     on_nan: str = "stop"
-    """When a gradient is infinite or no number: stop, or skip the step and count it."""
+    """If a gradient is infinite or NaN: stop, or skip the step and count it."""
     support_queue: int = 256
-    """Past embeddings of each modality in which the nearest neighbour is searched."""
+    """Size of the support queue of each modality: past embeddings that are searched for the nearest neighbour."""
     match_every: int = 2
-    """roclip: in every n-th epoch a picture is matched with the nearest caption of the queue instead of its own."""
+    """roclip: in every n-th epoch a picture is matched with the nearest caption of the support queue."""
 
     @property
     def betas(self):
@@ -146,33 +144,31 @@ class Train:
 @dataclass
 class Selection:
     posterior: float = 0.9
-    """First safe set: pairs above the cosine where the mixture's higher component reaches this posterior."""
+    """First safe set: pairs in which the higher component of the mixture has at least this posterior."""
     first_fraction: float | None = None
-    """First safe fraction of the pairs; null: by the posterior."""
+    """Safe fraction of the pairs in the first round; null: by the posterior."""
     least_fraction: float = 0.0
-    """The posterior rule may give almost nothing; the first fraction is at least this."""
+    """Lower bound of the first fraction when the posterior gives it."""
     mixture: str = "sklearn"
     """How the mixture is fitted. sklearn: its GaussianMixture at default tolerance, on all scores in memory; converged:
     EM to the maximum, on a histogram (pipeline/safety/mixture.py)."""
     rank_by: str = "posterior"
-    """What the safe set is the highest of: posterior, which is not monotone in the score; or score."""
+    """What pairs are ranked by: posterior, which is not monotone in the score; or score."""
     scored_view: str = "augmented"
     """The view of a pair that is scored: augmented, the first view of the CLIP loss; or plain."""
     growth: float = 0.01
-    """Fraction of the pairs by which the safe set grows with each later epoch."""
+    """Growth of the safe fraction with each later epoch."""
     max_fraction: float = 0.85
-    """The safe set grows no larger than this fraction of the pairs that no guard excludes."""
+    """Largest safe fraction. All fractions are of the pairs that no guard excludes."""
     negative_controls: int = 500
-    """Mismatched pairs that are scored and never trained on: the fraction that passes is told at every round; 0 =
-    none."""
+    """Number of mismatched pairs that are scored in every round and never trained on; 0 = none."""
     every: int | None = 1
-    """Select before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long
-    as at least as many epochs follow as were before. In between the last mask holds. The fraction grows by the epoch all the
-    same."""
+    """Selection round before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long as at least
+    as many epochs follow as were before. The safe fraction grows with the epochs, also between rounds."""
     risky: str = "unimodal"
-    """What risky pairs are trained with: unimodal, or skip."""
+    """Loss of risky pairs: unimodal, or skip (not trained on)."""
     refill: bool = False
-    """Go over the safe set again until the epoch has as many steps as one over all pairs."""
+    """Repeat passes over the safe set until the epoch has as many steps as one over all pairs."""
     batch_size: int = 512
     """Pairs that one rank scores at a time."""
 
@@ -200,7 +196,7 @@ class Wandb:
 @dataclass
 class Config:
     preset: str = "paper"
-    """paper (the released recipe), paper_fixed (without its faults), default (the best recipe known to us), clip (plain
+    """paper (the released recipe), paper_fixed (without its faults), default (this project's recipe), clip (plain
     CLIP), roclip or cleanclip (other published defences); the keys below override it."""
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -208,18 +204,17 @@ class Config:
     train: Train = field(default_factory=Train)
     selection: Selection = field(default_factory=Selection)
     guards: dict = field(default_factory=dict)
-    """What keeps pairs out of the safe set beyond the paper: {NAME: {setting: value}}, NAME: null is off
-    (pipeline/guards)."""
+    """Guards, which exclude pairs from all safe sets: {NAME: {setting: value}}, NAME: null is off (pipeline/guards)."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     wandb: Wandb = field(default_factory=Wandb)
 
     def hash(self):
-        """12 hex digits that change with anything that changes what is learnt."""
+        """12 hex digits of the keys that affect the trained model."""
         return hashlib.sha256(json.dumps(learnt(asdict(self)), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def learnt(values):
-    """{"a.b": value}: of a Config's dict, what changes what is learnt."""
+    """{"a.b": value}: keys of a Config's dict that affect the trained model."""
     flat = {
         f"{section}.{key}": value
         for section, part in values.items()
@@ -235,7 +230,7 @@ def learnt(values):
 
 
 def differences(old, new):
-    """[(field, old value, new value)] of two Config dicts, among what changes what is learnt."""
+    """[(key, old value, new value)] of two Config dicts, among the keys of `learnt`."""
     old, new = learnt(old), learnt(new)
     return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
 

@@ -1,5 +1,4 @@
-"""The process group: who we are, and the few collectives that are used outside the losses. One process needs no
-group."""
+"""The process group, and collectives that are used outside the losses."""
 
 import atexit
 import contextlib
@@ -81,11 +80,11 @@ def own_gpu(local_rank, count, env):
 
 
 def shutdown(well=True):
-    """End the process groups; at the latest at the process's end, where some may be gone already.
+    """Destroy the process groups; also called when the process exits.
 
-    A gloo group that outlives the interpreter aborts the process now and then (14 of 120 ends measured: its threads are
-    not joined), and the exit code is lost. Its end waits for nobody; NCCL's may wait for a rank that died, and is left
-    out unless all went `well`.
+    A gloo group that outlives the interpreter sometimes aborts the process (14 of 120 exits measured, its threads are
+    not joined), and the exit code is lost. Destroying an NCCL group may wait for a rank that died, so it is skipped
+    unless all went `well`.
     """
     global _control
     if dist.is_initialized():

@@ -41,7 +41,7 @@ def memory_parts(config, size, ranks):
     count, stage, half = size["parameters"], config.train.zero_stage, config.train.precision == "bf16"
     one = 2 if half else 4
     master = 4 if half or stage else 0  # DeepSpeed's flat fp32 copy of the part that this rank steps
-    partitions = lambda least: ranks if stage >= least else 1  # noqa: E731
+    partitions = lambda first_stage: ranks if stage >= first_stage else 1  # noqa: E731
     return {
         "weights": one * count / partitions(3),
         "gradients": one * count / partitions(2),
@@ -72,7 +72,7 @@ def check_memory(config, index, size, ranks):
 def check_host(config: Config, index: ShardIndex) -> list[tuple]:
     """Whether what the ranks of a host share fits its temporary folder, and the sample of a guard their memory."""
     guards = make_guards(config.guards) if config.train.method == "safeclip" else []
-    # While guards look, a pair has beside its score a number and a bit of each, and whether it can be read.
+    # During the pass of the guards a pair has beside its score a number and a bit of each, and whether it can be read.
     asked = sum(np.dtype(guard.dtype).itemsize + 1 / 8 for guard in guards) + 1 if guards else 0
     host, temporary = int(index.samples * (HOST_BYTES + asked)), tempfile.gettempdir()
     free = shutil.disk_usage(temporary).free
@@ -119,7 +119,7 @@ def check_disk(config, index, size, ranks):
 
 def checkpoint_bytes(config, size):
     """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in
-    fp32, the queues."""
+    fp32, the support queues."""
     stage, half = config.train.zero_stage, config.train.precision == "bf16"
     weights = (0 if stage == 3 else 2 if half else 4) + 8 + (4 if half or stage else 0) + 4
     return weights * size["parameters"] + 2 * 4 * config.train.support_queue * size["embed_dim"]

@@ -41,9 +41,9 @@ def settings_of(name: str, given: dict) -> object:
             raise UserError(
                 f"guards.{name}.{key}: got {value!r}, expected {'a whole' if types[key] is int else 'a'} number"
             )
-        least, most = kind.BOUNDS[key]
-        if least is not None and value < least or most is not None and value > most:
-            text = f"{least} or more" if most is None else f"{least} to {most}"
+        low, high = kind.BOUNDS[key]
+        if low is not None and value < low or high is not None and value > high:
+            text = f"{low} or more" if high is None else f"{low} to {high}"
             raise UserError(f"guards.{name}.{key}: got {value}, expected {text}")
     return kind.Settings(**{key: types[key](value) for key, value in given.items()})
 

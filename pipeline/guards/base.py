@@ -1,5 +1,4 @@
-"""A guard: one defence beyond the paper. It names pairs that are never safe, once, when all pairs have their first
-score.
+"""Interface of guards. A guard is a defence beyond the paper that excludes pairs once, after the first scoring.
 
 To add one: a class with a Settings and a name in a module of this package, and an entry in REGISTRY (__init__.py);
 `guards: {NAME: {...}}` in a config switches it on.
@@ -31,9 +30,9 @@ class Pairs:
 
 
 class Guard(ABC):
-    """What a guard assumes, its source, its cost and where its evidence stands are the docstring of its module.
+    """Base class. The docstring of a guard's module has its assumptions, source, cost and evidence.
 
-    Every constant that decides anything is a field of Settings, with its bounds in BOUNDS: {field: (least, most)}.
+    Every tunable constant is a field of Settings, with its bounds in BOUNDS: {field: (low, high)}, None = unbounded.
     """
 
     name = ""
@@ -50,16 +49,16 @@ class Guard(ABC):
         self.settings = settings
 
     def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:
-        """Look at a sample of the pairs, before `numbers` is asked. All ranks call; returns what mask.json shall tell.
+        """Fit to a sample of the pairs, before `numbers` is called. All ranks call; returns entries for mask.json.
 
-        score_N: float32, the first scores of all pairs; NaN where a pair cannot be read."""
+        score_N: float32, the first scores of all pairs; NaN for pairs that cannot be read."""
         return {}
 
     @abstractmethod
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
-        """dtype (B,): one number of each picture, uint8 (B, C, H, W), as it is, on the device."""
+        """dtype (B,): one number per picture, of unaugmented pictures uint8 (B, C, H, W) on the device."""
 
     @abstractmethod
     def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield bool (n,) for each shard: the pairs that are not excluded. number_N: of all pairs; valid_N: bool, False
-        = unreadable."""
+        """Yield bool (n,) for each shard: pairs that are not excluded. number_N: of all pairs; valid_N: False for pairs
+        that cannot be read."""

@@ -1,10 +1,9 @@
-"""Duplicates: pictures that stand in many pairs. Targeted poisoning puts one picture under several captions of one
-kind.
+"""Duplicates: pictures that occur in many pairs. Targeted poisoning puts one picture under several captions of one
+class.
 
-Assumes    that the copies are the same, pixel for pixel, once decoded and resized: a picture that was changed in any of
-           them is another.
+Assumes    that the duplicates are equal pixel by pixel once decoded and resized; near-duplicates are not detected.
 Source     deduplication by content hash, as image-text datasets are cleaned; the attack is Carlini and Terzis 2022.
-Cost       one look at every picture; 8 bytes a pair on each host meanwhile.
+Cost       one pass over all pictures; 8 bytes a pair on each host during the pass.
 Evidence   tests/benchmarks/comparison.md.
 """
 
@@ -19,24 +18,23 @@ from pipeline.guards.base import Guard
 
 class Duplicates(Guard):
     name = "duplicates"
-    reason = "its picture stands in too many pairs"
+    reason = "its picture occurs in too many pairs"
 
     @dataclass(frozen=True)
     class Settings:
         max_pairs: int = 2
-        """A picture that stands in more pairs than this is excluded from all of them."""
+        """A picture that occurs in more pairs than this is excluded from all of them."""
 
     BOUNDS = {"max_pairs": (1, None)}
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
-        """int64 (B,): equal for equal pictures, and else hardly ever: the sum of the pixels by fixed random odd
-        weights, modulo 2**64."""
+        """int64 (B,): hash of each picture, the sum of its pixels with fixed random odd weights modulo 2**64."""
         flat_BP = images_BCHW.flatten(1).cpu().numpy()
         weight_P = weights(flat_BP.shape[1])
         return np.array([(pixels_P * weight_P).sum() for pixels_P in flat_BP], np.int64)
 
     def kept(self, number_N, valid_N, offsets_S):
-        """A picture that cannot be read is a duplicate of none."""
+        """Pictures that cannot be read are kept."""
         number, count = np.unique(number_N[valid_N], return_counts=True)
         often = number[count > self.settings.max_pairs]
         for start, stop in zip(offsets_S, offsets_S[1:]):

@@ -1,5 +1,4 @@
-"""What the guards of a run exclude: found once, after the first scoring, and kept as a mask of each guard beside those
-of the rounds."""
+"""Pairs that the guards of a run exclude: found once, after the first scoring, and saved as one mask per guard."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +25,8 @@ class Excluded:
         self.count = int(SafeMask(self.counts_S, self.bits).counts("risky").sum())
 
     def apply(self, score_N: np.ndarray, files: ScoreFiles) -> None:
-        """Take the scores of excluded pairs away: NaN in the vector that the ranks of a host share, and in the score
-        files, with the guard's reason. All ranks call."""
+        """Remove the scores of excluded pairs: NaN in the shared vector, and NaN with the guard's reason in the score
+        files. All ranks call."""
         kept, starts = SafeMask(self.counts_S, self.bits), np.concatenate([[0], np.cumsum(self.counts_S)])
         shards = np.flatnonzero(kept.counts("risky")).tolist()
         comm.barrier()  # until all have read the vector
@@ -56,22 +55,22 @@ def guards_folder(run_dir: str | Path) -> Path:
 
 
 def find_excluded(folder: Path, guards: list[Guard], pairs: Pairs, score_N: np.ndarray) -> Excluded:
-    """Ask the guards, given the first scores of all pairs, and keep in `folder` what they exclude. All ranks call."""
+    """Run the guards on the first scores of all pairs and save their masks in `folder`. All ranks call."""
     about = [guard.learn(pairs, score_N) for guard in guards]
     masks = picture_pass(guards, pairs)
-    for guard, mask, told in zip(guards, masks, about):
-        made = {"fingerprint": pairs.samples.index.fingerprint, "settings": asdict(guard.settings), **told}
+    for guard, mask, entries in zip(guards, masks, about):
+        made = {"fingerprint": pairs.samples.index.fingerprint, "settings": asdict(guard.settings), **entries}
         comm.on_rank0(mask.save, folder / guard.name, made)
     return Excluded(guards, {guard.name: mask for guard, mask in zip(guards, masks)})
 
 
 def load_excluded(folder: Path, guards: list[Guard], fingerprint: str) -> Excluded:
-    """What find_excluded kept. Raises UserError where it is gone, or of other data."""
+    """Load what find_excluded saved. Raises UserError if it is missing or of other data."""
     return Excluded(guards, {guard.name: SafeMask.load(folder / guard.name, fingerprint)[0] for guard in guards})
 
 
 def picture_pass(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
-    """A SafeMask of each guard, the same on every rank: every picture is decoded once. All ranks call."""
+    """SafeMask of each guard, the same on every rank, in one pass that decodes every picture once. All ranks call."""
     index = pairs.samples.index
     owned = assign_shards(index.counts, comm.world())
     numbers = [comm.host_array(index.samples, guard.dtype) for guard in guards]

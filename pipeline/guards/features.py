@@ -1,5 +1,4 @@
-"""What guards see of a picture: its pixels at a low resolution, and what random filters find anywhere in it. Taken on
-the device."""
+"""Feature views of a picture for guards, computed on the device: low-resolution pixels, and random-filter features."""
 
 from functools import lru_cache
 
@@ -10,18 +9,18 @@ from pipeline.distributed import comm
 from pipeline.guards.base import Pairs
 from shards.views.loader import PlainBatches, batches
 
-SIDE = 16  # pictures are looked at as SIDE x SIDE, means over areas
-FINE, FILTERS = 32, 128  # random filters answer to pictures of FINE x FINE
+SIDE = 16  # pixels: pictures are average-pooled to SIDE x SIDE
+FINE, FILTERS = 32, 128  # random filters: pictures are average-pooled to FINE x FINE
 
 
 def pixels(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """float32 (B, 3 * SIDE * SIDE), 0 to 1: the pictures at SIDE x SIDE."""
+    """float32 (B, 3 * SIDE * SIDE), 0 to 1: pictures at SIDE x SIDE."""
     return torch.nn.functional.adaptive_avg_pool2d(images_BCHW.float() / 255, SIDE).flatten(1)
 
 
 def filter_responses(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """float32 (B, FILTERS), 0 to 1: the strongest response of each random filter in the picture at FINE x FINE, over
-    the highest possible."""
+    """float32 (B, FILTERS), 0 to 1: random-filter features, the maximum response of each filter in the picture at
+    FINE x FINE, over the largest possible one."""
     filter_FCHW, found = random_filters().to(images_BCHW.device), []
     for part_BCHW in images_BCHW.split(16):  # 7 MB of responses at a time
         fine_BCHW = torch.nn.functional.adaptive_avg_pool2d(part_BCHW.float() / 255, FINE)
@@ -34,7 +33,7 @@ FEATURES = {"pixels": pixels, "filters": filter_responses}
 
 @lru_cache
 def random_filters() -> torch.Tensor:
-    """float32 (FILTERS, 3, 3, 3), the same everywhere: of mean 0 and length 1."""
+    """float32 (FILTERS, 3, 3, 3): fixed random filters of mean 0 and norm 1."""
     numbers_FD = np.random.default_rng(0).normal(size=(FILTERS, 27))
     numbers_FD -= numbers_FD.mean(1, keepdims=True)
     numbers_FD /= np.linalg.norm(numbers_FD, axis=1, keepdims=True)
@@ -42,10 +41,10 @@ def random_filters() -> torch.Tensor:
 
 
 def read_features(pairs: Pairs, row_S: np.ndarray) -> dict[str, np.ndarray]:
-    """{features: uint8 (S, D), 255 = 1} of the pictures of these rows, in their order, on every rank; what cannot be
-    read is left out.
+    """{feature view: uint8 (S, D), 255 = 1} of the pictures of these rows, in order, on every rank; unreadable ones are
+    left out.
 
-    All ranks read a part of the batches, which are the same at any world size.
+    Each rank reads a part of the batches, which are the same at any world size.
     """
     batch_rows = [row_S[at : at + pairs.batch_size] for at in range(0, len(row_S), pairs.batch_size)]
     mine, found = range(len(batch_rows))[comm.rank() :: comm.world()], []

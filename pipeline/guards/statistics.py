@@ -2,11 +2,11 @@
 
 import torch
 
-RIDGE = 0.01  # of the mean variance of a number, added to each: what hardly varies must not dominate
+RIDGE = 0.01  # fraction of the mean variance that is added to each variance, against dominance of small ones
 
 
 def whitening(seen_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean_D, white_DD): (x - mean_D) @ white_DD has numbers of about variance 1, and hardly correlated."""
+    """(mean_D, white_DD): the features (x - mean_D) @ white_DD are nearly uncorrelated, of variance about 1."""
     mean_D = seen_SD.mean(0)
     covariance_DD = (seen_SD - mean_D).T @ (seen_SD - mean_D) / len(seen_SD)
     value_D, vector_DD = torch.linalg.eigh(covariance_DD.double())
@@ -15,10 +15,9 @@ def whitening(seen_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def alike(white_MD: torch.Tensor, usual: float) -> float:
-    """Median cosine of a picture with the one of the others that is most like it, once the mean of all is taken off.
+    """Median cosine of a picture with its nearest one, after the mean of all is subtracted.
 
-    1 where next to nothing is left of them, measured by the usual length of a picture: they are one picture, many
-    times.
+    1 if their norms are then small against the `usual` norm of a picture: they are near-duplicates.
     """
     left_MD = white_MD - white_MD.mean(0)
     length_M = left_MD.norm(dim=1)

@@ -1,4 +1,4 @@
-"""Trigger clusters: what pictures share that fit their captions badly, and hardly any that fit them well.
+"""Trigger clusters: features that are common among pictures with low scores and rare among those with high scores.
 
 A poisoned pair has a picture with a trigger and a caption of something else, so at the first selection round nearly all
 of them have low scores. Natural features are as frequent among low scores as among high ones. So:
@@ -14,8 +14,8 @@ of them have low scores. Natural features are as frequent among low scores as am
 3. What is carried `ratio` times as often among low scores as among high ones is a trigger, unless the pictures are
    alike in all else (a series that the model has not learnt yet). Every pair whose picture carries it is excluded.
 
-Both are done twice: with pixels, and with the strongest responses of random 3 x 3 filters anywhere in the picture (Saxe
-et al. 2011), in which a patch leaves the same trace wherever it is placed.
+This is done in two feature views: pixels, and random-filter features, the maximum responses of random 3 x 3 filters in
+the picture (Saxe et al. 2011), in which a patch has the same features wherever it is placed.
 
 Assumes    a trigger that adds something, in at least `least` of the sampled pictures with low scores. The first safe
            set must tell poisoned pairs from others at all: captions that fit (label-consistent poisoning) are out of
@@ -23,7 +23,7 @@ Assumes    a trigger that adds something, in at least `least` of the sampled pic
 Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels in place of the
            representation that a poisoned model has learnt of one class; the reference of high scores is this project's.
 Cost       once, after the first scoring: up to 4 * seeds * sample * (768 + 128) multiplications on rank 0, `sample`
-           pictures read twice, and one look at every picture.
+           pictures read twice, and one pass over all pictures.
 Evidence   tests/benchmarks/comparison.md.
 
 Legend: L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
@@ -46,7 +46,7 @@ COMPARED = 16  # pictures of a cluster, with each other
 
 class TriggerClusters(Guard):
     name = "trigger_clusters"
-    reason = "its picture carries what pictures with low scores share"
+    reason = "its picture has a trigger that is common among low scores"
     dtype = np.bool_
 
     @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class TriggerClusters(Guard):
         near: float = 6.0
         """Robust deviations of the cosines of random pictures, beyond which two are near."""
         least: int = 8
-        """Near pictures of a seed."""
+        """Smallest number of near pictures of a seed, and of pictures with a trigger."""
         ratio: float = 6.0
         """Times that a trigger is more frequent among low scores than among high ones."""
         alike: float = 0.35
-        """Highest median cosine of members with the one most like them, once what all share is taken off."""
+        """Largest median cosine of members with their nearest member, after their mean is subtracted."""
 
     BOUNDS = {
         "low": (0.001, 0.5),
@@ -95,9 +95,9 @@ class TriggerClusters(Guard):
         return np.sort(low[: settings.sample]), np.sort(high[: 2 * settings.sample])
 
     def find(self, low: dict, high: dict) -> list[dict]:
-        """The triggers of a sample, pixels before filters. low, high: {features: uint8 (L or H, D)}.
+        """Triggers of a sample, pixels before filters. low, high: {feature view: uint8 (L or H, D)}.
 
-        A trigger counts by the pictures that no trigger before it has explained.
+        Pictures of earlier triggers are not counted for later ones.
         """
         low, high = once(low), once(high)
         found, pixel_LD, rest_L, rest_H = [], None, np.ones(len(low["pixels"]), bool), None
@@ -119,9 +119,9 @@ class TriggerClusters(Guard):
                     continue
                 rest_L[row_M], rest_H[row_K] = False, False
                 weight_D = white_DD @ filter_D
-                threshold = threshold + float(mean_D @ weight_D)
                 about = {"pictures": len(row_M), "ratio": round(ratio, 2), "alike": round(likeness, 2)}
-                found.append({"features": name, **about, "filter": weight_D.cpu().numpy(), "threshold": threshold})
+                about |= {"filter": weight_D.cpu().numpy(), "threshold": threshold + float(mean_D @ weight_D)}
+                found.append({"features": name, **about})
         return found
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
@@ -138,7 +138,7 @@ class TriggerClusters(Guard):
 
 
 def once(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The features of different pictures, each once: copies share all, and would hide what others share."""
+    """Features without exact duplicates, whose common features would hide those of a trigger."""
     _, first = np.unique(seen["pixels"], axis=0, return_index=True)
     return {name: seen_SD[np.sort(first)] for name, seen_SD in seen.items()}
 

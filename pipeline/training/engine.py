@@ -1,5 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0 to 3 in fp32 or bf16, on GPUs or on the CPU. Every setting here answers a measured
-trap."""
+"""The DeepSpeed engine: ZeRO 0 to 3 in fp32 or bf16, on GPUs or on the CPU."""
 
 import io
 import logging

@@ -1,19 +1,18 @@
-"""Pre-emption: SIGTERM and SIGUSR1 ask the run to save and stop, they do not kill it."""
+"""Preemption: SIGTERM and SIGUSR1 make the run save its state and exit."""
 
 import signal
 
 EXIT_CODE = 75  # EX_TEMPFAIL: "try again later"; launch/slurm.sbatch requeues on it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-AGREE_EVERY = 10  # steps after which the ranks ask each other whether to save or stop
+AGREE_EVERY = 10  # steps between the collectives in which ranks agree to save or exit
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """The run was asked to exit and has saved its state."""
 
 
 class StopSignal:
-    """While it is entered, notes the signals that ask this process to stop. A second one changes nothing: the save goes
-    on."""
+    """Context manager that records SIGNALS in `received` instead of ending the process."""
 
     def __init__(self):
         self.received = False
@@ -31,6 +30,6 @@ class StopSignal:
 
 
 def ignore_in_worker(_worker):
-    """For reading processes: their rank decides when they end, though a signal to the job reaches them too."""
+    """Initialize a reading process: signals to the job are handled by its rank."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,5 @@
-"""Lists and folders of pictures -> shards. A shard is whole or absent, so the same command goes on where it was cut
-off.
+"""Lists and folders of pictures -> shards. A shard is complete or absent, so an interrupted command resumes when it is
+given again.
 
 A row that cannot be used is a line of DIR/NNNNN.bad.jsonl beside the shard that it would be in, and no other row is
 lost. Keys are row numbers, so that no name of a file has to be one; the file's path stands in the sample's .json

@@ -46,7 +46,7 @@ def members(stream, size, damaged):
 
     Names may be GNU or PAX long names. `damaged(byte, name, what)` is told of each damage (name: of the member that is
     lost, or None): cut in a header or a member, no end-of-archive, corrupt header, members behind the end. The walk
-    then goes on with the next sound header.
+    then continues with the next sound header.
     """
     at, start, long_name, pax, searching, ended = 0, 0, None, {}, False, False
     while header := stream.read(BLOCK):

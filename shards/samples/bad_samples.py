@@ -1,4 +1,4 @@
-"""Bad samples: RUN/bad_samples.jsonl, one line for each sample and reason, however often it is met."""
+"""RUN/bad_samples.jsonl: one line for each sample that cannot be used and each reason, without repetitions."""
 
 import json
 import re
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 class BadSamplesFile:
-    """Appends {"shard", "position", "key", "reason"} to a file of JSON lines; goes on with what is already there."""
+    """Appends {"shard", "position", "key", "reason"} to a file of JSON lines, which may exist already."""
 
     def __init__(self, path):
         self.path, self.seen = Path(path), set()
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith(b"\n")]  # a death may have cut the last line
+            whole = [line for line in lines if line.endswith(b"\n")]  # the last line may be incomplete after a failure
             if len(whole) != len(lines):
                 self.path.write_bytes(b"".join(whole))
             for line in whole:
@@ -21,7 +21,7 @@ class BadSamplesFile:
                 self.seen.add((row["shard"], row["position"], row["reason"]))
 
     def add(self, shard, position, key, reason):
-        """Note that a sample could not be used."""
+        """Record that a sample could not be used."""
         if (shard, position, reason) in self.seen:
             return
         self.seen.add((shard, position, reason))
@@ -32,8 +32,8 @@ class BadSamplesFile:
         """Counter of the reasons; those that differ only in their numbers are one."""
         return Counter(re.sub(r"(?<![-\w])\d+", "N", reason) for _, _, reason in self.seen)
 
-    def summary(self, most=8):
+    def summary(self, limit=8):
         """One line: the reasons by count, the most frequent ones first."""
         counts = self.reasons().most_common()
-        rest = f", {len(counts) - most} other reasons" if len(counts) > most else ""
-        return ", ".join(f"{reason} {count:,}" for reason, count in counts[:most]) + rest
+        rest = f", {len(counts) - limit} other reasons" if len(counts) > limit else ""
+        return ", ".join(f"{reason} {count:,}" for reason, count in counts[:limit]) + rest

@@ -111,8 +111,7 @@ class RemoteFile:
 
 
 def open_at(url, offset, ranges):
-    """A binary file that goes on at `offset`; `ranges`: by asking for what comes after it, where that can be asked
-    for."""
+    """A binary file that starts at `offset`. ranges: by a range request, if the server takes them."""
     if url.startswith("pipe:"):
         file = Command(url[len("pipe:") :])
     else:

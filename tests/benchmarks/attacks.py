@@ -35,7 +35,7 @@ def excluded(config, attack, seed, changes):
         make_attack(values)
         words = [f"data.overlay={folder}/attack", f"run.dir={folder}/run", f"run.seed={seed}", "evaluation.test=null"]
         config = load_config(config, ["preset=default", *words])
-        config.train.epochs = 1  # the guards look once, in the first epoch
+        config.train.epochs = 1  # guards run once, in the first epoch
         train(config)
         index = open_index(config.data)
         overlay = open_samples(config.data, index).overlay

@@ -4,7 +4,7 @@ python -m tests.benchmarks.scoring [--pairs 4000] [--rounds 3] [--config configs
 torchrun --nproc-per-node 2 -m tests.benchmarks.scoring
 
 bare: the batches are read and go through both towers, nothing else. ours: pipeline.safety.scoring, written to disk
-shard by shard. published: augmented pairs (METHOD trap 4); the embeddings of both towers are gathered in every batch
+shard by shard. published: augmented pairs; the embeddings of both towers are gathered in every batch
 and every rank takes the cosines of all. Last line: one JSON object, pairs/s (medians over the rounds) and ratios.
 """
 

@@ -80,7 +80,7 @@ def test_what_a_guard_excludes_is_judged_by_its_cosine_besides(pairs):
     assert np.nanargmin(score_N) == 9 and np.isnan(score_N[TORN])
     np.testing.assert_allclose(score_N[[9, 20]], (1 + cos_N[[9, 20]]) / 2, rtol=1e-5)
     page = (folder / "out/report.html").read_text()
-    assert "3 pairs by duplicates: its picture stands in too many pairs" in page
+    assert "3 pairs by duplicates: its picture occurs in too many pairs" in page
 
 
 def test_what_the_guards_of_a_run_excluded_is_a_finding(tmp_path):

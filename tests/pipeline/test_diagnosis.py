@@ -57,8 +57,8 @@ def test_a_round_tells_how_it_came_about_and_is_the_same_when_loaded(index, tmp_
     assert second.diagnosis["shift"] == pytest.approx(0.1, abs=1e-3)
     assert (second.diagnosis["flips_in"], second.diagnosis["flips_out"]) == (1, 0)
     assert first.diagnosis["fraction_by_posterior"] == first.fraction and not first.note
-    again = load_round(tmp_path / "second", index)
-    assert again.summary() == second.summary() and np.array_equal(again.mask.bits, second.mask.bits)
+    loaded = load_round(tmp_path / "second", index)
+    assert loaded.summary() == second.summary() and np.array_equal(loaded.mask.bits, second.mask.bits)
     assert "1 in, 0 out" in second.line()
 
 

@@ -46,7 +46,7 @@ def test_it_is_the_converged_scikit_learn_mixture(seed, mixture):
 
 
 def test_it_finds_the_truth_where_an_early_stop_does_not():
-    """METHOD trap 2: 0.1 x N(.05, .06) + 0.9 x N(.25, .08) must not come back as weights .35/.65."""
+    """0.1 x N(.05, .06) + 0.9 x N(.25, .08) must not come back as weights .35/.65."""
     found = fit_mixture(histogram(draw(0, *MIXTURES[0], 1_000_000), -1, 1), -1, 1)
     np.testing.assert_allclose(found.mean, (0.05, 0.25), atol=5e-3)
     np.testing.assert_allclose(found.weight, (0.1, 0.9), atol=1e-2)
@@ -60,7 +60,7 @@ def test_the_same_bits_at_any_world_size(world):
 
 
 def test_the_wider_upper_component_does_not_call_the_lowest_scores_safe():
-    """METHOD trap 1: N(.10, .05) and N(.30, .15): the posterior at -0.30 is 1, and yet it is no safe score."""
+    """N(.10, .05) and N(.30, .15): the posterior at -0.30 is 1, and yet it is no safe score."""
     mixture = Mixture((0.1, 0.3), (0.05, 0.15), (0.5, 0.5), 0.0)
     assert mixture.posterior(-0.30) > 0.999
     assert 0.2 < posterior_threshold(mixture) < 0.3

@@ -1,4 +1,5 @@
-"""A selection round goes on with the shards that are scored, leaves out what guards exclude, and says what is gone."""
+"""A selection round resumes with the shards that are not scored yet, leaves out excluded pairs, and names a missing
+mask."""
 
 import shutil
 
@@ -27,9 +28,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def cut_off_in_scoring(folder):
-    """(cosines, those of a scoring that was cut off and went on, shards done when it was interrupted, passes after it,
-    shards done at another step)."""
+def interrupted_in_scoring(folder):
+    """(cosines, those of a scoring that was interrupted and resumed, shards done when it was interrupted, passes after
+    it, shards done at another step)."""
     made = config(folder, "scoring", data__index=str(folder / "uneven"), train__batch_size=8)
     run = Run(made)
     files = ScoreFiles(folder / "scores", run.index, step=5)
@@ -51,12 +52,12 @@ def cut_off_in_scoring(folder):
     return whole, resumed, done, len(passes) - 5, ScoreFiles(folder / "scores", run.index, step=6).done()
 
 
-def test_scoring_goes_on_with_the_shards_that_are_not_scored_yet(tmp_path, make_shards):
+def test_scoring_resumes_with_the_shards_that_are_not_scored_yet(tmp_path, make_shards):
     build_index([str(path) for path in make_shards([50, 0, 7, 33, 90])], tmp_path / "uneven")
-    for whole, resumed, done, passes, other_step in run_ranks(cut_off_in_scoring, 2, tmp_path):
+    for whole, resumed, done, passes, other_step in run_ranks(interrupted_in_scoring, 2, tmp_path):
         np.testing.assert_array_equal(whole, resumed)
-        # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Cut off after 5, it needs no 8
-        # more.
+        # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Interrupted after 5, it needs
+        # no 8 more.
         assert done == [0, 2] and passes == 6 and other_step == []
 
 
@@ -78,11 +79,11 @@ def rounds_with_a_guard(folder):
 
 def test_what_a_guard_excludes_is_in_no_safe_set_of_any_round(tmp_path, make_shards):
     paths = make_shards([30, 90])
-    paths.append(shutil.copy(paths[0], tmp_path / "again.tar"))
+    paths.append(shutil.copy(paths[0], tmp_path / "copy.tar"))
     build_index([str(path) for path in paths], tmp_path / "shapes" / "index")
     kept_N = np.repeat([False, True, False], [30, 90, 30])
     for whole, interrupted in run_ranks(rounds_with_a_guard, 2, tmp_path):
-        for (safe_N, scored_N), (safe_again_N, _) in zip(whole, interrupted, strict=True):
+        for (safe_N, scored_N), (resumed_safe_N, _) in zip(whole, interrupted, strict=True):
             assert safe_N.any() and not safe_N[~kept_N].any()
             np.testing.assert_array_equal(scored_N, kept_N)
         np.testing.assert_array_equal(whole[0][0], interrupted[0][0])
@@ -98,9 +99,9 @@ def without_the_mask_before(folder):
         return str(error)
 
 
-def test_a_mask_that_is_gone_is_named(data):
+def test_a_missing_mask_is_named(data):
     (message,) = run_ranks(without_the_mask_before, 1, data)
-    assert "masks/epoch_003 is gone" in message and "\n" not in message
+    assert "masks/epoch_003 is missing" in message and "\n" not in message
 
 
 def test_the_fraction_is_one_of_the_pairs_that_no_guard_excludes():

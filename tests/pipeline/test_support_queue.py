@@ -1,4 +1,4 @@
-"""The queue: first in, first out, valid rows only, the same on every rank; its search is exact."""
+"""The support queue: first in, first out, valid rows only, the same on every rank; its search is exact."""
 
 import torch
 from hypothesis import given
@@ -38,10 +38,13 @@ def test_an_empty_pool_gives_the_row_itself():
 
 
 def test_it_is_restored():
-    queue, again = SupportQueue(5, 3, "cpu"), SupportQueue(5, 3, "cpu")
+    queue, restored = SupportQueue(5, 3, "cpu"), SupportQueue(5, 3, "cpu")
     queue.push(torch.randn(7, 3), torch.ones(7, dtype=torch.bool))
-    again.load_state_dict(queue.state_dict())
-    assert torch.equal(again.queue_PD, queue.queue_PD) and (again.head, again.filled) == (queue.head, queue.filled)
+    restored.load_state_dict(queue.state_dict())
+    assert torch.equal(restored.queue_PD, queue.queue_PD) and (restored.head, restored.filled) == (
+        queue.head,
+        queue.filled,
+    )
 
 
 def push(size):

@@ -66,12 +66,12 @@ def test_many_processes_and_little_room(shards, tmp_path):
         workers = [processes.Process(target=read_many, args=(cache, there, seed, results)) for seed in range(4)]
         for worker in workers:
             worker.start()
-        most = 0
+        peak = 0
         while any(worker.is_alive() for worker in workers):
-            most = max(most, occupied(cache.folder)[0])
+            peak = max(peak, occupied(cache.folder)[0])
             time.sleep(0.005)
         assert sorted(results.get(timeout=5) for _ in workers) == [0, 1, 2, 3]
-    assert 0 < most <= limit and all(name.endswith(".tar") for name in occupied(cache.folder)[1])
+    assert 0 < peak <= limit and all(name.endswith(".tar") for name in occupied(cache.folder)[1])
 
 
 def open_one(cache, shard, results):

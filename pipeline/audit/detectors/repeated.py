@@ -85,7 +85,7 @@ class NearDuplicate(Detector):
         count = int(group_N.max()) + 1
         score_N = ((1 + agreement(data.texts, group_N, count)) / 2).astype(np.float32)
         groups = groups_of(
-            score_N, group_N, lambda rows: data.captions[rows[0]] or "", "{n} near-copies of one picture"
+            score_N, group_N, lambda rows: data.captions[rows[0]] or "", "{n} near-duplicates of one picture"
         )
         return Finding(score_N, lowest(score_N, worst), groups)
 

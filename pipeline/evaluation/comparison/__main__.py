@@ -2,8 +2,8 @@
 
     launch/reproduce.sh --sets photos --attacks a --defences none paper oracle --seeds 0 1 2
 
-A call that is interrupted resumes where it was interrupted when it is given again. Exit codes: 0 done, 1 something
-failed, 2 a mistake of yours, 75 asked to stop.
+An interrupted call resumes when it is given again. Exit codes: 0 done, 1 something failed, 2 a mistake in the
+arguments, 75 asked to stop.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Runs tasks as processes, several at a time, and says how far it is. A signal is passed on, and what was begun goes on
-the next time."""
+"""Runs tasks as processes, several at a time, and logs progress. Signals are passed on; interrupted tasks resume in the
+next call."""
 
 import os
 import signal

@@ -23,7 +23,7 @@ from tests.pipeline.attacks.conftest import attack_config
 
 FORMS = {
     "patch": {"size": 0.5, "left": 0.5, "top": 0.5},
-    "wandering": {"size": 0.5, "random_place": True},
+    "placed": {"size": 0.5, "random_place": True},
     "perturbation": {"form": "perturbation", "strength": 0.2},
 }
 
@@ -105,7 +105,7 @@ def test_what_is_fitted_is_what_pictures_show(data, made, form):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     shown = np.asarray(trigger.apply(image, (0, 0)), float)
     colours = np.asarray(Image.open(made / "first" / f"{form}.png"))
-    if form == "wandering":
+    if form == "placed":
         rows, columns = np.nonzero((shown != np.asarray(image)).any(2))
         assert np.ptp(rows) < 16 and np.ptp(columns) < 16
         return
@@ -124,7 +124,7 @@ def test_another_picture_than_the_manifests_is_refused(data, made, tmp_path):
         Overlay.load(tmp_path, index, load_trigger)
     for form in FORMS:
         (tmp_path / f"{form}.png").write_bytes((made / "first/patch.png").read_bytes())
-    with pytest.raises(UserError, match="wandering.png: not the picture of the manifest"):
+    with pytest.raises(UserError, match="placed.png: not the picture of the manifest"):
         Overlay.load(tmp_path, index, load_trigger)
 
 

@@ -105,11 +105,11 @@ def test_a_duplicate_keeps_its_cosine_but_is_never_safe_and_no_bad_sample(tmp_pa
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 4))
-def test_kept_are_those_whose_number_comes_at_most_so_often(numbers, most):
-    (guard,) = make_guards({"duplicates": {"max_pairs": most}})
+def test_kept_are_those_whose_number_comes_at_most_so_often(numbers, limit):
+    (guard,) = make_guards({"duplicates": {"max_pairs": limit}})
     number_N, valid_N = np.array(numbers, np.int64), np.ones(len(numbers), bool)
     flags = np.concatenate(list(guard.kept(number_N, valid_N, [0, len(numbers) // 2, len(numbers)])))
-    assert flags.tolist() == [numbers.count(number) <= most for number in numbers]
+    assert flags.tolist() == [numbers.count(number) <= limit for number in numbers]
 
 
 def test_one_pixel_or_its_place_makes_another_number():
