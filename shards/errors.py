@@ -1,8 +1,8 @@
-"""The ways in which things go wrong."""
+"""Exceptions."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend. One line: the field or file, what was found, what was expected, how to mend it.
+    """A mistake that the user can fix. One line: the field or file, what was found, what was expected, how to mend it.
 
     The command line prints it without a traceback and exits with code 2.
     """

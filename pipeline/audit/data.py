@@ -1,5 +1,5 @@
-"""What an audit looks at: a run's rounds, or scores, and what lies beside them. Everything is optional but the
-cosines."""
+"""Input of an audit: the selection rounds of a run, or a score folder, and optional files. Only cosines are
+required."""
 
 import json
 from functools import cached_property
@@ -27,7 +27,7 @@ class AuditData:
     score_N: what the pairs are ranked by; of a pair that a guard excluded, its cosine. reasons, excluded: {row: reason}
     of the pairs that cannot be read, and of those that the guards of a run excluded.
 
-    sample: pictures in which neighbours are looked for. cache: what detectors share. None where it is not there:
+    sample: pictures that are searched for neighbours. cache: shared by the detectors. None if not available:
     images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or None),
     samples (shards.samples.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict).
     """

@@ -1,5 +1,4 @@
-"""A saved mask, years later: what it is, how two differ, and the same bits again from the scores. Needs no torch and no
-run."""
+"""Commands on a saved mask: show, diff, replay from its scores. They need neither torch nor the run."""
 
 import json
 import math
@@ -126,8 +125,7 @@ def about(saved):
 
 
 def bound(meta):
-    """What the threshold of a mask is: a threshold, or where pairs are ranked by posterior only the lowest score that
-    is safe."""
+    """Meaning of the threshold: a lower bound, or the lowest safe score if pairs are ranked by posterior."""
     return "by posterior, the lowest is" if meta.get("rank_by") == "posterior" else ">="
 
 
@@ -222,10 +220,10 @@ def what_if(folder, out, posterior=None, fraction=None):
         count, rule = count_at_least(score_N, threshold), f"posterior > {posterior:g}"
     safe_N = select_top(score_N, count)
     mask = SafeMask.from_flags(saved.mask.counts_S, safe_N)
-    # All that says how the pairs scored is the same; what says which are safe is made anew, mask.json last.
+    # Files of the scores are copied; mask.json and safe.npy are written anew, mask.json last.
     anew = shutil.ignore_patterns("mask.json", "safe.npy")
     shutil.copytree(saved.folder, out, ignore=anew, dirs_exist_ok=True)
-    # No config: it is not a mask that a run made, and none takes it for its own.
+    # Without a config hash no run takes this mask for its own.
     changed = {
         "fraction": mask.fraction,
         "threshold": lowest(score_N, safe_N),

@@ -104,7 +104,7 @@ def from_open_clip(model, pretrained):
     def encode(images, tokens):
         return clip.encode_image(images, normalize=True).float(), clip.encode_text(tokens, normalize=True).float()
 
-    told = fingerprint(source) if source and Path(source).is_file() else str(pretrained)
+    weights_id = fingerprint(source) if source and Path(source).is_file() else str(pretrained)
     return Scorer(
-        preprocess, open_clip.get_tokenizer(name), encode, f"{model} {pretrained or ''}".strip(), f"{name}/{told}"
+        preprocess, open_clip.get_tokenizer(name), encode, f"{model} {pretrained or ''}".strip(), f"{name}/{weights_id}"
     )

@@ -1,4 +1,4 @@
-"""How well the findings and the masks tell poison from clean pairs, where an attack manifest says which is which."""
+"""Detection quality of findings and masks against the ground truth of an attack manifest."""
 
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve

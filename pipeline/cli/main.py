@@ -1,4 +1,4 @@
-"""safeclip: pre-training CLIP on image-caption pairs that nobody can trust.
+"""safeclip: pre-training CLIP on untrusted image-caption pairs.
 
 safeclip data shapes|emoji|photos OUT                     demo data as shards
 safeclip shards from-csv|from-folder FILE --out DIR       shards of pictures and captions
@@ -105,13 +105,15 @@ def parser():
     sub = command(commands.evaluate, "clean accuracy and attack success of a run's model; writes RUN/eval.json")
     sub.add_argument("run")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value")
-    sub.add_argument("--baseline", help="run of plain CLIP on the same poison: tells whether the attacks took")
+    sub.add_argument(
+        "--baseline", help="run of plain CLIP on the same poison, whose success decides whether an attack took"
+    )
     sub.add_argument(
         "--unpoisoned",
         nargs="+",
         default=(),
         metavar="RUN",
-        help="runs on the same data without poison: tell what the triggers do unlearnt, on average",
+        help="runs on the same data without poison; their mean success is reported",
     )
     sub = command(commands.compare, "table, result.json and result.png of a plain CLIP run and a SafeCLIP run")
     sub.add_argument("clip_run")

@@ -70,16 +70,16 @@ def keys(kind: type, prefix: str) -> list[tuple]:
     return own + [one for field in inner for one in keys(field.type, f"{prefix}{field.name}.")]
 
 
-def row(prefix: str, field: Field, told: dict[str, str], bounds: dict | None = None) -> tuple:
-    """(key, default, meaning) as Markdown; what may be set is told behind the meaning."""
+def row(prefix: str, field: Field, texts: dict[str, str], bounds: dict | None = None) -> tuple:
+    """(key, default, meaning) as Markdown; allowed values follow the meaning."""
     key = prefix + field.name
     default = field.default_factory() if field.default is MISSING else field.default
-    meaning = f"{told.get(field.name) or OBVIOUS[field.name]} {limits(key, bounds)}"
+    meaning = f"{texts.get(field.name) or OBVIOUS[field.name]} {limits(key, bounds)}"
     return f"`{key}`", f"`{shown(default)}`", meaning.strip()
 
 
 def limits(key: str, bounds: dict | None) -> str:
-    """Which values the loader takes, where it checks them."""
+    """Allowed values, if the loader checks them."""
     if bounds is not None:
         low, high = bounds[key.rpartition(".")[2]]
         return f"({low} or more)" if high is None else f"({low} to {high})"

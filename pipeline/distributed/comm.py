@@ -150,7 +150,7 @@ def on_rank0(function, *args):
 
 @contextlib.contextmanager
 def naming_the_lost(timeout):
-    """Turns what a collective raises when another rank is gone, or silent for `timeout` seconds, into a RunFailed."""
+    """Turn errors of collectives, after another rank died or was silent for `timeout` seconds, into RunFailed."""
     try:
         yield
     except RuntimeError as error:
@@ -206,7 +206,7 @@ def first_ranks():
 
 
 def host():
-    """What names this host."""
+    """Name of this host."""
     return socket.gethostname()
 
 

@@ -181,8 +181,8 @@ def check_config(config, index, ranks):
                 "the rate will hardly be reached, take fewer",
             )
         )
-    if config.guards and (told := out_of_range(index.samples)):
-        found.append(("warning", "config", told))
+    if config.guards and (warning := out_of_range(index.samples)):
+        found.append(("warning", "config", warning))
     return found
 
 
@@ -210,7 +210,11 @@ def check_run_dir(config, index, ranks):
         epoch = epochs[state["epoch"]]
         if epoch.mask_of is not None and not (mask := mask_folder(run_dir, epoch.mask_of) / "mask.json").exists():
             found.append(
-                ("fatal", "run.dir", f"{mask} is gone; bring it back, or delete {newest} to resume from an earlier one")
+                (
+                    "fatal",
+                    "run.dir",
+                    f"{mask} is missing; bring it back, or delete {newest} to resume from an earlier one",
+                )
             )
     if state["world"] != ranks:
         text += f", saved by {state['world']} processes and now with {ranks}: the same global batches"

@@ -1,4 +1,4 @@
-"""What a run takes of memory and disk, worked out before it starts, against what is there."""
+"""Memory and disk that a run needs, compared with what is available."""
 
 import os
 import shutil
@@ -132,7 +132,7 @@ def existing(path):
 
 
 def human(count):
-    """Bytes for people."""
+    """Bytes as text."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

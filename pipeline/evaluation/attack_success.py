@@ -1,4 +1,4 @@
-"""What attacks achieve on a model: success, its interval, and how often the truth is read.
+"""Attack success on a model with its interval, and the rate of the true class.
 
 An attack is judged by one of three measures, which its entry in the manifest names ("judged"):
 

@@ -1,5 +1,4 @@
-"""eval.json of a run: what its model knows, what the attacks achieve on it, and how well its selection told poison from
-honest pairs.
+"""eval.json of a run: accuracy of its model, success of the attacks, and quality of its selection.
 
 Rates are fractions, null where they are not known or there is nothing to measure.
 
@@ -183,7 +182,7 @@ def plain_attacks(baseline: str, config: Config, overlay: Overlay | None, index:
 
 
 def summary(result: dict) -> str:
-    """eval.json as a few lines for the person who reads."""
+    """eval.json as a few lines of text."""
 
     def percent(fraction):
         return "?" if fraction is None else f"{fraction:.1%}"
@@ -209,7 +208,7 @@ def summary(result: dict) -> str:
 
 
 def judge_innocent(run_dir: str, evaluator: Evaluator) -> dict:
-    """What the attacks achieve on a run without poison, by name. Raises UserError."""
+    """Attacks on a run without poison, by name. Raises UserError."""
     config, _, towers = load_run(run_dir)
     if config.data.overlay:
         raise UserError(

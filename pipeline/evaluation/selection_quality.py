@@ -1,4 +1,4 @@
-"""How well a run told poison from honest pairs: at every selection round, or by the mask that a filter made.
+"""Quality of a run's selection against the ground truth, at every selection round or for the mask of a filter.
 
 Honest pairs are those that the manifest does not name: neither poison nor decoys. What has no score ranks below all
 that have one, and is never safe.
@@ -146,7 +146,7 @@ def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.nda
     of a run without an attack (data.overlay of the config that it was trained with) none, for it saw them unpoisoned.
     The low-rate epochs of SafeCLIP, which are on all pairs, do not count.
 
-    None where that is not known, for a mask, or a run, is gone.
+    None if that is not known because a mask or a run is missing.
     """
     method, masks = config.train.method, [round.mask for round in selection_rounds(run_dir, config, index)]
     trained_N = np.full(index.samples, method != "safeclip" and not config.data.mask)

@@ -17,9 +17,8 @@ of them have low scores. Natural features are as frequent among low scores as am
 This is done in two feature views: pixels, and random-filter features, the maximum responses of random 3 x 3 filters in
 the picture (Saxe et al. 2011), in which a patch has the same features wherever it is placed.
 
-Assumes    a trigger that adds something, in at least `least` of the sampled pictures with low scores. The first safe
-           set must tell poisoned pairs from others at all: captions that fit (label-consistent poisoning) are out of
-           its reach.
+Assumes    a trigger that adds something, in at least `least` of the sampled pictures with low scores. Poisoned
+           pairs must have low scores: captions that fit (label-consistent poisoning) are not detected.
 Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels in place of the
            representation that a poisoned model has learnt of one class; the reference of high scores is this project's.
 Cost       once, after the first scoring: up to 4 * seeds * sample * (768 + 128) multiplications on rank 0, `sample`

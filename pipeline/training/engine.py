@@ -42,7 +42,7 @@ def start_engine(towers, train, device, universal=False):
 
 
 def import_deepspeed():
-    """The package, quiet, without a compiler, and told whether there is a GPU."""
+    """Import deepspeed without log output and compiler, for the accelerator of this process."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls collectives by names that newer torch renames; each warning comes once a rank and worker.

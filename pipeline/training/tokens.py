@@ -8,7 +8,7 @@ import open_clip
 import torch
 
 KEPT = 1 << 17  # words whose tokens are remembered
-LONGEST = 64  # characters of a word that is remembered: strangers write the words
+LONGEST = 64  # characters of a word that is remembered: captions are untrusted
 # Printable ASCII without "&": ftfy and html.unescape leave it as it is. They take three quarters of open_clip's time.
 PLAIN = re.compile(r"[\t\n -%'-~]*")
 
@@ -62,7 +62,7 @@ class Tokenizer(open_clip.SimpleTokenizer):
 
     def bpe(self, token):
         """The parts of a word between spaces, as open_clip's; its time grows with the square of the word's length, and
-        strangers write the words."""
+        captions are untrusted."""
         return token if token in self.cache else " ".join(merged([*token[:-1], token[-1] + "</w>"], self.bpe_ranks))
 
 

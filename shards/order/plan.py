@@ -1,4 +1,4 @@
-"""EpochPlan: which sample stands at (step, slot). A pure function of a few numbers: no state, no iteration.
+"""EpochPlan: the sample at (step, slot), as a pure function of a few numbers, without state or iteration.
 
 So every sample of a view is seen exactly once an epoch (but for the last partial batch), a run resumes at any step for
 nothing, and global batch k holds the same samples at any world size and worker count.
@@ -39,8 +39,7 @@ class EpochPlan:
         repetitions_S = (
             np.ones(len(counts_S), np.int64) if repetitions_S is None else np.asarray(repetitions_S, np.int64)
         )
-        # P places in the permutation: each shard as often as it is seen; the repetition counts the times of one shard
-        # from 0.
+        # P places in the permutation: each shard occurs repetitions_S times, numbered from 0 by repetition_P.
         first_S = np.cumsum(repetitions_S) - repetitions_S
         shard_P = np.repeat(np.arange(len(counts_S)), repetitions_S)
         order_P = np.random.Generator(np.random.Philox(self.key)).permutation(len(shard_P))

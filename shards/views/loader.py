@@ -109,8 +109,7 @@ class TrainBatches(Dataset):
             pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
             views = []
             for number, view in enumerate(kinds, 1):
-                # pass_number counts passes over the same samples in the same epoch, and the repetition another time in
-                # the same pass: other views.
+                # Other views in each pass of the epoch, and for each repetition within a pass.
                 key = step.pass_number * 4 + number + (int(repetition_B[row]) << 32)
                 rng = sample_rng(self.seed, self.epoch, shard, position, key)
                 pixels, colour = view.picture(pixels_HWC, size, rng)
@@ -127,8 +126,8 @@ class PlainBatches(Dataset):
     """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the
     captions of the second.
 
-    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is told by its picture's row.
-    Un-augmented, or with views.scored_as in an augmented view of that epoch.
+    Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is reported by the row of its
+    picture. Un-augmented, or with views.scored_as in an augmented view of that epoch.
     """
 
     def __init__(self, samples, batches, views):

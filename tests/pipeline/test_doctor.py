@@ -116,7 +116,7 @@ def test_a_mask_that_is_gone_in_mid_epoch_is_fatal(world):
     marker.write_text(marker.read_text().replace(f'"state.json": {len(state)}', f'"state.json": {size}'))
     assert fatal(config(world, "run")) == ""
     (world / "run" / "masks" / "epoch_003" / "mask.json").unlink()
-    assert "epoch_003/mask.json is gone" in fatal(config(world, "run"))
+    assert "epoch_003/mask.json is missing" in fatal(config(world, "run"))
 
 
 def test_the_disk_must_hold_a_checkpoint_beside_the_last(world, monkeypatch):

@@ -1,4 +1,4 @@
-"""What comes again: captions under unlike pictures, near-duplicate pictures under unlike captions."""
+"""Repetitions: equal captions of different pictures, near-duplicate pictures with different captions."""
 
 import unicodedata
 
@@ -10,7 +10,7 @@ from pipeline.audit.detectors.neighbourhood import unit
 from pipeline.audit.pixels import hamming
 
 NEAR = 3  # bits of a picture's hash that near-duplicates may differ in; bands of 64 / (NEAR + 1) bits find them all
-GROUPS = 200  # that a detector tells of
+GROUPS = 200  # reported by a detector
 
 
 def agreement(rows, group_N, count):

@@ -69,7 +69,7 @@ class Cell:
         return digest([self.run_key, overlay_digest(self.overlay)])
 
     def origin(self):
-        """Digests by which a table's rows are told to be of one kind.
+        """Digests by which rows of a table are recognized as comparable.
 
         setup: of the set's config, its data and the attack's config, the same in every row of a set and group; attack:
         of the poison, the same in every row of a seed; recipe: of the run's config but for its seed, the same in every

@@ -72,5 +72,5 @@ DEFENCES = {
     "default_no_duplicates": Defence(
         "preset default without the guard duplicates", ("preset=default", "guards.duplicates=null")
     ),
-    "oracle": Defence("plain CLIP without the poison, which it is told", ("preset=clip",), mask=("oracle",)),
+    "oracle": Defence("plain CLIP without the poison, by the ground truth", ("preset=clip",), mask=("oracle",)),
 }

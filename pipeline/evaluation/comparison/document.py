@@ -72,7 +72,7 @@ def section(name, groups):
     parts += mixtures([row for one in groups for row in (*one.poisoned, *one.controls)])
     for one in groups:
         parts += [f"### {name}, group {one.group}\n", main_table(one) + "\n"]
-        parts += ["Poison told from honest pairs, at the last round of selection or by a filter's mask:\n"]
+        parts += ["Detection of poison at the last selection round, or by the mask of a filter:\n"]
         parts += [selection_table(one) + "\n"]
         parts += ["What the models know, and what they cost (training, and what comes before it):\n"]
         parts += [knowledge_table(one) + "\n"]

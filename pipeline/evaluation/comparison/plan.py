@@ -48,11 +48,11 @@ class Task:
 
 
 class Plan:
-    """tasks: list of Task for `cells`, in an order in which each comes after what it needs. told(cell, row): called
+    """tasks: list of Task for `cells`, in an order in which each comes after what it needs. on_row(cell, row): called
     with every new row, or None."""
 
-    def __init__(self, cells, work, results, workers=0, keep=False, told=None):
-        self.work, self.results, self.keep, self.told = Path(work), results, keep, told
+    def __init__(self, cells, work, results, workers=0, keep=False, on_row=None):
+        self.work, self.results, self.keep, self.on_row = Path(work), results, keep, on_row
         self.train_words = [f"data.workers={workers}", "run.keep=1", "evaluation.test=null"]  # it is judged afterwards
         self.tasks, self.known = [], {}
         for cell in cells:
@@ -135,8 +135,8 @@ class Plan:
             own = training.seconds + seconds
             row = cell.row(figures, sum(task.seconds for task in before(training)), own)
             append_result(self.results, row)
-            if self.told:
-                self.told(cell, row)
+            if self.on_row:
+                self.on_row(cell, row)
             if cell.poisoned and cell.defence != "none" and not self.keep:
                 training.marker.unlink()  # first: without its checkpoints the training is not done
                 shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)

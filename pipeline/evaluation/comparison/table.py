@@ -99,7 +99,7 @@ def times_none(found, rows):
 
 
 def selection_table(found):
-    """How well each defence told poison from honest pairs at its last round, or by its mask."""
+    """Detection quality of each defence at its last selection round, or of its mask."""
     head = ["defence", "seeds", "runs", "clean top-1", "poison recall, mean / worst", "false positives", "AUROC"]
     head += ["false positives at 100 % recall", "poison ever trained on, mean / worst"]
     lines = []
