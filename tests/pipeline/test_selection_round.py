@@ -90,7 +90,7 @@ def test_what_a_guard_excludes_is_in_no_safe_set_of_any_round(tmp_path, make_sha
 
 
 def without_the_mask_before(folder):
-    """What the last epoch says where the mask of the round before it is gone."""
+    """What the last epoch says where the mask of the round before it is missing."""
     running.train(config(folder, "lost", train__epochs=4))
     shutil.rmtree(folder / "lost" / "masks" / "epoch_003")
     try:
