@@ -34,8 +34,8 @@ def thinned(x, y, along):
 
 
 def precision_at(score_N, poison_N, fraction):
-    """Fraction of poison among the `fraction` of the pairs with the lowest scores; the expected one where ties are
-    cut."""
+    """Fraction of poison among the `fraction` of the pairs with the lowest scores; the expected one
+    when the last ones are tied."""
     score_N = np.nan_to_num(score_N, nan=1.0)
     count = max(1, round(fraction * len(score_N)))
     last = np.partition(score_N, count - 1)[count - 1]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.config.renamed import RENAMED
 from pipeline.config.schema import PRESETS, Config
 from shards.errors import UserError
 
@@ -41,14 +42,6 @@ AT_LEAST_ONE = (
     "selection.every",
     "selection.batch_size",
 )
-# Former names of keys, for the error message.
-RENAMED = {
-    "pool": "support_queue",
-    "first_share": "first_fraction",
-    "least_share": "least_fraction",
-    "cap": "max_fraction",
-    "canaries": "negative_controls",
-}
 FRACTIONS = (
     "selection.posterior",
     "selection.first_fraction",
@@ -118,8 +111,9 @@ def merge(target, values, prefix):
     for key, value in (values or {}).items():
         name = f"{prefix}{key}"
         if key not in known:
-            close = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
+            close = [f"{prefix}{one}" for one in difflib.get_close_matches(str(key), known, 1)]
+            close = [RENAMED[name]] if name in RENAMED else close
+            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
             raise UserError(f"config key {name}: unknown; {hint}")
         current = getattr(target, key)
         if is_dataclass(current):

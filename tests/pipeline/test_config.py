@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import load_config
+from pipeline.config.renamed import RENAMED
 from pipeline.config.schema import PRESETS
 from shards.errors import UserError
 
@@ -56,9 +57,6 @@ def test_the_configs_of_large_sets_leave_a_preset_whole(name):
         ("train.zero_stage=4", "train.zero_stage"),
         ("selection.first_fraction=1.5", "selection.first_fraction"),
         ("selection.refill=1", "selection.refill"),
-        ("selection.canaries=9", "did you mean selection.negative_controls?"),
-        ("selection.cap=0.9", "did you mean selection.max_fraction?"),
-        ("train.pool=9", "did you mean train.support_queue?"),
         ("preset=best", "preset"),
         ("train=3", "train"),
         ("data.streams=3", "data.streams"),
@@ -74,6 +72,12 @@ def test_a_wrong_value_is_one_line_that_names_the_key(file, override, names):
     with pytest.raises(UserError, match=names) as error:
         load_config(file(BASE), [override])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_a_former_key_is_refused_with_its_new_name(file, old, new):
+    with pytest.raises(UserError, match=f"{old}: unknown; did you mean {new}"):
+        load_config(file(BASE), [f"{old}=0.5"])
 
 
 @pytest.mark.parametrize("weight", ["1.5", "0", "-1", "true", "'2'", "null"])
