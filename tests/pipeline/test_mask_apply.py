@@ -102,7 +102,7 @@ def test_shards_of_other_names_are_refused(here, capsys):
         ),
         (lambda mask: shutil.copy(mask.parent / "two/scores/00002.parquet", mask / "scores"), "step 40"),
         (lambda mask: (mask / "safe.npy").unlink(), "safe.npy"),
-        (lambda mask: rewrite(mask, lambda meta: meta.pop("cut")), "cut"),
+        (lambda mask: rewrite(mask, lambda meta: meta.pop("threshold")), "threshold"),
         (lambda mask: rewrite(mask, lambda meta: meta["shards"].pop()), "4 shards"),
         (lambda mask: rewrite(mask, lambda meta: meta["shards"][0].update(name="../../x.tar")), "below one folder"),
         (lambda mask: rewrite(mask, lambda meta: meta["shards"][0].update(name="/etc/x.tar")), "below one folder"),

@@ -57,7 +57,7 @@ def triggers(low, high, images=None, **settings):
     """(what is found, bool (N,): which of `images`, of those with low scores without them, are excluded)."""
     (guard,) = make_guards({"trigger_clusters": settings})
     found = guard.find(features(low), features(high))
-    guard.filters = [(one["features"], torch.tensor(one["filter"]), one["cut"]) for one in found]
+    guard.filters = [(one["features"], torch.tensor(one["filter"]), one["threshold"]) for one in found]
     return found, guard.numbers(torch.from_numpy(low if images is None else images))
 
 
