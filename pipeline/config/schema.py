@@ -163,8 +163,8 @@ class Selection:
     negative_controls: int = 500
     """Number of mismatched pairs that are scored in every round and never trained on; 0 = none."""
     every: int | None = 1
-    """Selection round before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long as at least
-    as many epochs follow as were before. The safe fraction grows with the epochs, also between rounds."""
+    """Selection round before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long as at
+    least as many epochs follow as were before. The safe fraction grows with the epochs, also between rounds."""
     risky: str = "unimodal"
     """Loss of risky pairs: unimodal, or skip (not trained on)."""
     refill: bool = False

@@ -54,8 +54,9 @@ def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Ep
     """The epochs of a run, of `steps_per_epoch` steps each.
 
     The first SafeCLIP epoch begins with steps_before_selection of plain CLIP on all pairs, which are an Epoch of their
-    own. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0, 2, 6, 14, ... of them,
-    so that each mask holds twice as long as the one before, as long as at least as many epochs follow as were before.
+    own. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0, 2, 6, 14, ... of
+    them, so that each mask holds twice as long as the one before, as long as at least as many epochs follow as were
+    before.
     """
     epochs, first = [], train.unimodal_epochs + train.low_rate_epochs
     mask_of = before = None
