@@ -270,9 +270,9 @@ PRESETS = {
             "schedule": "run",
         },
         "selection": {
-            "first_fraction": 0.97,
+            "first_fraction": 0.99,
             "growth": 0.0,
-            "max_fraction": 0.97,
+            "max_fraction": 0.99,
             "mixture": "converged",
             "rank_by": "score",
             "scored_view": "plain",

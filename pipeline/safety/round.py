@@ -120,7 +120,8 @@ def fit(counts_K, score_N, selection, limits, eligible):
         else:
             found = count_at_least(score_N, posterior_threshold(mixture, selection.posterior))
     except DegenerateFit as error:
-        return mixture, None, diagnosis, [f"no threshold by the mixture: {error}"]
+        decides = selection.first_fraction is None
+        return mixture, None, diagnosis, [f"no threshold by the mixture: {error}"] if decides else []
     return mixture, found / max(1, eligible), diagnosis, []
 
 
