@@ -27,7 +27,7 @@ def test_yaml_lies_over_the_preset_and_the_command_line_over_both(file):
     path = file(BASE + "preset: default\nselection: {growth: 0.02}\n")
     config = load_config(path, ["selection.max_fraction=0.7", "train.lr=1e-3"])
     assert (config.selection.first_fraction, config.selection.growth, config.selection.max_fraction) == (
-        0.97,
+        0.99,
         0.02,
         0.7,
     )
