@@ -19,7 +19,7 @@ attacks     {NAME: {
                             fractions are 0
     unpoisoned, unpoisoned_true_class
                             mean success and true_class of models that never saw poison (--unpoisoned)
-    fraction_trained_on     of the attack's pairs, those that the CLIP loss saw in any epoch but low-rate ones
+    fraction_trained_on     of the attack's pairs, those that the CLIP loss saw after the first selection round
     fraction_in_safe_set    for every round: of the attack's pairs, those in the safe set: 1 - recall
     auroc                   as in rounds
     rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds
@@ -28,7 +28,7 @@ attacks     {NAME: {
 rounds                      the same of all poison, and "epoch" and "false_positives"; null without an attack
 safe_fraction, poison_in_safe_set
                             for every round: safe pairs / all pairs; poisoned pairs / safe pairs
-poison_trained_on           of all poison, the fraction that the CLIP loss saw in any epoch but low-rate ones; null
+poison_trained_on           of all poison, the fraction that the CLIP loss saw after the first selection round; null
                             without an attack
 negative_controls           for every round, as in mask.json (pipeline/safety/negative_controls.py)
 

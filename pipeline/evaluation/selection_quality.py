@@ -144,7 +144,7 @@ def poison_fractions(masks: list[SafeMask], overlay: Overlay, index: ShardIndex)
 def trained_on(run_dir: str | Path, config: Config, index: ShardIndex) -> np.ndarray | None:
     """bool (N,): the pairs that the CLIP loss sees in any epoch of a run, and of the run whose weights it started from;
     of a run without an attack (data.overlay of the config that it was trained with) none, for it saw them unpoisoned.
-    The low-rate epochs of SafeCLIP, which are on all pairs, do not count.
+    What SafeCLIP trains on before its first selection round (all pairs, at low rates) does not count.
 
     None if that is not known because a mask or a run is missing.
     """

@@ -1,11 +1,12 @@
-"""What the guards of the preset default exclude of attacks: one epoch of training, many seeds, weaker attacks too.
+"""What the guards of the preset default exclude of attacks: one epoch of training, many seeds, weak attacks, less data.
 
-python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--change attacks.badnets.pairs=16 ...]
+python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--pairs 10000] [--change attacks.badnets.pairs=16]
+python -m tests.benchmarks.attacks                                              only the table and the picture
 
 CONFIG, ATTACK: e.g. configs/quickstart.yaml configs/attack_shapes.yaml, on data that are there (launch/reproduce.sh).
-Adds to tests/benchmarks/attacks.json an object for each attack config, change and seed: the triggers found, and of each
-guard the fractions of honest pairs and of each kind of poison that it excludes. Prints for each guard and kind the
-mean, the least, and the number of seeds on which it is excluded whole.
+Adds to tests/benchmarks/attacks.json an object for each attack config, change, number of pairs and seed: the triggers
+found, the negative controls of the first round, and of each guard the fractions of honest pairs and of each kind of
+poison that it excludes. Prints a table of all objects and draws attacks.png.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from pipeline.attacks.manifest import make_attack
@@ -20,12 +22,14 @@ from pipeline.config.data import open_index, open_samples
 from pipeline.config.load import load_config, override, read_yaml
 from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
 from pipeline.guards.excluded import guards_folder
+from pipeline.safety.diagnosis import LEAST_PAIRS
 from pipeline.training.run import train
 from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import SafeMask
 from shards.storage.files import write_json
 
 FILE = Path(__file__).with_suffix(".json")
+OUT_OF_REACH = ("class_to_class", "label_consistent", "wanet")  # captions that fit, and warps: no guard aims at them
 
 
 def first_shards(folder, pairs, out):
@@ -60,33 +64,70 @@ def excluded(config, attack, seed, changes, pairs):
         guard: {kind: float(flag_N[row].mean()) for kind, row in rows.items()} for guard, flag_N in flags.items()
     }
     found = {"attack": Path(attack).stem, "seed": seed, "changes": changes, "pairs": index.samples}
-    found |= {"steps": first["step"], "controls": first["diagnosis"]["negative_controls"], "triggers": about["triggers"]}
+    found |= {
+        "steps": first["step"],
+        "controls": first["diagnosis"]["negative_controls"],
+        "triggers": about["triggers"],
+    }
     return {**found, "excluded": fractions}
+
+
+def held(run):
+    """Smallest fraction of an attack's pairs that a guard excludes, of the attacks that guards aim at."""
+    guards = run["excluded"].values()
+    kinds = set(next(iter(guards))) - {"honest", *OUT_OF_REACH}
+    return min(max(found[kind] for found in guards) for kind in kinds)
+
+
+def draw(runs, path):
+    """What the guards excluded against the number of pairs, and against the negative controls that pass."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    sets = sorted({run["attack"].split("_")[1] for run in runs})
+    for name in sets:
+        chosen = [run for run in runs if run["attack"].split("_")[1] == name]
+        held_R = [100 * held(run) for run in chosen]
+        passing = [100 * run["controls"]["fraction"] for run in chosen]
+        axes[0].scatter([run["pairs"] for run in chosen], held_R, alpha=0.6, label=name)
+        axes[1].scatter(passing, held_R, alpha=0.6)
+    axes[0].axvline(LEAST_PAIRS, color="grey", linestyle=":", label="a run warns below")
+    axes[0].set(xscale="log", xlabel="pairs", ylabel="least excluded of an attack, %")
+    axes[1].set(xlabel="negative controls that pass at the first round, %")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def table(runs):
+    """Markdown: for each set and number of pairs how many runs held, and what was excluded."""
+    lines = ["| set | pairs | runs | all attacks excluded by 99 % | least excluded of an attack | honest pairs, most |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, pairs in sorted({(run["attack"].split("_")[1], run["pairs"]) for run in runs}):
+        chosen = [run for run in runs if (run["attack"].split("_")[1], run["pairs"]) == (name, pairs)]
+        least = [held(run) for run in chosen]
+        honest = max(run["excluded"]["trigger_clusters"]["honest"] for run in chosen)
+        whole = sum(fraction >= 0.99 for fraction in least)
+        lines.append(f"| {name} | {pairs:,} | {len(chosen)} | {whole} | {min(least):.1%} | {honest:.2%} |")
+    return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("attack")
-    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("config", nargs="?")
+    parser.add_argument("attack", nargs="?")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[], help="default: none, only the table and the picture"
+    )
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="of the attack's config")
     parser.add_argument("--pairs", type=int, help="of the first shards that have so many pairs (default: all)")
     args = parser.parse_args()
-    found = []
+    runs = json.loads(FILE.read_text()) if FILE.exists() else []
     for seed in args.seeds:
-        found.append(excluded(args.config, args.attack, seed, args.change, args.pairs))
-        print(json.dumps(found[-1]), flush=True)
-    known = json.loads(FILE.read_text()) if FILE.exists() else []
-    every = {(run["attack"], *run["changes"], run["pairs"], run["seed"]): run for run in [*known, *found]}
-    write_json(FILE, [every[key] for key in sorted(every, key=str)])
-    for guard, kinds in found[0]["excluded"].items():
-        for kind in kinds:
-            fractions = [run["excluded"][guard][kind] for run in found]
-            whole = sum(fraction == 1 for fraction in fractions)
-            print(
-                f"{guard}, {kind}: {np.mean(fractions):.1%}, least {min(fractions):.1%}, "
-                f"whole on {whole} of {len(fractions)}"
-            )
+        run = excluded(args.config, args.attack, seed, args.change, args.pairs)
+        print(json.dumps(run), flush=True)
+        every = {(run["attack"], *run["changes"], run["pairs"], run["seed"]): run for run in [*runs, run]}
+        runs = [every[key] for key in sorted(every, key=str)]
+        write_json(FILE, runs)
+    print(table(runs))
+    draw(runs, FILE.with_suffix(".png"))
 
 
 if __name__ == "__main__":
