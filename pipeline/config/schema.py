@@ -104,9 +104,9 @@ class Train:
     low_rate_epochs: int = 1
     """Epochs of the CLIP loss at low_rate_lr, on all pairs."""
     steps_before_selection: int | None = 0
-    """Steps of plain CLIP on all pairs with which the first SafeCLIP epoch begins, before the first selection round,
-    at the rates of the warm-up to the middle and back; null: 8 * sqrt(warmup_steps), whose rates add up to those of 16
-    steps at the full rate. Less than an epoch."""
+    """Steps of plain CLIP on all pairs before the first selection round, at the rates of the warm-up to the middle and
+    back; null: 8 * sqrt(warmup_steps), whose rates add up to those of 16 steps at the full rate. At most a quarter of
+    the run."""
     batch_size: int = 128
     """Pairs of a global batch, over all ranks."""
     clip_views: int = 2

@@ -35,6 +35,7 @@ class Epoch:
     before: int | None = None  # number of the epoch of the round before that
     begin: int = 0  # first step, of those of a whole epoch
     end: int | None = None  # step after the last one; None: to the end
+    ramp: tuple[int, int] | None = None  # (step of the run, number of steps) of those before the first selection round
 
 
 @dataclass(frozen=True)
@@ -53,40 +54,42 @@ class Step:
 def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Epoch]:
     """The epochs of a run, of `steps_per_epoch` steps each.
 
-    The first SafeCLIP epoch begins with steps_before_selection of plain CLIP on all pairs, which are an Epoch of their
-    own. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0, 2, 6, 14, ... of
-    them, so that each mask holds twice as long as the one before, as long as at least as many epochs follow as were
-    before.
+    After the warm-up come steps_before_selection of plain CLIP on all pairs; the epoch in which they end goes on as the
+    first SafeCLIP epoch. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0, 2,
+    6, 14, ... of them, so that each mask holds twice as long as the one before, as long as at least as many epochs
+    follow as were before.
     """
-    epochs, first = [], train.unimodal_epochs + train.low_rate_epochs
-    mask_of = before = None
-    for past in range(-first, train.epochs - first) if train.method == "safeclip" else ():
-        number, begin, selects = len(epochs), 0, None
-        if past < 0:
-            stage = "unimodal" if number < train.unimodal_epochs else "low_rate"
-        else:
-            stage, left = "safeclip", train.epochs - first - past
-            if past == 0 and (begin := steps_before_selection(train, steps_per_epoch)):
-                epochs.append(Epoch(number, "clip", None, None, end=begin))
-                number += 1
-            if past % every == 0 if every else (past + 2) & (past + 1) == 0 and past <= left:
-                selects, mask_of, before = past, number, mask_of
-        epochs.append(Epoch(number, stage, selects, mask_of, before, begin))
-    if train.method == "safeclip":
-        return epochs
-    stages = [train.method] * train.epochs
     if train.method == "roclip":
         stages = ["clip" if (number + 1) % train.match_every else "match" for number in range(train.epochs)]
-    return [Epoch(number, stage, None, None) for number, stage in enumerate(stages)]
+    elif train.method == "safeclip":
+        stages = ["unimodal"] * train.unimodal_epochs + ["low_rate"] * train.low_rate_epochs
+    else:
+        stages = [train.method] * train.epochs
+    epochs = [Epoch(number, stage, None, None) for number, stage in enumerate(stages[: train.epochs])]
+    if train.method != "safeclip" or len(epochs) == train.epochs:
+        return epochs
+
+    ramp = len(epochs) * steps_per_epoch, steps_before_selection(train, steps_per_epoch)
+    whole, begin = divmod(ramp[1], max(1, steps_per_epoch))
+    count = train.epochs - len(epochs) - whole
+    for end in [None] * whole + [begin] * bool(begin):
+        epochs.append(Epoch(len(epochs), "clip", None, None, end=end, ramp=ramp))
+    mask_of = before = None
+    for past in range(count):
+        number, selects = len(epochs), None
+        if past % every == 0 if every else (past + 2) & (past + 1) == 0 and past <= count - past:
+            selects, mask_of, before = past, number, mask_of
+        epochs.append(Epoch(number, "safeclip", selects, mask_of, before, 0 if past else begin))
+    return epochs
 
 
 def steps_before_selection(train: Train, steps_per_epoch: int) -> int:
     """train.steps_before_selection, or where it is null: as many as have rates that add up to those of 16 steps at the
-    full rate. Less than an epoch."""
+    full rate. At most a quarter of the steps that follow the warm-up epochs."""
     steps, warm = train.steps_before_selection, train.warmup_steps
     if steps is None:
         steps = math.ceil(8 * math.sqrt(warm)) if warm > 16 else 16 + warm
-    return min(steps, steps_per_epoch - 1)
+    return min(steps, (train.epochs - train.unimodal_epochs - train.low_rate_epochs) * steps_per_epoch // 4)
 
 
 def epoch_steps(
@@ -147,8 +150,9 @@ def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
     """
     if epoch.stage == "low_rate":
         return train.low_rate_lr
-    if epoch.end is not None:
-        return train.lr * min(1.0, min(step + 1, epoch.end - step) / max(1, train.warmup_steps))
+    if epoch.ramp:
+        past, left = step - epoch.ramp[0], sum(epoch.ramp) - step
+        return train.lr * min(1.0, min(past + 1, left) / max(1, train.warmup_steps))
     warm = min(1.0, (step + 1) / max(1, train.warmup_steps))
     past = max(0, step - train.warmup_steps) / max(1, steps - train.warmup_steps)
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))

@@ -47,15 +47,14 @@ def test_without_a_number_each_mask_holds_twice_as_long():
     before=st.one_of(st.none(), st.integers(0, 30)),
     warmup=st.integers(0, 300),
     total=st.integers(2, 120),
+    low_rate=st.integers(0, 2),
 )
-def test_the_first_epoch_begins_with_all_pairs_and_the_run_has_as_many_steps_as_plain_clip(
-    epochs, before, warmup, total
-):
+def test_all_pairs_come_before_the_first_round_and_steps_are_those_of_clip(epochs, before, warmup, total, low_rate):
     chosen, mask = config(risky="skip", refill=True), SafeMask.from_flags(COUNTS, np.arange(120) % 3 > 0)
     chosen.train = Train(
         epochs=epochs,
         unimodal_epochs=0,
-        low_rate_epochs=0,
+        low_rate_epochs=low_rate,
         steps_before_selection=before,
         warmup_steps=warmup,
         batch_size=120 // total,
@@ -65,16 +64,20 @@ def test_the_first_epoch_begins_with_all_pairs_and_the_run_has_as_many_steps_as_
     assert [e.number for e in stages] == list(range(len(stages)))
     steps = [epoch_steps(e, COUNTS, mask if e.mask_of is not None else None, chosen) for e in stages]
     assert sum(map(len, steps)) == epochs * total and all(steps)
-    first = steps_before_selection(chosen.train, total)
-    assert {step.view for step in sum(steps, [])[first:]} == {"safe"}
-    if first:
-        assert stages[0].stage == "clip" and stages[1].round == 0
-        assert [(s.view, s.number) for s in steps[0]] == [("all", number) for number in range(first)]
-    if before is None and first < total - 1:
-        rates = [
-            learning_rate(stages[0], step, epochs * total, Train(warmup_steps=warmup, lr=1.0)) for step in range(first)
-        ]
-        assert rates == rates[::-1] and max(rates) <= 1 and 15.9 <= sum(rates) <= 19
+    if epochs <= low_rate:
+        return
+    ramp, start = steps_before_selection(chosen.train, total), low_rate * total
+    views = [step.view for step in sum(steps, [])]
+    assert views == ["all"] * (start + ramp) + ["safe"] * (epochs * total - start - ramp)
+    stage_of = sum(([epoch] * len(part) for epoch, part in zip(stages, steps)), [])
+    assert {epoch.stage for epoch in stage_of[start : start + ramp]} <= {"clip"}
+    assert stage_of[start + ramp].round == 0 and [e.round for e in stages].count(0) == 1
+    chosen.train.lr = 1.0
+    numbers = range(start, start + ramp)
+    rates = [learning_rate(stage_of[number], number, epochs * total, chosen.train) for number in numbers]
+    assert rates == rates[::-1] and max(rates, default=0) <= 1
+    if before is None and ramp < (epochs - low_rate) * total // 4:
+        assert 15.9 <= sum(rates) <= 19
 
 
 def test_plain_clip_is_the_same_program_without_warm_up_and_selection():
