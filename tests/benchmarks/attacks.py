@@ -1,4 +1,4 @@
-"""What the guards of the preset default exclude of attacks: one epoch of training, many seeds, weak attacks, less data.
+"""What the guards of the preset default exclude of attacks at the first round: many seeds, weak attacks, less data.
 
 python -m tests.benchmarks.attacks CONFIG ATTACK --seeds 100 101 ... [--pairs 10000] [--change attacks.badnets.pairs=16]
 python -m tests.benchmarks.attacks                                              only the table and the picture
@@ -12,6 +12,7 @@ poison that it excludes. Prints a table of all objects and draws attacks.png.
 import argparse
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,12 +25,24 @@ from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
 from pipeline.guards.excluded import guards_folder
 from pipeline.safety.diagnosis import LEAST_PAIRS
 from pipeline.training.run import train
+from pipeline.training.signals import Preempted, StopSignal
 from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import SafeMask
 from shards.storage.files import write_json
 
 FILE = Path(__file__).with_suffix(".json")
 OUT_OF_REACH = ("class_to_class", "label_consistent", "wanet")  # captions that fit, and warps: no guard aims at them
+
+
+class AfterFirstRound(StopSignal):
+    """Asks a run to stop when its first mask is there: guards look once, at the first selection round."""
+
+    def __init__(self, run_dir):
+        self.masks = Path(run_dir, "masks")
+
+    @property
+    def received(self):
+        return any(self.masks.glob("epoch_*/mask.json"))
 
 
 def first_shards(folder, pairs, out):
@@ -50,9 +63,9 @@ def excluded(config, attack, seed, changes, pairs):
         make_attack(values)
         words = [f"data.overlay={folder}/attack", f"run.dir={folder}/run", f"run.seed={seed}", "evaluation.test=null"]
         config = load_config(config, ["preset=default", f"data.index={values['index']}", *words])
-        config.train.epochs = 1  # guards run once, in the first epoch
-        train(config)
-        first = json.loads(next(Path(folder, "run", "masks").glob("epoch_*/mask.json")).read_text())
+        with suppress(Preempted):
+            train(config, stop=AfterFirstRound(config.run.dir))
+        first = json.loads(next(Path(config.run.dir, "masks").glob("epoch_*/mask.json")).read_text())
         index = open_index(config.data)
         overlay = open_samples(config.data, index).overlay
         masks = {path.parent.name: path for path in sorted(guards_folder(config.run.dir).glob("*/mask.json"))}
