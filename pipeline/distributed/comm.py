@@ -8,20 +8,26 @@ import socket
 import tempfile
 import time
 import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import DTypeLike
 
 from shards.errors import RunFailed, UserError
 
 PIECE = 1 << 24  # elements that are sent at a time
 
-_control = None  # on GPUs a gloo group of all ranks for messages between hosts; else the default group is gloo itself
+Found = TypeVar("Found")
+
+# On GPUs a gloo group of all ranks for messages between hosts; else the default group is gloo itself.
+_control: dist.ProcessGroup | None = None
 
 
-def init(timeout=600.0):
+def init(timeout: float = 600.0) -> None:
     """Join the process group of torchrun (RANK ...) or srun (SLURM_PROCID ...), or be a group of one.
 
     gloo on the CPU, NCCL on GPUs. `timeout`: seconds a collective waits for a rank that does not come. Raises
@@ -58,12 +64,13 @@ def init(timeout=600.0):
     # Without its device NCCL guesses one from the rank, which hangs where ranks and GPUs are not in step.
     dist.init_process_group(backend, timeout=patience, device_id=device() if backend == "nccl" else None)
     if backend != "gloo":
-        _control = dist.new_group(backend="gloo", timeout=patience)
+        # Every rank is a member, and gets no mark for those that are not.
+        _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=patience))
     atexit.register(shutdown, False)
 
 
-def own_gpu(local_rank, count, env):
-    """int: which of the `count` GPUs that this process sees is its own. Raises UserError where there are too few.
+def own_gpu(local_rank: int, count: int, env: Mapping[str, str]) -> int:
+    """Which of the `count` GPUs that this process sees is its own. Raises UserError where there are too few.
 
     A process that sees a single GPU was given it by SLURM (--gpus-per-task, --gpu-bind); torchrun shows all of the
     host's to each.
@@ -79,7 +86,7 @@ def own_gpu(local_rank, count, env):
     return local_rank
 
 
-def shutdown(well=True):
+def shutdown(well: bool = True) -> None:
     """Destroy the process groups; also called when the process exits.
 
     A gloo group that outlives the interpreter sometimes aborts the process (14 of 120 exits measured, its threads are
@@ -95,7 +102,7 @@ def shutdown(well=True):
     _control = None
 
 
-def await_rank_0(address, port, timeout):
+def await_rank_0(address: str, port: int, timeout: float) -> None:
     """Until rank 0 listens. torch's own wait takes more than twice its timeout where rank 0 died before it could.
     Raises RunFailed."""
     until = time.monotonic() + timeout
@@ -112,29 +119,29 @@ def await_rank_0(address, port, timeout):
             time.sleep(0.2)
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_rank0():
+def is_rank0() -> bool:
     return rank() == 0
 
 
-def device():
-    """torch.device of this process."""
+def device() -> torch.device:
+    """The device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def barrier():
+def barrier() -> None:
     if world() > 1:
         dist.barrier(group=_control)
 
 
-def on_rank0(function, *args):
+def on_rank0(function: Callable[..., Found], *args: object) -> Found:
     """function(*args), called on rank 0 only; its result, or its UserError, on every rank."""
     result, error = None, None
     if is_rank0():
@@ -149,7 +156,7 @@ def on_rank0(function, *args):
 
 
 @contextlib.contextmanager
-def naming_the_lost(timeout):
+def naming_the_lost(timeout: float) -> Iterator[None]:
     """Turn errors of collectives, after another rank died or was silent for `timeout` seconds, into RunFailed."""
     try:
         yield
@@ -164,15 +171,15 @@ def naming_the_lost(timeout):
         ) from error
 
 
-def all_reduce_max(*values):
-    """tuple: for every int (or bool) its largest value over the ranks. The GPUs are not waited for."""
+def all_reduce_max(*values: int) -> tuple[int, ...]:
+    """For every int (or bool) its largest value over the ranks. The GPUs are not waited for."""
     found = torch.tensor(values, dtype=torch.int64)
     if world() > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX, group=_control)
     return tuple(found.tolist())
 
 
-def all_reduce_sum(counts_K):
+def all_reduce_sum(counts_K: np.ndarray) -> np.ndarray:
     """int64 (K,): the sum over the ranks of integer counts."""
     if world() == 1:
         return counts_K
@@ -181,7 +188,7 @@ def all_reduce_sum(counts_K):
     return found.numpy()
 
 
-def broadcast_object(value):
+def broadcast_object(value: Found) -> Found:
     """Rank 0's `value` on every rank."""
     if world() == 1:
         return value
@@ -190,27 +197,27 @@ def broadcast_object(value):
     return box[0]
 
 
-def gather_objects(value):
-    """List of every rank's `value`, in rank order, on every rank."""
+def gather_objects(value: Found) -> list[Found]:
+    """Every rank's `value`, in rank order, on every rank."""
     if world() == 1:
         return [value]
-    box = [None] * world()
+    box: list[Found] = [None] * world()
     dist.all_gather_object(box, value, group=_control)
     return box
 
 
-def first_ranks():
-    """List: for every rank the lowest rank on its host. All ranks call."""
+def first_ranks() -> list[int]:
+    """For every rank the lowest rank on its host. All ranks call."""
     hosts = gather_objects(host())
     return [hosts.index(one) for one in hosts]
 
 
-def host():
+def host() -> str:
     """Name of this host."""
     return socket.gethostname()
 
 
-def host_array(count, dtype):
+def host_array(count: int, dtype: DTypeLike) -> np.ndarray:
     """(count,) zeros that the ranks of a host share: a file without a name in the temporary folder (TMPDIR), mapped by
     all.
 
@@ -230,20 +237,20 @@ def host_array(count, dtype):
                 )  # a full disk must not show later, as SIGBUS
         except OSError as error:
             wrong = f"{socket.gethostname()}: {path.parent}: {error.strerror}"
-    wrong = [text for text in gather_objects(wrong) if text]
-    if not wrong:
+    faults = [text for text in gather_objects(wrong) if text]
+    if not faults:
         array = np.memmap(path, dtype, "r+", shape=(count,))
         barrier()
     if rank() == first:
         path.unlink(missing_ok=True)
-    if wrong:
+    if faults:
         raise UserError(
-            f"{wrong[0]}; {count * dtype.itemsize:,} bytes are needed there; free some, or set TMPDIR to a larger disk"
+            f"{faults[0]}; {count * dtype.itemsize:,} bytes are needed there; free some, or set TMPDIR to a larger disk"
         )
     return array
 
 
-def share_between_hosts(array, ranges_R):
+def share_between_hosts(array: np.ndarray, ranges_R: Sequence[tuple[int, int]]) -> None:
     """Make a `host_array` the same on every host. ranges_R[r]: (start, stop), what rank r has written of it. All ranks
     call."""
     barrier()
@@ -251,7 +258,7 @@ def share_between_hosts(array, ranges_R):
     leaders = sorted(set(firsts))
     if len(leaders) > 1:
         group = dist.new_group(leaders, backend="gloo")
-        if rank() in leaders:
+        if isinstance(group, dist.ProcessGroup):  # this rank is a member
             for first, (start, stop) in zip(firsts, ranges_R):
                 for at in range(start, stop, PIECE):
                     dist.broadcast(torch.from_numpy(array[at : min(at + PIECE, stop)]), src=first, group=group)
@@ -259,7 +266,7 @@ def share_between_hosts(array, ranges_R):
     barrier()
 
 
-def all_gather_rows(local_ND, counts):
+def all_gather_rows(local_ND: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Rows of all ranks, in rank order; counts[r] is the number of rank r's rows. No gradient."""
     if world() == 1:
         return local_ND
@@ -272,8 +279,8 @@ def all_gather_rows(local_ND, counts):
     return torch.cat([rows[:count] for rows, count in zip(everyone, counts)])
 
 
-def mean(value):
-    """float: the mean over the ranks of a 0-d tensor."""
+def mean(value: torch.Tensor) -> float:
+    """The mean over the ranks of a 0-d tensor."""
     value = value.detach().float().clone()
     if world() > 1:
         dist.all_reduce(value)
