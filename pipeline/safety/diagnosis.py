@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from pipeline.safety.mixture import Mixture
+from shards.order.safe_mask import SafeMask
+
 # Recorded runs of preset default hold on 18,000 and 50,000 pairs, and not on 5,409 (pipeline/guards/README.md).
 LEAST_PAIRS = 10_000
 
@@ -13,8 +16,8 @@ def out_of_range(pairs: int) -> str:
     return f"{pairs:,} pairs are too few to be protected: recorded runs with less than {LEAST_PAIRS:,} did not hold"
 
 
-def separation(counts_K, low, high, mixture):
-    """dict: how well two Gaussians describe the scores of a `mixture.histogram`, and how far apart they are.
+def separation(counts_K: np.ndarray, low: float, high: float, mixture: Mixture) -> dict[str, float]:
+    """How well two Gaussians describe the scores of a `mixture.histogram`, and how far apart they are.
 
     bic_one, bic_two: Bayesian information criterion of one and of two Gaussians, lower is better (Schwarz 1978);
     ashman_d: distance of the means in units of the mean deviation, above 2 for a clear separation (Ashman, Bird and
@@ -38,8 +41,10 @@ def separation(counts_K, low, high, mixture):
     }
 
 
-def change(counts_K, low, high, mask, before_K, before):
-    """dict: change since the previous round, of which before_K is the histogram and `before` the SafeMask.
+def change(
+    counts_K: np.ndarray, low: float, high: float, mask: SafeMask, before_K: np.ndarray, before: SafeMask
+) -> dict[str, float]:
+    """Change since the previous round, of which before_K is the histogram and `before` the SafeMask.
 
     shift: Wasserstein-1 distance of the two histograms, in units of the score; flips_in, flips_out: number of pairs
     that became safe, and that became risky.

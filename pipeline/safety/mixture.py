@@ -28,12 +28,12 @@ class Mixture:
     mean, std, weight: (low, high); log_likelihood: mean over the scores, in nats.
     """
 
-    mean: tuple
-    std: tuple
-    weight: tuple
+    mean: tuple[float, float]
+    std: tuple[float, float]
+    weight: tuple[float, float]
     log_likelihood: float
 
-    def log_odds(self, scores):
+    def log_odds(self, scores: np.ndarray) -> np.ndarray:
         """Log of the weighted density of the higher component over that of the lower one, float64. NaN stays NaN."""
         scores = np.asarray(scores, np.float64)
         low, high = (
@@ -41,23 +41,24 @@ class Mixture:
         )
         return high - low
 
-    def posterior(self, scores):
+    def posterior(self, scores: np.ndarray) -> np.ndarray:
         """Posterior probability of the higher component, in the shape of `scores`. NaN stays NaN."""
         return 1 / (1 + np.exp(np.clip(-self.log_odds(scores), -700, 700)))
 
-    def rank(self, scores):
+    def rank(self, scores: np.ndarray) -> np.ndarray:
         """Ranking by posterior, float32: log-odds, clipped where the posterior is 1 in float64."""
         return np.minimum(self.log_odds(scores), SATURATED).astype(np.float32)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, list[float] | float]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values):
-        return cls(*(tuple(values[key]) for key in ("mean", "std", "weight")), values["log_likelihood"])
+    def from_dict(cls, values: dict) -> "Mixture":
+        mean, std, weight = (tuple(values[key]) for key in ("mean", "std", "weight"))
+        return cls(mean, std, weight, values["log_likelihood"])
 
 
-def histogram(scores_N, low, high, bins=BINS):
+def histogram(scores_N: np.ndarray, low: float, high: float, bins: int = BINS) -> np.ndarray:
     """int64 (bins,): counts of the scores in equal bins from `low` to `high`.
 
     Scores outside are counted in the end bins, NaN is not counted. Works in float32 on pieces; histograms of parts add
@@ -74,7 +75,7 @@ def histogram(scores_N, low, high, bins=BINS):
     return counts_K[:-1]
 
 
-def fit_mixture(counts_K, low, high):
+def fit_mixture(counts_K: np.ndarray, low: float, high: float) -> Mixture:
     """Mixture of maximum likelihood for the scores of a `histogram`, over several fixed starting points.
 
     Starting points are compared on groups of bins, and the best one is refined on all bins. Raises DegenerateFit if
@@ -113,7 +114,7 @@ def fit_mixture(counts_K, low, high):
     )
 
 
-def fit_sklearn(scores_N):
+def fit_sklearn(scores_N: np.ndarray) -> Mixture:
     """Mixture by sklearn.mixture.GaussianMixture(2, random_state=0), as in the released recipe.
 
     It holds all scores in memory and stops at its default tolerance, before the maximum. Raises DegenerateFit if there
@@ -128,24 +129,25 @@ def fit_sklearn(scores_N):
     found = GaussianMixture(2, random_state=0).fit(x_N1)
     order = np.argsort(found.means_[:, 0])
     parts = found.means_[order, 0], np.sqrt(found.covariances_[order, 0, 0]), found.weights_[order]
-    return Mixture(*(tuple(part.tolist()) for part in parts), float(found.lower_bound_))
+    mean, std, weight = (tuple(part.tolist()) for part in parts)
+    return Mixture(mean, std, weight, float(found.lower_bound_))
 
 
-def grouped(x, n, group):
+def grouped(x: np.ndarray, n: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(centres of mass, counts) of the scores in each `group`."""
     first = np.flatnonzero(np.diff(group, prepend=-1))
     total = np.add.reduceat(n, first)
     return np.add.reduceat(n * x, first) / total, total
 
 
-def moments(x, n, where, floor):
+def moments(x: np.ndarray, n: np.ndarray, where: np.ndarray, floor: float) -> np.ndarray:
     """(weight, mean, variance) of the scores `where`."""
     total = n[where].sum()
     mean = (n[where] * x[where]).sum() / total
     return np.array([total / n.sum(), mean, max(2 * floor, (n[where] * (x[where] - mean) ** 2).sum() / total)])
 
 
-def maximum(x, n, theta, floor):
+def maximum(x: np.ndarray, n: np.ndarray, theta: np.ndarray, floor: float) -> tuple[np.ndarray, float]:
     """(theta, mean log-likelihood) of the local maximum reached from `theta` (2, 3: weight, mean, variance).
 
     EM converges slowly when the components overlap, so a few steps of EM are followed by BFGS on the same likelihood.
@@ -164,7 +166,7 @@ def maximum(x, n, theta, floor):
     return np.stack([weight, centre + unit * mean, unit**2 * variance], 1), float(-found.fun - np.log(unit))
 
 
-def expect(z, fraction, theta):
+def expect(z: np.ndarray, fraction: np.ndarray, theta: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
     """E-step: (mean log-likelihood, weight, first, second), the last three the weight and the raw moments of each
     component by posterior."""
     weight, mean, variance = theta.T[:, :, None]
@@ -177,7 +179,7 @@ def expect(z, fraction, theta):
     return likelihood, np.maximum(part.sum(1), 1e-300), (part * z).sum(1), (part * z**2).sum(1)
 
 
-def loss(packed, z, fraction, least):
+def loss(packed: np.ndarray, z: np.ndarray, fraction: np.ndarray, least: float) -> tuple[float, np.ndarray]:
     """(negative mean log-likelihood, its gradient) in the coordinates of `pack`."""
     theta = unpack(packed, least)
     likelihood, weight, first, second = expect(z, fraction, theta)
@@ -188,18 +190,18 @@ def loss(packed, z, fraction, least):
     return -likelihood, -np.concatenate([[weight[0] - theta[0, 0]], by_mean, by_variance])
 
 
-def pack(theta, least):
+def pack(theta: np.ndarray, least: float) -> np.ndarray:
     """Unconstrained coordinates of theta: log-odds of the weight, means, logs of the variances minus `least`."""
     return np.concatenate([[np.log(theta[0, 0] / theta[1, 0])], theta[:, 1], np.log(theta[:, 2] - least)])
 
 
-def unpack(packed, least):
+def unpack(packed: np.ndarray, least: float) -> np.ndarray:
     """theta of the coordinates of `pack`."""
     weight = 1 / (1 + np.exp(-np.clip(packed[0], -30, 30)))
     return np.stack([[weight, 1 - weight], packed[1:3], least + np.exp(np.clip(packed[3:], -60, 60))], 1)
 
 
-def posterior_threshold(mixture, posterior=0.9):
+def posterior_threshold(mixture: Mixture, posterior: float = 0.9) -> float:
     """Score at which the posterior of the higher component reaches `posterior`: pairs at or above it are safe.
 
     The log-odds are a parabola in the score. If the higher component is the wider one, the parabola opens upwards and

@@ -5,12 +5,15 @@ estimate the poison that passes, because poison in the safe set is trained on, w
 """
 
 import numpy as np
+import torch
 from scipy.stats import binomtest
 
 from pipeline.safety.scoring import embed
+from shards.samples.samples import Samples
+from shards.views.loader import Views
 
 
-def choose(samples, count, seed):
+def choose(samples: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(picture_C, caption_C): rows of `count` negative controls, all different; fewer if there are fewer than 2 * count
     pairs.
 
@@ -21,7 +24,15 @@ def choose(samples, count, seed):
     return rows[:count], rows[count:]
 
 
-def score_controls(engine, samples, views, batch_size, device, count, seed):
+def score_controls(
+    engine: torch.nn.Module,
+    samples: Samples,
+    views: Views,
+    batch_size: int,
+    device: torch.device,
+    count: int,
+    seed: int,
+) -> np.ndarray:
     """float32 (C,): scores as by scoring.score_all_pairs, NaN if a sample cannot be read. Every rank scores all."""
     picture_C, caption_C = choose(samples.index.samples, count, seed)
     parts = [slice(at, at + batch_size) for at in range(0, len(picture_C), batch_size)]
@@ -30,7 +41,7 @@ def score_controls(engine, samples, views, batch_size, device, count, seed):
     return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
-def passing(score_C, threshold):
+def passing(score_C: np.ndarray, threshold: float) -> dict[str, float]:
     """{"count", "passed", "fraction", "low", "high"}: controls at or above the threshold, their fraction, and its 95 %
     Wilson interval."""
     count, passed = int((~np.isnan(score_C)).sum()), int((score_C >= threshold).sum())

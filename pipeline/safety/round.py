@@ -4,6 +4,7 @@
 """
 
 import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, fit_skl
 from pipeline.safety.negative_controls import passing
 from pipeline.safety.selection import (
     RANGES,
+    Rank,
+    SelectionSettings,
     count_at_least,
     identity,
     kth_largest,
@@ -23,6 +26,7 @@ from pipeline.safety.selection import (
     top_by_shard,
 )
 from shards.errors import UserError
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, byte_starts, shard_list
 from shards.storage.files import write_bytes
 
@@ -46,8 +50,8 @@ class SelectionRound:
     control_C: np.ndarray  # scores of the negative controls
     rank_by: str = "score"  # what pairs are ranked by: score, or the mixture's posterior
 
-    def summary(self):
-        """dict for metrics.jsonl and mask.json."""
+    def summary(self) -> dict:
+        """For metrics.jsonl and mask.json."""
         return {
             "fraction": self.fraction,
             "first_fraction": self.first_fraction,
@@ -58,7 +62,7 @@ class SelectionRound:
             "diagnosis": self.diagnosis,
         }
 
-    def line(self):
+    def line(self) -> str:
         """The round in one line, for the log."""
         of = "score >=" if self.rank_by == "score" else "by posterior, lowest score"
         text, found = f"safe {self.fraction:.1%}, {of} {self.threshold:.3f}", self.diagnosis
@@ -74,9 +78,17 @@ class SelectionRound:
 
 
 def select_pairs(
-    score_N, counts_S, selection, number, first_fraction=None, before=None, control_C=(), excluded=0, kind="cosine"
-):
-    """SelectionRound of the scores of all pairs, the same bits on every rank. All ranks call.
+    score_N: np.ndarray,
+    counts_S: np.ndarray,
+    selection: SelectionSettings,
+    number: int,
+    first_fraction: float | None = None,
+    before: Path | None = None,
+    control_C: np.ndarray | Sequence[float] = (),
+    excluded: int = 0,
+    kind: str = "cosine",
+) -> SelectionRound:
+    """The round of the scores of all pairs, the same bits on every rank. All ranks call.
 
     number: SafeCLIP epochs before the round; first_fraction: safe fraction of the first round; before: folder of the
     previous round or None; control_C: scores of the negative controls, on rank 0; excluded: pairs that guards exclude.
@@ -102,7 +114,9 @@ def select_pairs(
     )
 
 
-def fit(counts_K, score_N, selection, limits, eligible):
+def fit(
+    counts_K: np.ndarray, score_N: np.ndarray, selection: SelectionSettings, limits: tuple[float, float], eligible: int
+) -> tuple[Mixture | None, float | None, dict[str, float], list[str]]:
     """(mixture, fraction of the eligible pairs with a posterior of at least selection.posterior, diagnosis, notes).
 
     The fraction is None when the scores are no mixture of two components; the configured one is then used. The released
@@ -125,7 +139,14 @@ def fit(counts_K, score_N, selection, limits, eligible):
     return mixture, found / max(1, eligible), diagnosis, []
 
 
-def safe_fraction(by_posterior, scored, selection, number, first_fraction, notes):
+def safe_fraction(
+    by_posterior: float | None,
+    scored: float,
+    selection: SelectionSettings,
+    number: int,
+    first_fraction: float | None,
+    notes: list[str],
+) -> tuple[float, float, list[str]]:
     """(fraction, fraction of the first round, notes): the first by config or posterior, later ones by the schedule.
 
     scored: fraction of the eligible pairs that have a score.
@@ -145,7 +166,9 @@ def safe_fraction(by_posterior, scored, selection, number, first_fraction, notes
     return fraction, first_fraction, notes
 
 
-def outcome(score_N, mask, key, ties, rank, control_C):
+def outcome(
+    score_N: np.ndarray, mask: SafeMask, key: int, ties: int, rank: Rank, control_C: np.ndarray
+) -> tuple[float, dict, list[str]]:
     """(lowest score of the safe set, diagnosis of the negative controls, warnings). key, ties: of kth_largest."""
     threshold = score_of(key) if ties else float("inf")
     lowest = threshold if rank is identity else lowest_safe(score_N, mask)
@@ -160,15 +183,15 @@ def outcome(score_N, mask, key, ties, rank, control_C):
     return lowest, {"negative_controls": found}, warnings
 
 
-def lowest_safe(score_N, mask):
-    """Lowest score of the safe set as a float; infinity when it is empty."""
+def lowest_safe(score_N: np.ndarray, mask: SafeMask) -> float:
+    """Lowest score of the safe set; infinity when it is empty."""
     starts = np.concatenate([[0], np.cumsum(mask.counts_S)])
     safe = (score_N[starts[s] : starts[s + 1]][mask.shard_flags(s)] for s in range(len(mask.counts_S)))
     return float(min((scores.min() for scores in safe if len(scores)), default=np.inf))
 
 
-def broadcast_mask(safe_S, counts_S):
-    """SafeMask of rank 0's flags (one bool array per shard, in order) on every rank; one copy of the bits per host."""
+def broadcast_mask(safe_S: Iterable[np.ndarray], counts_S: np.ndarray) -> SafeMask:
+    """The mask of rank 0's flags (one bool array per shard, in order) on every rank; one copy of the bits per host."""
     starts = byte_starts(counts_S)
     mask = SafeMask(counts_S, comm.host_array(int(starts[-1]), np.uint8))
     if comm.is_rank0():
@@ -178,7 +201,7 @@ def broadcast_mask(safe_S, counts_S):
     return mask
 
 
-def change_since(before, counts_K, limits, mask):
+def change_since(before: Path, counts_K: np.ndarray, limits: tuple[float, float], mask: SafeMask) -> dict[str, float]:
     """diagnosis.change since the round in the folder `before`; {} when its files are missing."""
     try:
         before_K = np.load(before / "histogram.npy", allow_pickle=False)
@@ -187,12 +210,12 @@ def change_since(before, counts_K, limits, mask):
         return {}
 
 
-def mask_folder(run_dir, epoch):
+def mask_folder(run_dir: Path | str, epoch: int) -> Path:
     """Folder of the selection round before this epoch."""
     return Path(run_dir) / "masks" / f"epoch_{epoch:03d}"
 
 
-def save_round(folder, selected, index, meta):
+def save_round(folder: Path, selected: SelectionRound, index: ShardIndex, meta: dict) -> None:
     """Write a round to `folder`, mask.json last; its scores are in `folder`/scores already. Rank 0 calls.
 
     mask.json has the name and fingerprint of each shard, so that the folder can be used without the run
@@ -206,8 +229,8 @@ def save_round(folder, selected, index, meta):
     selected.mask.save(folder, {"fingerprint": index.fingerprint, "shards": shards, **selected.summary(), **meta})
 
 
-def load_round(folder, index):
-    """SelectionRound saved in `folder`. Raises UserError if it is damaged or belongs to other shards."""
+def load_round(folder: Path, index: ShardIndex) -> SelectionRound:
+    """The round saved in `folder`. Raises UserError if it is damaged or belongs to other shards."""
     mask, meta = SafeMask.load(folder, index.fingerprint)
     try:
         counts_K = np.load(folder / "histogram.npy", allow_pickle=False)

@@ -2,11 +2,14 @@
 
 import io
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.index.shard_index import ShardIndex
 from shards.storage.files import write_bytes
 
 
@@ -17,19 +20,19 @@ class ScoreFiles:
     score. Files of another step of the model or of another config are not used.
     """
 
-    def __init__(self, folder, index, step, config=""):
+    def __init__(self, folder: Path, index: ShardIndex, step: int | str, config: str = ""):
         """`step`: the training step of the model that scores; `config`: the hash of its config."""
         self.folder, self.index = folder, index
         self.made = {"step": step, "config": config}
 
-    def path(self, shard):
+    def path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.parquet"
 
-    def done(self):
+    def done(self) -> list[int]:
         """Numbers of the shards that are scored by the model of this step."""
         return [shard for shard, count in enumerate(self.index.counts) if count and self.made_of(shard) == self.made]
 
-    def made_of(self, shard):
+    def made_of(self, shard: int) -> dict | None:
         """{"step", "config"}: of the model that scored the shard; None where it is not scored."""
         try:
             metadata = pq.read_schema(self.path(shard)).metadata
@@ -37,7 +40,7 @@ class ScoreFiles:
         except (OSError, pa.ArrowInvalid, KeyError, TypeError):
             return None
 
-    def read(self, shard):
+    def read(self, shard: int) -> tuple[np.ndarray, list[tuple[int, int, str, str]]]:
         """(float32 cosines, [(shard, position, key, reason)] of what could not be read) of a shard that is done."""
         table = pq.read_table(self.path(shard))
         bad = [
@@ -47,7 +50,7 @@ class ScoreFiles:
         ]
         return table["cosine"].to_numpy().astype(np.float32), bad
 
-    def write(self, shard, cos_B, reasons, excluded=()):
+    def write(self, shard: int, cos_B: np.ndarray, reasons: Mapping[int, str], excluded: Iterable[int] = ()) -> None:
         """Write the cosines of a whole shard, float32 (n,). reasons: {position: why it has no score}; excluded:
         positions that have a cosine and no score."""
         score_B = cos_B.copy()
@@ -65,14 +68,14 @@ class ScoreFiles:
         )
         write_bytes(self.path(shard), file.getbuffer())
 
-    def exclude(self, shard, reasons):
+    def exclude(self, shard: int, reasons: Mapping[int, str]) -> None:
         """Remove the scores of some pairs of a finished shard. reasons: {position: why}; a pair that cannot be read
         keeps its own reason."""
         cos_B, bad = self.read(shard)
         self.write(shard, cos_B, {**reasons, **{position: reason for _, position, _, reason in bad}}, reasons)
 
 
-def load_scores(folder, counts_S):
+def load_scores(folder: Path, counts_S: np.ndarray | Sequence[int]) -> np.ndarray:
     """float32 (N,): the scores saved in `folder`/scores, in (shard, position) order."""
     paths = [folder / "scores" / f"{shard:05d}.parquet" for shard, count in enumerate(counts_S) if count]
     parts = [pq.read_table(path, columns=["score"])["score"].to_numpy() for path in paths]

@@ -1,15 +1,19 @@
 """Scoring: cosine similarity of every picture with its own caption, on all ranks (Yang et al. 2024, section 4)."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
 import numpy as np
 import torch
 
 from pipeline.distributed import comm
+from pipeline.safety.score_files import ScoreFiles
+from shards.samples.samples import Samples
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import PlainBatches, batches
+from shards.views.loader import Batch, PlainBatches, Views, batches
 
 
-def assign_shards(counts_S, world, done=()):
-    """List of `world` consecutive ranges of shard numbers with about equal work. Shards that are `done` count as
+def assign_shards(counts_S: np.ndarray | Sequence[int], world: int, done: Iterable[int] = ()) -> list[range]:
+    """`world` consecutive ranges of shard numbers with about equal work. Shards that are `done` count as
     none."""
     work_S = np.array(counts_S, np.int64)
     work_S[list(done)] = 0
@@ -19,7 +23,7 @@ def assign_shards(counts_S, world, done=()):
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
-def shard_batches(offsets_S, shards, batch_size):
+def shard_batches(offsets_S: np.ndarray, shards: Iterable[int], batch_size: int) -> list[tuple[int, range]]:
     """[(shard, rows)]: batches within one shard each, independent of the world size. rows: range over all shards."""
     return [
         (s, range(start, min(start + batch_size, int(offsets_S[s + 1]))))
@@ -29,7 +33,14 @@ def shard_batches(offsets_S, shards, batch_size):
 
 
 @torch.no_grad()
-def embed(engine, samples, views, pairs, device, workers=0):
+def embed(
+    engine: torch.nn.Module,
+    samples: Samples,
+    views: Views,
+    pairs: Sequence[tuple[range | np.ndarray, range | np.ndarray]],
+    device: torch.device,
+    workers: int = 0,
+) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield (batch, cos_B) of loader.PlainBatches, with the batch on `device` and the model in eval mode.
 
     cos_B: float32 (B,), the cosine of each picture with its caption, NaN where the pair could not be read.
@@ -44,7 +55,16 @@ def embed(engine, samples, views, pairs, device, workers=0):
     engine.train(was_training)
 
 
-def score_all_pairs(engine, samples, views, batch_size, device, workers=0, files=None, each_round=None):
+def score_all_pairs(
+    engine: torch.nn.Module,
+    samples: Samples,
+    views: Views,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    files: ScoreFiles | None = None,
+    each_round: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, list[tuple[int, int, str, str]]]:
     """(score_N, bad): the float32 cosines of all pairs in (shard, position) order, the same vector on every rank.
 
     The vector is one copy per host, shared by its ranks (4 bytes per pair). Pairs without a score are NaN; `bad` lists

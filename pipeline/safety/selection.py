@@ -1,5 +1,8 @@
 """Exact top-k selection by counting passes over integer keys of the scores; ties are broken by (shard, position)."""
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
 import numpy as np
 
 from pipeline.safety.mixture import PIECE
@@ -8,8 +11,22 @@ from pipeline.safety.mixture import PIECE
 RANGES = {"cosine": (-1.0, 1.0), "rank": (0.0, 1.0)}
 NO_KEY = 0xFFFFFFFF  # above the keys of all scores
 
+Rank = Callable[[np.ndarray], np.ndarray]  # scores -> the numbers that are compared
 
-def ordered_keys(scores_N):
+
+class SelectionSettings(Protocol):
+    """What selection rounds read of a config's `selection`."""
+
+    posterior: float
+    first_fraction: float | None
+    least_fraction: float
+    mixture: str
+    rank_by: str
+    growth: float
+    max_fraction: float
+
+
+def ordered_keys(scores_N: np.ndarray) -> np.ndarray:
     """uint32 (N,): keys in the order of the float32 scores. NaN has key 0, the lowest; -0.0 and 0.0 have one key."""
     scores = np.asarray(scores_N, np.float32) + np.float32(0)  # -0.0 + 0.0 = 0.0
     bits = scores.view(np.uint32)
@@ -17,16 +34,21 @@ def ordered_keys(scores_N):
     return np.where(np.isnan(scores), np.uint32(0), keys)
 
 
-def score_of(key):
-    """Score of a key, as a float."""
+def score_of(key: int) -> float:
+    """Score of a key."""
     return float(np.uint32(key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF).view(np.float32))
 
 
-def identity(scores):
+def identity(scores: np.ndarray) -> np.ndarray:
     return scores
 
 
-def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=identity):
+def kth_largest(
+    scores_N: np.ndarray,
+    k: int,
+    total: Callable[[np.ndarray], np.ndarray] = lambda counts_K: counts_K,
+    rank: Rank = identity,
+) -> tuple[int, int]:
     """(key, ties): key of the k-th largest score, and how many scores equal to it belong to the k largest.
 
     Two passes count 65,536 bins each. NaN is not a score. With fewer than k scores the key is that of the smallest one;
@@ -51,7 +73,9 @@ def kth_largest(scores_N, k, total=lambda counts_K: counts_K, rank=identity):
     return prefix, ties
 
 
-def top_by_shard(scores_N, counts_S, key, ties, rank=identity):
+def top_by_shard(
+    scores_N: np.ndarray, counts_S: np.ndarray | Sequence[int], key: int, ties: int, rank: Rank = identity
+) -> Iterator[np.ndarray]:
     """Yield bool (n,) for each shard: scores above `key`, and the first `ties` (over all shards) of those equal to it.
 
     rank: as for kth_largest.
@@ -66,18 +90,18 @@ def top_by_shard(scores_N, counts_S, key, ties, rank=identity):
         yield chosen
 
 
-def select_top(scores_N, k, rank=identity):
+def select_top(scores_N: np.ndarray, k: int, rank: Rank = identity) -> np.ndarray:
     """bool (N,): the k highest scores, the first rows among equals. NaN is never selected."""
     return next(top_by_shard(scores_N, [len(scores_N)], *kth_largest(scores_N, k, rank=rank), rank))
 
 
-def count_at_least(scores_N, threshold, rank=identity):
+def count_at_least(scores_N: np.ndarray, threshold: float, rank: Rank = identity) -> int:
     """Number of scores at or above `threshold`."""
     pieces = (scores_N[start : start + PIECE] for start in range(0, len(scores_N), PIECE))
     return sum(int(np.count_nonzero(rank(scores) >= threshold)) for scores in pieces)
 
 
-def scheduled_fraction(first_fraction, number, selection):
+def scheduled_fraction(first_fraction: float, number: int, selection: SelectionSettings) -> float:
     """Safe fraction of the round before SafeCLIP epoch `number` (from 0): `first_fraction`, which grows by
     selection.growth with each epoch up to selection.max_fraction."""
     return min(selection.max_fraction, first_fraction + number * selection.growth) if number else first_fraction
