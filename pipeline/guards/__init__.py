@@ -2,13 +2,18 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, get_type_hints
 
 from pipeline.guards.base import Guard
 from pipeline.guards.duplicates import Duplicates
 from pipeline.guards.trigger_clusters import TriggerClusters
 from shards.errors import UserError
 
-REGISTRY = {guard.name: guard for guard in (Duplicates, TriggerClusters)}
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+REGISTRY: dict[str, type[Guard]] = {guard.name: guard for guard in (Duplicates, TriggerClusters)}
 
 
 def make_guards(values: dict) -> list[Guard]:
@@ -24,13 +29,13 @@ def complete(values: dict) -> dict:
     return {guard.name: dataclasses.asdict(guard.settings) for guard in make_guards(values)}
 
 
-def settings_of(name: str, given: dict) -> object:
+def settings_of(name: str, given: dict) -> "DataclassInstance":
     """A guard's Settings. Raises UserError for an unknown guard or setting, and for a value of the wrong type or out of
     bounds."""
     if name not in REGISTRY:
         raise UserError(f"guards.{name}: unknown; {near(name, REGISTRY)}")
     kind = REGISTRY[name]
-    types = {field.name: field.type for field in dataclasses.fields(kind.Settings)}
+    types = get_type_hints(kind.Settings)
     if not isinstance(given, dict):
         raise UserError(f"guards.{name}: got {given!r}, expected settings ({{}}: the defaults), or null (off)")
     for key, value in given.items():
@@ -48,6 +53,6 @@ def settings_of(name: str, given: dict) -> object:
     return kind.Settings(**{key: types[key](value) for key, value in given.items()})
 
 
-def near(name: str, known) -> str:
+def near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(known), 1)
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"

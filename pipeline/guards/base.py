@@ -7,12 +7,16 @@ To add one: a class with a Settings and a name in a module of this package, and 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from shards.samples.samples import Samples
 from shards.views.loader import Views
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Guard(ABC):
 
     name = ""
     reason = ""  # of an excluded pair, in its score file
-    dtype = np.int64  # of `numbers`
+    dtype: type[np.generic] = np.int64  # of `numbers`
+    settings: "DataclassInstance"  # of the class's own Settings
 
     @dataclass(frozen=True)
     class Settings:
@@ -45,7 +50,7 @@ class Guard(ABC):
 
     BOUNDS: dict = {}
 
-    def __init__(self, settings: "Guard.Settings"):
+    def __init__(self, settings: "DataclassInstance"):
         self.settings = settings
 
     def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:

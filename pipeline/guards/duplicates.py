@@ -7,6 +7,7 @@ Cost       one pass over all pictures; 8 bytes a pair on each host during the pa
 Evidence   tests/benchmarks/comparison.md.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,7 @@ class Duplicates(Guard):
         max_pairs: int = 2
         """A picture that occurs in more pairs than this is excluded from all of them."""
 
+    settings: Settings
     BOUNDS = {"max_pairs": (1, None)}
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
@@ -33,7 +35,7 @@ class Duplicates(Guard):
         weight_P = weights(flat_BP.shape[1])
         return np.array([(pixels_P * weight_P).sum() for pixels_P in flat_BP], np.int64)
 
-    def kept(self, number_N, valid_N, offsets_S):
+    def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
         """Pictures that cannot be read are kept."""
         number, count = np.unique(number_N[valid_N], return_counts=True)
         often = number[count > self.settings.max_pairs]

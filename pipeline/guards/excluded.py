@@ -89,7 +89,7 @@ def picture_pass(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
     for array in [*numbers, valid_N]:
         comm.share_between_hosts(array, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
 
-    def kept(guard, number_N):
+    def kept(guard: Guard, number_N: np.ndarray) -> SafeMask:
         return broadcast_mask(guard.kept(number_N, valid_N, index.offsets) if comm.is_rank0() else (), index.counts)
 
     return [kept(guard, number_N) for guard, number_N in zip(guards, numbers)]

@@ -65,6 +65,7 @@ class TriggerClusters(Guard):
         alike: float = 0.35
         """Largest median cosine of members with their nearest member, after their mean is subtracted."""
 
+    settings: Settings
     BOUNDS = {
         "low": (0.001, 0.5),
         "sample": (64, None),
@@ -131,7 +132,7 @@ class TriggerClusters(Guard):
             excluded_B |= seen[name] @ filter_D > threshold
         return excluded_B.cpu().numpy()
 
-    def kept(self, number_N, valid_N, offsets_S):
+    def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
         for start, stop in zip(offsets_S, offsets_S[1:]):
             yield ~(number_N[start:stop] & valid_N[start:stop])
 
