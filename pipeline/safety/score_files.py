@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from shards.index.shard_index import ShardIndex
 from shards.storage.files import write_bytes
 
+Unread = tuple[int, int, str, str]  # a pair that cannot be read: (shard, position, key, reason)
+
 
 class ScoreFiles:
     """FOLDER/00000.parquet ... (none for an empty shard) with the columns position, key, cosine, score, and reason.
@@ -40,8 +42,8 @@ class ScoreFiles:
         except (OSError, pa.ArrowInvalid, KeyError, TypeError):
             return None
 
-    def read(self, shard: int) -> tuple[np.ndarray, list[tuple[int, int, str, str]]]:
-        """(float32 cosines, [(shard, position, key, reason)] of what could not be read) of a shard that is done."""
+    def read(self, shard: int) -> tuple[np.ndarray, list[Unread]]:
+        """(float32 cosines, what could not be read) of a shard that is done."""
         table = pq.read_table(self.path(shard))
         bad = [
             (shard, position, table["key"][position].as_py(), table["reason"][position].as_py())

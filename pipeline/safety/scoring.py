@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.distributed import comm
-from pipeline.safety.score_files import ScoreFiles
+from pipeline.safety.score_files import ScoreFiles, Unread
 from shards.samples.samples import Samples
 from shards.storage.prefetch import fetched_ahead
 from shards.views.loader import Batch, PlainBatches, Views, batches
@@ -64,14 +64,14 @@ def score_all_pairs(
     workers: int = 0,
     files: ScoreFiles | None = None,
     each_round: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, list[tuple[int, int, str, str]]]:
+) -> tuple[np.ndarray, list[Unread]]:
     """(score_N, bad): the float32 cosines of all pairs in (shard, position) order, the same vector on every rank.
 
     The vector is one copy per host, shared by its ranks (4 bytes per pair). Pairs without a score are NaN; `bad` lists
-    those of this rank that cannot be read as (shard, position, key, reason). Every rank runs the same number of
-    forward passes, because ZeRO-3 gathers weights in each; a rank with fewer batches repeats one. With `files`
-    (score_files.ScoreFiles) a shard is written as soon as it is scored, and shards that have a file are read instead
-    of scored. each_round(done, rounds): called by all ranks after every forward pass.
+    those of this rank that cannot be read. Every rank runs the same number of forward passes, because ZeRO-3 gathers
+    weights in each; a rank with fewer batches repeats one. With `files` a shard is written as soon as it is scored, and
+    shards that have a file are read instead of scored. each_round(done, rounds): called by all ranks after every
+    forward pass.
     """
     index, world = samples.index, comm.world()
     score_N, bad = comm.host_array(index.samples, np.float32), []
