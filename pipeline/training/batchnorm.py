@@ -3,12 +3,13 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from pipeline.distributed import comm
 from shards.errors import UserError
 
 
-def share_batch_norm(module):
+def share_batch_norm(module: nn.Module) -> nn.Module:
     """`module` with every BatchNorm2d sharing its statistics over the ranks: torch's own on GPUs, ours on the CPU (it
     has none)."""
     if torch.cuda.is_available():
@@ -31,7 +32,7 @@ def share_batch_norm(module):
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of all ranks' rows (equal batches on every rank)."""
 
-    def forward(self, x_BCHW):
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         if not self.training or comm.world() == 1:
             return super().forward(x_BCHW)
         y_BCHW, mean_C, var_C = Normalise.apply(x_BCHW, self.weight, self.bias, self.eps)
@@ -48,7 +49,9 @@ class Normalise(torch.autograd.Function):
     carry no gradient."""
 
     @staticmethod
-    def forward(context, x, weight, bias, eps):
+    def forward(
+        context: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
         mean, square = mean_over_ranks(moments)
         var = (square - mean.square()).clamp(min=0)
@@ -59,8 +62,10 @@ class Normalise(torch.autograd.Function):
         return torch.addcmul((bias - mean * gain)[:, None, None], x, gain[:, None, None]), mean, var
 
     @staticmethod
-    def backward(context, dy, _mean, _var):
-        x, weight, mean, rstd = context.saved_tensors
+    def backward(
+        context: BackwardCFunction, dy: torch.Tensor, _mean: torch.Tensor, _var: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        x, weight, mean, rstd = context.saved_tensors  # type: ignore[misc]  # torch's stub knows of one tensor only
         count = x.numel() / x.shape[1]
         dy_C = dy.sum((0, 2, 3))
         dweight_C = ((dy * x).sum((0, 2, 3)) - dy_C * mean) * rstd
@@ -72,6 +77,6 @@ class Normalise(torch.autograd.Function):
         return dx, dweight_C, dy_C, None
 
 
-def mean_over_ranks(x):
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     dist.all_reduce(x)
     return x / comm.world()

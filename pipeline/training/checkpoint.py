@@ -10,6 +10,8 @@ RUN/checkpoints/step_00001200/
     universal/            DeepSpeed's universal form, made when a run resumes with another number of ranks
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -18,21 +20,26 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
+from pipeline.training.support_queue import SupportQueue
 from shards.errors import UserError
 from shards.storage.files import sync_folder, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 MARKER = "COMPLETE"
 # Of the parameters in the optimizer, by model.param_groups: a checkpoint holds them end to end, without names.
 ORDER = 2
 
 
-def fault(folder):
+def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder in one phrase, or None when it is complete."""
     try:
         files = json.loads((folder / MARKER).read_text())["files"]
@@ -49,12 +56,12 @@ def fault(folder):
     return None
 
 
-def checkpoints(run_dir):
+def checkpoints(run_dir: Path | str) -> list[Path]:
     """All checkpoint folders of a run, complete or not, oldest first."""
     return sorted(Path(run_dir).glob("checkpoints/step_*"))
 
 
-def newest_complete(run_dir):
+def newest_complete(run_dir: Path | str) -> tuple[Path | None, list[str]]:
     """(folder or None, [warning]): the newest complete checkpoint, and a line about those that were passed over."""
     passed = []
     for folder in reversed(checkpoints(run_dir)):
@@ -76,13 +83,22 @@ class Saver:
     the newest `keep` and, if `keep_every` > 0, those at the end of every `keep_every`-th epoch.
     """
 
-    def __init__(self, run_dir, engine, queues, keep, keep_every=0):
+    def __init__(
+        self,
+        run_dir: Path | str,
+        engine: DeepSpeedEngine,
+        queues: dict[str, SupportQueue],
+        keep: int,
+        keep_every: int = 0,
+    ):
         self.run_dir, self.engine, self.queues = Path(run_dir), engine, queues
         self.keep, self.keep_every = keep, keep_every
-        self.thread, self.folder, self.error = None, None, None
+        self.thread: threading.Thread | None = None
+        self.folder: Path | None = None
+        self.error: str | None = None
         self.written, self.abandoned = threading.Event(), threading.Event()
 
-    def save(self, state):
+    def save(self, state: dict) -> None:
         """Start saving everything that a resumed run needs; all ranks call. `state`: JSON object with "step".
 
         Waits for the save before it, and raises UserError on every rank if that one failed on any.
@@ -112,7 +128,7 @@ class Saver:
         self.thread = threading.Thread(target=self.write, args=(folder, files, comm.rank(), comm.world()), daemon=True)
         self.thread.start()
 
-    def write(self, folder, files, rank, world):
+    def write(self, folder: Path, files: engines.Files, rank: int, world: int) -> None:
         """Thread: write this rank's files, then its receipt; on rank 0 also the marker. No collectives."""
         try:
             sizes = {}
@@ -126,13 +142,13 @@ class Saver:
         if rank == 0 and not self.error:
             self.complete(folder, world)
 
-    def complete(self, folder, world):
+    def complete(self, folder: Path, world: int) -> None:
         """Wait for the receipts of all ranks, then turn them into the marker and remove old checkpoints."""
         receipts = [folder / f"receipt_{rank:05d}.json" for rank in range(world)]
         while not all(path.exists() for path in receipts):
             if self.abandoned.wait(0.05):
                 return
-        files = {}
+        files: dict[str, int] = {}
         for path in receipts:
             files |= json.loads(path.read_text())
         try:
@@ -144,7 +160,7 @@ class Saver:
         except OSError as error:
             self.error = f"rank 0: {error.strerror or error}"
 
-    def prune(self):
+    def prune(self) -> None:
         """Remove old checkpoints, the marker first, so that a partly removed one is not valid."""
         complete = [folder for folder in checkpoints(self.run_dir) if fault(folder) is None]
         for folder in checkpoints(self.run_dir):
@@ -153,12 +169,12 @@ class Saver:
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)
 
-    def is_kept(self, state):
+    def is_kept(self, state: dict) -> bool:
         """Whether `keep_every` keeps this checkpoint."""
         at_an_end = state["epoch"] > 0 and state["epoch_step"] == 0
         return bool(self.keep_every) and at_an_end and state["epoch"] % self.keep_every == 0
 
-    def wait(self):
+    def wait(self) -> None:
         """Until the save that was started is complete. All ranks call; all raise UserError when it failed on one."""
         if not self.thread:
             return
@@ -179,7 +195,7 @@ class Saver:
             )
 
 
-def load_checkpoint(folder, engine, queues):
+def load_checkpoint(folder: Path, engine: DeepSpeedEngine, queues: dict[str, SupportQueue]) -> dict:
     """Restore engine and queues from a complete checkpoint (or from its universal form, by an engine made for that);
     returns its state."""
     state = load_state(folder)
@@ -205,12 +221,12 @@ def load_checkpoint(folder, engine, queues):
     return state
 
 
-def load_state(folder):
+def load_state(folder: Path) -> dict:
     """The JSON state of a checkpoint."""
     return json.loads((folder / "state.json").read_text())
 
 
-def to_universal(folder):
+def to_universal(folder: Path) -> None:
     """Convert a checkpoint, once, to the form that any number of ranks can load. One rank calls; a lock keeps other
     jobs out."""
     done = folder / "universal"
@@ -220,7 +236,12 @@ def to_universal(folder):
             return
         part = folder / "universal.part"
         shutil.rmtree(part, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "deepspeed.checkpoint.ds_to_universal",
+            "--inject_missing_state",
+        ]
         command += ["--input_folder", folder / "deepspeed", "--output_folder", part]
         finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=alone())
         if finished.returncode:
@@ -232,6 +253,6 @@ def to_universal(folder):
         os.replace(part, done)
 
 
-def alone():
+def alone() -> dict[str, str]:
     """The environment without what makes a process a rank of this run."""
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

@@ -48,7 +48,7 @@ class Step:
     plan: EpochPlan
     number: int
     pass_number: int = 0
-    mask: object = None
+    mask: SafeMask | None = None
 
 
 def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Epoch]:
@@ -105,7 +105,7 @@ def epoch_steps(
     train, chosen = config.train, config.selection
     total = int((counts_S * (1 if repetitions_S is None else repetitions_S)).sum()) // train.batch_size
 
-    def plan(view, pass_number=0):
+    def plan(view: str, pass_number: int = 0) -> EpochPlan:
         counts = counts_S if view == "all" else mask.counts(view)
         return EpochPlan(
             counts,
@@ -151,8 +151,8 @@ def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
     if epoch.stage == "low_rate":
         return train.low_rate_lr
     if epoch.ramp:
-        past, left = step - epoch.ramp[0], sum(epoch.ramp) - step
-        return train.lr * min(1.0, min(past + 1, left) / max(1, train.warmup_steps))
+        since, left = step - epoch.ramp[0], sum(epoch.ramp) - step
+        return train.lr * min(1.0, min(since + 1, left) / max(1, train.warmup_steps))
     warm = min(1.0, (step + 1) / max(1, train.warmup_steps))
     past = max(0, step - train.warmup_steps) / max(1, steps - train.warmup_steps)
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))

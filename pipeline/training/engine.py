@@ -1,20 +1,31 @@
 """The DeepSpeed engine: ZeRO 0 to 3 in fp32 or bf16, on GPUs or on the CPU."""
 
+from __future__ import annotations
+
 import io
 import logging
 import os
 import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.config.schema import Train
 from pipeline.distributed import comm
-from pipeline.training.model import MAX_LOG_SCALE, param_groups
+from pipeline.training.model import MAX_LOG_SCALE, Towers, param_groups
 from shards.errors import UserError
 
+if TYPE_CHECKING:  # they take seconds, and a process sets them up first: import_deepspeed
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-def start_engine(towers, train, device, universal=False):
-    """DeepSpeed engine over `towers` (model.Towers) with AdamW. `train`: config.Train. The process group must be up.
+Files = dict[str | Path, bytes | memoryview]  # what is to be written, by its path
+
+
+def start_engine(towers: Towers, train: Train, device: torch.device, universal: bool = False) -> DeepSpeedEngine:
+    """DeepSpeed engine over `towers` with AdamW. The process group must be up.
 
     `universal`: it will load a checkpoint of another world size, converted by checkpoint.to_universal.
     """
@@ -41,7 +52,7 @@ def start_engine(towers, train, device, universal=False):
     return engine
 
 
-def import_deepspeed():
+def import_deepspeed() -> ModuleType:
     """Import deepspeed without log output and compiler, for the accelerator of this process."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -56,14 +67,14 @@ def import_deepspeed():
     return deepspeed
 
 
-def set_lr(engine, lr):
+def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
     """The learning rate of all parameters."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
 @torch.no_grad()
-def clamp_logit_scale(engine):
+def clamp_logit_scale(engine: DeepSpeedEngine) -> None:
     """Keep the logit scale in [1, 100] (its log in [0, ln 100]): the weight and the part of its fp32 master on this
     rank."""
     scale = engine.module.clip.logit_scale
@@ -78,7 +89,7 @@ def clamp_logit_scale(engine):
         scale._hp_mapping.get_hp_fragment().clamp_(0, MAX_LOG_SCALE)
 
 
-def step(engine):
+def step(engine: DeepSpeedEngine) -> bool:
     """One optimizer step. False where a gradient was infinite or no number: then nothing has moved, on any rank.
 
     DeepSpeed leaves such a step out by itself at stages 1 to 3 and in bf16, silently; a plain optimizer would take it.
@@ -93,7 +104,7 @@ def step(engine):
     return not getattr(engine.optimizer, "overflow", False)
 
 
-def memory_writer():
+def memory_writer() -> CheckpointEngine:
     """A DeepSpeed checkpoint engine that keeps what it should write in `.files` (path -> bytes), for whoever writes it
     later."""
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
@@ -102,29 +113,29 @@ def memory_writer():
     from deepspeed.utils.tensor_fragment import fragment_address
 
     class MemoryWriter(CheckpointEngine):
-        def __init__(self):
-            self.files = {}
+        def __init__(self) -> None:
+            self.files: Files = {}
 
-        def create(self, info):
+        def create(self, info: object) -> None:
             pass
 
-        def save(self, state_dict, path):
+        def save(self, state_dict: dict, path: str) -> None:
             buffer = io.BytesIO()
             torch.save(state_dict, buffer)
             self.files[path] = buffer.getbuffer()
 
-        def load(self, path, map_location=None):
+        def load(self, path: str, map_location: torch.device | str | None = None) -> dict:
             # Weights and plain values, and the three classes that DeepSpeed puts beside them.
             with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
                 return torch.load(path, map_location=map_location, weights_only=True)
 
-        def commit(self, info):
+        def commit(self, info: object) -> bool:
             return True
 
     return MemoryWriter()
 
 
-def serialise(engine, folder):
+def serialise(engine: DeepSpeedEngine, folder: Path | str) -> Files:
     """{path in `folder`: bytes} of this rank's weights and optimizer state, for `load`; nothing is written. All ranks
     call."""
     # No `latest` file: it is written before the others have finished (the run's own marker comes last).
@@ -133,7 +144,7 @@ def serialise(engine, folder):
     return files
 
 
-def load(engine, folder):
+def load(engine: DeepSpeedEngine, folder: Path | str) -> None:
     """Restore what `serialise` gave, from files in `folder`; all ranks call."""
     groups = engine.optimizer.param_groups
     decays = [group["weight_decay"] for group in groups]
@@ -149,7 +160,7 @@ def load(engine, folder):
         raise UserError(f"checkpoint {folder}: DeepSpeed cannot load it; delete it to resume from the one before")
 
 
-def consolidated_state(engine):
+def consolidated_state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """On rank 0 the CLIP's whole state dict in fp32 on the CPU, elsewhere an empty dict; all ranks call."""
     import deepspeed
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from pipeline.config.schema import Config
 from pipeline.training import checkpoint
 from pipeline.training.model import open_clip_config, pixel_stats
 from shards.errors import UserError
 from shards.storage.files import write_bytes
 
 
-def export_run(run_dir, config, out):
+def export_run(run_dir: Path | str, config: Config, out: Path | str) -> None:
     """Write OUT/open_clip_config.json and OUT/open_clip_model.safetensors from the newest complete checkpoint. Raises
     UserError."""
     folder, warnings = checkpoint.newest_complete(run_dir)

@@ -7,6 +7,7 @@ ranks; the scaling here makes that average the gradient of one rank with the who
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
 
 from pipeline.distributed import comm
@@ -17,17 +18,19 @@ class GatherRows(torch.autograd.Function):
     row."""
 
     @staticmethod
-    def forward(context, local_BD):
+    def forward(context: FunctionCtx, local_BD: Tensor) -> Tensor:
         return comm.all_gather_rows(local_BD.detach(), [len(local_BD)] * comm.world())
 
     @staticmethod
-    def backward(context, grad_GD):
+    def backward(context: BackwardCFunction, grad_GD: Tensor) -> Tensor:
         grad_GD = grad_GD.contiguous()
         dist.all_reduce(grad_GD)
         return grad_GD.chunk(comm.world())[comm.rank()]
 
 
-def clip_loss(image1_BD, text1_BD, image2_BD, text2_BD, scale, valid_B) -> Tensor:
+def clip_loss(
+    image1_BD: Tensor, text1_BD: Tensor, image2_BD: Tensor, text2_BD: Tensor, scale: Tensor, valid_B: Tensor
+) -> Tensor:
     """CLIP's InfoNCE (Radford et al. 2021) over two views, crossed: mean of InfoNCE(image 1, text 2) and InfoNCE(text
     1, image 2).
 
@@ -36,13 +39,15 @@ def clip_loss(image1_BD, text1_BD, image2_BD, text2_BD, scale, valid_B) -> Tenso
     return (info_nce(image1_BD, text2_BD, scale, valid_B) + info_nce(text1_BD, image2_BD, scale, valid_B)) / 2
 
 
-def unimodal_loss(image2_BD, text2_BD, near_image_BD, near_text_BD, scale, valid_B) -> Tensor:
+def unimodal_loss(
+    image2_BD: Tensor, text2_BD: Tensor, near_image_BD: Tensor, near_text_BD: Tensor, scale: Tensor, valid_B: Tensor
+) -> Tensor:
     """Mean over both modalities of InfoNCE(view 2, nearest neighbour of view 1) (NNCLR, Dwibedi et al. 2021), in this
     one direction."""
     return (info_nce(image2_BD, near_image_BD, scale, valid_B) + info_nce(text2_BD, near_text_BD, scale, valid_B)) / 2
 
 
-def info_nce(row_BD, column_BD, scale, valid_B) -> Tensor:
+def info_nce(row_BD: Tensor, column_BD: Tensor, scale: Tensor, valid_B: Tensor) -> Tensor:
     """0-d: mean over the valid rows of all ranks of the cross-entropy of scale * row . column, the targets on the
     diagonal.
 

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import open_clip
@@ -22,8 +23,8 @@ MAX_LOG_SCALE = math.log(100)  # CLIP's clamp of the logit scale
 ALIGNED = 64  # numbers: more than any kernel reads at once
 
 
-def open_clip_config(model):
-    """dict as in open_clip's JSON files (embed_dim, vision_cfg, text_cfg) for {"name": ...} or {"config": {...}}.
+def open_clip_config(model: dict) -> dict:
+    """As in open_clip's JSON files (embed_dim, vision_cfg, text_cfg) for {"name": ...} or {"config": {...}}.
     Raises UserError."""
     if model.get("name"):
         found = open_clip.get_model_config(model["name"])
@@ -43,8 +44,8 @@ def open_clip_config(model):
     return config
 
 
-def build_model(model):
-    """open_clip.CLIP with fresh weights from torch's generator. Raises UserError for a config that open_clip
+def build_model(model: dict) -> open_clip.CLIP:
+    """A CLIP with fresh weights from torch's generator. Raises UserError for a config that open_clip
     refuses."""
     config = open_clip_config(model)
     if set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} or "hf_model_name" in config["text_cfg"]:
@@ -78,7 +79,7 @@ def load_pretrained(clip: nn.Module, source: str) -> None:
         raise UserError(f"{where}: does not fit the model ({words[:300]}); use the model it was trained with") from None
 
 
-def tokenizer_for(model):
+def tokenizer_for(model: dict) -> Callable[[list[str]], torch.Tensor]:
     """Function: list[str] -> int64 (N, L), L the model's context length. Raises UserError where it cannot be had."""
     text = open_clip_config(model)["text_cfg"]
     length, settings = text.get("context_length", 77), text.get("tokenizer_kwargs", {})
@@ -94,18 +95,18 @@ def tokenizer_for(model):
         ) from None
 
 
-def picture_size(model):
+def picture_size(model: dict) -> int:
     """Pixels of the side of the model's square picture."""
     size = open_clip_config(model)["vision_cfg"].get("image_size", 224)
     return size if isinstance(size, int) else size[0]
 
 
-def pixel_stats():
+def pixel_stats() -> tuple[Sequence[float], Sequence[float]]:
     """(mean, std) of the RGB channels in 0..1, those of OpenAI's CLIP."""
     return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
-def param_groups(model, weight_decay):
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW groups: no decay for biases, norms and the logit scale (all that has fewer than two dimensions).
 
     Within a group the sizes that 2 divides most often come first: ZeRO lays a group's parameters end to end, and behind
@@ -121,13 +122,19 @@ def param_groups(model, weight_decay):
 class Towers(nn.Module):
     """A CLIP that takes pixels as they come from the loader, and in which every parameter takes part in every step."""
 
-    def __init__(self, clip, mean, std):
+    clip: open_clip.CLIP
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, clip: open_clip.CLIP, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.clip = share_batch_norm(clip) if comm.world() > 1 else clip
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images_BCHW, tokens_BL):
+    def forward(
+        self, images_BCHW: torch.Tensor | None, tokens_BL: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """(image_BD, text_BD, scale): unit float32 embeddings and the logit scale (1,).
 
         images: uint8; tokens: int64. Without gradients either may be None, and so is its embedding. DeepSpeed's ZeRO-3

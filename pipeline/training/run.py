@@ -4,29 +4,41 @@ safeclip train configs/quickstart.yaml run.dir=runs/a                           
 torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn50.yaml run.dir=runs/a     one node
 """
 
+from __future__ import annotations
+
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.config.schema import Config
 from pipeline.distributed import comm
+from pipeline.safety.score_files import Unread
 from pipeline.training import engine as engines
 from pipeline.training import signals
 from pipeline.training.bad_samples import bad_so_far, record, stop_where_bad
-from pipeline.training.curriculum import epoch_steps, learning_rate, steps_of_loss
+from pipeline.training.curriculum import Epoch, Step, epoch_steps, learning_rate, steps_of_loss
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from pipeline.training.metrics import Meter
 from pipeline.training.selection_round import mask_for
 from pipeline.training.signals import StopSignal, ignore_in_worker
 from pipeline.training.start import Run
+from pipeline.training.support_queue import SupportQueue
 from shards.errors import RunFailed
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import TrainBatches, batches
+from shards.views.loader import Batch, TrainBatches, Views, batches
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+Evaluator = Callable[[torch.nn.Module, Views, torch.device], dict]
 
 LOG_EVERY = 20  # steps between lines of metrics.jsonl
 
 
-def train(config, evaluators=None, stop=None):
+def train(config: Config, evaluators: dict[str, Evaluator] | None = None, stop: StopSignal | None = None) -> dict:
     """Train to the end, from the newest complete checkpoint if there is one; returns the run's state.
 
     evaluators: {name: function(engine, views, device) -> dict of figures}, called by all ranks after an epoch. stop: an
@@ -87,7 +99,7 @@ def train(config, evaluators=None, stop=None):
     return state
 
 
-def rate_at(run, epoch, loss):
+def rate_at(run: Run, epoch: Epoch, loss: str) -> float:
     """Learning rate of the next step, by the run's schedule or by that of its loss (train.schedule=per_loss)."""
     config, state = run.config, run.state
     if config.train.schedule == "per_loss" and epoch.stage == "safeclip":
@@ -97,7 +109,9 @@ def rate_at(run, epoch, loss):
     return learning_rate(epoch, state["step"], config.train.epochs * run.steps_per_epoch, config.train)
 
 
-def train_step(engine, queues, batch, kind):
+def train_step(
+    engine: DeepSpeedEngine, queues: dict[str, SupportQueue], batch: Batch, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """One step on this rank's rows; the gradient is that of the global batch.
 
     Returns (loss, logit scale, finite). finite: False if the gradient was infinite or NaN and the step was skipped.
@@ -136,26 +150,26 @@ def train_step(engine, queues, batch, kind):
 class SaveClock:
     """Time of the last save, and time up to which the run's seconds are counted."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.saved = self.counted = time.monotonic()
 
 
-def save_now(run, clock, bad, stop):
+def save_now(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) -> bool:
     """Whether to save after this step: by run.save_steps, by run.save_minutes on rank 0, or because the run stops."""
     settings, step = run.config.run, run.state["step"]
     due = bool(settings.save_steps) and step % settings.save_steps == 0
     if step % signals.AGREE_EVERY == 0:
         minutes = (time.monotonic() - clock.saved) / 60
-        late = comm.is_rank0() and 0 < settings.save_minutes <= minutes
-        asked, late, failed = comm.all_reduce_max(stop.received, late, run.saver.error is not None)
+        here = comm.is_rank0() and 0 < settings.save_minutes <= minutes
+        asked, late, failed = comm.all_reduce_max(stop.received, here, run.saver.error is not None)
         if failed:
             run.saver.wait()  # raises on every rank
         bad_rows, limit = bad_so_far(run, len(bad))
-        due = due or asked or late or bad_rows > limit
+        due = bool(due or asked or late or bad_rows > limit)
     return due
 
 
-def save(run, clock, bad, stop):
+def save(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) -> list[Unread]:
     """Record bad samples, save the state, and exit if a rank was signalled; returns an empty list of bad samples.
 
     Raises UserError when too many samples are bad.
@@ -171,7 +185,7 @@ def save(run, clock, bad, stop):
     return []
 
 
-def not_finite(run, epoch, step, loss):
+def not_finite(run: Run, epoch: Epoch, step: Step, loss: torch.Tensor) -> None:
     """Handle a skipped step with an infinite or NaN gradient: stop the run, or count it (train.on_nan)."""
     shards = sorted(set(step.plan.batch(step.number, 0, 1)[0].tolist()))
     paths = ", ".join(run.index.shards[shard].path for shard in shards[:4]) + (" ..." if len(shards) > 4 else "")
@@ -188,7 +202,7 @@ def not_finite(run, epoch, step, loss):
     run.logger.say(f"  skipped {text} ({run.state['skipped']} so far)")
 
 
-def evaluate(run, epoch, evaluators):
+def evaluate(run: Run, epoch: Epoch, evaluators: dict[str, Evaluator]) -> None:
     """Run the evaluators after an epoch, if the config asks for it."""
     done, every = epoch.number + 1, run.config.evaluation.every
     if done == len(run.epochs) or every and done % every == 0 and epoch.end is None:
@@ -198,15 +212,17 @@ def evaluate(run, epoch, evaluators):
             run.logger.say(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
 
 
-def report(run, epoch, step, meter, loss, scale, rate):
+def report(
+    run: Run, epoch: Epoch, step: Step, meter: Meter, loss: torch.Tensor, scale: torch.Tensor, rate: float
+) -> None:
     """A line of metrics.jsonl and the progress line."""
-    loss = comm.mean(loss)
+    mean = comm.mean(loss)
     run.logger.log(
         step=run.state["step"],
         epoch=epoch.number,
         stage=epoch.stage,
         loss_kind=step.loss,
-        loss=round(loss, 6),
+        loss=round(mean, 6),
         logit_scale=round(float(scale), 4),
         lr=rate,
         skipped=run.state["skipped"],
@@ -214,12 +230,12 @@ def report(run, epoch, step, meter, loss, scale, rate):
     )
     later = sum((one.end or run.steps_per_epoch) - one.begin for one in run.epochs[epoch.number + 1 :])
     run.logger.progress(
-        f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {loss:7.4f}  "
+        f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {mean:7.4f}  "
         + meter.line(meter.total - meter.done + later)
     )
 
 
-def summary(figures):
+def summary(figures: dict) -> str:
     """The evaluation in one line."""
     return f"clean {figures['clean_top1']:.1%}" + "".join(
         f", {kind} {attack['success']:.1%}" for kind, attack in figures["attacks"].items()

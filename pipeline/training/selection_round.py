@@ -4,12 +4,17 @@ A round that is on disk already is loaded.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+
+from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.guards import make_guards
 from pipeline.guards.base import Pairs
-from pipeline.guards.excluded import find_excluded, guards_folder, load_excluded
+from pipeline.guards.excluded import Excluded, find_excluded, guards_folder, load_excluded
 from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.negative_controls import score_controls
 from pipeline.safety.round import load_round, mask_folder, save_round, select_pairs
@@ -17,11 +22,15 @@ from pipeline.safety.score_files import ScoreFiles
 from pipeline.safety.scoring import score_all_pairs
 from pipeline.training import signals
 from pipeline.training.bad_samples import record, stop_where_bad
+from pipeline.training.curriculum import Epoch
 from pipeline.training.metrics import Meter
+from pipeline.training.signals import StopSignal
+from pipeline.training.start import Run
 from shards.errors import UserError
+from shards.order.safe_mask import SafeMask
 
 
-def mask_for(run, epoch, stop):
+def mask_for(run: Run, epoch: Epoch, stop: StopSignal) -> SafeMask | None:
     """SafeMask that `epoch` trains with; None if it trains on all pairs. Makes the selection round if one is due."""
     if epoch.mask_of is None:
         return run.mask
@@ -61,7 +70,7 @@ def mask_for(run, epoch, stop):
     return selected.mask
 
 
-def scores_for(run, epoch, folder, stop, meter):
+def scores_for(run: Run, epoch: Epoch, folder: Path, stop: StopSignal, meter: Meter) -> tuple[np.ndarray, np.ndarray]:
     """(score_N, control_C): scores of all pairs and of the negative controls, for the round in `folder`."""
     config, state = run.config, run.state
     files = ScoreFiles(folder / "scores", run.index, state["step"], config.hash())
@@ -77,13 +86,13 @@ def scores_for(run, epoch, folder, stop, meter):
     return score_N, control_C
 
 
-def each_round(run, epoch, what, stop, meter):
+def each_round(run: Run, epoch: Epoch, what: str, stop: StopSignal, meter: Meter) -> Callable[[int, int], None]:
     """Callback (done, rounds) for all ranks after every batch of a pass over all pairs: logs progress, handles signals.
 
     Exiting here saves nothing: the last checkpoint is that of the epoch's start, and score files are on disk.
     """
 
-    def report(done, rounds):
+    def report(done: int, rounds: int) -> None:
         run.logger.progress(f"  epoch {epoch.number:3d} {what:9s} {done}/{rounds} batches, {meter.seconds:.0f} s")
         if done % signals.AGREE_EVERY == 0 and any(comm.all_reduce_max(stop.received)):
             run.exit_preempted()
@@ -91,8 +100,8 @@ def each_round(run, epoch, what, stop, meter):
     return report
 
 
-def excluded_by_guards(run, epoch, score_N, stop, meter):
-    """guards.excluded.Excluded of the run: computed in the first selection round, loaded later. All ranks call."""
+def excluded_by_guards(run: Run, epoch: Epoch, score_N: np.ndarray, stop: StopSignal, meter: Meter) -> Excluded:
+    """What the guards of the run exclude: computed in the first selection round, loaded later. All ranks call."""
     config, folder, guards = run.config, guards_folder(run.run_dir), make_guards(run.config.guards)
     if epoch.round == 0:
         reading = (run.samples, run.views, config.selection.batch_size, config.data.workers)
@@ -104,7 +113,7 @@ def excluded_by_guards(run, epoch, score_N, stop, meter):
     return run.excluded
 
 
-def is_saved(folder, due, state, config):
+def is_saved(folder: Path, due: bool, state: dict, config: Config) -> bool:
     """Whether the round in `folder` is complete and of this run. Raises UserError if it is missing and no round is
     due."""
     there = (folder / "mask.json").exists()

@@ -5,13 +5,15 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
 
 from pipeline.config.data import describe, open_index, open_samples
-from pipeline.config.schema import differences
+from pipeline.config.schema import Config, differences
 from pipeline.distributed import comm
+from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
@@ -28,13 +30,14 @@ from pipeline.training.model import (
 from pipeline.training.signals import Preempted
 from pipeline.training.support_queue import SupportQueue
 from shards.errors import UserError
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, fingerprint
 from shards.samples.bad_samples import BadSamplesFile
 from shards.storage.files import write_bytes
 from shards.views.eda import Eda, synonym_source
 from shards.views.loader import View, Views
 
-FRESH = {
+FRESH: dict = {
     "step": 0,
     "epoch": 0,  # epochs done
     "epoch_step": 0,  # steps done in the epoch after them
@@ -53,7 +56,10 @@ class Run:
     """State of a run: config, run_dir, device, samples, index, mask, excluded, views, engine, queues, state,
     logger, bad_samples, saver."""
 
-    def __init__(self, config):
+    mask: SafeMask | None
+    excluded: Excluded | None
+
+    def __init__(self, config: Config):
         """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank."""
         if not config.run.dir:
             raise UserError("run.dir: missing; name the run's directory with run.dir=DIR")
@@ -98,7 +104,7 @@ class Run:
         if not found:
             self.saver.save(self.state)
 
-    def exit_preempted(self):
+    def exit_preempted(self) -> NoReturn:
         """Wait until the state is on disk, say so, and raise Preempted on every rank."""
         self.saver.wait()
         self.logger.say(
@@ -107,7 +113,7 @@ class Run:
         self.logger.close()
         raise Preempted
 
-    def headline(self, found):
+    def headline(self, found: Path | None) -> str:
         config, state = self.config, self.state
         text = (
             f"{self.run_dir}: {describe(self.index)}, {comm.world()} process(es) on "
@@ -124,7 +130,7 @@ class Run:
         return text
 
 
-def synonyms_of(config):
+def synonyms_of(config: Config) -> str | None:
     """Source of EDA's synonyms, the same on every rank: "WordNet 3.0" or "table"; None without EDA. Raises
     UserError."""
     data = config.data
@@ -139,7 +145,7 @@ def synonyms_of(config):
     return found[0]
 
 
-def check_synonyms(here, then):
+def check_synonyms(here: str | None, then: str | None) -> None:
     """Raise UserError unless a run resumes with the synonyms that it began with."""
     if here != then:
         raise UserError(
@@ -148,8 +154,8 @@ def check_synonyms(here, then):
         )
 
 
-def steps_per_epoch(config, index, world):
-    """int: steps of an epoch over all pairs. Raises UserError when the batch does not fit the data or the `world`
+def steps_per_epoch(config: Config, index: ShardIndex, world: int) -> int:
+    """Steps of an epoch over all pairs. Raises UserError when the batch does not fit the data or the `world`
     ranks."""
     batch = config.train.batch_size
     if batch % world:
@@ -164,7 +170,7 @@ def steps_per_epoch(config, index, world):
     return index.views // batch
 
 
-def claim(config, run_dir, fingerprint):
+def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
     """(newest complete checkpoint or None, warnings); writes config.yaml, which claims the directory. Rank 0 calls.
 
     Raises UserError as `inspect` does, unless a fresh start is asked for.
@@ -172,12 +178,13 @@ def claim(config, run_dir, fingerprint):
     # The launcher restarts a failed job with the same arguments; run.restart applies to its first start only.
     restarted = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     restart = config.run.restart and not restarted
+    found: Path | None = None
+    warnings: list[str] = []
     if restart:
         shutil.rmtree(run_dir / "masks", ignore_errors=True)
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         for name in ("bad_samples.jsonl", "eval.json", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
-        found, warnings = None, []
     else:
         found, warnings = inspect(config, run_dir, fingerprint)
     path = run_dir / "config.yaml"
@@ -188,7 +195,7 @@ def claim(config, run_dir, fingerprint):
     return found, warnings
 
 
-def inspect(config, run_dir, fingerprint):
+def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
     """(newest complete checkpoint or None, warnings) of a run directory, which is only read.
 
     Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint.
@@ -210,7 +217,7 @@ def inspect(config, run_dir, fingerprint):
     return found, warnings
 
 
-def check_config(config, run_dir):
+def check_config(config: Config, run_dir: Path) -> None:
     """Raise UserError, naming the keys, if the run directory has a config with another hash."""
     there = yaml.safe_load((run_dir / "config.yaml").read_text())
     if there.pop("hash", None) == config.hash() or config.run.accept_changes:
@@ -222,11 +229,11 @@ def check_config(config, run_dir):
     )
 
 
-def make_views(config):
-    """shards.views.loader.Views for a config."""
+def make_views(config: Config) -> Views:
+    """How a config's samples become rows."""
     model, data = asdict(config.model), config.data
 
-    def eda(strength):
+    def eda(strength: float) -> Eda | None:
         return Eda(strength, data.eda_synonyms, data.eda_clean) if strength else None
 
     clip, unimodal = View(data.clip_augment, eda(data.clip_eda)), View(data.unimodal_augment, eda(data.unimodal_eda))

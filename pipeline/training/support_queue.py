@@ -11,12 +11,12 @@ CHUNK = 4096  # queries at a time where faiss has no GPU build
 class SupportQueue:
     """First-in, first-out queue of the last `size` valid embeddings of all ranks, float32, the same on every rank."""
 
-    def __init__(self, size, dim, device):
+    def __init__(self, size: int, dim: int, device: torch.device):
         self.queue_PD = torch.zeros(size, dim, device=device)
         self.head, self.filled = 0, 0
 
     @torch.no_grad()
-    def search(self, z_BD):
+    def search(self, z_BD: torch.Tensor) -> torch.Tensor:
         """(B, D): nearest embedding in the queue of each row, by inner product; the rows themselves if it is empty."""
         if not self.filled:
             return z_BD.detach().float()
@@ -24,7 +24,7 @@ class SupportQueue:
         return queue[nearest(z_BD.detach().float().contiguous(), queue)]
 
     @torch.no_grad()
-    def push(self, z_BD, valid_B):
+    def push(self, z_BD: torch.Tensor, valid_B: torch.Tensor) -> None:
         """Append the valid rows of all ranks, in rank order."""
         rows = [len(z_BD)] * comm.world()
         z_BD, valid_B = comm.all_gather_rows(z_BD.detach().float(), rows), comm.all_gather_rows(valid_B, rows)
@@ -34,11 +34,11 @@ class SupportQueue:
         self.head = (self.head + len(new_ND)) % size
         self.filled = min(size, self.filled + len(new_ND))
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors that restore the queue."""
         return {"queue": self.queue_PD, "place": torch.tensor([self.head, self.filled])}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.queue_PD.copy_(state["queue"])
         self.head, self.filled = state["place"].tolist()
 
@@ -56,13 +56,15 @@ def nearest(query_BD: torch.Tensor, queue_PD: torch.Tensor) -> torch.Tensor:
 
 
 @nearest.register_fake
-def _(query_BD, queue_PD):
+def _(query_BD: torch.Tensor, queue_PD: torch.Tensor) -> torch.Tensor:
     """Output shape and device, for tracing on fake devices."""
     torch._check(query_BD.device == queue_PD.device, lambda: f"query on {query_BD.device}, queue on {queue_PD.device}")
     return query_BD.new_empty(len(query_BD), dtype=torch.int64)
 
 
-def _gpu_nearest(query_BD, queue_PD, resources={}):
+def _gpu_nearest(
+    query_BD: torch.Tensor, queue_PD: torch.Tensor, resources: dict[int, "faiss.StandardGpuResources"] = {}
+) -> torch.Tensor:
     import faiss.contrib.torch_utils  # noqa: F401  lets faiss take tensors
 
     device = query_BD.device.index or 0

@@ -19,12 +19,12 @@ class Tokenizer(open_clip.SimpleTokenizer):
     No token reaches over white space, so a caption's tokens are those of its words, each of which is looked up.
     """
 
-    def __init__(self, context_length=77, clean="lower", **settings):
+    def __init__(self, context_length: int = 77, clean: str = "lower", **settings: object):
         super().__init__(context_length=context_length, clean=clean, **settings)
         self.lowers = clean == "lower"
-        self.words = {}
+        self.words: dict[str, list[int]] = {}
 
-    def __call__(self, texts, context_length=None):
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
         if self.reduction_fn is not None:
             return super().__call__(texts, context_length)
         length = context_length or self.context_length
@@ -35,11 +35,11 @@ class Tokenizer(open_clip.SimpleTokenizer):
             tokens_NL[row, : len(tokens) + 2] = [self.sot_token_id, *tokens, self.eot_token_id]
         return torch.from_numpy(tokens_NL)
 
-    def encode(self, text, enough=None):
-        """list of int: the tokens of `text`, without start and end; where `enough` is given it may stop after so
+    def encode(self, text: str, enough: int | None = None) -> list[int]:
+        """The tokens of `text`, without start and end; where `enough` is given it may stop after so
         many."""
         text = text.lower() if self.lowers and PLAIN.fullmatch(text) else self.clean_fn(text)
-        tokens = []
+        tokens: list[int] = []
         for word in text.split():
             found = self.words.get(word)
             tokens += self.of_word(word) if found is None else found
@@ -47,8 +47,8 @@ class Tokenizer(open_clip.SimpleTokenizer):
                 break
         return tokens
 
-    def of_word(self, word):
-        """list of int: the tokens of a word that was not looked up yet."""
+    def of_word(self, word: str) -> list[int]:
+        """The tokens of a word that was not looked up yet."""
         tokens = [
             self.encoder[part]
             for piece in self.pat.findall(word)
@@ -60,14 +60,14 @@ class Tokenizer(open_clip.SimpleTokenizer):
             self.words[word] = tokens
         return tokens
 
-    def bpe(self, token):
+    def bpe(self, token: str) -> str:
         """The parts of a word between spaces, as open_clip's; its time grows with the square of the word's length, and
         captions are untrusted."""
         return token if token in self.cache else " ".join(merged([*token[:-1], token[-1] + "</w>"], self.bpe_ranks))
 
 
-def merged(parts, ranks):
-    """Byte-pair encoding (Sennrich et al. 2016) of a list of str: the pair of least rank is merged wherever it stands,
+def merged(parts: list[str | None], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding (Sennrich et al. 2016): the pair of least rank is merged wherever it stands,
     from the left, then the next. n log n in the number of parts."""
     end = len(parts)
     after, before = list(range(1, end + 1)), list(range(-1, end - 1))
