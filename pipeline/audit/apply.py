@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,14 @@ RECORD = 10_240  # bytes; tar archives are padded to a multiple of it
 MARK = "applied.json"
 
 
-def apply_mask(folder, patterns, out, keep="safe", review=None, workers=None):
+def apply_mask(
+    folder: Path | str,
+    patterns: Sequence[str | Path],
+    out: Path | str,
+    keep: str = "safe",
+    review: Path | str | None = None,
+    workers: int | None = None,
+) -> str:
     """Write OUT/NAME for each shard in `patterns`, with its safe (or "risky") samples only; returns what was done as a
     line.
 
@@ -48,8 +56,8 @@ def apply_mask(folder, patterns, out, keep="safe", review=None, workers=None):
     return f"{out}: {kept:,} {keep} of {samples:,} samples in {len(paths)} shards{there}"
 
 
-def reviewed(saved, path):
-    """SafeMask: the saved one, with the pairs that a person ticked "poison" risky and those ticked "fine" safe. Raises
+def reviewed(saved: SavedMask, path: Path | str) -> SafeMask:
+    """The saved mask with the pairs that a person ticked "poison" risky and those ticked "fine" safe. Raises
     UserError.
 
     `path`: CSV with shard, position, fingerprint (of the shard, may be empty) and verdict, as a report exports it.
@@ -81,7 +89,7 @@ def reviewed(saved, path):
     return SafeMask.from_flags(saved.mask.counts_S, np.concatenate(flags_S))
 
 
-def claim(out, saved, keep):
+def claim(out: Path, saved: SavedMask, keep: str) -> None:
     """Note in OUT which mask and side its shards are of. Raises UserError when it is in use for something else."""
     bits = hashlib.blake2b(saved.mask.bits.tobytes(), digest_size=16).hexdigest()
     mark = {"fingerprint": saved.meta["fingerprint"], "epoch": saved.meta["epoch"], "bits": bits, "keep": keep}
@@ -97,7 +105,7 @@ def claim(out, saved, keep):
     write_json(out / MARK, mark)
 
 
-def filter_shard(path, fingerprint, kept_N, target):
+def filter_shard(path: Path, fingerprint: str, kept_N: np.ndarray, target: Path) -> None:
     """Write the samples of one shard where `kept_N` (bool by position) to `target`. Raises UserError."""
     found = members(path, fingerprint)
     with open(path, "rb") as source, output(target) as file:
@@ -111,7 +119,7 @@ def filter_shard(path, fingerprint, kept_N, target):
         file.write(bytes(1024 + -end % RECORD))
 
 
-def write_sizes(out, sizes):
+def write_sizes(out: Path, sizes: dict[str, int]) -> None:
     """Add {shard: samples} to the sizes.json of each folder below `out` that has shards in it."""
     for folder in {os.path.dirname(name) for name in sizes}:
         path = out / folder / "sizes.json"

@@ -1,5 +1,6 @@
 """The audit: detectors over a run or over scores, their findings in files, and a report that a person can use."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.audit.data import AuditData
@@ -10,7 +11,16 @@ from shards.errors import UserError
 from shards.storage.files import write_json
 
 
-def audit(source, out, scores=None, truth=None, detectors=None, worst=0.01, sample=1024, say=print):
+def audit(
+    source: Path | str,
+    out: Path | str,
+    scores: Path | str | None = None,
+    truth: Path | str | None = None,
+    detectors: Sequence[str] | None = None,
+    worst: float = 0.01,
+    sample: int = 1024,
+    say: Callable[[str], None] = print,
+) -> str:
     """Write OUT/findings.parquet, findings.csv, audit.json and report.html; returns a line. Raises UserError.
 
     source: run directory, or folder of `safeclip score`. scores: with a run, what `safeclip score --model RUN` wrote.

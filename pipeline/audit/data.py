@@ -32,9 +32,12 @@ class AuditData:
     samples (shards.samples.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict).
     """
 
-    def __init__(self, source, scores=None, truth=None, sample=1024):
+    def __init__(
+        self, source: Path | str, scores: Path | str | None = None, truth: Path | str | None = None, sample: int = 1024
+    ):
         """`source`: run directory, folder of `safeclip score`, or a mask's folder. Raises UserError."""
-        self.source, self.sample, self.cache = Path(source), sample, {}
+        self.source, self.sample = Path(source), sample
+        self.cache: dict[str, tuple] = {}
         self.run_dir = self.source if (self.source / "masks").is_dir() else None
         self.scores = Path(scores) if scores else self.source if (self.source / "score.json").exists() else None
         self.rounds = []
@@ -53,12 +56,14 @@ class AuditData:
         self.offsets = np.concatenate([[0], np.cumsum(self.counts_S)]).astype(np.int64)
         self.N = int(self.offsets[-1])
         self.cos_N, self.score_N, self.reasons, self.excluded = self.read_scores()
-        self.images = self.texts = self.cells = None
+        self.images: Rows | None = None
+        self.texts: Rows | None = None
+        self.cells: Rows | None = None
         if about.get("embeddings"):
             self.open_embeddings(self.scores / about["embeddings"])
         self.open_shards(about, truth)
 
-    def read_about(self):
+    def read_about(self) -> dict:
         try:
             about = json.loads((self.scores / "score.json").read_text())
         except (OSError, ValueError) as error:
@@ -71,7 +76,7 @@ class AuditData:
             require_same_shards(SavedMask(self.scores), self.saved)
         return about
 
-    def read_scores(self):
+    def read_scores(self) -> tuple[np.ndarray, np.ndarray, dict[int, str], dict[int, str]]:
         """(cosines, scores, reasons, excluded) of all pairs; NaN = unreadable."""
         cos, score, reasons, excluded = [], [], {}, {}
         self.low, self.high = RANGES[self.saved.meta.get("score", "cosine")]
@@ -92,7 +97,7 @@ class AuditData:
                 reasons[int(self.offsets[row["shard"]] + row["position"])] = row["reason"]
         return np.concatenate(cos), np.concatenate(score), reasons, excluded
 
-    def open_embeddings(self, folder):
+    def open_embeddings(self, folder: Path) -> None:
         if folder.resolve() == self.scores.resolve():
             images, texts = parts(folder, "img_emb"), parts(folder, "text_emb")
             self.cells = Rows(parts(folder, "cells"), self.counts_S)
@@ -101,7 +106,7 @@ class AuditData:
             images, texts = dict(enumerate(others.images)), dict(enumerate(others.texts))
         self.images, self.texts = Rows(images, self.counts_S), Rows(texts, self.counts_S)
 
-    def open_shards(self, about, truth):
+    def open_shards(self, about: dict, truth: Path | str | None) -> None:
         """The pictures and the ground truth, as far as they are still where they were."""
         data = Data(**about["data"]) if about.get("data") else None
         if self.run_dir and not data:
@@ -127,12 +132,12 @@ class AuditData:
             raise UserError(f"--truth: an attack manifest is of shards, and {self.source} names none")
 
     @cached_property
-    def metadata(self):
+    def metadata(self) -> dict[int, Path]:
         """{number of the shard: path} of metadata parts."""
         return parts(self.scores, "metadata") if self.scores else {}
 
     @cached_property
-    def hash_N(self):
+    def hash_N(self) -> np.ndarray | None:
         """uint64 (N,): pixels.signature of each picture, 0 = could not be read; None where they were not kept."""
         if self.cells is None:
             return None
@@ -141,8 +146,8 @@ class AuditData:
         )
 
     @cached_property
-    def captions(self):
-        """List of str, None where there is none; None where neither scores nor shards hold them."""
+    def captions(self) -> list[str | None] | None:
+        """None where there is none; None for all where neither scores nor shards hold them."""
         if self.metadata:
             found = [pq.read_table(path, columns=["caption"])["caption"].to_pylist() for path in self.metadata.values()]
             return [text for part in found for text in part]
@@ -150,41 +155,41 @@ class AuditData:
             return None
         return [self.caption(shard, position) for shard, count in enumerate(self.counts_S) for position in range(count)]
 
-    def caption(self, shard, position):
+    def caption(self, shard: int, position: int) -> str | None:
         try:
             return self.samples.caption(shard, position)
         except BadSample:
             return None
 
     @cached_property
-    def metrics(self):
+    def metrics(self) -> list[dict]:
         path = self.run_dir / "metrics.jsonl" if self.run_dir else None
         return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
     @cached_property
-    def mixture(self):
-        """Mixture of the scores, or None."""
+    def mixture(self) -> Mixture | None:
+        """Of the scores, or None."""
         return Mixture.from_dict(self.saved.meta["mixture"]) if self.saved.meta["mixture"] else None
 
-    def threshold_at(self, posterior):
+    def threshold_at(self, posterior: float) -> float | None:
         """The threshold where the higher component has this posterior; None where the scores are no mixture of two."""
         try:
             return posterior_threshold(self.mixture, posterior) if self.mixture else None
         except DegenerateFit:
             return None
 
-    def place(self, row):
+    def place(self, row: int) -> tuple[int, int]:
         """(shard, position) of a row."""
         shard = int(np.searchsorted(self.offsets, row, "right") - 1)
         return shard, int(row - self.offsets[shard])
 
-    def keys(self, shard):
-        """List of the names of one shard's pairs."""
+    def keys(self, shard: int) -> list[str]:
+        """Names of one shard's pairs."""
         return self.saved.table(shard, ("key",))["key"].to_pylist()
 
-    def truth(self):
+    def truth(self) -> dict[str, np.ndarray]:
         """{kind: int64 rows} of the poison that the manifest names; {} without one."""
-        kinds = {}
+        kinds: dict[str, list[int]] = {}
         for row in self.overlay.rows if self.overlay else []:
             kinds.setdefault(row["kind"], []).append(int(self.offsets[row["shard"]] + row["position"]))
         return {kind: np.array(sorted(rows)) for kind, rows in kinds.items()}

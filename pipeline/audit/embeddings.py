@@ -6,31 +6,33 @@ metadata/metadata_N.parquet (caption, and image_path or key). Format: README of 
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
-from shards.index.shard_index import Shard, ShardIndex
+from shards.index.scan import MISSING
+from shards.index.shard_index import Shard, ShardIndex, ShardTable
 from shards.order.safe_mask import fingerprint
 
 KINDS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet", "cells": "npy"}
 
 
-def part_path(folder, kind, number):
+def part_path(folder: Path | str, kind: str, number: int) -> Path:
     """Path of part `number` of one of KINDS, as `safeclip score` writes it."""
     return Path(folder) / kind / f"{kind}_{number:05d}.{KINDS[kind]}"
 
 
-def parts(folder, kind):
+def parts(folder: Path | str, kind: str) -> dict[int, Path]:
     """{number: path} of the parts of one of KINDS in `folder`, in the order of their numbers."""
     pattern = re.compile(rf"{kind}_(\d+)\.{KINDS[kind]}")
     found = ((pattern.fullmatch(path.name), path) for path in (Path(folder) / kind).glob(f"*.{KINDS[kind]}"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def open_part(path):
+def open_part(path: Path) -> np.ndarray:
     """The .npy at `path`, mapped. Raises UserError."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -41,7 +43,7 @@ def open_part(path):
 class Rows:
     """The rows of all parts of one kind as one array, mapped. len, width, take(rows), and iteration over blocks."""
 
-    def __init__(self, found, counts_S):
+    def __init__(self, found: dict[int, Path], counts_S: np.ndarray | Sequence[int]):
         """`found`: {number of the shard: path of its part}; `counts_S`: its pairs; an empty one needs no part. Raises
         UserError."""
         self.parts, self.offsets = [], np.concatenate([[0], np.cumsum(counts_S)]).astype(np.int64)
@@ -58,10 +60,10 @@ class Rows:
         if any(part is not None and part.shape[1] != self.width for part in self.parts):
             raise UserError(f"embeddings {next(iter(found.values())).parent}: parts of different widths; score again")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.offsets[-1])
 
-    def take(self, rows):
+    def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """(B, D): the rows of these numbers, read from disk."""
         rows = np.asarray(rows, np.int64)
         out = np.empty((len(rows), self.width), self.dtype)
@@ -71,12 +73,12 @@ class Rows:
             out[here] = self.parts[shard][rows[here] - self.offsets[shard]]
         return out
 
-    def blocks(self, size=1 << 16):
+    def blocks(self, size: int = 1 << 16) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, (B, D)) over all rows."""
         for start in range(0, len(self), size):
             yield start, self.take(np.arange(start, min(start + size, len(self))))
 
-    def columns(self, size=32):
+    def columns(self, size: int = 32) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first, (C, N)): all columns, `size` at a time, for a row lies in one piece on disk."""
         for start in range(0, self.width, size):
             read = [np.ascontiguousarray(part[:, start : start + size].T) for part in self.parts if part is not None]
@@ -86,7 +88,7 @@ class Rows:
 class EmbeddingFolder(ShardIndex):
     """Embeddings of others as an index of pairs: each part is a shard, img_emb its file."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path | str):
         """Raises UserError when parts are missing or do not fit together."""
         images, texts, about = (parts(folder, kind) for kind in ("img_emb", "text_emb", "metadata"))
         if not images or set(images) != set(texts) or set(images) != set(about):
@@ -106,23 +108,21 @@ class EmbeddingFolder(ShardIndex):
             shards.append(Shard(str(image.absolute()), image.stat().st_size, rows[0], fingerprint(image), table=""))
         super().__init__(shards)
 
-    def table(self, shard):
-        """Something with `keys`: the pairs' names, from image_path or key, or else their positions."""
+    def table(self, shard: int) -> ShardTable:
+        """The pairs' names, from image_path or key, or else their positions."""
         columns = pq.read_schema(self.about[shard]).names
         name = next((name for name in ("key", "image_path") if name in columns), None)
         if name is None:
-            return Keys([str(position) for position in range(self.counts[shard])])
-        return Keys([str(key) for key in pq.read_table(self.about[shard], columns=[name])[name].to_pylist()])
+            return only_keys([str(position) for position in range(self.counts[shard])])
+        return only_keys([str(key) for key in pq.read_table(self.about[shard], columns=[name])[name].to_pylist()])
 
-    def captions(self, shard):
-        """List of str, or of None where there is no caption."""
+    def captions(self, shard: int) -> list[str | None]:
+        """None where there is no caption."""
         if "caption" not in pq.read_schema(self.about[shard]).names:
             return [None] * int(self.counts[shard])
         return pq.read_table(self.about[shard], columns=["caption"])["caption"].to_pylist()
 
 
-class Keys:
-    """What pipeline.safety.score_files needs of a shard's table."""
-
-    def __init__(self, keys):
-        self.keys = keys
+def only_keys(keys: list[str]) -> ShardTable:
+    """The table of pairs that have neither picture nor text in a shard."""
+    return ShardTable(keys, *[np.broadcast_to(np.int64(MISSING), len(keys))] * 4)

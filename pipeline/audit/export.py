@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +33,7 @@ COLUMNS = pa.schema(
 )
 
 
-def export_mask(folder, form, out, patterns=()):
+def export_mask(folder: Path | str, form: str, out: Path | str, patterns: Sequence[str | Path] = ()) -> int:
     """Write the mask in `folder` to the file `out` in a format of FORMATS; returns the number of its rows.
 
     `patterns`: the shards, which only "datacomp" reads. Raises UserError.
@@ -44,7 +46,7 @@ def export_mask(folder, form, out, patterns=()):
     return FORMATS[form](saved, out)
 
 
-def rows(saved):
+def rows(saved: SavedMask) -> Iterator[pa.Table]:
     """Yield a Table of COLUMNS for each shard. cosine, score and posterior are null where a pair could not be read.
 
     The score is what the pairs are ranked by: the cosine, or the rank of a filter. It and the posterior are null also
@@ -67,7 +69,9 @@ def rows(saved):
         yield pa.table(columns, COLUMNS)
 
 
-def parquet(saved, out, tables=None, schema=COLUMNS):
+def parquet(
+    saved: SavedMask, out: Path | str, tables: Iterable[pa.Table] | None = None, schema: pa.Schema = COLUMNS
+) -> int:
     """All pairs, typed; the file's metadata says of which mask they are."""
     about = {key: saved.meta[key] for key in ("fingerprint", "epoch", "step", "threshold", "fraction", "config")}
     written = 0
@@ -79,7 +83,7 @@ def parquet(saved, out, tables=None, schema=COLUMNS):
     return written
 
 
-def cleanlab(saved, out):
+def cleanlab(saved: SavedMask, out: Path | str) -> int:
     """Parquet with the columns of a cleanlab issue type: is_poison_issue, and poison_score in [0, 1], lower = worse.
 
     poison_score is the score's place in its range (of a cosine (1 + cosine) / 2): it orders the pairs as the threshold
@@ -90,7 +94,7 @@ def cleanlab(saved, out):
     fields = [("is_poison_issue", pa.bool_()), ("poison_score", pa.float64())]
     schema = pa.schema(fields + [(name, COLUMNS.field(name).type) for name in ("shard", "position", "key")])
 
-    def tables():
+    def tables() -> Iterator[pa.Table]:
         for table in rows(saved):
             score_N = np.clip((table["score"].to_numpy().astype(np.float64) - low) / (high - low), 0, 1)
             columns = [pc.invert(table["safe"]), np.nan_to_num(score_N, nan=0.0)]
@@ -99,12 +103,12 @@ def cleanlab(saved, out):
     return parquet(saved, out, tables(), schema)
 
 
-def csv(saved, out):
+def csv(saved: SavedMask, out: Path | str) -> int:
     """All pairs as CSV; see `write_csv` for the names in it."""
     return write_csv(out, rows(saved), COLUMNS)
 
 
-def write_csv(out, tables, schema):
+def write_csv(out: Path | str, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
     """Write Tables as CSV (RFC 4180, UTF-8), strings quoted, null as nothing; returns the number of rows.
 
     A spreadsheet runs what begins with = + - @ or a control character, quoted or not. Such a name gets an apostrophe
@@ -122,14 +126,14 @@ def write_csv(out, tables, schema):
     return written
 
 
-def guarded(names):
+def guarded(names: pa.ChunkedArray) -> pa.ChunkedArray:
     """Arrow strings with an apostrophe before each that a spreadsheet might run (also the full-width signs), or that
     has one."""
     live = pc.match_substring_regex(names, r"^['=+\-@＝＋－＠\x00-\x1f]")
     return pc.if_else(live, pc.binary_join_element_wise("'", names, ""), names)
 
 
-def keys(saved, out):
+def keys(saved: SavedMask, out: Path | str) -> int:
     """The safe pairs, a line each: shard, TAB, key, for keys may repeat in another shard. Backslash, TAB and line ends
     in a name are written \\\\, \\t, \\n and \\r."""
     escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -143,7 +147,7 @@ def keys(saved, out):
     return written
 
 
-def datacomp(saved, out, patterns):
+def datacomp(saved: SavedMask, out: Path | str, patterns: Sequence[str | Path]) -> int:
     """DataComp's subset file: a sorted .npy of dtype "u8,u8" with the two halves of the safe pairs' 128-bit uids, each
     once.
 
@@ -189,7 +193,7 @@ def datacomp(saved, out, patterns):
     return len(subset)
 
 
-def read_uids(path, fingerprint, names):
+def read_uids(path: Path | str, fingerprint: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """`as_array` of one shard's uids, from the .json members, or else the keys `names`. Raises UserError."""
     uids = [uid_of_key(key) for key in names]
     found = members(path, fingerprint)
@@ -206,15 +210,21 @@ def read_uids(path, fingerprint, names):
     return as_array(uids)
 
 
-def uid_of_key(key):
+def uid_of_key(key: str) -> bytes | None:
     """16 bytes of a key that is a uid, or None."""
     base = key.rpartition("/")[2]
     return bytes.fromhex(base) if re.fullmatch("[0-9a-fA-F]{32}", base) else None
 
 
-def as_array(uids):
+def as_array(uids: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
     """(S16 (N,) uids in the order of their numbers, bool (N,) whether there is one) of a list of 16 bytes or None."""
     return np.array([uid or b"" for uid in uids], "S16"), np.array([uid is not None for uid in uids], bool)
 
 
-FORMATS = {"parquet": parquet, "csv": csv, "datacomp": datacomp, "cleanlab": cleanlab, "keys": keys}
+FORMATS: dict[str, Callable[..., int]] = {
+    "parquet": parquet,
+    "csv": csv,
+    "datacomp": datacomp,
+    "cleanlab": cleanlab,
+    "keys": keys,
+}

@@ -3,23 +3,32 @@
 import contextlib
 import errno
 import os
-from collections import namedtuple
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from braceexpand import braceexpand
 
 from shards.errors import UserError
 from shards.index import tar
-from shards.order.safe_mask import require_same
+from shards.order.safe_mask import SavedMask, require_same
 from shards.storage.files import whole_file
 
-# A member of a sample. Bytes start to stop of the tar: its headers, content and padding; offset and length: its
-# content.
-Member = namedtuple("Member", "position extension start stop offset length")
+
+class Member(NamedTuple):
+    """A member of a sample. Bytes start to stop of the tar: its headers, content and padding; offset and length: its
+    content."""
+
+    position: int
+    extension: str
+    start: int
+    stop: int
+    offset: int
+    length: int
 
 
 @contextlib.contextmanager
-def output(path):
+def output(path: Path | str) -> Iterator[BinaryIO]:
     """shards.storage.files.whole_file for a file that a person has named. Raises UserError where there can be none; a
     full disk stays what it is."""
     if Path(path).is_dir():
@@ -34,12 +43,12 @@ def output(path):
         yield file
 
 
-def find_shards(saved, patterns):
+def find_shards(saved: SavedMask, patterns: Iterable[str | Path]) -> dict[int, Path]:
     """{number of the shard in the mask: its path}, of brace-expanded `patterns`. Sizes are compared, contents not yet.
 
     Raises UserError naming the shard: missing, not of the mask `saved`, named twice, of another size.
     """
-    found = {}
+    found: dict[int, Path] = {}
     for path in (Path(path) for pattern in patterns for path in braceexpand(str(pattern))):
         if not path.is_file():
             raise UserError(f"shard {path}: missing; check the path (braces are expanded, wildcards are your shell's)")
@@ -58,8 +67,8 @@ def find_shards(saved, patterns):
     return found
 
 
-def members(path, fingerprint):
-    """List of Member of a shard in order, positions as in its index. Raises UserError if its content is not
+def members(path: Path | str, fingerprint: str) -> list[Member]:
+    """Those of a shard in order, positions as in its index. Raises UserError if its content is not
     `fingerprint`."""
     found, position, key_now = [], -1, None
     with open(path, "rb") as file:

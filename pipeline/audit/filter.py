@@ -21,6 +21,7 @@ from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, lacking
 from pipeline.safety.selection import select_top
 from shards.errors import UserError
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, shard_list
 from shards.order.safe_mask import fingerprint as fingerprint_of
 from shards.samples.overlay import Overlay
@@ -29,7 +30,7 @@ from shards.storage.files import write_bytes
 FILTERS = ("cosine", "kdistance", "slof", "dao")
 
 
-def filter_pairs(scores, by, remove, out):
+def filter_pairs(scores: Path | str, by: str, remove: float, out: Path | str) -> str:
     """Write the mask of all pairs but the worst fraction `remove` into the new folder `out`; returns a line.
 
     scores: folder of `safeclip score`; by: one of FILTERS. Among equals the first pairs by (shard, position) are kept;
@@ -61,7 +62,9 @@ def filter_pairs(scores, by, remove, out):
     return f"{out}: {safe_N.sum():,} of {data.N:,} pairs kept, the worst {remove:.1%} by {by} left out"
 
 
-def keep_unpoisoned(overlay, index, out, fraction=1.0, seed=0):
+def keep_unpoisoned(
+    overlay: Path | str, index: ShardIndex, out: Path | str, fraction: float = 1.0, seed: int = 0
+) -> str:
     """Write the mask of all pairs of a ShardIndex but the poisoned ones and the decoys of an Overlay's folder; returns
     a line.
 
@@ -94,7 +97,15 @@ def keep_unpoisoned(overlay, index, out, fraction=1.0, seed=0):
     return f"{out}: {int(score_N.sum()):,} of {index.samples:,} pairs kept, none that {overlay} poisons"
 
 
-def save_filter(out, counts_S, safe_N, score_N, tables, about, asked):
+def save_filter(
+    out: Path,
+    counts_S: np.ndarray,
+    safe_N: np.ndarray,
+    score_N: np.ndarray,
+    tables: list[pa.Table],
+    about: dict,
+    asked: str,
+) -> None:
     """Write a mask's folder (shards.order.safe_mask.SavedMask): the scores first, mask.json last. `tables`: of each
     shard key, cosine and reason.
 

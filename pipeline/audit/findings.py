@@ -1,12 +1,15 @@
 """Findings: what every detector says of every pair, in one table by (shard, position, key)."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import rankdata
 
+from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, Finding, lacking, lowest
 from pipeline.audit.export import write_csv
 from pipeline.audit.files import output
@@ -15,13 +18,16 @@ from shards.errors import UserError
 LEAD = 2  # families of detectors, the worst of which make the combined score
 
 
-def run_detectors(data, worst, names=None, say=print):
+def run_detectors(
+    data: AuditData, worst: float, names: Sequence[str] | None = None, say: Callable[[str], None] = print
+) -> tuple[dict[str, Finding], dict[str, dict]]:
     """({name: Finding}, {name: {"seconds" | "skipped"}}) of all detectors in the registry, or of those named. Raises
     UserError."""
     unknown = next((name for name in names or () if name not in REGISTRY), None)
     if unknown:
         raise UserError(f"--detectors: got {unknown!r}, expected some of {', '.join(REGISTRY)}")
-    found, about = {}, {}
+    found: dict[str, Finding] = {}
+    about: dict[str, dict] = {}
     for name in names or REGISTRY:
         why = lacking(REGISTRY[name], data)
         if why:
@@ -35,7 +41,7 @@ def run_detectors(data, worst, names=None, say=print):
     return found, about
 
 
-def combined(found, worst):
+def combined(found: dict[str, Finding], worst: float) -> Finding:
     """Finding of all detectors that rank, together, by the rank truncated product (Dudbridge and Koeleman 2003) of the
     LEAD lowest.
 
@@ -44,7 +50,8 @@ def combined(found, worst):
     suspect that is bad in two ways, or very bad in one. The score is the rank of the product as a fraction of the
     pairs.
     """
-    families, unread_N = {}, None
+    families: dict[str, list[np.ndarray]] = {}
+    unread_N = None
     for name, finding in found.items():
         if REGISTRY[name].ranks:
             rank_N = rankdata(np.nan_to_num(finding.score_N, nan=1.0), method="max") / len(finding.score_N)
@@ -60,7 +67,7 @@ def combined(found, worst):
     return Finding(score_N, lowest(score_N, worst))
 
 
-def tables(data, found, suspect):
+def tables(data: AuditData, found: dict[str, Finding], suspect: Finding) -> Iterator[pa.Table]:
     """Yield a Table of all columns for each shard."""
     for shard, name in enumerate(data.saved.shards):
         rows = slice(int(data.offsets[shard]), int(data.offsets[shard + 1]))
@@ -81,7 +88,7 @@ def tables(data, found, suspect):
         yield pa.table(columns)
 
 
-def write_findings(data, found, suspect, out):
+def write_findings(data: AuditData, found: dict[str, Finding], suspect: Finding, out: Path) -> None:
     """OUT/findings.parquet and OUT/findings.csv; names in the CSV are guarded as in `safeclip mask export`."""
     first = next(tables(data, found, suspect))
     with output(out / "findings.parquet") as file, pq.ParquetWriter(file, first.schema) as writer:

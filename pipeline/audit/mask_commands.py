@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,14 @@ from shards.errors import UserError
 from shards.order.safe_mask import SafeMask, SavedMask
 
 
-def describe(folder):
-    """dict of what the mask in `folder` is; threshold is null where nothing is safe. Raises UserError."""
+def describe(folder: Path | str) -> dict:
+    """What the mask in `folder` is; threshold is null where nothing is safe. Raises UserError."""
     saved = SavedMask(folder)
     meta, counts_S, safe_S = saved.meta, saved.mask.counts_S, saved.mask.counts("safe")
     fraction_S = safe_S / np.maximum(counts_S, 1)
     used = np.flatnonzero(counts_S)
     least, most = used[fraction_S[used].argmin()], used[fraction_S[used].argmax()]
-    bad = Counter()
+    bad: Counter[str] = Counter()
     for number in range(len(counts_S)):
         table = saved.table(number, ("score", "reason"))
         unread = table.filter(np.isnan(table["score"].to_numpy()))
@@ -50,8 +51,8 @@ def describe(folder):
     }
 
 
-def show(folder, as_json=False):
-    """`describe` for people, or as JSON; a str."""
+def show(folder: Path | str, as_json: bool = False) -> str:
+    """`describe` for people, or as JSON."""
     d = describe(folder)
     if as_json:
         return json.dumps(d, indent=1)
@@ -91,7 +92,7 @@ MOVED = pa.schema(
 )
 
 
-def diff(folder_a, folder_b, out=None):
+def diff(folder_a: Path | str, folder_b: Path | str, out: Path | str | None = None) -> str:
     """How the safe set of B differs from that of A, as lines; with `out` the pairs that moved, as CSV.
 
     moved: "in" (safe in B only) or "out" (safe in A only). Raises UserError naming the first shard that is not the
@@ -117,19 +118,19 @@ def diff(folder_a, folder_b, out=None):
     return "\n".join(lines)
 
 
-def about(saved):
+def about(saved: SavedMask) -> str:
     threshold = saved.meta["threshold"]
     return f"epoch {saved.meta['epoch']}, step {saved.meta['step']}, " + (
         f"score {bound(saved.meta)} {threshold:.6f}" if math.isfinite(threshold) else "no threshold"
     )
 
 
-def bound(meta):
+def bound(meta: dict) -> str:
     """Meaning of the threshold: a lower bound, or the lowest safe score if pairs are ranked by posterior."""
     return "by posterior, the lowest is" if meta.get("rank_by") == "posterior" else ">="
 
 
-def require_same_shards(a, b):
+def require_same_shards(a: SavedMask, b: SavedMask) -> None:
     for number, (one, other) in enumerate(zip(a.shards, b.shards)):
         if one["fingerprint"] != other["fingerprint"]:
             raise UserError(
@@ -146,7 +147,7 @@ def require_same_shards(a, b):
         )
 
 
-def moved(a, b):
+def moved(a: SavedMask, b: SavedMask) -> Iterator[pa.Table]:
     """Yield a Table of MOVED for each shard."""
     for number, shard in enumerate(a.shards):
         a_N, b_N = a.mask.shard_flags(number), b.mask.shard_flags(number)
@@ -163,13 +164,13 @@ def moved(a, b):
         yield pa.table(columns, MOVED)
 
 
-def scores(saved):
+def scores(saved: SavedMask) -> np.ndarray:
     """float32 (N,): the saved scores in (shard, position) order."""
     parts = [saved.table(number, ("score",))["score"].to_numpy() for number in range(len(saved.shards))]
     return np.concatenate(parts).astype(np.float32)
 
 
-def replay(folder):
+def replay(folder: Path | str) -> tuple[bool, str]:
     """(same, text): whether the saved scores and the fraction in mask.json give the saved mask, bit for bit, and its
     threshold."""
     saved = SavedMask(folder)
@@ -197,7 +198,7 @@ def replay(folder):
     return True, text + "bit for bit the saved mask"
 
 
-def what_if(folder, out, posterior=None, fraction=None):
+def what_if(folder: Path | str, out: Path | str, posterior: float | None = None, fraction: float | None = None) -> str:
     """Another mask from the same scores, into the new folder `out`: the pairs above the threshold where the mixture's
     higher component reaches `posterior`, or the top `fraction` of the pairs. Returns a line. Raises UserError."""
     saved, out = SavedMask(folder), Path(out)
@@ -239,6 +240,6 @@ def what_if(folder, out, posterior=None, fraction=None):
     )
 
 
-def lowest(score_N, safe_N):
+def lowest(score_N: np.ndarray, safe_N: np.ndarray) -> float:
     """The lowest score of the safe set; infinity where it is empty."""
     return float(score_N[safe_N].min()) if safe_N.any() else float("inf")

@@ -1,12 +1,15 @@
 """Any CLIP that scores pairs: a run of ours, an open_clip name with a checkpoint, or an open_clip local directory."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
 import torch
+from PIL import Image
 
+from pipeline.config.schema import Data
 from pipeline.distributed import comm
 from shards.errors import UserError
 from shards.order.safe_mask import fingerprint
@@ -19,25 +22,25 @@ class Scorer:
     unit float32 (image_BD, text_BD). name: for people; identity: of these very weights. data: the config.Data that a
     run was trained on, or None."""
 
-    preprocess: object
-    tokenize: object
-    encode: object
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    tokenize: Callable[[list[str]], torch.Tensor]
+    encode: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     name: str
     identity: str
-    data: object = None
+    data: Data | None = None
 
 
 class PlainPixels:
     """uint8 (C, size, size): a run's un-augmented view."""
 
-    def __init__(self, size):
+    def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, image):
+    def __call__(self, image: Image.Image) -> torch.Tensor:
         return torch.tensor(plain_view(image, self.size)).permute(2, 0, 1)
 
 
-def load_scorer(model, pretrained=None):
+def load_scorer(model: str, pretrained: str | None = None) -> Scorer:
     """Scorer on this process's device, for `model`: a run directory, an open_clip local directory or an open_clip name.
     Raises UserError."""
     if (Path(model) / "config.yaml").exists():
@@ -47,14 +50,14 @@ def load_scorer(model, pretrained=None):
     return from_open_clip(model, pretrained)
 
 
-def from_run(run_dir):
+def from_run(run_dir: str) -> Scorer:
     from pipeline.evaluation.run import load_run
     from pipeline.training.start import make_views
 
     config, folder, towers = load_run(run_dir)
     views = make_views(config)
 
-    def encode(images, tokens):
+    def encode(images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return towers(images, tokens)[:2]
 
     identity = f"{config.hash()}/{folder.name}"
@@ -63,7 +66,7 @@ def from_run(run_dir):
     )
 
 
-def from_open_clip(model, pretrained):
+def from_open_clip(model: str, pretrained: str | None) -> Scorer:
     """A name that open_clip knows with `pretrained` (file, or a tag of open_clip's), or a local directory, which holds
     its weights."""
     local = Path(model.removeprefix("local-dir:"))
@@ -76,7 +79,7 @@ def from_open_clip(model, pretrained):
         if pretrained:
             raise UserError(f"--pretrained: local directory {model} has its own weights; leave it out")
         weights = [path for path in sorted(local.iterdir()) if path.suffix in (".safetensors", ".bin", ".pt")]
-        name, source = f"local-dir:{local}", weights[0] if weights else None
+        name, source = f"local-dir:{local}", str(weights[0]) if weights else None
     else:
         if model not in open_clip.list_models() and not model.startswith(("hf-hub:", "local-dir:")):
             raise UserError(
@@ -101,7 +104,7 @@ def from_open_clip(model, pretrained):
         ) from None
     clip.eval().requires_grad_(False)
 
-    def encode(images, tokens):
+    def encode(images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return clip.encode_image(images, normalize=True).float(), clip.encode_text(tokens, normalize=True).float()
 
     weights_id = fingerprint(source) if source and Path(source).is_file() else str(pretrained)

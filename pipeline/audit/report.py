@@ -9,12 +9,15 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Iterable
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pipeline.audit.detectors import REGISTRY
+from pipeline.audit.data import AuditData
+from pipeline.audit.detectors import REGISTRY, Finding, Group
 from pipeline.audit.detectors.neighbourhood import unit
 from shards.errors import BadSample
 from shards.storage.files import write_bytes
@@ -28,7 +31,15 @@ CAPTION = 500  # characters of a caption
 BINS = 120
 
 
-def write_report(path, data, found, suspect, about, truth, command):
+def write_report(
+    path: Path,
+    data: AuditData,
+    found: dict[str, Finding],
+    suspect: Finding,
+    about: dict[str, dict],
+    truth: dict,
+    command: str,
+) -> int:
     """Write the report to `path`; returns its bytes. `command`: how its ticks are used."""
     content = contents(data, found, suspect, about, truth, command)
     page = render(content)
@@ -36,8 +47,8 @@ def write_report(path, data, found, suspect, about, truth, command):
     return len(page)
 
 
-def render(content):
-    """bytes of the page. The policy names the hashes of the one style and the one script, so nothing else in it can
+def render(content: dict) -> bytes:
+    """The page. The policy names the hashes of the one style and the one script, so nothing else in it can
     run."""
     page = files("pipeline.audit").joinpath("report.html").read_text(encoding="utf-8")
     hashes = {}
@@ -55,8 +66,10 @@ def render(content):
     return page.replace("{{policy}}", policy).replace("{{data}}", text).encode()
 
 
-def contents(data, found, suspect, about, truth, command):
-    """dict: all that the page shows."""
+def contents(
+    data: AuditData, found: dict[str, Finding], suspect: Finding, about: dict[str, dict], truth: dict, command: str
+) -> dict:
+    """All that the page shows."""
     order = np.argsort(np.nan_to_num(suspect.score_N, nan=2.0), kind="stable")
     broken = [row for row in sorted(data.reasons) if np.isnan(data.score_N[row])]
     judged = int((~np.isnan(suspect.score_N)).sum())
@@ -120,11 +133,11 @@ def contents(data, found, suspect, about, truth, command):
     return content
 
 
-def finite(value):
+def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def cosine_histogram(score_N):
+def cosine_histogram(score_N: np.ndarray) -> tuple[list[int], float, float]:
     """(counts, low, high): BINS equal bins over the range of the scores."""
     there = score_N[~np.isnan(score_N)]
     low, high = (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
@@ -132,14 +145,14 @@ def cosine_histogram(score_N):
     return np.histogram(there, BINS, (low, high))[0].tolist(), low, high
 
 
-def worst_groups(found):
+def worst_groups(found: dict[str, Finding]) -> list[tuple[str, Group]]:
     """[(detector, Group)]: the worst groups of each detector in turn, GROUPS at most."""
     queues = [[(name, group) for group in finding.groups] for name, finding in found.items() if finding.groups]
     taken = [one for turn in range(GROUPS) for queue in queues for one in queue[turn : turn + 1]]
     return taken[:GROUPS]
 
 
-def nearest_pictures(data, rows, block=1 << 15):
+def nearest_pictures(data: AuditData, rows: list[int], block: int = 1 << 15) -> dict[int, list[tuple[int, float]]]:
     """{row: [(row of a near picture, cosine)]}: the NEAR nearest pictures of each, by embedding, exact; {} without
     embeddings."""
     if data.images is None or not rows:
@@ -164,14 +177,16 @@ def nearest_pictures(data, rows, block=1 << 15):
 class Items:
     """The pairs that the page shows, each once, with thumbnail, trajectory and the ranks that its detectors give it."""
 
-    def __init__(self, data, found):
+    def __init__(self, data: AuditData, found: dict[str, Finding]):
         self.data, self.found = data, found
-        self.rows, self.number, self.near = [], {}, {}
+        self.rows: list[int] = []
+        self.number: dict[int, int] = {}  # of a row
+        self.near: dict[int, list[list[float]]] = {}  # of a row: [[number, cosine]]
         self.sorted = {
             name: np.sort(f.score_N[~np.isnan(f.score_N)]) for name, f in found.items() if REGISTRY[name].ranks
         }
 
-    def add(self, row, nearest=None):
+    def add(self, row: int, nearest: Iterable[tuple[int, float]] | None = None) -> int:
         """Number of the pair in the list of items."""
         if row not in self.number:
             self.number[row] = len(self.rows)
@@ -180,8 +195,8 @@ class Items:
             self.near[row] = [[self.add(other), cosine] for other, cosine in nearest]
         return self.number[row]
 
-    def finish(self):
-        """List of dict: all items that were added."""
+    def finish(self) -> list[dict]:
+        """All items that were added."""
         items, spent = self.plain(self.rows), 0
         paths = trajectories(self.data, self.rows)
         for item, row, path in zip(items, self.rows, paths):
@@ -194,13 +209,13 @@ class Items:
             spent += len(item["thumb"][0]) if item["thumb"] else 0
         return items
 
-    def rank(self, name, row):
+    def rank(self, name: str, row: int) -> float:
         """The fraction of pairs that the detector scores lower."""
         ordered = self.sorted[name]
         return round(float(np.searchsorted(ordered, self.found[name].score_N[row]) / max(1, len(ordered))), 5)
 
-    def plain(self, rows):
-        """List of dict of the pairs `rows`, without pictures."""
+    def plain(self, rows: list[int]) -> list[dict]:
+        """The pairs `rows`, without pictures."""
         keys, items = {}, []
         for row in rows:
             shard, position = self.data.place(row)
@@ -222,9 +237,9 @@ class Items:
         return items
 
 
-def trajectories(data, rows):
+def trajectories(data: AuditData, rows: list[int]) -> list[list[float | None]]:
     """For each of `rows` the list of its cosines at the run's rounds, None where it has none."""
-    paths = [[] for _ in rows]
+    paths: list[list[float | None]] = [[] for _ in rows]
     for saved in data.rounds:
         columns = {}
         for path, row in zip(paths, rows):
@@ -236,7 +251,7 @@ def trajectories(data, rows):
     return paths
 
 
-def thumbnail(data, row):
+def thumbnail(data: AuditData, row: int) -> tuple[str, int] | None:
     """(data URI of a WebP, longer side in pixels) of the picture, decoded by our guarded decoder and encoded anew; None
     if unreadable."""
     if not data.samples:
@@ -246,7 +261,7 @@ def thumbnail(data, row):
     except (BadSample, OSError):
         return None
     if max(image.size) > THUMB:
-        image.thumbnail((THUMB, THUMB), Image.LANCZOS)
+        image.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "WEBP", quality=QUALITY)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(), max(image.size)

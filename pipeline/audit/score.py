@@ -9,13 +9,16 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from pipeline.audit.embeddings import EmbeddingFolder, Rows, part_path
@@ -23,15 +26,19 @@ from pipeline.audit.pixels import GRID, signature
 from pipeline.config.data import open_index, open_samples
 from pipeline.config.schema import Data, Selection
 from pipeline.distributed import comm
-from pipeline.safety.round import save_round, select_pairs
-from pipeline.safety.score_files import ScoreFiles, load_scores
+from pipeline.safety.round import SelectionRound, save_round, select_pairs
+from pipeline.safety.score_files import ScoreFiles, Unread, load_scores
 from pipeline.safety.scoring import assign_shards, shard_batches
 from shards.errors import BadSample, UserError
-from shards.index.shard_index import build_index
+from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import fingerprint
+from shards.samples.samples import Samples
 from shards.storage.files import write_bytes, write_json
 from shards.storage.prefetch import fetched_ahead
 from shards.views.loader import batches
+
+if TYPE_CHECKING:
+    from pipeline.audit.models import Scorer
 
 PATIENCE = 86_400.0  # seconds that a rank waits for the others: each scores its own shards, and they end hours apart
 
@@ -44,30 +51,42 @@ class Rowset:
     images: torch.Tensor  # (B, C, H, W)
     tokens: torch.Tensor  # int64 (B, L)
     valid: torch.Tensor  # bool (B,)
-    captions: list  # str, or None where there is none
+    captions: list[str | None]  # None where there is none
     hashes: np.ndarray  # uint64 (B,)
     cells: np.ndarray  # uint32 (B, GRID * GRID)
-    bad: list  # [(shard, position, key, reason)]
+    bad: list[Unread]
+
+
+# Of a batch: its rows, their cosines, and their embeddings of pictures and texts; None where no row could be read.
+Scored = tuple[Rowset, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 class Pairs(Dataset):
     """Item i: Rowset of `batches[i]` = (shard, range of rows over all shards)."""
 
-    def __init__(self, samples, batches, preprocess, tokenize):
+    def __init__(
+        self,
+        samples: Samples,
+        batches: list[tuple[int, range]],
+        preprocess: Callable[[Image.Image], torch.Tensor],
+        tokenize: Callable[[list[str]], torch.Tensor],
+    ):
         self.samples, self.batches = samples, batches
         self.preprocess, self.tokenize = preprocess, tokenize
 
-    def shards(self, i):
+    def shards(self, i: int) -> list[int]:
         """Numbers of the shards that item i reads."""
         return [self.batches[i][0]]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Rowset:
         shard, numbers = self.batches[i]
         rows, first = len(numbers), int(self.samples.index.offsets[shard])
-        images, captions, bad = [None] * rows, [None] * rows, []
+        images: list[torch.Tensor | None] = [None] * rows
+        captions: list[str | None] = [None] * rows
+        bad: list[Unread] = []
         hashes, cells = np.zeros(rows, np.uint64), np.zeros((rows, GRID * GRID), np.uint32)
         for row, position in enumerate(number - first for number in numbers):
             try:
@@ -85,8 +104,16 @@ class Pairs(Dataset):
 
 
 def score(
-    out, model=None, pretrained=None, data=(), overlay=None, embeddings=None, lean=False, batch_size=256, workers=2
-):
+    out: Path | str,
+    model: str | None = None,
+    pretrained: str | None = None,
+    data: Sequence[str] = (),
+    overlay: str | None = None,
+    embeddings: Path | str | None = None,
+    lean: bool = False,
+    batch_size: int = 256,
+    workers: int = 2,
+) -> str:
     """Score all pairs into the folder `out`; returns a line. All ranks of a process group may call it, or one process.
 
     model, pretrained: as models.load_scorer takes them. data: shards' paths (brace-expanded), or one index folder; left
@@ -103,22 +130,22 @@ def score(
     if embeddings:
         index = EmbeddingFolder(embeddings)
         files = ScoreFiles(out / "scores", index, f"embeddings/{index.fingerprint}")
-        about = {"model": f"embeddings {embeddings}", "embeddings": str(Path(embeddings).absolute())}
+        about: dict = {"model": f"embeddings {embeddings}", "embeddings": str(Path(embeddings).absolute())}
         comm.on_rank0(claim, out, files.made["step"])
         score_embeddings(index, out, files)
     else:
         from pipeline.audit.models import load_scorer
 
         scorer = load_scorer(model, pretrained)
-        data = comm.on_rank0(data_of, data, scorer.data, overlay, out)
-        index = open_index(data)
-        samples = open_samples(data, index)
-        parts = [scorer.identity, index.fingerprint, fingerprint_of(data.overlay), "lean" if lean else "all"]
+        found = comm.on_rank0(data_of, data, scorer.data, overlay, out)
+        index = open_index(found)
+        samples = open_samples(found, index)
+        parts = [scorer.identity, index.fingerprint, fingerprint_of(found.overlay), "lean" if lean else "all"]
         files = ScoreFiles(out / "scores", index, "/".join(parts))
         about = {
             "model": scorer.name,
             "embeddings": None if lean else ".",
-            "data": {"index": data.index, "sources": data.sources, "overlay": data.overlay},
+            "data": {"index": found.index, "sources": found.sources, "overlay": found.overlay},
         }
         comm.on_rank0(claim, out, files.made["step"])
         score_shards(scorer, samples, files, out, not lean, batch_size, workers)
@@ -130,12 +157,12 @@ def score(
     return comm.on_rank0(conclude, out, index, selected, score_N, files.made["step"], about)
 
 
-def fingerprint_of(folder):
+def fingerprint_of(folder: Path | str | None) -> str:
     """Of an attack manifest; "" of none."""
     return fingerprint(Path(folder) / "manifest.json") if folder else ""
 
 
-def data_of(named, of_run, overlay, out):
+def data_of(named: Sequence[str], of_run: Data | None, overlay: str | None, out: Path) -> Data:
     """The config.Data of --data, its index built in OUT/index where shards are named, or of the run; its paths
     absolute. On rank 0."""
     if not named and not of_run:
@@ -156,7 +183,7 @@ def data_of(named, of_run, overlay, out):
     return data
 
 
-def claim(out, identity):
+def claim(out: Path, identity: str) -> None:
     """Take the folder OUT for this model and data. On rank 0. Raises UserError when it holds something else."""
     try:
         there = json.loads((out / "score.json").read_text())["identity"]
@@ -168,7 +195,7 @@ def claim(out, identity):
     write_json(out / "score.json", {"identity": identity, "complete": False})
 
 
-def score_embeddings(index, out, files):
+def score_embeddings(index: EmbeddingFolder, out: Path, files: ScoreFiles) -> None:
     """Cosines of embeddings that exist, this rank's part of the shards that are not done."""
     done = set(comm.broadcast_object(files.done() if comm.is_rank0() else None))
     for shard in range(comm.rank(), len(index.counts), comm.world()):
@@ -189,7 +216,9 @@ def score_embeddings(index, out, files):
 
 
 @torch.no_grad()
-def score_shards(scorer, samples, files, out, keep, batch_size, workers):
+def score_shards(
+    scorer: "Scorer", samples: Samples, files: ScoreFiles, out: Path, keep: bool, batch_size: int, workers: int
+) -> None:
     """Score this rank's part of the shards that are not done, each written as soon as it is whole, its scores last."""
     index = samples.index
     done = set(comm.broadcast_object(files.done() if comm.is_rank0() else None))
@@ -211,7 +240,7 @@ def score_shards(scorer, samples, files, out, keep, batch_size, workers):
                 print(f"  shard {mine.index(shard) + 1} of {len(mine)} of this process", file=sys.stderr)
 
 
-def write_shard(out, shard, index, files, parts, keep):
+def write_shard(out: Path, shard: int, index: ShardIndex, files: ScoreFiles, parts: list[Scored], keep: bool) -> None:
     """Everything of one shard."""
     rowsets, cosines, images, texts = zip(*parts)
     captions = [text for rows in rowsets for text in rows.captions]
@@ -230,13 +259,15 @@ def write_shard(out, shard, index, files, parts, keep):
     files.write(shard, cos_N, {position: reason for rows in rowsets for _, position, _, reason in rows.bad})
 
 
-def save_array(path, array):
+def save_array(path: Path, array: np.ndarray) -> None:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     write_bytes(path, file.getbuffer())
 
 
-def write_metadata(out, shard, keys, captions, hashes):
+def write_metadata(
+    out: Path, shard: int, keys: list[str], captions: list[str | None], hashes: np.ndarray | None
+) -> None:
     columns = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
     if hashes is not None:
         columns["hash"] = hashes
@@ -245,7 +276,9 @@ def write_metadata(out, shard, keys, captions, hashes):
     write_bytes(part_path(out, "metadata", shard), file.getbuffer())
 
 
-def conclude(out, index, selected, score_N, identity, about):
+def conclude(
+    out: Path, index: ShardIndex, selected: SelectionRound, score_N: np.ndarray, identity: str, about: dict
+) -> str:
     """Save the mask; score.json last. Returns a line. On rank 0."""
     save_round(out, selected, index, {"epoch": None, "step": identity, "config": None})
     write_json(out / "score.json", {"identity": identity, "complete": True, "pairs": index.samples, **about})

@@ -1,14 +1,19 @@
 """Detection quality of findings and masks against the ground truth of an attack manifest."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+from pipeline.audit.data import AuditData
+from pipeline.audit.detectors import Finding
 
 POINTS = 50  # of a curve, along an axis
 FRACTIONS = (0.001, 0.01)
 
 
-def judge(score_N, poison, clean):
-    """dict for rows `poison` against rows `clean`: auroc, average_precision, roc and pr as lists of [x, y]. NaN counts
+def judge(score_N: np.ndarray, poison: np.ndarray, clean: np.ndarray) -> dict:
+    """For rows `poison` against rows `clean`: auroc, average_precision, roc and pr as lists of [x, y]. NaN counts
     as the middle.
 
     A low score says poison. roc: false against true positive rate; pr: recall against precision.
@@ -26,14 +31,14 @@ def judge(score_N, poison, clean):
     }
 
 
-def thinned(x, y, along):
+def thinned(x: np.ndarray, y: np.ndarray, along: Sequence[np.ndarray]) -> list[list[float]]:
     """[[x, y]]: the ends, and the points where each of `along`, which rise from 0 to 1, passes POINTS even steps."""
     steps = [np.searchsorted(rising, np.linspace(0, 1, POINTS)) for rising in along]
     keep = np.unique(np.concatenate([[0, len(x) - 1], *steps]).clip(max=len(x) - 1))
     return [[round(float(a), 5), round(float(b), 5)] for a, b in zip(x[keep], y[keep])]
 
 
-def precision_at(score_N, poison_N, fraction):
+def precision_at(score_N: np.ndarray, poison_N: np.ndarray, fraction: float) -> float:
     """Fraction of poison among the `fraction` of the pairs with the lowest scores; the expected one
     when the last ones are tied."""
     score_N = np.nan_to_num(score_N, nan=1.0)
@@ -44,8 +49,8 @@ def precision_at(score_N, poison_N, fraction):
     return float(hits / count)
 
 
-def against_truth(data, found, suspect):
-    """dict for audit.json: per detector and kind of attack `judge`, per detector precision at FRACTIONS, per round that
+def against_truth(data: AuditData, found: dict[str, Finding], suspect: Finding) -> dict:
+    """For audit.json: per detector and kind of attack `judge`, per detector precision at FRACTIONS, per round that
     of the mask.
 
     Of a kind, the poison of the other kinds is left out; precision counts all poison. {} without a manifest.

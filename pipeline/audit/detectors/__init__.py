@@ -9,13 +9,17 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
-REGISTRY = {}
+from pipeline.audit.data import AuditData
+
+REGISTRY: dict[str, type["Detector"]] = {}
+Kind = TypeVar("Kind", bound=type["Detector"])
 
 
-def detector(kind):
+def detector(kind: Kind) -> Kind:
     """Class decorator: put a Detector into the registry under its name."""
     REGISTRY[kind.name] = kind
     return kind
@@ -29,7 +33,8 @@ class Group:
     text: str
     rows: np.ndarray
     badness: float  # groups are shown in the order of this, highest first
-    box: tuple | None = None  # (left, top, right, bottom) of the pictures, in fractions, where a patch lies
+    # (left, top, right, bottom) of the pictures, in fractions, where a patch lies
+    box: tuple[float, float, float, float] | None = None
 
 
 @dataclass
@@ -39,8 +44,8 @@ class Finding:
 
     score_N: np.ndarray
     issue_N: np.ndarray
-    groups: list = field(default_factory=list)
-    more: dict = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
+    more: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Detector(ABC):
@@ -52,12 +57,12 @@ class Detector(ABC):
     """
 
     name = title = text = source = family = ""
-    needs = ()
+    needs: tuple[str, ...] = ()
     ranks = True
 
     @abstractmethod
-    def find(self, data, worst):
-        """Finding for an AuditData; `worst`: the fraction of the pairs that a detector without a threshold of its own
+    def find(self, data: AuditData, worst: float) -> Finding:
+        """What it says of `data`. worst: the fraction of the pairs that a detector without a threshold of its own
         flags."""
 
 
@@ -72,13 +77,13 @@ LACKS = {
 }
 
 
-def lacking(kind, data):
+def lacking(kind: type[Detector], data: AuditData) -> str | None:
     """Why a detector cannot run on this data, as a line; None if it can."""
     name = next((name for name in kind.needs if getattr(data, name) is None or not len(getattr(data, name))), None)
     return LACKS[name] if name else None
 
 
-def lowest(score_N, fraction):
+def lowest(score_N: np.ndarray, fraction: float) -> np.ndarray:
     """bool (N,): the `fraction` of the pairs with the lowest scores, of those below 1; ties are broken by the row."""
     judged = np.flatnonzero(score_N < 1)  # NaN is not
     count = min(len(judged), int(np.ceil(fraction * len(score_N))))

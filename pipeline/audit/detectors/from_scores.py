@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Detector, Finding, Group, detector, lowest
 from pipeline.guards import REGISTRY as GUARDS
 
@@ -14,7 +15,7 @@ class Mismatch(Detector):
     source = "Yang, Gao, Mirzasoleiman, ICML 2024"
     family = "cosine"
 
-    def find(self, data, worst):
+    def find(self, data: AuditData, worst: float) -> Finding:
         """Flags the lowest scores, `worst` of all at most, and only where the mixture's higher component has a
         posterior below 0.1."""
         score_N = np.clip((data.score_N - data.low) / (data.high - data.low), 0, 1)
@@ -32,7 +33,7 @@ class History(Detector):
     needs = ("rounds",)
     family = "cosine"
 
-    def find(self, data, worst):
+    def find(self, data: AuditData, worst: float) -> Finding:
         """The score is the mean over the rounds of the fraction of pairs with a lower cosine. more: epochs_risky,
         flips."""
         total_N, seen_N = np.zeros(data.N, np.float32), np.zeros(data.N, np.int32)
@@ -58,9 +59,10 @@ class Excluded(Detector):
     needs = ("excluded",)
     ranks = False
 
-    def find(self, data, worst):
+    def find(self, data: AuditData, worst: float) -> Finding:
         """The score is 0 or 1. A group for each guard, the largest first."""
-        names, rows_of = {guard.reason: name for name, guard in GUARDS.items()}, {}
+        names = {guard.reason: name for name, guard in GUARDS.items()}
+        rows_of: dict[str, list[int]] = {}
         for row, reason in data.excluded.items():
             rows_of.setdefault(reason, []).append(row)
         groups = [
@@ -79,7 +81,7 @@ class Broken(Detector):
     text = "Pictures that cannot be decoded, captions that are missing, blank or no UTF-8."
     ranks = False
 
-    def find(self, data, worst):
+    def find(self, data: AuditData, worst: float) -> Finding:
         score_N = np.ones(data.N, np.float32)
         score_N[list(data.reasons)] = 0
         return Finding(score_N, score_N == 0)

@@ -5,38 +5,41 @@ trigger has no near neighbours in a small random sample of the data, in which to
 sampled pictures, K neighbours.
 """
 
+from abc import abstractmethod
+
 import faiss
 import numpy as np
 
+from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Detector, Finding, detector, lowest
 
 NEIGHBOURS = 16
 EXACT = 1 << 16  # references up to this size are searched exactly, larger ones by IVF
 
 
-def unit(rows_BD):
+def unit(rows_BD: np.ndarray) -> np.ndarray:
     """float32 rows of unit length; a row without direction stays zero."""
     rows_BD = np.ascontiguousarray(rows_BD, np.float32)
     return rows_BD / np.maximum(np.linalg.norm(rows_BD, axis=1, keepdims=True), 1e-12)
 
 
-def build_index(rows_RD):
+def build_index(rows_RD: np.ndarray) -> faiss.Index:
     """faiss index of inner products: exact, or IVF where there are many rows."""
     width = rows_RD.shape[1]
     if len(rows_RD) <= EXACT:
-        index = faiss.IndexFlatIP(width)
+        index: faiss.Index = faiss.IndexFlatIP(width)
     else:
         cells = int(4 * np.sqrt(len(rows_RD)))
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
+        index = inverted = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
         index.train(
             rows_RD[np.random.default_rng(0).choice(len(rows_RD), min(len(rows_RD), 40 * cells), replace=False)]
         )
-        index.nprobe = 16
+        inverted.nprobe = 16
     index.add(rows_RD)
     return index
 
 
-def search(index, rows_BD, own_B, k):
+def search(index: faiss.Index, rows_BD: np.ndarray, own_B: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(distances, numbers), both (B, k): the k nearest of the index, without the number own_B (-1: none); Euclid's
     distance."""
     similarity_BK, number_BK = index.search(rows_BD, k + 1)
@@ -47,7 +50,7 @@ def search(index, rows_BD, own_B, k):
     return distance_BK, number_BK[keep_BK].reshape(shape)
 
 
-def neighbourhoods(data):
+def neighbourhoods(data: AuditData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(distance_NK, number_NK, distance_RK): of every pair's picture the nearest of data.sample random ones, and of
     those theirs. Made once."""
     if "neighbourhoods" not in data.cache:
@@ -71,7 +74,12 @@ class Neighbourhood(Detector):
     needs = ("images",)
     family = "neighbourhood"
 
-    def find(self, data, worst):
+    @staticmethod
+    @abstractmethod
+    def factor(distance_NK: np.ndarray, number_NK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
+        """(N,): the factor of each picture, from what `neighbourhoods` gives."""
+
+    def find(self, data: AuditData, worst: float) -> Finding:
         factor_N = self.factor(*neighbourhoods(data))
         there = np.flatnonzero(~np.isnan(data.score_N))
         score_N = np.full(data.N, np.nan, np.float32)
@@ -87,7 +95,7 @@ class KDistance(Neighbourhood):
     source = "Ramaswamy, Rastogi, Shim, SIGMOD 2000; Huang et al., ICLR 2025"
 
     @staticmethod
-    def factor(distance_NK, number_NK, distance_RK):
+    def factor(distance_NK: np.ndarray, number_NK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
         return distance_NK[:, -1]
 
 
@@ -99,7 +107,7 @@ class SLOF(Neighbourhood):
     source = "Schubert, Zimek, Kriegel, DMKD 2014; Huang et al., ICLR 2025"
 
     @staticmethod
-    def factor(distance_NK, number_NK, distance_RK):
+    def factor(distance_NK: np.ndarray, number_NK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
         return (distance_NK[:, -1:] / distance_RK[number_NK, -1]).mean(1)
 
 
@@ -111,7 +119,7 @@ class DAO(Neighbourhood):
     source = "Anderberg et al., SDM 2024; Huang et al., ICLR 2025"
 
     @staticmethod
-    def factor(distance_NK, number_NK, distance_RK):
+    def factor(distance_NK: np.ndarray, number_NK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
         """The dimension is its maximum likelihood estimate, -1 / mean log(d_i / d_k) (Amsaleg et al., KDD 2015)."""
         dimension_R = -1 / np.minimum(np.log(distance_RK / distance_RK[:, -1:]).mean(1), -1e-6)
         ratio_NK = np.log(distance_NK[:, -1:] / distance_RK[number_NK, -1])

@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Detector, Finding, Group, detector, lowest
 from pipeline.audit.detectors.repeated import near_groups
+from pipeline.audit.embeddings import Rows
 from pipeline.audit.pixels import GRID
 
 LEAST = 5  # unlike pictures that must have a cell in common
@@ -29,7 +31,7 @@ class CommonPatch(Detector):
     )
     needs = ("cells", "hash_N")
 
-    def find(self, data, worst):
+    def find(self, data: AuditData, worst: float) -> Finding:
         """The score is 1 / excess of the picture's most suspect cell: its unlike pictures (near-duplicates count once),
         over 1 + those expected there. Expected at a place is the mean count of the same cell at all other places: edges
         and textures are everywhere, a patch is not. Flags the lowest scores, `worst` of all at most, and only from
@@ -41,15 +43,16 @@ class CommonPatch(Detector):
         score_N[np.isnan(data.score_N)] = np.nan
         for excess, cells, rows in merged(found):
             row, column = np.divmod(np.array(cells), GRID)
-            box = (column.min() / GRID, row.min() / GRID, (column.max() + 1) / GRID, (row.max() + 1) / GRID)
+            left, top = float(column.min() / GRID), float(row.min() / GRID)
+            right, bottom = float((column.max() + 1) / GRID), float((row.max() + 1) / GRID)
             text = (
                 f"{len(rows)} pictures share {len(cells)} of {GRID * GRID} cells, {excess:.0f} x as often as elsewhere"
             )
-            groups.append(Group("the same patch", text, rows, excess, tuple(float(side) for side in box)))
+            groups.append(Group("the same patch", text, rows, excess, (left, top, right, bottom)))
         return Finding(score_N, lowest(score_N, worst) & (score_N <= 1 / EXCESS), groups)
 
 
-def repeated_cells(cells, picture_N):
+def repeated_cells(cells: Rows, picture_N: np.ndarray) -> tuple[np.ndarray, list[tuple[float, int, np.ndarray]]]:
     """(excess_N, found): the highest excess of each picture's cells that LEAST unlike pictures have at one place, 0
     without one, and [(excess, cell, rows)] of those from EXCESS on, the highest first.
 
@@ -62,7 +65,8 @@ def repeated_cells(cells, picture_N):
         for first, value_CN in cells.columns():
             sorted_C = pool.map(lambda value_N: repeated_values(value_N, picture_N), value_CN)
             kept += [(cell, *one) for cell, one in enumerate(sorted_C, first) if len(one[0])]
-    excess_N, found = np.zeros(len(picture_N), np.float32), []
+    excess_N = np.zeros(len(picture_N), np.float32)
+    found: list[tuple[float, int, np.ndarray]] = []
     if not kept:
         return excess_N, found
     value_V, inverse = np.unique(np.concatenate([k[3] for k in kept]), return_inverse=True)
@@ -77,7 +81,9 @@ def repeated_cells(cells, picture_N):
     return excess_N, sorted(found, key=lambda one: -one[0])
 
 
-def repeated_values(value_N, picture_N):
+def repeated_values(
+    value_N: np.ndarray, picture_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(rows, sizes, values, unlike) of one cell: the rows with a value that two unlike pictures have, value by value;
     of each value the number of its rows and of its unlike pictures."""
     there = np.flatnonzero(value_N)
@@ -93,9 +99,9 @@ def repeated_values(value_N, picture_N):
     return rows, sizes[often], value[starts[often]], unlike[often]
 
 
-def merged(found):
+def merged(found: list[tuple[float, int, np.ndarray]]) -> list[tuple[float, list[int], np.ndarray]]:
     """[(excess, cells, rows)]: the SHOWN worst patches, each of the cells whose pictures are much the same."""
-    patches = []
+    patches: list[tuple[float, list[int], np.ndarray]] = []
     for excess, cell, rows in found[:MERGED]:
         for patch in patches:
             both = len(np.intersect1d(patch[2], rows, assume_unique=True))

@@ -1,19 +1,22 @@
 """Repetitions: equal captions of different pictures, near-duplicate pictures with different captions."""
 
 import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 
+from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Detector, Finding, Group, detector, lowest
 from pipeline.audit.detectors.neighbourhood import unit
+from pipeline.audit.embeddings import Rows
 from pipeline.audit.pixels import hamming
 
 NEAR = 3  # bits of a picture's hash that near-duplicates may differ in; bands of 64 / (NEAR + 1) bits find them all
 GROUPS = 200  # reported by a detector
 
 
-def agreement(rows, group_N, count):
+def agreement(rows: Rows, group_N: np.ndarray, count: int) -> np.ndarray:
     """float32 (N,): mean cosine of each row with the others of its group, in -1..1. Rows alone in a group: 1.
 
     rows: embeddings.Rows; group_N: number of the group of each row, -1 = none; count: groups.
@@ -31,8 +34,8 @@ def agreement(rows, group_N, count):
     return agree_N
 
 
-def groups_of(score_N, group_N, titles, text):
-    """List of Group, of the lowest mean score and the most members first."""
+def groups_of(score_N: np.ndarray, group_N: np.ndarray, titles: Callable[[np.ndarray], str], text: str) -> list[Group]:
+    """Of the lowest mean score and the most members first."""
     order = np.lexsort((score_N, group_N))
     order = order[group_N[order] >= 0]
     starts = np.flatnonzero(np.diff(group_N[order], prepend=-1))
@@ -55,9 +58,10 @@ class RepeatedCaption(Detector):
     source = "ours; a backdoor's captions name one class (Carlini and Terzis, ICLR 2022)"
     needs = ("captions", "images")
 
-    def find(self, data, worst):
+    def find(self, data: AuditData, worst: float) -> Finding:
         """The score is (1 + mean cosine of the picture with the others of its caption) / 2."""
-        numbers, group_N = {}, np.full(data.N, -1, np.int64)
+        numbers: dict[str, int] = {}
+        group_N = np.full(data.N, -1, np.int64)
         for row, caption in enumerate(data.captions):
             if caption is not None and not np.isnan(data.score_N[row]):
                 plain = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
@@ -79,7 +83,7 @@ class NearDuplicate(Detector):
     source = "Zauner 2010 (picture hashes); Carlini and Terzis, ICLR 2022 (targeted poison repeats its picture)"
     needs = ("hash_N", "texts", "captions")
 
-    def find(self, data, worst):
+    def find(self, data: AuditData, worst: float) -> Finding:
         """The score is (1 + mean cosine of the caption with those of the picture's other copies) / 2."""
         group_N = near_groups(np.where(np.isnan(data.score_N), 0, data.hash_N))
         count = int(group_N.max()) + 1
@@ -90,13 +94,13 @@ class NearDuplicate(Detector):
         return Finding(score_N, lowest(score_N, worst), groups)
 
 
-def renumbered(group_N, keep_G):
+def renumbered(group_N: np.ndarray, keep_G: np.ndarray) -> np.ndarray:
     """Group numbers 0, 1, ... of the groups to keep, -1 for all others."""
     number_G = np.where(keep_G, np.cumsum(keep_G) - 1, -1)
     return np.where(group_N >= 0, number_G[group_N], -1) if len(keep_G) else group_N
 
 
-def near_groups(hash_N):
+def near_groups(hash_N: np.ndarray) -> np.ndarray:
     """int64 (N,): number of the group of near-duplicates of each picture, -1 = it has none. Hash 0 (plain, unread) has
     none.
 
