@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.data import describe, open_cache, open_index, open_overlay
+from pipeline.config.schema import Config, Data
 from pipeline.distributed import comm
-from pipeline.doctor.footprint import check_disk, check_memory, existing, human, measure
+from pipeline.doctor.footprint import Findings, check_disk, check_memory, existing, human, measure
 from pipeline.evaluation.testset import TestSet
 from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.round import mask_folder
@@ -28,6 +30,7 @@ from pipeline.training.curriculum import curriculum
 from pipeline.training.start import inspect, steps_per_epoch
 from shards.errors import BadSample, UserError
 from shards.index import tar
+from shards.index.shard_index import Shard, ShardIndex
 from shards.samples.samples import Samples
 from shards.storage.remote import open_shard
 
@@ -35,7 +38,7 @@ SPREAD = 32  # shards of which one sample is decoded
 NETWORK_MB = 64  # of the all-reduce that is timed
 
 
-def examine(config, ranks=None, content=False):
+def examine(config: Config, ranks: int | None = None, content: bool = False) -> Findings:
     """[(level, about, text)], the same on every rank. All ranks call.
 
     `ranks`: number of processes that the run will have (default: those that are here). `content`: read all shards and
@@ -59,7 +62,7 @@ def examine(config, ranks=None, content=False):
     return found + check_network()
 
 
-def everywhere(check):
+def everywhere(check: Callable[[], Findings]) -> Findings:
     """What `check` finds on each host (on its first rank); what only some hosts find is said of them by name."""
     mine = check() if os.environ["LOCAL_RANK"] == "0" else None
     hosts = [(host, found) for host, found in comm.gather_objects((socket.gethostname(), mine)) if found is not None]
@@ -68,7 +71,7 @@ def everywhere(check):
     return [(level, about, f"on {host}: {text}") for host, found in hosts for level, about, text in found]
 
 
-def check_shards(config, content=False):
+def check_shards(config: Config, content: bool = False) -> Findings:
     """The shards are there as they were indexed, and samples of them can be read. On one rank of each host."""
     try:
         index = open_index(config.data)
@@ -114,10 +117,10 @@ def check_shards(config, content=False):
     return found
 
 
-def changed_shards(index, data):
+def changed_shards(index: ShardIndex, data: Data) -> list[str]:
     """Paths of the shards whose bytes are not those that were indexed."""
 
-    def content(shard):
+    def content(shard: Shard) -> str:
         with open_shard(shard.path, shard.size, data.remote_timeout, data.allow_pipe) as file:
             stream = tar.Stream(file)
             stream.skip_to(float("inf"))
@@ -127,7 +130,7 @@ def changed_shards(index, data):
         return [s.path for s, found in zip(index.shards, pool.map(content, index.shards)) if found != s.fingerprint]
 
 
-def check_cache(config, index):
+def check_cache(config: Config, index: ShardIndex) -> Findings:
     """Whether the cache of shards from behind URLs can hold what a batch is drawn from, and its disk can hold the
     cache."""
     sizes = [shard.size for shard in index.shards if shard.remote]
@@ -153,7 +156,7 @@ def check_cache(config, index):
     return [("ok", "data", text)]
 
 
-def check_config(config, index, ranks):
+def check_config(config: Config, index: ShardIndex, ranks: int) -> Findings:
     """Batch, processes and pairs fit each other; the test set is there."""
     try:
         steps = steps_per_epoch(config, index, ranks)
@@ -186,7 +189,7 @@ def check_config(config, index, ranks):
     return found
 
 
-def check_run_dir(config, index, ranks):
+def check_run_dir(config: Config, index: ShardIndex, ranks: int) -> Findings:
     """The run directory's state is complete and belongs to this config and this data."""
     if not config.run.dir:
         return [("warning", "run.dir", "none named; name the run's directory with run.dir=DIR to have it checked")]
@@ -221,7 +224,7 @@ def check_run_dir(config, index, ranks):
     return found + [("ok", "run.dir", text)]
 
 
-def check_shared(config):
+def check_shared(config: Config) -> Findings:
     """Every host sees the run directory, or where it will be made: what rank 0 puts there, all must find. All ranks
     call."""
     if not config.run.dir:
@@ -236,7 +239,7 @@ def check_shared(config):
     if wrong:
         return [("fatal", "run.dir", f"{place} cannot be written ({wrong}); take another run.dir, or mend that")]
 
-    def see():
+    def see() -> Findings:
         if Path(name).exists():
             return [("ok", "run.dir", f"{Path(name).parent} can be written, and every host sees what is")]
         return [
@@ -253,7 +256,7 @@ def check_shared(config):
     return found
 
 
-def check_network():
+def check_network() -> Findings:
     """All ranks answer, and how fast they sum. All ranks call."""
     if comm.world() == 1:
         return [("ok", "network", "one process; start it under torchrun or srun, as the run, to try the network")]

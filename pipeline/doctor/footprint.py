@@ -12,9 +12,12 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.guards import make_guards
+from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.training.curriculum import curriculum
 from pipeline.training.model import build_model, open_clip_config
 from shards.index.shard_index import ShardIndex
+
+Findings = list[tuple[str, str, str]]  # (level, about, text)
 
 SCORE_BYTES = 40  # of a pair in a round's score files: position, key, cosine
 HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
@@ -24,7 +27,7 @@ SAMPLE_BYTES = 2 * (
 SPARE = 0.9  # fraction of a device's memory that may be spoken for before activations
 
 
-def measure(config):
+def measure(config: Config) -> dict[str, int]:
     """{"parameters", "embed_dim"} of the model, without the memory for it. Raises UserError."""
     with torch.device("meta"):
         model = build_model(asdict(config.model))
@@ -32,7 +35,7 @@ def measure(config):
     return {"parameters": sum(p.numel() for p in model.parameters()), "embed_dim": width}
 
 
-def memory_parts(config, size, ranks):
+def memory_parts(config: Config, size: dict[str, int], ranks: int) -> dict[str, float]:
     """{what: bytes} that one rank holds on its device all the time; activations come on top.
 
     ZeRO shares out the optimizer's state from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et al. 2020,
@@ -50,10 +53,11 @@ def memory_parts(config, size, ranks):
     }
 
 
-def check_memory(config, index, size, ranks):
+def check_memory(config: Config, index: ShardIndex, size: dict[str, int], ranks: int) -> Findings:
     """Whether what a rank holds fits its device, and what its ranks share fits the host. On one rank of each host."""
     parts = memory_parts(config, size, ranks)
     total = sum(parts.values())
+    there: float
     if torch.cuda.is_available():
         place, there = "GPU", torch.cuda.get_device_properties(comm.device()).total_memory
     else:
@@ -69,7 +73,7 @@ def check_memory(config, index, size, ranks):
     return found + check_host(config, index)
 
 
-def check_host(config: Config, index: ShardIndex) -> list[tuple]:
+def check_host(config: Config, index: ShardIndex) -> Findings:
     """Whether what the ranks of a host share fits its temporary folder, and the sample of a guard their memory."""
     guards = make_guards(config.guards) if config.train.method == "safeclip" else []
     # During the pass of the guards a pair has beside its score a number and a bit of each, and whether it can be read.
@@ -80,7 +84,7 @@ def check_host(config: Config, index: ShardIndex) -> list[tuple]:
     found = [("ok", "memory", text)]
     if host > free:
         found = [("fatal", "memory", f"{text}; set TMPDIR to a larger disk of the host's own")]
-    pairs = sum(min(guard.settings.sample, index.samples) for guard in guards if guard.name == "trigger_clusters")
+    pairs = sum(min(guard.settings.sample, index.samples) for guard in guards if isinstance(guard, TriggerClusters))
     if pairs:
         text = f"the sample of trigger_clusters takes {human(SAMPLE_BYTES * pairs)} of host memory on each rank, once"
         if SAMPLE_BYTES * pairs > SPARE * host_memory():
@@ -94,7 +98,7 @@ def host_memory() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
-def check_disk(config, index, size, ranks):
+def check_disk(config: Config, index: ShardIndex, size: dict[str, int], ranks: int) -> Findings:
     """Whether the checkpoints and the masks of the run fit where they are written."""
     if not config.run.dir:
         return []
@@ -117,7 +121,7 @@ def check_disk(config, index, size, ranks):
     return [("ok", "disk", text)]
 
 
-def checkpoint_bytes(config, size):
+def checkpoint_bytes(config: Config, size: dict[str, int]) -> int:
     """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in
     fp32, the support queues."""
     stage, half = config.train.zero_stage, config.train.precision == "bf16"
@@ -125,13 +129,13 @@ def checkpoint_bytes(config, size):
     return weights * size["parameters"] + 2 * 4 * config.train.support_queue * size["embed_dim"]
 
 
-def existing(path):
+def existing(path: Path | str) -> Path:
     """The folder itself, or the nearest one above it that exists."""
     path = Path(path).absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def human(count):
+def human(count: float) -> str:
     """Bytes as text."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
