@@ -4,13 +4,18 @@ UserError.
 Heavy packages are imported in the commands that use them: `safeclip --help` answers at once.
 """
 
+import argparse
 import sys
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.training.signals import StopSignal
 
-def data(args):
+
+def data(args: argparse.Namespace) -> None:
     if args.name == "wordnet":
         from shards.views import wordnet
 
@@ -34,7 +39,7 @@ def data(args):
     print(f"{args.out}: train/, test/, index/, labels/ and test_index/ are ready")
 
 
-def index(args):
+def index(args: argparse.Namespace) -> None:
     from shards.index.shard_index import build_index
 
     built = build_index(
@@ -45,19 +50,19 @@ def index(args):
         print(f"  {count:,} x {reason}" + ("" if args.report else " (--report FILE lists them)"))
 
 
-def shards_csv(args):
+def shards_csv(args: argparse.Namespace) -> None:
     from shards.build.ingest import from_csv
 
     print(from_csv(args.file, args.out, args.root, args.path, args.caption, args.separator, args.per_shard))
 
 
-def shards_folder(args):
+def shards_folder(args: argparse.Namespace) -> None:
     from shards.build.ingest import from_folder
 
     print(from_folder(args.folder, args.out, args.classes, args.per_shard))
 
 
-def attack(args):
+def attack(args: argparse.Namespace) -> None:
     from pipeline.attacks.manifest import make_attack
     from pipeline.attacks.sheet import show
     from pipeline.config.load import override, read_yaml
@@ -71,7 +76,7 @@ def attack(args):
     print(make_attack(config))
 
 
-def doctor(args):
+def doctor(args: argparse.Namespace) -> None:
     from pipeline.config.load import load_config
 
     config = load_config(args.config, args.overrides)
@@ -87,7 +92,7 @@ def doctor(args):
         sys.exit(2)
 
 
-def train(args):
+def train(args: argparse.Namespace) -> None:
     from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal
 
     try:
@@ -98,7 +103,7 @@ def train(args):
         sys.exit(EXIT_CODE)
 
 
-def train_until(stop, args):
+def train_until(stop: "StopSignal", args: argparse.Namespace) -> None:
     from pipeline.config.load import load_config
 
     config = load_config(args.config, args.overrides)
@@ -115,19 +120,19 @@ def train_until(stop, args):
     comm.shutdown()
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace) -> None:
     from pipeline.evaluation.run import evaluate_run, summary
 
     print(f"{args.run}: {summary(evaluate_run(args.run, args.baseline, args.overrides, args.unpoisoned))}")
 
 
-def compare(args):
+def compare(args: argparse.Namespace) -> None:
     from pipeline.evaluation.table import compare as compare_runs
 
     print(compare_runs(args.clip_run, args.safeclip_run, args.out))
 
 
-def export(args):
+def export(args: argparse.Namespace) -> None:
     from pipeline.config.load import load_config
     from pipeline.training.export import export_run
 
@@ -135,25 +140,25 @@ def export(args):
     print(f'{args.out}: open_clip.create_model_and_transforms("local-dir:{args.out}")')
 
 
-def mask_show(args):
+def mask_show(args: argparse.Namespace) -> None:
     from pipeline.audit.mask_commands import show
 
     print(show(args.mask, args.json))
 
 
-def mask_export(args):
+def mask_export(args: argparse.Namespace) -> None:
     from pipeline.audit.export import export_mask
 
     print(f"{args.out}: {export_mask(args.mask, args.format, args.out, args.shards):,} rows, {args.format}")
 
 
-def mask_diff(args):
+def mask_diff(args: argparse.Namespace) -> None:
     from pipeline.audit.mask_commands import diff
 
     print(diff(args.a, args.b, args.out))
 
 
-def mask_replay(args):
+def mask_replay(args: argparse.Namespace) -> None:
     from pipeline.audit.mask_commands import replay, what_if
 
     other = args.posterior is not None or args.fraction is not None
@@ -169,26 +174,26 @@ def mask_replay(args):
     sys.exit(0 if same else 1)
 
 
-def mask_apply(args):
+def mask_apply(args: argparse.Namespace) -> None:
     from pipeline.audit.apply import apply_mask
 
     print(apply_mask(args.mask, args.shards, args.out, args.keep, args.review))
 
 
-def mask_filter(args):
+def mask_filter(args: argparse.Namespace) -> None:
     from pipeline.audit.filter import filter_pairs
 
     print(filter_pairs(args.scores, args.by, args.remove, args.out))
 
 
-def mask_oracle(args):
+def mask_oracle(args: argparse.Namespace) -> None:
     from pipeline.audit.filter import keep_unpoisoned
     from shards.index.shard_index import ShardIndex
 
     print(keep_unpoisoned(args.overlay, ShardIndex.load(args.index), args.out, args.fraction, args.seed))
 
 
-def score(args):
+def score(args: argparse.Namespace) -> None:
     from pipeline.audit.score import score as score_pairs
     from pipeline.distributed import comm
 
@@ -199,7 +204,7 @@ def score(args):
     comm.shutdown()
 
 
-def audit(args):
+def audit(args: argparse.Namespace) -> None:
     from pipeline.audit.audit import audit as audit_pairs
 
     print(audit_pairs(args.source, args.out, args.scores, args.truth, args.detectors, args.worst, args.sample))

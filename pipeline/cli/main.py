@@ -21,18 +21,24 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
 
 from pipeline.cli import commands
 from shards.errors import RunFailed, Unreachable, UserError
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="safeclip", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     groups = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(run, text, under=groups, name=None):
+    def command(
+        run: Callable[[argparse.Namespace], None],
+        text: str,
+        under: "argparse._SubParsersAction[argparse.ArgumentParser]" = groups,
+        name: str | None = None,
+    ) -> argparse.ArgumentParser:
         sub = under.add_parser(name or run.__name__.rpartition("_")[2], help=text, description=text)
         sub.set_defaults(run_command=run)
         return sub
@@ -64,8 +70,8 @@ def parser():
     sub.add_argument("--remote-timeout", type=float, default=120.0, help="seconds to wait for a server (default 120)")
     sub.add_argument("--allow-pipe", action="store_true", help="run the commands of shards named pipe:COMMAND")
     text = "make shards of a list or a folder of pictures; a bad row is listed beside its shard, and the rest is kept"
-    makers = groups.add_parser("shards", help=text, description=text)
-    makers = makers.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
+    shards = groups.add_parser("shards", help=text, description=text)
+    makers = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
     sub = command(
         commands.shards_csv,
         "CSV or TSV of paths and captions, as published for SafeCLIP and open_clip",
@@ -123,8 +129,8 @@ def parser():
     sub.add_argument("run")
     sub.add_argument("out")
     text = "a saved mask as an artefact of its own: MASK is RUN/masks/epoch_NNN, and no other file of the run is needed"
-    masks = groups.add_parser("mask", help=text, description=text)
-    masks = masks.add_subparsers(dest="mask_command", required=True, metavar="COMMAND")
+    mask = groups.add_parser("mask", help=text, description=text)
+    masks = mask.add_subparsers(dest="mask_command", required=True, metavar="COMMAND")
     sub = command(commands.mask_show, "what a mask is, in a few lines", masks)
     sub.add_argument("mask", metavar="MASK")
     sub.add_argument("--json", action="store_true", help="the same as JSON")
@@ -225,12 +231,12 @@ def parser():
     return top
 
 
-def own_words(error):
+def own_words(error: Exception) -> str:
     """The message of an error; torch puts the traceback of a reading process around it."""
     return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes: 0 done, 2 the user's mistake (one line on stderr), 75 asked to stop, 1 anything
     else."""
     args = parser().parse_args(argv)

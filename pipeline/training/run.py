@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn50.yaml run.dir
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ Evaluator = Callable[[torch.nn.Module, Views, torch.device], dict]
 LOG_EVERY = 20  # steps between lines of metrics.jsonl
 
 
-def train(config: Config, evaluators: dict[str, Evaluator] | None = None, stop: StopSignal | None = None) -> dict:
+def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, stop: StopSignal | None = None) -> dict:
     """Train to the end, from the newest complete checkpoint if there is one; returns the run's state.
 
     evaluators: {name: function(engine, views, device) -> dict of figures}, called by all ranks after an epoch. stop: an
@@ -202,7 +202,7 @@ def not_finite(run: Run, epoch: Epoch, step: Step, loss: torch.Tensor) -> None:
     run.logger.say(f"  skipped {text} ({run.state['skipped']} so far)")
 
 
-def evaluate(run: Run, epoch: Epoch, evaluators: dict[str, Evaluator]) -> None:
+def evaluate(run: Run, epoch: Epoch, evaluators: Mapping[str, Evaluator]) -> None:
     """Run the evaluators after an epoch, if the config asks for it."""
     done, every = epoch.number + 1, run.config.evaluation.every
     if done == len(run.epochs) or every and done % every == 0 and epoch.end is None:
