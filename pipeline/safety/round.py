@@ -30,8 +30,9 @@ from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, byte_starts, shard_list
 from shards.storage.files import write_bytes
 
-# A round warns when the lower end of Wilson's interval of the passing fraction of negative controls is above this.
-MAX_PASSING = 1 / 3
+# A round warns when negative controls pass this often, by the lower end of Wilson's interval, compared with all pairs.
+# Recorded rounds that protected a run have up to .65, those that did not .87 and more (tests/benchmarks/attacks.json).
+MAX_PASSING = 3 / 4
 
 
 @dataclass
@@ -175,10 +176,10 @@ def outcome(
     if np.isnan(control_C).all():
         return lowest, {}, []
     found, warnings = passing(rank(control_C), threshold), []
-    if found["low"] > MAX_PASSING:
+    if found["low"] > MAX_PASSING * mask.fraction:
         warnings.append(
-            "over a third of the negative controls would pass: this threshold keeps few wrong captions out, "
-            "lower selection.max_fraction"
+            f"{found['fraction']:.0%} of the negative controls would pass: the scores hardly tell wrong captions, and "
+            "guards may find nothing; more pairs or more steps before the first round are needed"
         )
     return lowest, {"negative_controls": found}, warnings
 
