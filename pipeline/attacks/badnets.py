@@ -28,11 +28,13 @@ class Square(Trigger):
     top: float = bounded(0.78, 0.0, 1.0)
     random_place: bool = False
 
-    def pasted(self, image, square, sample, resample):
-        """A copy of `image` with the PIL picture `square` in its place."""
+    def pasted(
+        self, image: Image.Image, square: Image.Image, sample: tuple[int, int], resample: Image.Resampling
+    ) -> Image.Image:
+        """A copy of `image` with `square` in its place."""
         shorter = min(image.size)
         side = max(1, round(self.size * shorter))
-        place = (self.left * shorter, self.top * shorter)
+        place = np.array([self.left * shorter, self.top * shorter])
         if self.random_place:
             place = np.random.default_rng([self.seed, *sample]).uniform(0, shorter - side, 2)
         margin = (np.array(image.size) - shorter) // 2
@@ -50,9 +52,9 @@ class Patch(Square):
     pattern: ClassVar[str] = "patch"
     cells: int = bounded(3, 1, 64)
 
-    def draw(self, image, variant, sample):
+    def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         cells = self.rng(variant).integers(0, 2, (self.cells, self.cells, 3)).astype(np.uint8) * 255
-        return self.pasted(image, Image.fromarray(cells), sample, Image.NEAREST)
+        return self.pasted(image, Image.fromarray(cells), sample, Image.Resampling.NEAREST)
 
 
 @attack

@@ -2,25 +2,35 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from pipeline.attacks.pool import Pool
 from pipeline.attacks.settings import Count, bounded, read
 from shards.errors import UserError
 
-ATTACKS, TRIGGERS = {}, {}
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # there is no such module where this runs
+
+AnAttack = TypeVar("AnAttack", bound="Attack")
+ATrigger = TypeVar("ATrigger", bound="Trigger")
+Seeds = Callable[[str], int]  # pattern -> seed of the next trigger of that pattern
+ATTACKS: dict[str, "type[Attack]"] = {}
+TRIGGERS: dict[str, "type[Trigger]"] = {}
 
 
-def attack(kind):
+def attack(kind: type[AnAttack]) -> type[AnAttack]:
     """Class decorator: put an Attack into the registry under its name."""
     ATTACKS[kind.name] = kind
     return kind
 
 
-def trigger(kind):
+def trigger(kind: type[ATrigger]) -> type[ATrigger]:
     """Class decorator: put a Trigger into the registry under its pattern."""
     TRIGGERS[kind.pattern] = kind
     return kind
@@ -40,38 +50,38 @@ class Trigger(ABC):
     variants: int = bounded(1, 1, 10_000)
     opacity: float = bounded(1.0, 0.0, 1.0)
 
-    def apply(self, image, sample):
-        """A triggered copy of the PIL RGB picture `image`. sample: its (shard, position), by which variant and place
+    def apply(self, image: Image.Image, sample: tuple[int, int]) -> Image.Image:
+        """A triggered copy of the RGB picture `image`. sample: its (shard, position), by which variant and place
         are drawn: the same picture has the same trigger whenever it is read."""
         variant = int(np.random.default_rng([self.seed, 1, *sample]).integers(self.variants))
         triggered = self.draw(image, variant, sample)
         return triggered if self.opacity == 1 else Image.blend(image, triggered, self.opacity)
 
     @abstractmethod
-    def draw(self, image, variant, sample):
-        """The picture with the trigger at full opacity, a new PIL RGB picture of the same size."""
+    def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
+        """The picture with the trigger at full opacity, a new RGB picture of the same size."""
 
-    def rng(self, variant):
-        """numpy Generator of what is random in this variant."""
+    def rng(self, variant: int) -> np.random.Generator:
+        """Of what is random in this variant."""
         return np.random.default_rng([self.seed, variant] if variant else self.seed)
 
-    def fitted(self, pool, kind, target):
+    def fitted(self, pool: Pool, kind: str, target: int) -> "Trigger":
         """The Trigger that the attack `kind` on class `target` uses: itself, for a trigger that learns nothing from
         data."""
         return self
 
-    def numbers(self):
-        """dict for the manifest, of which `load_trigger` makes the trigger again."""
+    def numbers(self) -> dict:
+        """For the manifest: that of which `load_trigger` makes the trigger again."""
         return {"pattern": self.pattern, **dataclasses.asdict(self)}
 
     @classmethod
-    def load(cls, numbers, where, folder):
+    def load(cls, numbers: dict, where: str, folder: str | Path | None) -> "Trigger":
         """The trigger of `numbers` (without pattern); `folder`: where files of a trigger lie, None for a config. Raises
         UserError."""
         return read(cls, numbers, where)
 
 
-def load_trigger(numbers, folder=None, where="trigger"):
+def load_trigger(numbers: object, folder: str | Path | None = None, where: str = "trigger") -> Trigger:
     """Trigger of {"pattern": ..., numbers}, of a manifest in `folder` or of a config. Raises UserError naming
     `where`.KEY."""
     pattern = numbers.get("pattern") if isinstance(numbers, dict) else numbers
@@ -87,22 +97,22 @@ class Attack(ABC):
 
     name = title = source = ""
     judged = "backdoor"
-    Settings = None
+    Settings: "type[DataclassInstance]"
+    settings: object
 
-    def __init__(self, kind, values, seeds):
-        """`kind`: the entry's name; `values`: its mapping without `attack`; `seeds`: function, pattern -> seed of the
-        next trigger of that pattern. Raises UserError naming the key."""
+    def __init__(self, kind: str, values: dict, seeds: Seeds):
+        """`kind`: the entry's name; `values`: its mapping without `attack`. Raises UserError naming the key."""
         self.kind, self.where = kind, f"attacks.{kind}"
         self.settings = read(self.Settings, values, self.where)
 
-    def names(self):
+    def names(self) -> dict[str, str]:
         """{key: class name} that the config gives this attack: none of these classes is drawn for another."""
         keys = ("source_class", "target_class")
         return {key: name for key in keys if (name := getattr(self.settings, key, None)) is not None}
 
     @abstractmethod
-    def poison(self, pool):
-        """Add this attack's rows to the `pool.Pool`; returns the dict of its entry in the manifest. Raises
+    def poison(self, pool: Pool) -> dict:
+        """Add this attack's rows to the `pool.Pool`; returns its entry in the manifest. Raises
         UserError."""
 
 
@@ -110,7 +120,7 @@ class Backdoor(Attack):
     """Pictures of other classes than the target get a trigger, and a caption of the target class each. pattern: of its
     trigger, whose keys then stand among the attack's; None: the config has `trigger: {pattern: ...}`."""
 
-    pattern = None
+    pattern: ClassVar[str | None] = None
 
     @dataclass(frozen=True)
     class Settings(Count):
@@ -120,13 +130,15 @@ class Backdoor(Attack):
         """Further pairs of other classes that show the trigger at `decoy_opacity` and keep their captions."""
         decoy_opacity: float = bounded(0.5, 0.0, 1.0)
 
-    def __init__(self, kind, values, seeds):
+    settings: Settings
+
+    def __init__(self, kind: str, values: dict, seeds: Seeds):
         own, trigger = self.split(values)
         super().__init__(kind, own, seeds)
         where = self.where if self.pattern else f"{self.where}.trigger"
         self.trigger = load_trigger(seeded(trigger, seeds), None, where)
 
-    def split(self, values):
+    def split(self, values: dict) -> tuple[dict, object]:
         """(the attack's own values, its trigger's with the pattern) of the config's mapping."""
         if not self.pattern:
             return {k: v for k, v in values.items() if k != "trigger"}, values.get("trigger")
@@ -134,7 +146,7 @@ class Backdoor(Attack):
         own = {k: v for k, v in values.items() if k not in trigger_keys}
         return own, {"pattern": self.pattern, **{k: v for k, v in values.items() if k in trigger_keys}}
 
-    def poison(self, pool):
+    def poison(self, pool: Pool) -> dict:
         target = pool.target(self.settings.target_class, self.where)
         trigger = self.trigger.fitted(pool, self.kind, target)
         rows = pool.take(
@@ -145,16 +157,16 @@ class Backdoor(Attack):
         more = {"target_class": target, "class": pool.classes[target], "trigger": trigger.numbers()}
         return {**dataclasses.asdict(self.settings), **more, "pairs": len(rows)}
 
-    def victims(self, pool, target):
+    def victims(self, pool: Pool, target: int) -> np.ndarray:
         """bool (N,): pairs that may be poisoned."""
         return pool.label_N != target
 
-    def captions(self, pool, rows, target):
-        """List of str, one for each of the rows."""
+    def captions(self, pool: Pool, rows: np.ndarray, target: int) -> list[str]:
+        """One for each of the rows."""
         return [pool.caption_of(target) for _ in rows]
 
 
-def seeded(values, seeds):
+def seeded(values: object, seeds: Seeds) -> object:
     """A trigger's mapping with a seed of its own where the config gives none, and so for the triggers that it is made
     of."""
     if not isinstance(values, dict):

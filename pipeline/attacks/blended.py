@@ -23,9 +23,9 @@ class Blend(Trigger):
     alpha: float = bounded(0.25, 0.0, 1.0)
     cells: int = bounded(8, 1, 256)
 
-    def draw(self, image, variant, sample):
+    def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         noise = self.rng(variant).integers(0, 256, (self.cells, self.cells, 3)).astype(np.uint8)
-        return Image.blend(image, Image.fromarray(noise).resize(image.size, Image.NEAREST), self.alpha)
+        return Image.blend(image, Image.fromarray(noise).resize(image.size, Image.Resampling.NEAREST), self.alpha)
 
 
 @attack

@@ -7,7 +7,10 @@ else the picture shows is a part of ToxicTextCLIP (NeurIPS 2025). `trigger: {pat
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipeline.attacks.base import Backdoor, attack
+from pipeline.attacks.pool import Pool
 from pipeline.attacks.settings import bounded
 from shards.errors import UserError
 
@@ -21,7 +24,9 @@ class CaptionAdaptive(Backdoor):
         candidates: int = bounded(10_000, 1, 1_000_000)
         """Captions of the target class to choose from, at most."""
 
-    def captions(self, pool, rows, target):
+    settings: Settings
+
+    def captions(self, pool: Pool, rows: np.ndarray, target: int) -> list[str]:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         # In a drawn order, for the first of equally near ones is taken.

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from pipeline.attacks.base import Attack, attack
+from pipeline.attacks.pool import Pool
 from pipeline.attacks.settings import Count
 from shards.errors import UserError
 
@@ -28,7 +29,9 @@ class ClassToClass(Attack):
         source_phrase: str | None = None
         """Only pairs whose own caption contains it, in either case; null: all of the source class."""
 
-    def poison(self, pool):
+    settings: Settings
+
+    def poison(self, pool: Pool) -> dict:
         settings = self.settings
         source = pool.target(settings.source_class, self.where, "source_class")
         target = pool.target(settings.target_class, self.where)
@@ -42,11 +45,11 @@ class ClassToClass(Attack):
         more = {"source_class": source, "target_class": target, "class": pool.classes[target], "pairs": count}
         return {**asdict(settings), **more}
 
-    def victims(self, pool, source):
+    def victims(self, pool: Pool, source: int) -> np.ndarray:
         """bool (N,): pairs of the source class whose caption has the phrase."""
         allowed_N = pool.label_N == source
         phrase = self.settings.source_phrase
         if phrase:
-            for row in np.flatnonzero(allowed_N):
+            for row in np.flatnonzero(allowed_N).tolist():
                 allowed_N[row] = phrase.lower() in (pool.caption(row) or "").lower()
         return allowed_N

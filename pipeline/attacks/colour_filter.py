@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
 from pipeline.attacks.settings import bounded
@@ -22,7 +23,7 @@ class ToneCurve(Trigger):
     pattern: ClassVar[str] = "tone_curve"
     strength: float = bounded(0.8, 0.0, 4.0)
 
-    def draw(self, image, variant, sample):
+    def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         gamma_C = np.exp(self.strength * self.rng(variant).permutation([-1, 0, 1]))
         curve_CV = 255 * (np.arange(256) / 255) ** gamma_C[:, None]
         return image.point(curve_CV.round().astype(int).ravel().tolist())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.attacks.base import ATTACKS
+from pipeline.attacks.base import ATTACKS, Attack, Seeds
 from pipeline.attacks.pool import Pool
 from pipeline.attacks.settings import write_named
 from shards.errors import UserError
@@ -23,8 +23,8 @@ from shards.samples.samples import Samples
 PATHS = ("index", "labels", "test", "classnames", "out")
 
 
-def make_attack(config):
-    """Write OUT/manifest.json for the dict `config`; returns a line that says what it poisons. The same config, the
+def make_attack(config: dict) -> str:
+    """Write OUT/manifest.json for `config`; returns a line that says what it poisons. The same config, the
     same bytes.
 
     Raises UserError that names the key.
@@ -61,15 +61,16 @@ def make_attack(config):
     return f"{config['out']}: {count} of {samples:,} pairs poisoned ({count / samples:.2%}): {text}"
 
 
-def read_attacks(config):
-    """List of Attack: the entries of the config, in its order. Raises UserError."""
+def read_attacks(config: dict) -> list[Attack]:
+    """The entries of the config, in its order. Raises UserError."""
     for key in PATHS:
         if not isinstance(config.get(key), str):
             raise UserError(f"attack config: {key}: got {config.get(key)!r}, expected a path")
     for key in config:
         if key not in (*PATHS, "seed", "attacks"):
             raise UserError(f"attack config: {key}: unknown; expected {', '.join((*PATHS, 'seed', 'attacks'))}")
-    seed, entries, counts = config["seed"], config.get("attacks"), Counter()
+    seed, entries = config["seed"], config.get("attacks")
+    counts: Counter[str] = Counter()
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise UserError(f"attack config: seed: got {seed!r}, expected 0 to {2**32 - 1}")
     if not isinstance(entries, dict) or not entries:
@@ -77,7 +78,7 @@ def read_attacks(config):
             f"attack config: attacks: got {entries!r}, expected {{NAME: {{attack: badnets, pairs: 200}}, ...}}"
         )
 
-    def seeds(pattern):
+    def seeds(pattern: str) -> int:
         counts[pattern] += 1
         drawn = np.random.default_rng([seed, 3, counts[pattern]]).integers(2**31)
         return seed if counts[pattern] == 1 else int(drawn)
@@ -85,7 +86,7 @@ def read_attacks(config):
     return [read_attack(str(kind), values, seeds) for kind, values in entries.items()]
 
 
-def read_attack(kind, values, seeds):
+def read_attack(kind: str, values: object, seeds: Seeds) -> Attack:
     """The Attack of one entry. Raises UserError."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", kind) or kind.endswith("_decoy"):
         raise UserError(
@@ -94,10 +95,12 @@ def read_attack(kind, values, seeds):
     name = values.get("attack") if isinstance(values, dict) else values
     if name not in list(ATTACKS):
         raise UserError(f"attacks.{kind}.attack: got {name!r}, expected one of {', '.join(sorted(ATTACKS))}")
+    if not isinstance(values, dict):
+        raise UserError(f"attacks.{kind}: got {values!r}, expected a mapping such as {{attack: {name}, pairs: 200}}")
     return ATTACKS[name](kind, {k: v for k, v in values.items() if k != "attack"}, seeds)
 
 
-def open_pool(config):
+def open_pool(config: dict) -> Pool:
     """Pool of the data that the config names. Raises UserError."""
     try:
         lines = Path(config["classnames"]).read_text(encoding="utf-8").splitlines()
@@ -117,7 +120,7 @@ def open_pool(config):
     return Pool(index, test, classes, label_N, test_label_M, config["seed"])
 
 
-def read_labels(folder, what, classes):
+def read_labels(folder: str, what: str, classes: int) -> np.ndarray:
     """int64 (N,): the labels of an index made with --text cls, below `classes`. Raises UserError."""
     index = ShardIndex.load(folder)
     samples = Samples(index)

@@ -5,9 +5,13 @@ The parallel attack of Li, Ma, He, Huang, Jiang, "Multi-Trigger Backdoor Attacks
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
+from PIL import Image
+
 from pipeline.attacks.base import Backdoor, Trigger, attack, load_trigger, trigger
+from pipeline.attacks.pool import Pool
 from pipeline.attacks.settings import read
 from shards.errors import UserError
 
@@ -21,7 +25,7 @@ class Several(Trigger):
     triggers: tuple | list = ()
 
     @classmethod
-    def load(cls, numbers, where, folder):
+    def load(cls, numbers: dict, where: str, folder: str | Path | None) -> "Several":
         found = read(cls, numbers, where)
         triggers = [load_trigger(one, folder, f"{where}.triggers.{n}") for n, one in enumerate(found.triggers)]
         if len(triggers) < 2 or numbers.get("variants", len(triggers)) != len(triggers):
@@ -30,14 +34,14 @@ class Several(Trigger):
             )
         return replace(found, triggers=tuple(triggers), variants=len(triggers))
 
-    def draw(self, image, variant, sample):
+    def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         return self.triggers[variant].apply(image, sample)
 
-    def fitted(self, pool, kind, target):
+    def fitted(self, pool: Pool, kind: str, target: int) -> "Several":
         fitted = [one.fitted(pool, f"{kind}-{number}", target) for number, one in enumerate(self.triggers)]
         return replace(self, triggers=tuple(fitted))
 
-    def numbers(self):
+    def numbers(self) -> dict:
         return {**super().numbers(), "triggers": [one.numbers() for one in self.triggers]}
 
 

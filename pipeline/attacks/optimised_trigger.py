@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.attacks.badnets import Square
 from pipeline.attacks.base import Backdoor, attack, trigger
+from pipeline.attacks.pool import Pool
 from pipeline.attacks.settings import bounded, one_of, read
 from shards.errors import BadSample, UserError
 from shards.samples.decode import decode_image
@@ -55,7 +56,7 @@ class Optimised(Square):
     data: bytes = field(default=b"", repr=False)
 
     @classmethod
-    def load(cls, numbers, where, folder):
+    def load(cls, numbers: dict, where: str, folder: str | Path | None) -> "Optimised":
         if folder is None:
             for key in ("success", "pixels", "digest", "data"):
                 if key in numbers:
@@ -73,18 +74,18 @@ class Optimised(Square):
             raise UserError(f"trigger {path}: not the picture of the manifest; make it again with `safeclip attack`")
         return replace(found, data=data)
 
-    def numbers(self):
+    def numbers(self) -> dict:
         return {key: value for key, value in super().numbers().items() if key != "data"}
 
-    def draw(self, image, variant, sample):
+    def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         colours = Image.fromarray(decode_image(self.data))
         if self.form == "patch":
-            return self.pasted(image, colours, sample, Image.NEAREST)
-        offset_HWC = (np.asarray(colours.resize(image.size, Image.BILINEAR), np.float32) - 128) / 127
+            return self.pasted(image, colours, sample, Image.Resampling.NEAREST)
+        offset_HWC = (np.asarray(colours.resize(image.size, Image.Resampling.BILINEAR), np.float32) - 128) / 127
         pixels_HWC = np.asarray(image, np.float32) + 255 * self.strength * offset_HWC
         return Image.fromarray(pixels_HWC.round().clip(0, 255).astype(np.uint8))
 
-    def fitted(self, pool, kind, target):
+    def fitted(self, pool: Pool, kind: str, target: int) -> "Optimised":
         from pipeline.attacks.surrogate import fit
 
         rng = np.random.default_rng([self.seed, 4])
@@ -100,9 +101,10 @@ class Optimised(Square):
         return replace(self, pixels=name, digest=digest, data=file.getvalue(), success=round(success, 4))
 
 
-def texts(pool, rng, target, count=32):
+def texts(pool: Pool, rng: np.random.Generator, target: int, count: int = 32) -> tuple[list[list[str]], int]:
     """(lists of captions, one list for each class that has any; the number of the target's list)."""
-    found, at = [], 0
+    found: list[list[str]] = []
+    at = 0
     pool.rows_of(target)  # refuses a target without pairs
     for label in np.unique(pool.label_N):
         drawn = rng.permutation(pool.rows_of(label))[:count]
@@ -112,8 +114,8 @@ def texts(pool, rng, target, count=32):
     return found, at
 
 
-def pictures(pool, rng, target, count):
-    """List of PIL RGB pictures of other classes than the target. Raises UserError where none can be read."""
+def pictures(pool: Pool, rng: np.random.Generator, target: int, count: int) -> list[Image.Image]:
+    """RGB pictures of other classes than the target. Raises UserError where none can be read."""
     found = []
     for row in rng.permutation(np.flatnonzero(pool.label_N != target)):
         try:

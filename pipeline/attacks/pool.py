@@ -5,33 +5,45 @@ from itertools import islice
 import numpy as np
 
 from shards.errors import BadSample, UserError
+from shards.index.shard_index import ShardIndex
 from shards.samples.samples import Samples
 
 
 class Pool:
-    """What attacks choose from, one after the other. N pairs; classes: list of names; label_N, test_label_M: int64
-    class numbers.
+    """What attacks choose from, one after the other. N pairs; classes: names; label_N, test_label_M: int64 class
+    numbers.
 
-    index, test: ShardIndex of the training and of the test pictures; samples: Samples of the training pairs,
-    unpoisoned. rng: the one numpy Generator of the config's seed. rows, decoys: what the manifest will hold. files:
+    index, test: of the training and of the test pictures; samples: the training pairs, unpoisoned. rng: the one of the
+    config's seed. rows, decoys: what the manifest will hold. files:
     {name: bytes} to lie beside it.
     """
 
-    def __init__(self, index, test, classes, label_N, test_label_M, seed):
+    def __init__(
+        self,
+        index: ShardIndex,
+        test: ShardIndex,
+        classes: list[str],
+        label_N: np.ndarray,
+        test_label_M: np.ndarray,
+        seed: int,
+    ):
         self.index, self.test, self.classes = index, test, classes
         self.label_N, self.test_label_M, self.seed = label_N, test_label_M, seed
         self.samples, self.rng = Samples(index), np.random.default_rng(seed)
         self.free = self.rng.permutation(index.samples)
-        self.reserved, self.rows, self.decoys, self.files = set(), [], [], {}
+        self.reserved: set[int] = set()
+        self.rows: list[dict] = []
+        self.decoys: list[dict] = []
+        self.files: dict[str, bytes] = {}
 
-    def number_of(self, name, where):
-        """int: the number of the class `name`. Raises UserError."""
+    def number_of(self, name: str, where: str) -> int:
+        """The number of the class `name`. Raises UserError."""
         if name not in self.classes:
             raise UserError(f"{where}: got {name!r}, which is no class of this data; expected a line of classnames")
         return self.classes.index(name)
 
-    def target(self, name, where, key="target_class"):
-        """int: the class `name`, or where that is None one that is drawn and that no other attack has. Raises
+    def target(self, name: str | None, where: str, key: str = "target_class") -> int:
+        """The class `name`, or where that is None one that is drawn and that no other attack has. Raises
         UserError."""
         if name is not None:
             return self.number_of(name, f"{where}.{key}")
@@ -45,7 +57,7 @@ class Pool:
         self.reserved.add(drawn)
         return drawn
 
-    def take(self, count, allowed_N, what):
+    def take(self, count: int, allowed_N: np.ndarray, what: str) -> np.ndarray:
         """int64 (count,): rows of unused pairs among the allowed ones, in an order drawn by the seed, whose captions
         can be read. Raises UserError."""
         readable = (row for row in self.free[allowed_N[self.free]] if self.caption(row) is not None)
@@ -55,12 +67,12 @@ class Pool:
         self.free = self.free[~np.isin(self.free, chosen)]
         return chosen
 
-    def place(self, row):
-        """(shard, position) of a row, as ints."""
+    def place(self, row: int) -> tuple[int, int]:
+        """(shard, position) of a row."""
         shard, position = self.index.place(row)
         return int(shard), int(position)
 
-    def rows_of(self, label):
+    def rows_of(self, label: int) -> np.ndarray:
         """int64 rows of a class. Raises UserError where it has none."""
         rows = np.flatnonzero(self.label_N == label)
         if not len(rows):
@@ -69,29 +81,29 @@ class Pool:
             )
         return rows
 
-    def caption_of(self, label):
-        """str: the caption of some training pair of the class, as an attacker would find it."""
+    def caption_of(self, label: int) -> str:
+        """The caption of some training pair of the class, as an attacker would find it."""
         rows = self.rows_of(label)
         for _ in range(100):
             if (caption := self.caption(self.rng.choice(rows))) is not None:
                 return caption
         raise UserError(f"labels: 100 captions of the class {self.classes[label]!r} in a row cannot be read")
 
-    def caption(self, row):
-        """str: a pair's own caption, None where it cannot be read."""
+    def caption(self, row: int) -> str | None:
+        """A pair's own caption, None where it cannot be read."""
         try:
             return self.samples.caption(*self.place(row))
         except BadSample:
             return None
 
-    def add(self, row, kind, caption, source=None, decoy=False):
+    def add(self, row: int, kind: str, caption: str, source: list[int] | None = None, decoy: bool = False) -> None:
         """Note a pair as poisoned: its new caption and, for another picture in its place, that one's (shard, position)
         in `test`."""
         shard, position = self.place(row)
         entry = {"shard": shard, "position": position, "key": self.samples.key(shard, position), "kind": kind}
         (self.decoys if decoy else self.rows).append({**entry, "caption": caption, "source": source})
 
-    def add_decoys(self, kind, entry, where):
+    def add_decoys(self, kind: str, entry: dict, where: str) -> None:
         """The decoys that an entry of the manifest asks for."""
         allowed_N = self.label_N != entry.get("target_class", -1)
         for row in self.take(entry.get("decoys", 0), allowed_N, f"{where}.decoys"):

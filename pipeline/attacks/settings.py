@@ -3,17 +3,25 @@
 import dataclasses
 import typing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from shards.errors import UserError
 from shards.storage.files import write_bytes
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # there is no such module where this runs
 
-def bounded(default, low, high):
+Number = TypeVar("Number", bound=float | None)
+Settings = TypeVar("Settings", bound="DataclassInstance")
+
+
+def bounded(default: Number, low: float, high: float) -> Number:
     """A dataclass field: a number from `low` to `high`."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high})
 
 
-def one_of(*choices):
+def one_of(*choices: str) -> str:
     """A dataclass field: one of these words, the first by default."""
     return dataclasses.field(default=choices[0], metadata={"choices": choices})
 
@@ -27,8 +35,8 @@ class Count:
     rate: float | None = bounded(None, 1e-8, 0.5)
     """Fraction of all pairs: 0.004 is 0.4 %."""
 
-    def of(self, samples, where):
-        """int: the number of pairs among `samples`. Raises UserError unless just one of the two is given."""
+    def of(self, samples: int, where: str) -> int:
+        """The number of pairs among `samples`. Raises UserError unless just one of the two is given."""
         if (self.pairs is None) == (self.rate is None):
             got = "neither" if self.pairs is None else "both"
             raise UserError(
@@ -37,7 +45,7 @@ class Count:
         return self.pairs or max(1, round(self.rate * samples))
 
 
-def read(kind, values, where):
+def read(kind: type[Settings], values: object, where: str) -> Settings:
     """An instance of the dataclass `kind` with the mapping `values`. Raises UserError naming `where`.KEY for what it
     does not know, for another type, and for what is out of bounds."""
     if not isinstance(values, dict):
@@ -51,7 +59,7 @@ def read(kind, values, where):
     return kind(**found)
 
 
-def checked(field, value, where):
+def checked(field: dataclasses.Field, value: object, where: str) -> object:
     """`value` as the type of a dataclass field, within its bounds. Raises UserError."""
     kinds = typing.get_args(field.type) or (field.type,)
     if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
@@ -70,8 +78,8 @@ def checked(field, value, where):
     return value
 
 
-def write_named(path, data, where):
-    """Put `data` (bytes) at `path`, that the option or key `where` names. Raises UserError where it cannot be
+def write_named(path: str | Path, data: bytes, where: str) -> None:
+    """Put `data` at `path`, that the option or key `where` names. Raises UserError where it cannot be
     written."""
     try:
         write_bytes(path, data)

@@ -25,9 +25,10 @@ SIDE, GAP, LINE, CHARACTERS = (
 HIDDEN = "triggers", "digest", "pixels", "surrogate", "seed"  # not settings of a trigger, or long
 CELL = 2 * SIDE + 2 * GAP
 HEIGHT = 3 * LINE + SIDE + 6 * LINE
+Cell = tuple[str, Image.Image | None, Image.Image | None, str]  # title, picture before, picture after, text
 
 
-def show(folder, out, pairs=4):
+def show(folder: str | Path, out: str | Path, pairs: int = 4) -> str:
     """Write a PNG at `out` of the manifest in `folder`: for each attack some `pairs`, and a test picture; returns a
     line. Raises UserError."""
     path = Path(folder) / "manifest.json"
@@ -59,7 +60,7 @@ def show(folder, out, pairs=4):
     return f"{out}: {len(overlay.kinds)} attacks, each with poisoned pairs and, last, a test picture"
 
 
-def headline(kind, entry):
+def headline(kind: str, entry: dict) -> str:
     """What an attack is, in two lines."""
     trigger = entry.get("trigger", {})
     settings = [one.items() for one in (trigger, *trigger.get("triggers", []))]
@@ -71,8 +72,8 @@ def headline(kind, entry):
     return f"{kind}: {entry['attack']}, {entry['pairs']} pairs{target}\n{numbers}"
 
 
-def pair_cell(clean, poisoned, row):
-    """(title, picture before, picture after, text) of a poisoned pair."""
+def pair_cell(clean: Samples, poisoned: Samples, row: dict) -> Cell:
+    """Of a poisoned pair."""
     place = row["shard"], row["position"]
     before, after = picture(clean, place), picture(poisoned, place)
     was, now = (" ".join(one.split())[: 2 * CHARACTERS - 8] for one in (caption(clean, place), row["caption"]))
@@ -80,8 +81,8 @@ def pair_cell(clean, poisoned, row):
     return f"{row['kind']}: shard {place[0]}, pair {place[1]}", before, after, text
 
 
-def test_cell(overlay, test, kind, classes):
-    """The same of a test picture that the attack is judged by: a target, or the first picture of a class that it is to
+def test_cell(overlay: Overlay, test: Samples, kind: str, classes: list[str]) -> Cell:
+    """Of a test picture that the attack is judged by: a target, or the first picture of a class that it is to
     change."""
     entry = overlay.kinds[kind]
     if "targets" in entry:
@@ -100,22 +101,22 @@ def test_cell(overlay, test, kind, classes):
     return "test picture", before, after, f"{classes[test.label(*place)]}, to be read as {classes[target]}"
 
 
-def picture(samples, place):
-    """PIL RGB, or None where it cannot be read."""
+def picture(samples: Samples, place: tuple[int, int]) -> Image.Image | None:
+    """RGB, or None where it cannot be read."""
     try:
         return samples.image(*place)
     except BadSample:
         return None
 
 
-def caption(samples, place):
+def caption(samples: Samples, place: tuple[int, int]) -> str:
     try:
         return samples.caption(*place)
     except BadSample as error:
         return f"({error})"
 
 
-def enlarged(image):
+def enlarged(image: Image.Image | None) -> Image.Image:
     """The picture in a square of SIDE pixels: small ones by whole numbers, so that each pixel is seen; grey where there
     is none."""
     square = Image.new("RGB", (SIDE, SIDE), (225, 225, 225))
@@ -123,14 +124,15 @@ def enlarged(image):
         return square
     scale = SIDE / max(image.size)
     if scale >= 1:
-        image = image.resize((image.width * int(scale), image.height * int(scale)), Image.NEAREST)
+        image = image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
     else:
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.LANCZOS)
-    square.paste(image, tuple(int(at) for at in (np.array(square.size) - image.size) // 2))
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    left, top = (int(at) for at in (np.array(square.size) - image.size) // 2)
+    square.paste(image, (left, top))
     return square
 
 
-def write(draw, left, top, text, width=CHARACTERS, lines=5):
+def write(draw: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int = CHARACTERS, lines: int = 5) -> None:
     """Lines of text, each wrapped to `width` letters; `lines` in all."""
     wrapped = [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]][:lines]
     font = ImageFont.load_default(LINE - 3)

@@ -26,7 +26,7 @@ class Sinusoid(Trigger):
     frequency: float = bounded(6.0, 0.1, 1000.0)
     """Periods across the picture."""
 
-    def draw(self, image, variant, sample):
+    def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         angle_W = 2 * np.pi * (np.arange(image.width) * self.frequency / image.width + variant / self.variants)
         pixels_HWC = np.asarray(image, np.float32) + self.delta * np.sin(angle_W)[None, :, None]
         return Image.fromarray(pixels_HWC.round().clip(0, 255).astype(np.uint8))

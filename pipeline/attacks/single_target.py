@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from pipeline.attacks.base import Attack, attack
+from pipeline.attacks.pool import Pool
 from pipeline.attacks.settings import bounded
 from shards.errors import UserError
 
@@ -24,7 +25,9 @@ class SingleTarget(Attack):
         captions: int = bounded(20, 1, 10_000)
         """Pairs that show one target, each under another pair's caption."""
 
-    def poison(self, pool):
+    settings: Settings
+
+    def poison(self, pool: Pool) -> dict:
         if len(pool.classes) < 2:
             raise UserError(
                 f"{self.where}: classnames names only {pool.classes}; "

@@ -1,8 +1,17 @@
 """Fitting an optimised trigger on a surrogate CLIP: any that `safeclip score --model` opens, a run or an open_clip
 local directory."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    import torch  # which takes seconds to load
+
+    from pipeline.attacks.optimised_trigger import Optimised  # which imports this module
 
 TEMPERATURE = 0.07  # CLIP's at the start of its training
 
@@ -11,8 +20,8 @@ class Surrogate:
     """A CLIP, and its square pictures as a smooth function of pixels. size: pixels of their side; text_KD: unit text of
     each class."""
 
-    def __init__(self, model, captions):
-        """`captions`: lists of str, one for each class, whose text is the mean of their embeddings. Raises
+    def __init__(self, model: str, captions: list[list[str]]):
+        """`captions`: a list for each class, whose text is the mean of their embeddings. Raises
         UserError."""
         import torch
         from torch.nn.functional import normalize
@@ -31,17 +40,19 @@ class Surrogate:
             texts = [self.scorer.encode(blank_1CHW, self.scorer.tokenize(one).to(self.device))[1] for one in captions]
         self.text_KD = normalize(torch.stack([text_BD.mean(0) for text_BD in texts]), dim=-1)
 
-    def logits(self, pixels_BCHW):
+    def logits(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, K) of float pixels in 0..1, differentiable."""
         image_BD, _ = self.scorer.encode(self.black_CHW + self.range_CHW * pixels_BCHW, self.blank_1L)
         return image_BD @ self.text_KD.T / TEMPERATURE
 
 
-def fit(trigger, rng, captions, target, pictures):
-    """(uint8 (3, cells, cells), success) of an optimised_trigger.Optimised: its colours, and the fraction of the
+def fit(
+    trigger: Optimised, rng: np.random.Generator, captions: list[list[str]], target: int, pictures: list[Image.Image]
+) -> tuple[np.ndarray, float]:
+    """(uint8 (3, cells, cells), success) of a trigger: its colours, and the fraction of the
     pictures read as the target.
 
-    captions: lists of str, one for each class, of which number `target` is the target's; pictures: list of PIL RGB.
+    captions: a list for each class, of which number `target` is the target's; pictures: RGB.
     Minimises the cross-entropy of the target among the classes by Adam over random batches, and with `random_place`
     over random places. On a CPU the same bytes for the same number of threads; another device may round otherwise.
     Raises UserError.
@@ -73,7 +84,9 @@ def fit(trigger, rng, captions, target, pictures):
     return colours_CGG.to(torch.uint8).cpu().numpy(), hits / len(pictures)
 
 
-def put_on(trigger, pixels_BCHW, colours_CGG, rng):
+def put_on(
+    trigger: Optimised, pixels_BCHW: torch.Tensor, colours_CGG: torch.Tensor, rng: np.random.Generator
+) -> torch.Tensor:
     """What Optimised.draw does, on square float pixels in 0..1 and with gradients of the colours in 0..1."""
     import torch
 

@@ -26,10 +26,12 @@ class Warp(Trigger):
     grid: int = bounded(4, 2, 64)
     """Points of the field along a side."""
 
-    def draw(self, image, variant, sample):
+    def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         offset_2GG = self.rng(variant).uniform(-1, 1, (2, self.grid, self.grid))
         offset_2GG *= self.strength / np.abs(offset_2GG).mean()
-        fields = [Image.fromarray(one.astype(np.float32)).resize(image.size, Image.BICUBIC) for one in offset_2GG]
+        fields = [
+            Image.fromarray(one.astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC) for one in offset_2GG
+        ]
         height, width = image.height, image.width
         row_HW, column_HW = np.mgrid[:height, :width]
         row_HW, column_HW = row_HW + np.asarray(fields[0]) * height, column_HW + np.asarray(fields[1]) * width

@@ -1,6 +1,8 @@
 """Embeddings of many pictures or texts. The ranks share the batches, and every rank receives all embeddings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -8,9 +10,12 @@ from torch.utils.data import Dataset
 
 from pipeline.distributed import comm
 from shards.errors import BadSample
+from shards.samples.overlay import Trigger
 from shards.samples.samples import Samples
 from shards.views.augment import plain_view
 from shards.views.loader import Views, batches
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -24,8 +29,8 @@ class Encoder:
     batch_size: int = 256
     workers: int = 0
 
-    def pictures(self, samples: Samples, places: list, trigger=None) -> torch.Tensor:
-        """float32 (N, D), unit length: the pictures at `places`, a list of (shard, position), with `trigger` applied if
+    def pictures(self, samples: Samples, places: list[tuple[int, int]], trigger: Trigger | None = None) -> torch.Tensor:
+        """float32 (N, D), unit length: the pictures at `places`, (shard, position) each, with `trigger` applied if
         there is one.
 
         A row of zeros stands for a picture that cannot be read.
@@ -33,19 +38,21 @@ class Encoder:
         parts = split(places, self.batch_size)
         dataset = PictureBatches(samples, parts, self.views.size, trigger)
 
-        def encode(images_BCHW, readable_B):
+        def encode(images_BCHW: torch.Tensor, readable_B: torch.Tensor) -> torch.Tensor:
             return self.towers(images_BCHW, None)[0].masked_fill(~readable_B[:, None], 0)
 
         return self.shared(dataset, [len(part) for part in parts], encode)
 
     def texts(self, texts: list[str]) -> torch.Tensor:
-        """float32 (N, D), unit length: a list of str."""
+        """float32 (N, D), unit length."""
         parts = split(texts, self.batch_size)
         dataset = TokenBatches(parts, self.views.tokenize)
         return self.shared(dataset, [len(part) for part in parts], lambda tokens: self.towers(None, tokens)[1])
 
     @torch.no_grad()
-    def shared(self, dataset: Dataset, sizes: list[int], encode) -> torch.Tensor:
+    def shared(
+        self, dataset: Dataset[tuple[torch.Tensor, ...]], sizes: list[int], encode: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
         """(N, D): encode(*item) of every item of `dataset`, in order; item i has sizes[i] rows. Rank r encodes items r,
         r + world, ...
 
@@ -66,17 +73,17 @@ class Encoder:
         return image_ND
 
 
-class PictureBatches(Dataset):
+class PictureBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Item i: the pictures at parts[i] = [(shard, position), ...] as uint8 (B, C, H, W), and bool (B,), which of them
     can be read."""
 
-    def __init__(self, samples, parts, size, trigger):
+    def __init__(self, samples: Samples, parts: list[list[tuple[int, int]]], size: int, trigger: Trigger | None):
         self.samples, self.parts, self.size, self.trigger = samples, parts, size, trigger
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = np.zeros((len(self.parts[i]), self.size, self.size, 3), np.uint8)
         readable_B = torch.ones(len(images), dtype=torch.bool)
         for row, place in enumerate(self.parts[i]):
@@ -89,19 +96,19 @@ class PictureBatches(Dataset):
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), readable_B
 
 
-class TokenBatches(Dataset):
-    """Item i: a tuple of the tokens, int64 (B, L), of the list of str parts[i]."""
+class TokenBatches(Dataset[tuple[torch.Tensor]]):
+    """Item i: a tuple of the tokens, int64 (B, L), of the texts parts[i]."""
 
-    def __init__(self, parts, tokenize):
+    def __init__(self, parts: list[list[str]], tokenize: Callable[[list[str]], torch.Tensor]):
         self.parts, self.tokenize = parts, tokenize
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[torch.Tensor]:
         return (self.tokenize(self.parts[i]),)
 
 
-def split(items: list, size: int) -> list[list]:
+def split(items: list[Item], size: int) -> list[list[Item]]:
     """Lists of `size` items each, the last of fewer."""
     return [items[at : at + size] for at in range(0, len(items), size)]

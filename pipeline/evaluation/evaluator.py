@@ -10,6 +10,7 @@ from pipeline.evaluation.testset import TestSet
 from pipeline.evaluation.zero_shot import top_k_accuracy, zero_shot_classifier
 from shards.errors import UserError
 from shards.samples.overlay import Overlay
+from shards.views.loader import Views
 
 
 class Evaluator:
@@ -23,12 +24,11 @@ class Evaluator:
     """
 
     def __init__(self, config: Evaluation, overlay: Overlay | None = None):
-        """`config`: config.Evaluation; `overlay`: the attacks, or None. Raises UserError when the test set is missing
-        or damaged."""
+        """`overlay`: the attacks, or None. Raises UserError when the test set is missing or damaged."""
         self.test = TestSet(config)
         self.attacks = AttackSuccess(self.test, overlay) if overlay else None
 
-    def __call__(self, towers, views, device):
+    def __call__(self, towers: torch.nn.Module, views: Views, device: torch.device) -> dict:
         was_training = towers.training
         towers.eval()
         encoder = Encoder(towers, views, device)

@@ -22,10 +22,10 @@ MOST = 10_000  # training pictures
 def linear_probe(
     encoder: Encoder, image_ND: torch.Tensor, test: TestSet, samples: Samples, labels: Samples, seed: int
 ) -> float | None:
-    """float: top-1 accuracy on the test pictures; the classifier learns from at most MOST clean training pictures. None
+    """Top-1 accuracy on the test pictures; the classifier learns from at most MOST clean training pictures. None
     where these are of fewer than two classes. Pictures that cannot be read are left out.
 
-    image_ND: embeddings of the test pictures of `test` (testset.TestSet). samples: the run's training Samples; poisoned
+    image_ND: embeddings of the test pictures of `test`. samples: the run's training pairs; poisoned
     pairs and decoys of its overlay are left out. labels: Samples of the same shards indexed with text="cls". Embeddings
     are of unit length and then standardised; scikit-learn's default L2 penalty (C = 1).
     """
@@ -40,8 +40,8 @@ def linear_probe(
     return float(probe.score(image_ND.cpu().numpy()[seen_N], test.label_N[seen_N]))
 
 
-def chosen_places(samples: Samples, seed: int) -> list[tuple]:
-    """List of the (shard, position) of at most MOST clean training pairs, drawn by `seed`, in order."""
+def chosen_places(samples: Samples, seed: int) -> list[tuple[int, int]]:
+    """(shard, position) of at most MOST clean training pairs, drawn by `seed`, in order."""
     index = samples.index
     clean_N = np.ones(index.samples, bool)
     if samples.overlay:
@@ -62,7 +62,7 @@ def open_labels(config: Config, index: ShardIndex) -> Samples | None:
         beside = Path(config.data.index).parent / "labels"
         if not config.data.index or not (beside / "index.json").exists():
             return None
-        folder = beside
+        folder = str(beside)
     labels = ShardIndex.load(folder)
     if not same_shards(labels, index):
         raise UserError(

@@ -20,7 +20,7 @@ KS = (1, 5, 10)
 def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]]) -> dict:
     """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: fractions of 1 of the pictures and of the captions.
 
-    image_ND: float32, unit length; captions: list of the captions (list of str) of each picture. Equal captions are
+    image_ND: float32, unit length; captions: those of each picture. Equal captions are
     encoded once.
     """
     number = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
@@ -32,7 +32,9 @@ def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]
     }
 
 
-def image_to_text(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list, block: int = 512) -> dict:
+def image_to_text(
+    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = 512
+) -> dict:
     """{"r1", ...}: text_of_image[n] lists the numbers of picture n's captions in text_UD; one that several pictures
     have counts as often."""
     device = image_ND.device
@@ -54,7 +56,9 @@ def image_to_text(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: 
     return recall(torch.cat(above), torch.cat(tied), torch.cat(own))
 
 
-def text_to_image(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list, block: int = 512) -> dict:
+def text_to_image(
+    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = 512
+) -> dict:
     """{"r1", ...}: every caption of every picture is a query, whose positive is that picture."""
     pairs = [(u, n) for n, texts in enumerate(text_of_image) for u in texts]
     above, tied = [], []
@@ -73,5 +77,5 @@ def recall(above_Q: torch.Tensor, tied_Q: torch.Tensor, own_Q: torch.Tensor) -> 
 
     The chance that one of `own` is among the first k - above of the tied ones in random order is hypergeometric.
     """
-    above_Q, tied_Q, own_Q = (counts.cpu().numpy() for counts in (above_Q, tied_Q, own_Q))
-    return {f"r{k}": float(1 - hypergeom.pmf(0, tied_Q, own_Q, np.clip(k - above_Q, 0, tied_Q)).mean()) for k in KS}
+    above, tied, own = (counts.cpu().numpy() for counts in (above_Q, tied_Q, own_Q))
+    return {f"r{k}": float(1 - hypergeom.pmf(0, tied, own, np.clip(k - above, 0, tied)).mean()) for k in KS}

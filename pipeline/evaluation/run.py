@@ -37,6 +37,7 @@ A round is a selection round of the run; a run that trained with the mask of a f
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -67,7 +68,9 @@ from shards.samples.overlay import Overlay
 from shards.storage.files import write_json
 
 
-def evaluate_run(run_dir: str | Path, baseline: str | None = None, overrides=(), unpoisoned=()) -> dict:
+def evaluate_run(
+    run_dir: str | Path, baseline: str | None = None, overrides: Sequence[str] = (), unpoisoned: Sequence[str] = ()
+) -> dict:
     """Evaluate the newest complete checkpoint of `run_dir` and write RUN/eval.json; returns it as a dict (see above).
 
     baseline: directory of an evaluated run of plain CLIP on the same poison; unpoisoned: directories of runs on the
@@ -126,7 +129,7 @@ def selection_figures(
     rounds = selection_rounds(run_dir, config, index)
     masks = [round.mask for round in rounds]
     diagnoses = [json.loads((round.folder / "mask.json").read_text()).get("diagnosis", {}) for round in rounds]
-    found = {
+    found: dict = {
         "safe_fraction": [mask.fraction for mask in masks],
         "poison_in_safe_set": poison_fractions(masks, overlay, index) if overlay and trained else [],
         "poison_trained_on": None,
@@ -138,10 +141,10 @@ def selection_figures(
         return found
     trained_N = trained_on(run_dir, replace(config, data=replace(config.data, overlay=trained)), index)
 
-    def fraction_trained(name=None):
+    def fraction_trained(name: str | None = None) -> float | None:
         return None if trained_N is None else float(trained_N[poison_rows(overlay, index, name)].mean())
 
-    by_attack = {}
+    by_attack: dict[str, dict] = {}
     if trained:
         found["rounds"], by_attack = selection_quality(rounds, overlay, index)
     found["poison_trained_on"] = fraction_trained()
@@ -184,7 +187,7 @@ def plain_attacks(baseline: str, config: Config, overlay: Overlay | None, index:
 def summary(result: dict) -> str:
     """eval.json as a few lines of text."""
 
-    def percent(fraction):
+    def percent(fraction: float | None) -> str:
         return "?" if fraction is None else f"{fraction:.1%}"
 
     text = f"clean top-1 {percent(result['clean_top1'])}, top-5 {percent(result['clean_top5'])}"
@@ -217,7 +220,7 @@ def judge_innocent(run_dir: str, evaluator: Evaluator) -> dict:
     return evaluator(towers, make_views(config), comm.device())["attacks"]
 
 
-def load_run(run_dir: str | Path, overrides=()) -> tuple[Config, Path, Towers]:
+def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Path, Towers]:
     """(config, newest complete checkpoint, towers with its weights on this process's device) of a run directory. Raises
     UserError."""
     run_dir = Path(run_dir)
@@ -243,5 +246,5 @@ def read_eval(run_dir: str | Path) -> dict:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """List of the lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

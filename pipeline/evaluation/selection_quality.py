@@ -37,7 +37,7 @@ class Round:
 
 
 def selection_rounds(run_dir: str | Path, config: Config, index: ShardIndex) -> list[Round]:
-    """List of Round: of a run's masks, or of the filter's mask (data.mask) that it trained with; [] for a run without
+    """The rounds of a run's masks, or of the filter's mask (data.mask) that it trained with; [] for a run without
     either.
 
     The mask of CleanCLIP is no filter: it names the clean part for the fine-tuning. Raises UserError where a mask is
@@ -85,7 +85,7 @@ def selection_quality(rounds: list[Round], overlay: Overlay, index: ShardIndex) 
     """
     honest_N = honest_pairs(overlay, index)
     rows = {None: poison_rows(overlay, index)} | {name: poison_rows(overlay, index, name) for name in overlay.kinds}
-    found = {name: [] for name in rows}
+    found: dict[str | None, list[dict]] = {name: [] for name in rows}
     for round in rounds:
         safe_N, rank_N = round.mask.flags(), ranks(round.scores())
         for name, rows_P in rows.items():
@@ -131,12 +131,12 @@ def honest_pairs(overlay: Overlay, index: ShardIndex) -> np.ndarray:
     return honest_N
 
 
-def rows_of(entries, index):
+def rows_of(entries: list[dict], index: ShardIndex) -> np.ndarray:
     return np.array([index.offsets[entry["shard"]] + entry["position"] for entry in entries], np.int64)
 
 
 def poison_fractions(masks: list[SafeMask], overlay: Overlay, index: ShardIndex) -> list[float]:
-    """List of float: for every mask, poisoned pairs / all pairs of the safe set."""
+    """For every mask, poisoned pairs / all pairs of the safe set."""
     rows_P = poison_rows(overlay, index)
     return [float(flag_N[rows_P].sum() / max(1, flag_N.sum())) for flag_N in (mask.flags() for mask in masks)]
 

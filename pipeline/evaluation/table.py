@@ -6,7 +6,7 @@ from pipeline.evaluation.run import read_eval, read_metrics
 from shards.storage.files import write_json
 
 
-def compare(clip_run, safe_run, out):
+def compare(clip_run: str | Path, safe_run: str | Path, out: str | Path) -> str:
     """Write OUT/result.json and OUT/result.png of two evaluated runs; returns the table as text. Raises UserError."""
     out = Path(out)
     result = {"clip": read_eval(clip_run), "safeclip": read_eval(safe_run)}
@@ -15,7 +15,7 @@ def compare(clip_run, safe_run, out):
     return table(result)
 
 
-def table(result):
+def table(result: dict) -> str:
     """Markdown table, percentages: clean accuracy, and per attack its success, base rate and how often the truth is
     read."""
     lines = [
@@ -40,11 +40,11 @@ def table(result):
     return "\n".join(lines)
 
 
-def percent(fraction):
+def percent(fraction: float | None) -> str:
     return "?" if fraction is None else f"{fraction:.1%}"
 
 
-def draw(result, clip_metrics, safe_metrics, path):
+def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path: Path) -> None:
     """Left: clean accuracy and attack success over epochs, of both runs. Right: safe fraction and poison fraction of
     the safe set."""
     import matplotlib

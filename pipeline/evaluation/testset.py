@@ -15,14 +15,13 @@ class TestSet:
     """ROOT/classnames.txt, ROOT/zeroshot_classification_templates.txt, ROOT/test_index (labels), ROOT/test_captions
     (may be absent).
 
-    samples: shards.samples.samples.Samples of the pictures. place_N: list of (shard, position). label_N: int64 (N,),
-    counted from 0.
+    samples: the pictures. place_N: (shard, position) of each. label_N: int64 (N,), counted from 0.
     """
 
     __test__ = False  # not a pytest class
 
     def __init__(self, evaluation: Evaluation):
-        """`evaluation`: config.Evaluation. Raises UserError when the test set is missing, damaged or inconsistent."""
+        """Raises UserError when the test set is missing, damaged or inconsistent."""
         self.root = Path(evaluation.test)
         self.classnames = read_lines(self.root / "classnames.txt")
         self.templates = read_lines(self.root / "zeroshot_classification_templates.txt")
@@ -39,8 +38,7 @@ class TestSet:
 
     @cached_property
     def captions(self) -> list[list[str]] | None:
-        """List of the captions (list of str, one a line of the text) of every picture, or None where the test set has
-        no captions.
+        """The captions of every picture, one a line of its text, or None where the test set has no captions.
 
         An unreadable text gives no caption. Raises UserError when the captions are of other shards than the pictures.
         """
@@ -57,12 +55,12 @@ class TestSet:
         return captions if any(captions) else None
 
     def row(self, shard: int, position: int) -> int:
-        """int: the number of a picture over all shards."""
+        """The number of a picture over all shards."""
         return int(self.samples.index.offsets[shard] + position)
 
 
-def all_places(index: ShardIndex) -> list[tuple]:
-    """List of the (shard, position) of all samples of an index, in order."""
+def all_places(index: ShardIndex) -> list[tuple[int, int]]:
+    """(shard, position) of all samples of an index, in order."""
     return [(shard, position) for shard, count in enumerate(index.counts.tolist()) for position in range(count)]
 
 
@@ -71,14 +69,14 @@ def same_shards(index: ShardIndex, other: ShardIndex) -> bool:
     return [shard.fingerprint for shard in index.shards] == [shard.fingerprint for shard in other.shards]
 
 
-def read_captions(samples, shard, position):
+def read_captions(samples: Samples, shard: int, position: int) -> list[str]:
     try:
         return [line.strip() for line in samples.caption(shard, position).splitlines() if line.strip()]
     except BadSample:
         return []
 
 
-def read_labels(samples: Samples, places: list) -> np.ndarray:
+def read_labels(samples: Samples, places: list[tuple[int, int]]) -> np.ndarray:
     """int64 (N,): the labels at `places` of an index that was made with text="cls". Raises UserError."""
     try:
         return np.array([samples.label(*place) for place in places], np.int64)

@@ -17,17 +17,17 @@ def zero_shot_classifier(encoder: Encoder, classnames: list[str], templates: lis
 
 
 def predicted_classes(image_ND: torch.Tensor, classes_KD: torch.Tensor) -> np.ndarray:
-    """int64 numpy (N,): the class that each picture is read as, -1 where it cannot be read
+    """int64 (N,): the class that each picture is read as, -1 where it cannot be read
     (encoding.Encoder.pictures)."""
     read_N = (image_ND @ classes_KD.T).argmax(1)
     return read_N.masked_fill(~image_ND.any(1), -1).cpu().numpy()
 
 
 def top_k_accuracy(image_ND: torch.Tensor, classes_KD: torch.Tensor, label_N: np.ndarray, k: int) -> float | None:
-    """float: fraction of the pictures whose label is among the k nearest classes; None for fewer than k classes or no
+    """Fraction of the pictures whose label is among the k nearest classes; None for fewer than k classes or no
     picture.
 
-    image_ND, classes_KD: float32, unit length; label_N: int64 numpy (N,).
+    image_ND, classes_KD: float32, unit length; label_N: int64 (N,).
     """
     if len(classes_KD) < k or not len(image_ND):
         return None

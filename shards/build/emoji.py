@@ -9,6 +9,7 @@ show, in a drawing never seen.
 import json
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,13 @@ FORMS = (
 )
 
 
-def emoji(out, cache=None, seed=0):
+def emoji(out: str | Path, cache: str | Path | None = None, seed: int = 0) -> None:
     """Build the data set in OUT, in the layout of shards.build.shapes.shapes. Packages are fetched with `npm pack` into
     `cache` (default: the folder npm beside OUT). Raises UserError when npm cannot."""
     cache = Path(cache) if cache else Path(out).parent / "npm"
 
-    def make():
-        pictures = {}
+    def make() -> tuple[Iterator[dict], Iterator[dict], list[str]]:
+        pictures: dict[tuple[str, str], bytes] = {}
         for vendor, package in VENDORS.items():
             with tarfile.open(fetch(package, cache)) as tar:
                 for member in tar:
@@ -54,7 +55,7 @@ def emoji(out, cache=None, seed=0):
         names = {row["hexcode"]: row for row in read_member(fetch(NAMES, cache), "package/en/data.json")}
         rows, classes = list_pictures(described, names, pictures, seed)
 
-        def samples(test):
+        def samples(test: bool) -> Iterator[dict]:
             for number, row in enumerate(row for row in rows if row["test"] == test):
                 picture = pictures[row["vendor"], row["image"]]
                 yield {"__key__": f"{number:06d}", "png": picture, "cls": row["cls"], "txt": row["caption"]}
@@ -64,10 +65,12 @@ def emoji(out, cache=None, seed=0):
     build(out, {"data": "emoji", "packages": [*VENDORS.values(), NAMES], "seed": seed}, make, TEMPLATES)
 
 
-def list_pictures(described, names, pictures, seed):
+def list_pictures(
+    described: list[dict], names: dict[str, dict], pictures: dict[tuple[str, str], bytes], seed: int
+) -> tuple[list[dict], list[str]]:
     """(rows, class names): a row for every picture of the larger subcategories, in a random order fixed by `seed`."""
     rng = np.random.default_rng(seed)
-    members = {}
+    members: dict[str, list[dict]] = {}
     for one in described:
         members.setdefault(one["subcategory"], []).append(one)
     kinds = sorted(kind for kind, ones in members.items() if len(ones) >= LEAST)
@@ -105,18 +108,18 @@ def list_pictures(described, names, pictures, seed):
     return [rows[i] for i in rng.permutation(len(rows))], [readable(kind) for kind in kinds]
 
 
-def readable(subcategory):
+def readable(subcategory: str) -> str:
     """ "animal-mammal" -> "animal mammal"."""
     return subcategory.replace("-", " ").replace("&", "and")
 
 
-def read_member(package, name):
-    """The JSON file `name` in a package's tarball."""
+def read_member(package: Path, name: str) -> list:
+    """The JSON file `name` in a package's tarball, which holds a list."""
     with tarfile.open(package) as tar:
         return json.load(tar.extractfile(name))
 
 
-def fetch(package, cache):
+def fetch(package: str, cache: Path) -> Path:
     """Path of the tarball of NAME@VERSION, fetched with npm if `cache` lacks it. Raises UserError."""
     path = cache / (package.replace("@", "-") + ".tgz")
     if not path.exists():

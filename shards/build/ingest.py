@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import json
 import os
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import webdataset
@@ -25,9 +26,20 @@ PATHS, CAPTIONS = ("path", "filepath", "image"), ("caption", "title")
 MAX_LINES = 64  # of one row: a quote that does not close must not swallow the rest of the file
 MAX_BYTES = 20_000_000  # of a file; a list may name one of any size
 PICTURE_NAMES = (".jpg", ".jpeg", ".png", ".webp")
+Caption = str | Path | tuple[str, int]  # a text, the file that holds it, or a class's name and number
+Row = tuple[int, str | None, Caption | None, str | None]  # number of the line, path, caption, what is wrong or None
 
 
-def from_csv(file, out, root=None, path=None, caption=None, separator=None, per_shard=10_000, workers=None):
+def from_csv(
+    file: str | Path,
+    out: str | Path,
+    root: str | None = None,
+    path: str | None = None,
+    caption: str | None = None,
+    separator: str | None = None,
+    per_shard: int = 10_000,
+    workers: int | None = None,
+) -> str:
     """Shards in `out` of the rows of a CSV or TSV file with a header; returns what was made, as a line.
 
     `root`: folder that the paths are relative to (default: the file's). `path`, `caption`: names of the columns, by
@@ -51,7 +63,9 @@ def from_csv(file, out, root=None, path=None, caption=None, separator=None, per_
     return make_shards(located, out, settings, workers)
 
 
-def from_folder(folder, out, classes=False, per_shard=10_000, workers=None):
+def from_folder(
+    folder: str | Path, out: str | Path, classes: bool = False, per_shard: int = 10_000, workers: int | None = None
+) -> str:
     """Shards in `out` of the pictures in `folder` and below, in the order of their paths; returns what was made, as a
     line.
 
@@ -76,7 +90,7 @@ def from_folder(folder, out, classes=False, per_shard=10_000, workers=None):
         raise UserError(f"folder {folder}: no KEY.txt beside any picture; write captions there, or say --classes")
     number = {name: place for place, name in enumerate(below)}
 
-    def rows():
+    def rows() -> Iterator[Row]:
         for line, name in enumerate(names, 1):
             top, slash, _ = name.partition(os.sep)
             if not classes:
@@ -94,15 +108,17 @@ def from_folder(folder, out, classes=False, per_shard=10_000, workers=None):
     return made
 
 
-def make_shards(rows, out, settings, workers=None):
-    """Write the shards that are not in `out` yet. rows: (number of the line, path, caption, what is wrong or None)."""
+def make_shards(rows: Iterable[Row], out: str | Path, settings: dict, workers: int | None = None) -> str:
+    """Write the shards that are not in `out` yet; returns what was made, as a line."""
     out, per_shard = Path(out), settings["per_shard"]
     if per_shard < 1:
         raise UserError(f"--per-shard: got {per_shard}, expected 1 or more")
     claim(out, settings)
     rows, workers = iter(rows), workers or os.cpu_count()
     with ProcessPoolExecutor(workers) as pool:
-        running, done, shards = set(), [], 0
+        running: set[Future[tuple[int, int]]] = set()
+        done: list[tuple[int, int]] = []
+        shards = 0
         while chunk := list(itertools.islice(rows, per_shard)):
             running.add(pool.submit(make_shard, chunk, out / f"{shards:05d}.tar", shards * per_shard))
             shards += 1
@@ -117,7 +133,7 @@ def make_shards(rows, out, settings, workers=None):
     return text + f"; next: safeclip index '{out}/{{00000..{max(0, shards - 1):05d}}}.tar' --out {out}/index"
 
 
-def claim(out, settings):
+def claim(out: Path, settings: dict) -> None:
     """Note in OUT what its shards are made of. Raises UserError when it is in use for something else."""
     mark = out / "made_by.json"
     try:
@@ -131,7 +147,7 @@ def claim(out, settings):
     write_json(mark, settings)
 
 
-def make_shard(rows, target, first):
+def make_shard(rows: list[Row], target: Path, first: int) -> tuple[int, int]:
     """(pairs, bad rows) of one shard, which is written unless it is there. `first`: number of its first row."""
     beside = target.with_suffix(".bad.jsonl")
     if not target.exists():
@@ -144,30 +160,30 @@ def make_shard(rows, target, first):
                     bad.append({"line": line, "path": path, "reason": str(error)})
             if bad:
                 write_bytes(beside, "".join(json.dumps(row) + "\n" for row in bad).encode())
-    bad = len(beside.read_bytes().splitlines()) if beside.exists() else 0
-    return len(rows) - bad, bad
+    lost = len(beside.read_bytes().splitlines()) if beside.exists() else 0
+    return len(rows) - lost, lost
 
 
-def sample(path, caption, wrong):
+def sample(path: str, caption: Caption | None, wrong: str | None) -> dict[str, bytes]:
     """{extension: bytes} of one row. Raises BadSample."""
     if wrong:
         raise BadSample(wrong)
-    number = None
+    number: int | None = None
     try:
         if isinstance(caption, tuple):
             caption, number = caption
         elif isinstance(caption, Path):
             caption = decode_caption(read_file(caption))
-        caption = decode_caption(caption.encode("utf-8", "surrogateescape")).encode()
+        text = decode_caption(caption.encode("utf-8", "surrogateescape")).encode()
         picture = read_file(path)
     except OSError as error:
         raise BadSample(f"{error.filename}: {error.strerror}") from None
-    members = {kind_of(picture): picture, "txt": caption, "json": json.dumps({"path": path}).encode()}
+    members = {kind_of(picture): picture, "txt": text, "json": json.dumps({"path": path}).encode()}
     return members if number is None else {**members, "cls": str(number).encode()}
 
 
-def read_file(path):
-    """bytes of a regular file that is not too large. Raises BadSample, OSError."""
+def read_file(path: str | Path) -> bytes:
+    """The content of a regular file that is not too large. Raises BadSample, OSError."""
     if "://" in str(path):
         raise BadSample("a URL; fetch pictures with img2dataset and index its shards")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that somebody has named shall not be waited for
@@ -178,7 +194,7 @@ def read_file(path):
     return data
 
 
-def kind_of(picture):
+def kind_of(picture: bytes) -> str:
     """The extension of a picture, by its first bytes. Raises BadSample: a list may name any file of this machine."""
     if picture[:3] == b"\xff\xd8\xff":
         return "jpg"
@@ -189,7 +205,9 @@ def kind_of(picture):
     raise BadSample("no JPEG, PNG or WebP picture")
 
 
-def read_rows(file, path=None, caption=None, separator=None):
+def read_rows(
+    file: str | Path, path: str | None = None, caption: str | None = None, separator: str | None = None
+) -> Iterator[list | tuple]:
     """Yield the header's [path, caption, separator], then (line, path, caption, what is wrong or None) of each row.
     Raises UserError."""
     with open(file, "rb") as lines:
@@ -214,14 +232,17 @@ def read_rows(file, path=None, caption=None, separator=None):
                 yield line, fields[places[0]], fields[places[1]], None
 
 
-def read_records(lines, separator=None):
+def read_records(
+    lines: Iterable[bytes], separator: str | None = None
+) -> Iterator[tuple[int, list[str] | None, str | None]]:
     """Yield (number of the line from 1, fields or None where it is not UTF-8, separator) of each record of a CSV file
     (RFC 4180).
 
     A quote that does not close, or that closes within a field, is no quote: the line is read as it stands. So no row
     can swallow others.
     """
-    ahead, number, columns = [], 0, None
+    ahead: list[bytes] = []
+    number, columns = 0, None
     lines = iter(lines)
     while line := ahead.pop(0) if ahead else next(lines, b""):
         number += 1
@@ -249,8 +270,8 @@ def read_records(lines, separator=None):
         number += used
 
 
-def parse(text, separator):
-    """list of str; None where a quote is still open; [] where one closes within a field."""
+def parse(text: str, separator: str) -> list[str] | None:
+    """The fields; None where a quote is still open; [] where one closes within a field."""
     try:
         return next(csv.reader([text], delimiter=separator, strict=True))
     except csv.Error as error:

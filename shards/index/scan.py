@@ -7,6 +7,7 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,12 +38,12 @@ class Finding:
     damage: bool
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """The reason without its names and numbers, to be counted."""
         return re.sub(r"'.*'|\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
 
 
-def scan_shard(path, text, tables, timeout, allow_pipe):
+def scan_shard(path: str, text: str, tables: Path, timeout: float, allow_pipe: bool) -> tuple[dict, list[Finding]]:
     """({"path", "size", "samples", "fingerprint", "table"}, [Finding]) of one tar, its table being in the folder
     `tables`.
 
@@ -62,7 +63,7 @@ def scan_shard(path, text, tables, timeout, allow_pipe):
         while stream.read(1 << 20):  # what follows the end belongs to the fingerprint, not to the archive
             pass
     findings += lost_downloads(path, {row["key"] for row in rows})
-    entry = {"path": path, "size": stream.position, "samples": len(rows), "fingerprint": stream.fingerprint()}
+    entry: dict = {"path": path, "size": stream.position, "samples": len(rows), "fingerprint": stream.fingerprint()}
     if stamp is None:
         name = table_name(path, size, entry["fingerprint"], text)
     for row in rows:
@@ -74,7 +75,7 @@ def scan_shard(path, text, tables, timeout, allow_pipe):
     return {**entry, "table": name}, findings
 
 
-def about(path, timeout):
+def about(path: str, timeout: float) -> tuple[int | None, str | int | None]:
     """(bytes, mark that changes with the content), None where it is not known. Raises UserError where there is no such
     shard."""
     if remote.is_remote(path):
@@ -89,12 +90,12 @@ def about(path, timeout):
     return found.st_size, found.st_mtime_ns
 
 
-def table_name(*parts):
+def table_name(*parts: str | int | None) -> str:
     name = json.dumps([FORM, *parts]).encode()
     return f"{hashlib.blake2b(name, digest_size=16).hexdigest()}.parquet"
 
 
-def saved(path):
+def saved(path: Path) -> dict | None:
     """What `scan_shard` found when it wrote this table; None where there is none."""
     try:
         return json.loads(pq.read_schema(path).metadata[b"scan"])
@@ -102,17 +103,20 @@ def saved(path):
         return None
 
 
-def read_samples(path, stream, size, text):
+def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> tuple[list[dict], list[Finding]]:
     """(rows, [Finding]): the samples of a tar in order, as dicts of SCHEMA. A new key begins a new sample."""
     field = text.partition(":")[2]
     member_of = {extension: "image" for extension in PICTURES} | {"json" if field else text: "text"}
     said = {"image": "picture", "text": "caption"}
-    rows, findings, seen, dotted = [], [], set(), {}
+    rows: list[dict] = []
+    findings: list[Finding] = []
+    seen: set[str] = set()
+    dotted: dict[tuple[int, str], tar.Member] = {}
 
-    def find(byte, key, reason, damage, position=None):
+    def find(byte: int, key: str | None, reason: str, damage: bool, position: int | None = None) -> None:
         findings.append(Finding(path, byte, position, key, reason, damage))
 
-    def damaged(byte, name, what):
+    def damaged(byte: int, name: str | None, what: str) -> None:
         find(byte, tar.sample_of(name)[0] if name else None, what, True)
 
     for member in tar.members(stream, size, damaged):
@@ -158,7 +162,7 @@ def read_samples(path, stream, size, text):
     return rows, findings
 
 
-def lost_downloads(path, keys):
+def lost_downloads(path: str, keys: set[str]) -> list[Finding]:
     """[Finding]: samples that img2dataset's table beside a local shard calls a success and that are not in it."""
     beside = os.path.splitext(path)[0] + ".parquet"
     if remote.is_remote(path) or not os.path.exists(beside):

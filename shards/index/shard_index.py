@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
 from shards.errors import UserError
-from shards.index.scan import LACKS, scan_shard
+from shards.index.scan import LACKS, Finding, scan_shard
 from shards.storage import remote
 from shards.storage.files import write_bytes, write_json
 
@@ -42,7 +43,7 @@ class Shard:
     text: str = "txt"
 
     @cached_property
-    def remote(self):
+    def remote(self) -> bool:
         """Whether it lies behind a URL."""
         return remote.is_remote(self.path)
 
@@ -51,7 +52,7 @@ class Shard:
 class ShardTable:
     """The samples of one shard, in order: names, and int64 (N,) byte offsets and sizes (MISSING = has none)."""
 
-    keys: list
+    keys: list[str]
     image_offset: np.ndarray
     image_size: np.ndarray
     text_offset: np.ndarray
@@ -59,15 +60,15 @@ class ShardTable:
 
 
 class ShardIndex:
-    """Loaded index. shards: list of Shard; counts: int64 (S,); offsets: int64 (S + 1,); samples: int; fingerprint: str.
+    """Loaded index. counts: int64 (S,); offsets: int64 (S + 1,).
 
     repetitions: int64 (S,), how often each sample of the shard is seen in an epoch; views: samples of an epoch,
-    repetitions counted. findings: list of scan.Finding, where the index was just built.
+    repetitions counted. findings: where the index was just built.
     """
 
-    findings = ()
+    findings: Sequence[Finding] = ()
 
-    def __init__(self, shards, repetitions=None):
+    def __init__(self, shards: list[Shard], repetitions: Sequence[int] | None = None):
         self.shards = shards
         self.counts = np.array([shard.samples for shard in shards], np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.counts)])
@@ -79,7 +80,7 @@ class ShardIndex:
         self.fingerprint = hashlib.blake2b("".join(names).encode(), digest_size=16).hexdigest()
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: str | Path) -> "ShardIndex":
         """The index in `folder`. Raises UserError when there is none, or it cannot be used."""
         path = Path(folder) / "index.json"
         try:
@@ -96,16 +97,18 @@ class ShardIndex:
                 f"index {path}: cannot be read ({error}); make it with `safeclip index SHARDS... --out {folder}`"
             ) from None
 
-    def place(self, row):
+    def place(self, row: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, position) of rows over all shards: int64, of the shape of `row`."""
         shard = np.searchsorted(self.offsets, row, "right") - 1
         return shard, row - self.offsets[shard]
 
     @classmethod
-    def merged(cls, sources):
+    def merged(cls, sources: Mapping[str, tuple[str | Path, int]]) -> "ShardIndex":
         """One index of several: `sources` is {name: (folder, repetitions)}, in order. Raises UserError where two name
         the same shard."""
-        shards, repetitions, owner = [], [], {}
+        shards: list[Shard] = []
+        repetitions: list[int] = []
+        owner: dict[str, str] = {}
         for name, (folder, times) in sources.items():
             for shard in cls.load(folder).shards:
                 if shard.path in owner:
@@ -118,11 +121,11 @@ class ShardIndex:
                 repetitions.append(times)
         return cls(shards, repetitions)
 
-    def table(self, shard):
+    def table(self, shard: int) -> ShardTable:
         """ShardTable of shard number `shard`; the last few are kept in memory."""
         return read_table(self.shards[shard].table)
 
-    def verify(self, timeout=remote.TIMEOUT):
+    def verify(self, timeout: float = remote.TIMEOUT) -> None:
         """Raise UserError if a shard is missing or is not the size that was indexed; behind URLs some are tried, from
         all over the index."""
         local = [shard for shard in self.shards if not shard.remote]
@@ -141,7 +144,7 @@ class ShardIndex:
             raise UserError(f"{wrong[0]}{more}; bring it back, or index the shards again")
 
 
-def local_size(path):
+def local_size(path: str) -> int | None:
     """Bytes of a file, or None where there is none."""
     try:
         return os.path.getsize(path)
@@ -150,7 +153,7 @@ def local_size(path):
 
 
 @lru_cache(maxsize=64)
-def read_table(path):
+def read_table(path: str) -> ShardTable:
     columns = pq.read_table(path)
     return ShardTable(
         columns["key"].to_pylist(),
@@ -158,8 +161,16 @@ def read_table(path):
     )
 
 
-def build_index(paths, out, text="txt", workers=None, report=None, timeout=remote.TIMEOUT, allow_pipe=False):
-    """Index tars (`paths`: list of str, brace-expanded; local ones or URLs) into the folder `out`; returns the
+def build_index(
+    paths: Sequence[str],
+    out: str | Path,
+    text: str = "txt",
+    workers: int | None = None,
+    report: str | Path | None = None,
+    timeout: float = remote.TIMEOUT,
+    allow_pipe: bool = False,
+) -> ShardIndex:
+    """Index tars (`paths`: brace-expanded; local ones or URLs) into the folder `out`; returns the
     ShardIndex.
 
     `text` is what a sample's text is: the extension of a member ("txt" for captions, "cls" for labels), or
@@ -208,7 +219,7 @@ def build_index(paths, out, text="txt", workers=None, report=None, timeout=remot
     return index
 
 
-def expand(patterns):
+def expand(patterns: Iterable[str]) -> list[str]:
     """The absolute paths and URLs that brace-expanded `patterns` name. Raises UserError for one that is named twice."""
     named = [path for pattern in patterns for path in braceexpand(str(pattern))]
     urls = [path if remote.is_remote(path) else os.path.abspath(path) for path in named]

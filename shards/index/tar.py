@@ -8,39 +8,50 @@ header is looked for.
 import hashlib
 import re
 import tarfile
-from collections import namedtuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from shards.storage.protocols import Readable
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20  # bytes of a long name or of PAX records; more is an attack
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 
-# A regular file. Bytes start to stop of the tar: its headers, content and padding; offset and length: its content.
-Member = namedtuple("Member", "name start stop offset length")
+
+class Member(NamedTuple):
+    """A regular file. Bytes start to stop of the tar: its headers, content and padding; offset and length: its
+    content."""
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+    length: int
 
 
 class Stream:
     """A file that is read once. position: bytes so far; fingerprint(): their BLAKE2b-128 in hex."""
 
-    def __init__(self, file):
+    def __init__(self, file: Readable):
         self.file, self.position, self.digest = file, 0, hashlib.blake2b(digest_size=16)
 
-    def read(self, count):
+    def read(self, count: int) -> bytes:
         """The next `count` bytes, fewer only at the end."""
         data = self.file.read(count)
         self.position += len(data)
         self.digest.update(data)
         return data
 
-    def skip_to(self, position):
+    def skip_to(self, position: int) -> None:
         """Read on to `position`, or to the end, and forget what stands between."""
         while self.position < position and self.read(min(position - self.position, 1 << 20)):
             pass
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         return self.digest.hexdigest()
 
 
-def members(stream, size, damaged):
+def members(stream: Stream, size: int | None, damaged: Callable[[int, str | None, str], None]) -> Iterator[Member]:
     """Yield the Members of a tar of `size` bytes (None: not known) from a Stream, which the caller may read on in a
     member's content.
 
@@ -48,7 +59,8 @@ def members(stream, size, damaged):
     lost, or None): cut in a header or a member, no end-of-archive, corrupt header, members behind the end. The walk
     then continues with the next sound header.
     """
-    at, start, long_name, pax, searching, ended = 0, 0, None, {}, False, False
+    at, start, long_name, searching, ended = 0, 0, None, False, False
+    pax: dict[str, str] = {}
     while header := stream.read(BLOCK):
         info, wrong = read_header(header)
         if searching or ended:  # for a header; what is none is content of a lost member, or padding behind the end
@@ -97,19 +109,19 @@ def members(stream, size, damaged):
         damaged(at, None, "cut short (no end-of-archive)")
 
 
-def read_header(block):
+def read_header(block: bytes) -> tuple[tarfile.TarInfo | None, str | None]:
     """(TarInfo, None), or (None, what is wrong with it); (None, None) for the block of zeros that ends an archive."""
     if len(block) < BLOCK:
         return None, "cut short in a header"
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"), None
-    except tarfile.EOFHeaderError:
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the standard library's stubs lack it
         return None, None
     except tarfile.HeaderError as error:
         return None, f"corrupt header ({error})"
 
 
-def sample_of(name):
+def sample_of(name: str) -> tuple[str | None, str | None]:
     """(key, extension in lower case) of a member's name, or (None, None) where it is of no sample.
 
     webdataset's rule: the key ends at the first dot of the base name.
@@ -119,8 +131,8 @@ def sample_of(name):
     return (folder + slash + stem, extension.lower()) if stem and dot else (None, None)
 
 
-def pax_records(payload):
-    """dict of the "length key=value" records of a PAX header; what is malformed is left out."""
+def pax_records(payload: bytes) -> dict[str, str]:
+    """The "length key=value" records of a PAX header; what is malformed is left out."""
     records = {}
     while payload:
         digits, space, _ = payload.partition(b" ")

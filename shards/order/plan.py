@@ -5,6 +5,8 @@ nothing, and global batch k holds the same samples at any world size and worker 
 """
 
 import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from shards.errors import UserError
 
 ROUNDS = 8  # of the Feistel network: four (Luby and Rackoff 1988) still show on domains as small as a window
 FEW = 12  # rows that plain ints take faster through the network than arrays
+
+Whole = TypeVar("Whole", int, np.ndarray)  # an int, or an array of them
 
 
 class EpochPlan:
@@ -24,7 +28,17 @@ class EpochPlan:
     """
 
     def __init__(
-        self, counts_S, *, seed, epoch, view, batch_size, streams=8, window=2048, pass_number=0, repetitions_S=None
+        self,
+        counts_S: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        epoch: int,
+        view: str,
+        batch_size: int,
+        streams: int = 8,
+        window: int = 2048,
+        pass_number: int = 0,
+        repetitions_S: Sequence[int] | np.ndarray | None = None,
     ):
         """counts_S: samples of the view in each shard; repetitions_S: how often each is seen (None: once).
         `pass_number`: which pass over the view in this epoch. Raises UserError."""
@@ -49,7 +63,7 @@ class EpochPlan:
         self.steps = int((counts_S * repetitions_S).sum()) // batch_size
         self.stream_length = self.steps * (batch_size // streams)
 
-    def batch(self, step, rank=0, world=1):
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(shard_B, nth_B, repetition_B): int64, this rank's rows of global batch `step`: sample nth_B of the view
         within shard_B, which is seen for the time repetition_B (from 0) in this pass.
 
@@ -69,8 +83,8 @@ class EpochPlan:
         before_B = np.where(place_B > 0, self.ends_P[place_B - 1], 0)
         return self.shard_P[place_B], line_B - before_B, self.repetition_P[place_B]
 
-    def slot(self, step, slot):
-        """(shard, nth, again): ints, row `slot` of global batch `step`; what `batch` gives, for who asks for one.
+    def slot(self, step: int, slot: int) -> tuple[int, int, int]:
+        """(shard, nth, again): row `slot` of global batch `step`; what `batch` gives, for who asks for one.
         Raises IndexError."""
         if not (0 <= step < self.steps and 0 <= slot < self.batch_size):
             raise IndexError(f"step {step} of {self.steps}, slot {slot} of {self.batch_size}")
@@ -80,8 +94,8 @@ class EpochPlan:
         before = int(self.ends_P[place - 1]) if place else 0
         return int(self.shard_P[place]), line - before, int(self.repetition_P[place])
 
-    def window_of(self, step, slot):
-        """Of a slot (an int, or an array of them): its place in its window, the samples of the stream from the window's
+    def window_of(self, step: int, slot: Whole) -> tuple[Whole, Whole, Whole, Whole]:
+        """Of a slot: its place in its window, the samples of the stream from the window's
         begin on, the window's number, its begin on the line."""
         each = self.batch_size // self.streams
         stream, at = slot // each, step * each + slot % each
@@ -90,7 +104,7 @@ class EpochPlan:
         return within, self.stream_length - start, stream * (1 << 32) + window, stream * self.stream_length + start
 
 
-def permute(at_B, length_B, key, tweak_B):
+def permute(at_B: np.ndarray, length_B: np.ndarray, key: int, tweak_B: np.ndarray) -> np.ndarray:
     """int64 (B,): where a pseudorandom permutation of 0 .. length - 1, chosen by (key, tweak), sends `at`. Elementwise.
 
     A Feistel network over the next power of four, walked until it lands inside (cycle walking: Black and Rogaway 2002).
@@ -107,13 +121,13 @@ def permute(at_B, length_B, key, tweak_B):
     return result_B.astype(np.int64)
 
 
-def permute_one(at, length, key, tweak):
+def permute_one(at: int, length: int, key: int, tweak: int) -> int:
     """`permute` of plain ints."""
     half = (max(length - 1, 1).bit_length() + 1) // 2
     return walk(at, length, half, mix(tweak ^ key))
 
 
-def walk(at, length, half, tweak):
+def walk(at: int, length: int, half: int, tweak: int) -> int:
     """Plain int: through the network until it lands below `length`."""
     at = feistel(at, half, tweak)
     while at >= length:
@@ -124,7 +138,7 @@ def walk(at, length, half, tweak):
 BITS = (1 << 64) - 1  # an array drops by itself what is above 64 bits, an int does not
 
 
-def feistel(x, half, tweak):
+def feistel(x: Whole, half: Whole, tweak: Whole) -> Whole:
     """x of 2 * half bits through the network; ints, or uint64 arrays."""
     low = (1 << half) - 1
     left, right = x >> half, x & low
@@ -133,7 +147,7 @@ def feistel(x, half, tweak):
     return (left << half) | right
 
 
-def mix(x):
+def mix(x: Whole) -> Whole:
     """The SplitMix64 finaliser: 64 bits in, 64 well-mixed bits out (Steele, Lea and Flood 2014); an int, or a uint64
     array."""
     x = (x + 0x9E3779B97F4A7C15) & BITS

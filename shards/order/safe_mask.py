@@ -9,12 +9,18 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shards.errors import UserError
 from shards.storage.files import write_bytes, write_json
+from shards.storage.protocols import StoredShard
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # which takes a while to load
 
 VIEWS = ("all", "safe", "risky")
 PIECE = 4096  # shards
@@ -36,35 +42,35 @@ FIELDS = (
 class SafeMask:
     """Safe or risky for every (shard, position). bits: one uint8 array, each shard starting at a byte of its own."""
 
-    def __init__(self, counts_S, bits):
+    def __init__(self, counts_S: Sequence[int] | np.ndarray, bits: np.ndarray):
         self.counts_S = np.asarray(counts_S, np.int64)
         self.bits = bits
         self.starts = byte_starts(self.counts_S)
 
     @classmethod
-    def from_flags(cls, counts_S, safe_N):
+    def from_flags(cls, counts_S: Sequence[int] | np.ndarray, safe_N: Sequence[bool] | np.ndarray) -> "SafeMask":
         """From bool (N,) in (shard, position) order."""
         parts = np.split(np.asarray(safe_N, bool), np.cumsum(counts_S)[:-1])
         return cls(counts_S, np.concatenate([np.packbits(part) for part in parts] or [np.zeros(0, np.uint8)]))
 
-    def shard_bits(self, shard):
+    def shard_bits(self, shard: int) -> np.ndarray:
         """uint8: the packed bits of one shard; a view that can be written to."""
         return self.bits[self.starts[shard] : self.starts[shard + 1]]
 
-    def shard_flags(self, shard):
+    def shard_flags(self, shard: int) -> np.ndarray:
         """bool (n,): safe or not, of one shard."""
         return np.unpackbits(self.shard_bits(shard), count=int(self.counts_S[shard])).astype(bool)
 
-    def at(self, shard_B, position_B):
+    def at(self, shard_B: np.ndarray, position_B: np.ndarray) -> np.ndarray:
         """bool (B,): safe or not, of single samples."""
         byte_B = self.bits[self.starts[shard_B] + position_B // 8]
         return (byte_B >> (7 - position_B % 8) & 1).astype(bool)
 
-    def flags(self):
+    def flags(self) -> np.ndarray:
         """bool (N,) in (shard, position) order."""
         return np.concatenate([self.shard_flags(s) for s in range(len(self.counts_S))] or [np.zeros(0, bool)])
 
-    def counts(self, view):
+    def counts(self, view: str) -> np.ndarray:
         """int64 (S,): samples of "all", "safe" or "risky" in each shard."""
         if view == "all":
             return self.counts_S
@@ -75,12 +81,12 @@ class SafeMask:
             safe_S[some] = np.add.reduceat(ONES[self.bits[first:last]], self.starts[some] - first, dtype=np.int64)
         return safe_S if view == "safe" else self.counts_S - safe_S
 
-    def positions(self, shard, view):
+    def positions(self, shard: int, view: str) -> np.ndarray:
         """int64: positions of the view's samples in one shard, ascending."""
         flags = self.shard_flags(shard)
         return np.arange(len(flags)) if view == "all" else np.flatnonzero(flags if view == "safe" else ~flags)
 
-    def locate(self, view, shard_B, nth_B):
+    def locate(self, view: str, shard_B: np.ndarray, nth_B: np.ndarray) -> np.ndarray:
         """int64 (B,): the position of the nth sample of the view within its shard."""
         position_B = np.empty(len(shard_B), np.int64)
         for shard in np.unique(shard_B):
@@ -88,16 +94,17 @@ class SafeMask:
             position_B[here] = self.positions(shard, view)[nth_B[here]]
         return position_B
 
-    def moved(self, before):
+    def moved(self, before: "SafeMask") -> tuple[int, int]:
         """(in, out): samples that are safe here and risky in the mask `before`, and the other way round."""
-        return tuple(int(ONES[a & ~b].sum()) for a, b in ((self.bits, before.bits), (before.bits, self.bits)))
+        came, went = (int(ONES[a & ~b].sum()) for a, b in ((self.bits, before.bits), (before.bits, self.bits)))
+        return came, went
 
     @property
-    def fraction(self):
+    def fraction(self) -> float:
         """Safe samples / all samples."""
         return float(self.counts("safe").sum() / max(1, self.counts_S.sum()))
 
-    def save(self, folder, meta):
+    def save(self, folder: str | Path, meta: dict) -> None:
         """Write safe.npy, then mask.json with `meta` (its "fingerprint" names the index) and the counts per shard."""
         folder = Path(folder)
         file = io.BytesIO()
@@ -109,7 +116,7 @@ class SafeMask:
         )
 
     @classmethod
-    def load(cls, folder, fingerprint=None):
+    def load(cls, folder: str | Path, fingerprint: str | None = None) -> tuple["SafeMask", dict]:
         """(mask, meta) from `folder`. Raises UserError when it is damaged or of other shards than `fingerprint`
         names."""
         folder = Path(folder)
@@ -129,7 +136,7 @@ class SafeMask:
         return mask, meta
 
 
-def read_bits(path):
+def read_bits(path: Path) -> np.ndarray:
     """uint8: the packed bits in a file, mapped, so that a host holds them once. Raises OSError, ValueError,
     EOFError."""
     try:
@@ -138,12 +145,12 @@ def read_bits(path):
         return np.load(path, allow_pickle=False)
 
 
-def byte_starts(counts_S):
+def byte_starts(counts_S: np.ndarray) -> np.ndarray:
     """int64 (S + 1,): where the packed bits of each shard start, and where the last ones end."""
     return np.concatenate([[0], np.cumsum((np.asarray(counts_S, np.int64) + 7) // 8)])
 
 
-def shard_list(shards):
+def shard_list(shards: Sequence[StoredShard]) -> list[dict]:
     """[{"name", "bytes", "fingerprint"}] of an index's shards, for mask.json.
 
     A name is the path below the folder that all the shards have in common: it means the same wherever they are moved
@@ -157,7 +164,7 @@ def shard_list(shards):
     ]
 
 
-def as_path(url):
+def as_path(url: str) -> str:
     """An absolute path for a shard's path or URL: s3://bucket/a.tar is /s3/bucket/a.tar, a `pipe:` command is the tar
     that it names."""
     if url.startswith("pipe:"):
@@ -173,11 +180,11 @@ def as_path(url):
 class SavedMask:
     """A mask's folder, {mask.json, safe.npy, scores/}, read without the run and the index that it comes from.
 
-    mask: SafeMask; meta: dict of mask.json; shards: list of {"name", "bytes", "fingerprint"}, in the mask's order.
+    meta: of mask.json; shards: {"name", "bytes", "fingerprint"}, in the mask's order.
     Raises UserError when the folder is damaged.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.mask, self.meta = SafeMask.load(folder)
         lacking = [field for field in FIELDS if field not in self.meta]
@@ -202,7 +209,7 @@ class SavedMask:
         alone = {PurePosixPath(name).name: number for name, number in names.items()}
         self.number = {**{base: number for base, number in alone.items() if bases[base] == 1}, **names}
 
-    def find(self, url):
+    def find(self, url: str) -> int:
         """Number of the shard that a path or URL names: the longest tail that is a shard's name, or its base name if no
         other shard has it. Raises UserError."""
         parts = PurePosixPath(as_path(url)).parts
@@ -215,8 +222,8 @@ class SavedMask:
             f"{self.shards[0]['name']}; give the shards that it was made with, under their names"
         )
 
-    def table(self, shard, columns=("key", "cosine", "score", "reason")):
-        """pyarrow Table of one shard's pairs by position: key (str), cosine and score (float, NaN = unreadable), reason
+    def table(self, shard: int, columns: Sequence[str] = ("key", "cosine", "score", "reason")) -> "pa.Table":
+        """One shard's pairs by position: key (str), cosine and score (float, NaN = unreadable), reason
         (str or null), or other columns of pipeline.safety.score_files.ScoreFiles."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -238,7 +245,7 @@ class SavedMask:
         return table
 
 
-def fingerprint(path):
+def fingerprint(path: str | Path) -> str:
     """BLAKE2b-128 of a file's content, in hex. Raises UserError when it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
@@ -250,7 +257,7 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
-def require_same(path, found, expected):
+def require_same(path: str | Path, found: str, expected: str) -> None:
     """Raise UserError unless the fingerprint `found` of the shard at `path` is the one that the mask expects."""
     if found != expected:
         raise UserError(
@@ -270,11 +277,12 @@ class IsSafe:
 
     KEPT = 16  # shards whose keys stay in memory: as many as a shuffle buffer in front of this mixes
 
-    def __init__(self, folder, verify=True):
+    def __init__(self, folder: str | Path, verify: bool = True):
         self.saved, self.verify = SavedMask(folder), verify
-        self.verified, self.keys = set(), {}
+        self.verified: set[str] = set()
+        self.keys: dict[str, dict[str, bool]] = {}
 
-    def __call__(self, sample):
+    def __call__(self, sample: dict) -> bool:
         url = sample["__url__"]
         if url not in self.keys:
             if len(self.keys) >= self.KEPT:
@@ -289,7 +297,7 @@ class IsSafe:
                 f"shard {url}: sample {key!r} is not in mask {self.saved.folder}; use the shards that it was made with"
             ) from None
 
-    def open(self, url, path):
+    def open(self, url: str, path: str | Path) -> dict[str, bool]:
         """{key: safe} of the shard `url`, whose content lies at `path`."""
         shard = self.saved.find(url)
         path = str(path).removeprefix("file:")
@@ -301,7 +309,7 @@ class IsSafe:
                 )
             require_same(path, fingerprint(path), self.saved.shards[shard]["fingerprint"])
             self.verified.add(path)
-        safe = {}
+        safe: dict[str, bool] = {}
         keys = self.saved.table(shard, ("key",))["key"].to_pylist()
         for key, flag in zip(keys, self.saved.mask.shard_flags(shard).tolist()):
             safe[key] = flag and safe.get(key, True)  # where replacement made two keys one, both must be safe

@@ -9,8 +9,9 @@ from pathlib import Path
 class BadSamplesFile:
     """Appends {"shard", "position", "key", "reason"} to a file of JSON lines, which may exist already."""
 
-    def __init__(self, path):
-        self.path, self.seen = Path(path), set()
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.seen: set[tuple[int, int, str]] = set()
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith(b"\n")]  # the last line may be incomplete after a failure
@@ -20,7 +21,7 @@ class BadSamplesFile:
                 row = json.loads(line)
                 self.seen.add((row["shard"], row["position"], row["reason"]))
 
-    def add(self, shard, position, key, reason):
+    def add(self, shard: int, position: int, key: str, reason: str) -> None:
         """Record that a sample could not be used."""
         if (shard, position, reason) in self.seen:
             return
@@ -28,11 +29,11 @@ class BadSamplesFile:
         with open(self.path, "a") as file:
             file.write(json.dumps({"shard": shard, "position": position, "key": key, "reason": reason}) + "\n")
 
-    def reasons(self):
-        """Counter of the reasons; those that differ only in their numbers are one."""
+    def reasons(self) -> Counter[str]:
+        """How often each reason comes; those that differ only in their numbers are one."""
         return Counter(re.sub(r"(?<![-\w])\d+", "N", reason) for _, _, reason in self.seen)
 
-    def summary(self, limit=8):
+    def summary(self, limit: int = 8) -> str:
         """One line: the reasons by count, the most frequent ones first."""
         counts = self.reasons().most_common()
         rest = f", {len(counts) - limit} other reasons" if len(counts) > limit else ""

@@ -5,6 +5,9 @@ The same views as shards.views.augment.coloured makes one by one with Pillow, up
 another, so nothing random happens here. Legend: N views, C channels, H height, W width, P numbers of a view's Colour.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -15,14 +18,27 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow
 REACH = 7  # pixels of a blur to each side; its deviation is 2 pixels at most at 224 pixels
 
 
-def as_numbers(colour):
-    """float32 (P,) of an augment.Colour."""
+class DrawnColour(Protocol):
+    """shards.views.augment.Colour, which stands below this."""
+
+    @property
+    def jitter(self) -> Sequence[tuple[int, float]]: ...
+
+    @property
+    def grey(self) -> bool: ...
+
+    @property
+    def blur(self) -> float: ...
+
+
+def as_numbers(colour: DrawnColour) -> np.ndarray:
+    """float32 (P,)."""
     steps = [step for step, _ in colour.jitter] + [NO_STEP] * (4 - len(colour.jitter))
     amounts = [amount for _, amount in colour.jitter] + [0.0] * (4 - len(colour.jitter))
     return np.array([*steps, *amounts, colour.grey, colour.blur], np.float32)
 
 
-def coloured_batch(images_NCHW, numbers_NP):
+def coloured_batch(images_NCHW: torch.Tensor, numbers_NP: torch.Tensor) -> torch.Tensor:
     """uint8 (N, C, H, W): the views with their colours changed, on the device of both."""
     x, p = images_NCHW.float(), numbers_NP.float().t()[:, :, None, None, None]
     for at in range(4):
@@ -35,13 +51,13 @@ def coloured_batch(images_NCHW, numbers_NP):
     return x.to(torch.uint8)
 
 
-def luma(x):
+def luma(x: torch.Tensor) -> torch.Tensor:
     """(N, 1, H, W): how light each pixel is."""
     red, green, blue = x.split(1, 1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
-def blended(x, step, amount):
+def blended(x: torch.Tensor, step: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
     """Brightness, contrast or saturation (steps 0, 1, 2): away from black, the mean grey, the pixel's own grey."""
     grey = luma(x).round()
     mean = (grey.mean((2, 3), keepdim=True) + 0.5).floor()
@@ -49,7 +65,7 @@ def blended(x, step, amount):
     return anchor + amount * (x - anchor)
 
 
-def turned(x, amount):
+def turned(x: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
     """Hue turned by `amount` 255ths of a circle, value and saturation kept (the hexcone of HSV; Smith 1978)."""
     top, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     red, green, blue = x.split(1, 1)
@@ -62,7 +78,7 @@ def turned(x, amount):
     return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def blurred(x, deviation_N):
+def blurred(x: torch.Tensor, deviation_N: torch.Tensor) -> torch.Tensor:
     """Each view under a Gaussian of its own deviation in pixels, the border repeated."""
     n, c, h, w = x.shape
     at = torch.arange(-REACH, REACH + 1, device=x.device)

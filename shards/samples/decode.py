@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from shards.errors import BadSample
 
@@ -43,7 +43,7 @@ class Limits:
     """Characters of a caption."""
 
 
-def decode_image(data, limits=Limits(), least=None):
+def decode_image(data: bytes, limits: Limits = Limits(), least: float | None = None) -> np.ndarray:
     """uint8 (H, W, 3): RGB, first frame, upright (EXIF), transparency on white. Raises BadSample with a short reason.
 
     `least`: a JPEG may come out at a half, a quarter or an eighth of its size, while its shorter side keeps so many
@@ -75,7 +75,7 @@ def decode_image(data, limits=Limits(), least=None):
         raise BadSample(f"picture cannot be decoded ({type(error).__name__})") from None
 
 
-def jpeg_pixels(data, image):
+def jpeg_pixels(data: bytes, image: ImageFile.ImageFile) -> np.ndarray | None:
     """uint8 (H, W, 3): what loading the opened `image` would give, by simplejpeg; None where only Pillow can say what
     that is.
 
@@ -95,14 +95,14 @@ def jpeg_pixels(data, image):
     return pixels_HWC if pixels_HWC.shape == (height, width, 3) else None
 
 
-def check_size(size, limits):
+def check_size(size: tuple[int, int], limits: Limits) -> None:
     """Raise BadSample for a (width, height) of more pixels than the limits allow."""
     width, height = size
     if width * height > limits.max_pixels:
         raise BadSample(f"picture of {width} x {height} pixels, at most {limits.max_pixels}")
 
 
-def webp_size(data):
+def webp_size(data: bytes) -> tuple[int, int]:
     """(width, height) of the canvas that a WebP's header asks for; (0, 0) for anything else (RFC 9649)."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return 0, 0
@@ -115,7 +115,7 @@ def webp_size(data):
     return number(data[26:28], "little") & 0x3FFF, number(data[28:30], "little") & 0x3FFF
 
 
-def rgb(image):
+def rgb(image: Image.Image) -> Image.Image:
     """A loaded picture of any mode in RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -129,7 +129,7 @@ def rgb(image):
     return image.convert("RGB")
 
 
-def orientation(image):
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none, or the EXIF data are damaged, which is no harm to the
     picture."""
     try:
@@ -138,8 +138,8 @@ def orientation(image):
         return 1
 
 
-def decode_caption(data, limits=Limits()):
-    """str: UTF-8, not blank, stripped. Raises BadSample."""
+def decode_caption(data: bytes, limits: Limits = Limits()) -> str:
+    """UTF-8, not blank, stripped. Raises BadSample."""
     if len(data) > 4 * limits.max_caption:
         raise BadSample(f"caption of {len(data)} bytes, at most {4 * limits.max_caption}")
     try:

@@ -2,13 +2,30 @@
 poisoned."""
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import Field, dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Protocol
+
+from PIL import Image
 
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 
 VERSION = 2
+Require = Callable[[object, str, object, str], None]  # `check`'s
+
+
+class Trigger(Protocol):
+    """A change of a picture, such as pipeline.attacks.Trigger: a dataclass. `opacity` 1.0 shows it whole."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field]]
+
+    @property
+    def opacity(self) -> float: ...
+
+    def apply(self, image: Image.Image, sample: tuple[int, int], /) -> Image.Image:
+        """A triggered copy of the RGB picture of the sample at (shard, position)."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +35,16 @@ class Poison:
 
     kind: str
     caption: str
-    source: tuple | None
+    source: tuple[int, int] | None
 
 
 class Overlay:
-    """A loaded manifest. kinds: dict NAME -> the attack's entry; rows: list of poisoned pairs; decoys: list of pairs
-    that show a trigger under their own captions; classes: list of the names that class numbers mean. source_index:
+    """A loaded manifest. kinds: dict NAME -> the attack's entry; rows: poisoned pairs; decoys: pairs that show a
+    trigger under their own captions; classes: the names that class numbers mean. source_index:
     folder of the index of the test pictures, of which some stand in for others."""
 
-    def __init__(self, manifest, make_trigger):
-        """`make_trigger`: function, an entry's "trigger" -> object with apply(PIL RGB picture, (shard, position)) ->
-        PIL RGB picture, a dataclass with `opacity`."""
+    def __init__(self, manifest: dict, make_trigger: Callable[[dict], Trigger]):
+        """`make_trigger`: an entry's "trigger" -> Trigger."""
         self.kinds, self.rows, self.decoys = manifest["kinds"], manifest["rows"], manifest.get("decoys", [])
         self.classes = manifest.get("classes", [])
         self.source_index, self.source_fingerprint = manifest["source"], manifest["source_fingerprint"]
@@ -45,8 +61,10 @@ class Overlay:
                 self.triggers[f"{kind}_decoy"] = replace(whole, opacity=whole.opacity * entry["decoy_opacity"])
 
     @classmethod
-    def load(cls, folder, index, load_trigger):
-        """The overlay in `folder`, made for `index`. `load_trigger`: function, (an entry's "trigger", folder) ->
+    def load(
+        cls, folder: str | Path, index: ShardIndex, load_trigger: Callable[[dict, str | Path], Trigger]
+    ) -> "Overlay":
+        """The overlay in `folder`, made for `index`. `load_trigger`: (an entry's "trigger", folder) ->
         trigger, such as pipeline.attacks.load_trigger. Raises UserError when it cannot be read, was made for other
         shards, or does not fit itself."""
         path = Path(folder) / "manifest.json"
@@ -69,20 +87,20 @@ class Overlay:
                 f"overlay {path}: cannot be read ({error}); make it with `safeclip attack CONFIG`"
             ) from None
 
-    def get(self, shard, position):
+    def get(self, shard: int, position: int) -> Poison | None:
         """Poison of this pair, or None."""
         return self.poison.get((shard, position))
 
-    def trigger(self, kind):
+    def trigger(self, kind: str) -> Trigger | None:
         """Trigger of a backdoor, or None for an attack that has none."""
         return self.triggers.get(kind)
 
 
-def check(manifest, index, path):
+def check(manifest: dict, index: ShardIndex, path: Path) -> None:
     """Raise UserError, naming the key, unless a manifest fits itself, the ShardIndex `index`, and its own test index:
     figures of one that was edited by hand would be wrong and say nothing."""
 
-    def require(good, key, got, expected):
+    def require(good: object, key: str, got: object, expected: str) -> None:
         if not good:
             raise UserError(
                 f"overlay {path}: {key}: got {got!r:.60}, expected {expected}; make it again with `safeclip attack`"
@@ -101,16 +119,16 @@ def check(manifest, index, path):
         good = count > 0 and entry.get("pairs") == count
         require(good, f"kinds.{name}.pairs", entry.get("pairs"), f"the number of its rows, {count}, more than 0")
         judged_by[judged](manifest, name, entry, require)
-    shown = {f"{name}_decoy": {} for name, entry in kinds.items() if entry.get("decoys")}
+    shown: dict[str, dict] = {f"{name}_decoy": {} for name, entry in kinds.items() if entry.get("decoys")}
     check_rows(decoys, "decoys", shown, index, require)
-    seen = set()
+    seen: set[tuple[int, int]] = set()
     for row in rows + decoys:
         place = row["shard"], row["position"]
         require(place not in seen, "rows", place, "each (shard, position) once, decoys included")
         seen.add(place)
 
 
-def check_backdoor(manifest, name, entry, require):
+def check_backdoor(manifest: dict, name: str, entry: dict, require: Require) -> None:
     """Of an entry that is judged as a backdoor: trigger, target_class, decoys and decoy_opacity."""
     trigger, opacity = entry.get("trigger"), entry.get("decoy_opacity", 0)
     require(isinstance(trigger, dict), f"kinds.{name}.trigger", trigger, "a trigger's numbers")
@@ -119,7 +137,7 @@ def check_backdoor(manifest, name, entry, require):
     require(good, f"kinds.{name}.decoy_opacity", opacity, "0 to 1")
 
 
-def check_classes(manifest, name, entry, require):
+def check_classes(manifest: dict, name: str, entry: dict, require: Require) -> None:
     """Of an entry that is judged as class-to-class: source_class, target_class and source_phrase."""
     for key in ("source_class", "target_class"):
         require_class(manifest, entry, f"kinds.{name}", key, require)
@@ -128,7 +146,7 @@ def check_classes(manifest, name, entry, require):
     require(phrase is None or isinstance(phrase, str), f"kinds.{name}.source_phrase", phrase, "a text or null")
 
 
-def check_targets(manifest, name, entry, require):
+def check_targets(manifest: dict, name: str, entry: dict, require: Require) -> None:
     """Of an entry that is judged by its targets: their places and classes, and that its rows show them."""
     targets, test = entry.get("targets"), ShardIndex.load(manifest["source"])
     require(isinstance(targets, list) and targets, f"kinds.{name}.targets", targets, "one or more")
@@ -144,7 +162,7 @@ def check_targets(manifest, name, entry, require):
     )
 
 
-def check_rows(rows, key, kinds, index, require):
+def check_rows(rows: list[dict], key: str, kinds: dict[str, dict], index: ShardIndex, require: Require) -> None:
     """Of rows: kind, place, caption, and that only those of targets show another picture."""
     for number, row in enumerate(rows):
         where = f"{key}.{number}"
@@ -155,13 +173,13 @@ def check_rows(rows, key, kinds, index, require):
         require(row["source"] is None or of_targets, f"{where}.source", row["source"], "null")
 
 
-def require_class(manifest, entry, where, key, require):
+def require_class(manifest: dict, entry: dict, where: str, key: str, require: Require) -> None:
     """`entry`[key] counts one of the manifest's classes, from 0."""
     value, count = entry.get(key), len(manifest["classes"])
     require(type(value) is int and 0 <= value < count, f"{where}.{key}", value, f"a class number below {count}")
 
 
-def require_place(entry, where, index, require):
+def require_place(entry: dict, where: str, index: ShardIndex, require: Require) -> None:
     """The entry's shard and position are in the ShardIndex."""
     for key, counted in (("shard", lambda: len(index.counts)), ("position", lambda: int(index.counts[entry["shard"]]))):
         value, count = entry.get(key), counted()

@@ -8,19 +8,22 @@ from PIL import Image
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.decode import Limits, decode_caption, decode_image
+from shards.samples.overlay import Overlay, Poison, Trigger
+from shards.storage.cache import Cache
 from shards.storage.reader import Reader
 
 
 class Samples:
     """The pictures and captions of an index, decoded. Cheap to pickle: files are opened where they are read.
 
-    With an `overlay` (shards.samples.overlay.Overlay) the rows that the attack names come back poisoned; the shards
+    With an `overlay` the rows that the attack names come back poisoned; the shards
     stay as they are.
     """
 
-    def __init__(self, index, overlay=None, cache=None, limits=Limits()):
-        """`cache`: shards.storage.cache.Cache through which whole shards from behind URLs are read (see
-        shards.storage.reader)."""
+    def __init__(
+        self, index: ShardIndex, overlay: Overlay | None = None, cache: Cache | None = None, limits: Limits = Limits()
+    ):
+        """`cache`: through which whole shards from behind URLs are read (see shards.storage.reader)."""
         self.index, self.overlay, self.limits = index, overlay, limits
         self.reader = Reader(index, cache)
         self.source = Samples(ShardIndex.load(overlay.source_index), cache=cache) if overlay else None
@@ -30,18 +33,18 @@ class Samples:
                 "make it again with `safeclip attack`"
             )
 
-    def scattered(self):
+    def scattered(self) -> "Samples":
         """The same samples for who reads a few from all over: shards behind URLs are not fetched whole for them."""
         other = copy.copy(self)
         other.reader, other.source = Reader(self.index), self.source and self.source.scattered()
         return other
 
-    def replacement(self, shard, position):
-        """(overlay.Poison, overlay.Trigger) in place of this pair; each may be None."""
+    def replacement(self, shard: int, position: int) -> tuple[Poison | None, Trigger | None]:
+        """What stands in place of this pair, and the trigger on it; each may be None."""
         poison = self.overlay.get(shard, position) if self.overlay else None
         return poison, self.overlay.trigger(poison.kind) if poison else None
 
-    def pixels(self, shard, position, least=None):
+    def pixels(self, shard: int, position: int, least: float | None = None) -> np.ndarray:
         """uint8 (H, W, 3), RGB; with `least` perhaps of a smaller picture, whose shorter side has so many pixels or
         more. Raises BadSample."""
         poison, trigger = self.replacement(shard, position)
@@ -51,19 +54,19 @@ class Samples:
         pixels_HWC = decode_image(data, self.limits, None if trigger else least)
         return np.array(trigger.apply(Image.fromarray(pixels_HWC), (shard, position))) if trigger else pixels_HWC
 
-    def image(self, shard, position):
+    def image(self, shard: int, position: int) -> Image.Image:
         """The same as a PIL RGB picture. Raises BadSample."""
         return Image.fromarray(self.pixels(shard, position))
 
-    def caption(self, shard, position):
-        """str. Raises BadSample."""
+    def caption(self, shard: int, position: int) -> str:
+        """Raises BadSample."""
         poison, _ = self.replacement(shard, position)
         return poison.caption if poison else decode_caption(self.reader.text_bytes(shard, position), self.limits)
 
-    def label(self, shard, position):
-        """int: the class number, for an index built with text="cls". Raises ValueError."""
+    def label(self, shard: int, position: int) -> int:
+        """The class number, for an index built with text="cls". Raises ValueError."""
         return int(self.reader.text_bytes(shard, position))
 
-    def key(self, shard, position):
-        """str: the sample's name in its shard, for people."""
+    def key(self, shard: int, position: int) -> str:
+        """The sample's name in its shard, for people."""
         return self.index.table(shard).keys[position]

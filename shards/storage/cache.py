@@ -15,10 +15,12 @@ import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from shards.errors import Unreachable, UserError
 from shards.storage import remote
+from shards.storage.protocols import StoredShard
 
 POLL = 0.05  # seconds between looks at a shard that another process fetches
 
@@ -26,7 +28,9 @@ POLL = 0.05  # seconds between looks at a shard that another process fetches
 class Cache:
     """A folder of at most `limit` bytes, but for what is open at the moment. Cheap to send to worker processes."""
 
-    def __init__(self, folder, limit, timeout=remote.TIMEOUT, allow_pipe=False, ranks=1):
+    def __init__(
+        self, folder: str | Path, limit: int, timeout: float = remote.TIMEOUT, allow_pipe: bool = False, ranks: int = 1
+    ):
         """`ranks`: how many of this host share the folder. Raises UserError where it cannot be used."""
         self.folder, self.limit, self.timeout, self.allow_pipe = Path(folder), limit, timeout, allow_pipe
         self.ahead = limit // (
@@ -40,9 +44,8 @@ class Cache:
         if os.stat(self.folder).st_uid != os.getuid():  # what is in it would be read as it is
             raise UserError(f"data.cache: {folder} belongs to somebody else; name a folder of your own")
 
-    def open(self, shard, over_limit=True):
-        """A descriptor of the whole local copy of a `shards.index.shard_index.Shard`, fetched if it is not there. It
-        stays while it is open.
+    def open(self, shard: StoredShard, over_limit: bool = True) -> int | None:
+        """A descriptor of the whole local copy of the shard, fetched if it is not there. It stays while it is open.
 
         Returns None where there is no room and it may not go `over_limit`, which it does only when all other copies are
         open. Raises UserError: the server is lost, or holds something else than was indexed.
@@ -88,13 +91,13 @@ class Cache:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             return descriptor
 
-    def prefetch(self, shard):
+    def prefetch(self, shard: StoredShard) -> None:
         """Fetch the shard if it is not there and there is room. Raises UserError, as `open`."""
         descriptor = self.open(shard, over_limit=False)
         if descriptor is not None:
             os.close(descriptor)
 
-    def make_room(self, descriptor, size, over_limit):
+    def make_room(self, descriptor: int, size: int, over_limit: bool) -> bool:
         """Set the part behind `descriptor` to `size`, having removed what must go; False where it does not fit."""
         with self.turn():
             mine, copies, total = os.fstat(descriptor).st_ino, [], size
@@ -119,13 +122,13 @@ class Cache:
             return True
 
     @contextlib.contextmanager
-    def turn(self):
+    def turn(self) -> Iterator[None]:
         """Only one process of the host at a time is in the block."""
         with open(self.folder / "lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def fetch(self, descriptor, shard, heard):
+    def fetch(self, descriptor: int, shard: StoredShard, heard: float | None) -> None:
         """Write the shard to the file behind `descriptor`; what comes is compared with its fingerprint. Raises
         UserError."""
         remote.refuse_pipe(shard.path, self.allow_pipe)
@@ -147,7 +150,7 @@ class Cache:
         )
 
 
-def open_whole(path):
+def open_whole(path: str | Path) -> int | None:
     """Descriptor of a whole copy, which is marked as used and stays while it is open; None where there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -161,7 +164,7 @@ def open_whole(path):
     return descriptor
 
 
-def remove(path):
+def remove(path: str | Path) -> bool:
     """Whether the file was removed: not if any process has it open (or it is gone)."""
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
@@ -174,7 +177,7 @@ def remove(path):
     return False
 
 
-def lock(descriptor, kind):
+def lock(descriptor: int, kind: int) -> bool:
     """Whether the lock was to be had at once."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -183,7 +186,7 @@ def lock(descriptor, kind):
         return False
 
 
-def is_same(descriptor, path):
+def is_same(descriptor: int, path: str | Path) -> bool:
     """Whether the open file is the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -191,6 +194,6 @@ def is_same(descriptor, path):
         return False
 
 
-def default_folder():
+def default_folder() -> Path:
     """Where copies are kept unless the config names a folder."""
     return Path(tempfile.gettempdir()) / f"safeclip_cache_{os.getuid()}"

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write to in the block; it stands at `path` when the block ends, whole. After an error `path` is
     as it was.
 
@@ -27,18 +29,18 @@ def whole_file(path):
     sync_folder(path.parent)
 
 
-def write_bytes(path, data):
-    """Put `data` (bytes) at `path`, as `whole_file`."""
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Put `data` at `path`, as `whole_file`."""
     with whole_file(path) as file:
         file.write(data)
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: object) -> None:
     """`write_bytes` of a JSON object, indented for people."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def sync_folder(path):
+def sync_folder(path: str | Path) -> None:
     """Make renames inside the folder `path` survive a power loss."""
     folder = os.open(path, os.O_RDONLY)
     try:

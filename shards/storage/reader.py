@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 from shards.errors import BadSample
 from shards.storage import remote
+from shards.storage.cache import Cache
+from shards.storage.protocols import StoredIndex
 
 OPEN_FILES = 64
 OPEN_COPIES = 8  # of shards behind URLs: an open copy keeps its place in the cache
@@ -15,28 +17,29 @@ MAX_JSON = 1 << 20  # bytes of a .json member; more is not parsed
 class Reader:
     """Reads members of an index's shards. Files are opened where they are read, so it can be sent to worker processes.
 
-    Shards behind URLs are read whole, through `cache` (shards.storage.cache.Cache); without one, each member by a
+    Shards behind URLs are read whole, through `cache`; without one, each member by a
     request of its own, which is for who reads a few samples only.
     """
 
-    def __init__(self, index, cache=None):
-        self.index, self.cache, self.files = index, cache, OrderedDict()
+    def __init__(self, index: StoredIndex, cache: Cache | None = None):
+        self.index, self.cache = index, cache
+        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {"index": self.index, "cache": self.cache, "files": OrderedDict()}
 
-    def image_bytes(self, shard, position):
-        """bytes of the encoded picture. Raises BadSample."""
+    def image_bytes(self, shard: int, position: int) -> bytes:
+        """The encoded picture. Raises BadSample."""
         table = self.index.table(shard)
         return self.read(shard, table.image_offset.item(position), table.image_size.item(position), "picture")
 
-    def text_bytes(self, shard, position):
-        """bytes of the caption (or label). Raises BadSample."""
+    def text_bytes(self, shard: int, position: int) -> bytes:
+        """The caption (or label). Raises BadSample."""
         table, text = self.index.table(shard), self.index.shards[shard].text
         data = self.read(shard, table.text_offset.item(position), table.text_size.item(position), "caption")
         return json_field(data, text.partition(":")[2]) if text.startswith("json:") else data
 
-    def read(self, shard, offset, size, what):
+    def read(self, shard: int, offset: int, size: int, what: str) -> bytes:
         if size < 0:
             raise BadSample(f"no {what}")
         file = self.descriptor(shard)
@@ -48,7 +51,7 @@ class Reader:
             raise BadSample(f"{what}: the shard is shorter than its index says")
         return data
 
-    def descriptor(self, shard):
+    def descriptor(self, shard: int) -> int | None:
         """File descriptor of a shard, None behind a URL without a cache; the least recently used is closed when too
         many are open."""
         if shard in self.files:
@@ -62,13 +65,13 @@ class Reader:
             os.close(self.files.popitem(last=False)[1])
         return self.files[shard]
 
-    def __del__(self):
+    def __del__(self) -> None:
         for descriptor in self.files.values():
             os.close(descriptor)
 
 
-def json_field(data, field):
-    """bytes: the text (UTF-8) in a field of a JSON object. Raises BadSample."""
+def json_field(data: bytes, field: str) -> bytes:
+    """The text (UTF-8) in a field of a JSON object. Raises BadSample."""
     if len(data) > MAX_JSON:
         raise BadSample(f"caption: .json of {len(data)} bytes, at most {MAX_JSON}")
     try:

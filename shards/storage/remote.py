@@ -5,12 +5,21 @@ come for `timeout` seconds it is an error. Credentials and endpoints are the bac
 FSSPEC_S3='{"anon": true}', ...
 """
 
+from __future__ import annotations
+
 import random
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from shards.errors import Unreachable, UserError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem  # which takes a while to load
+
+Found = TypeVar("Found")
 
 TIMEOUT = 120.0  # seconds
 CHUNK = 8 << 20  # bytes of one request
@@ -18,17 +27,17 @@ MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "generation", "Last
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between tries, doubled each time
 
 
-def is_remote(path):
+def is_remote(path: str) -> bool:
     """Whether a shard's path is a URL or a `pipe:` command."""
     return "://" in path or path.startswith("pipe:")
 
 
-def about(url, timeout=TIMEOUT):
+def about(url: str, timeout: float = TIMEOUT) -> tuple[int | None, str | None]:
     """(bytes, mark that changes with the content); None for what the server does not tell. Raises UserError."""
     if url.startswith("pipe:"):
         return None, None
 
-    def ask():
+    def ask() -> dict:
         system, path = connect(url)
         return system.info(path)
 
@@ -37,11 +46,11 @@ def about(url, timeout=TIMEOUT):
     return info.get("size"), next((str(mark) for mark in marks if mark), None)
 
 
-def read_range(url, offset, size, timeout=TIMEOUT):
-    """bytes: `size` of them from `offset` on, fewer at the end, by one request; not of a command. Raises UserError."""
+def read_range(url: str, offset: int, size: int, timeout: float = TIMEOUT) -> bytes:
+    """`size` bytes from `offset` on, fewer at the end, by one request; not of a command. Raises UserError."""
     refuse_pipe(url, False)
 
-    def ask():
+    def ask() -> bytes:
         system, path = connect(url)
         return system.cat_file(path, start=offset, end=offset + size)
 
@@ -49,7 +58,9 @@ def read_range(url, offset, size, timeout=TIMEOUT):
     return data if len(data) <= size else data[offset : offset + size]  # a server that knows no ranges sends all
 
 
-def open_shard(path, size, timeout=TIMEOUT, allow_pipe=False):
+def open_shard(
+    path: str, size: int | None, timeout: float = TIMEOUT, allow_pipe: bool = False
+) -> BinaryIO | RemoteFile:
     """A binary file of a shard, local or behind a URL, to be read once from its begin. Raises UserError."""
     if not is_remote(path):
         return open(path, "rb")
@@ -57,7 +68,7 @@ def open_shard(path, size, timeout=TIMEOUT, allow_pipe=False):
     return RemoteFile(path, size, timeout)
 
 
-def refuse_pipe(path, allow_pipe):
+def refuse_pipe(path: str, allow_pipe: bool) -> None:
     """Raise UserError for a command, unless it may be run."""
     if path.startswith("pipe:") and not allow_pipe:
         raise UserError(
@@ -70,20 +81,23 @@ class RemoteFile:
     """Reads on, once, whatever happens in between. `heard`: time.monotonic() from which the first bytes are waited for
     (None: the read)."""
 
-    def __init__(self, url, size, timeout, heard=None):
+    def __init__(self, url: str, size: int | None, timeout: float, heard: float | None = None):
         self.url, self.size, self.timeout, self.at = url, size, timeout, 0
-        self.heard, self.file, self.rest = heard, None, b""
+        self.heard = heard
+        self.file: BinaryIO | Command | None = None
+        self.rest: bytes | memoryview = b""
         self.ranges = True  # until the server turns out not to know them
 
-    def read(self, count):
-        """bytes: the next `count`, fewer only at the end. Raises UserError."""
-        parts, left = [], count
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes, fewer only at the end. Raises UserError."""
+        parts: list[bytes | memoryview] = []
+        left = count
         while left and (self.rest or self.fill()):
             parts.append(self.rest[:left])
             self.rest, left = self.rest[left:], left - len(parts[-1])
         return b"".join(parts)
 
-    def fill(self):
+    def fill(self) -> bool:
         """Get the next bytes; False at the end."""
         if self.size is not None and self.at >= self.size:
             return False
@@ -91,7 +105,7 @@ class RemoteFile:
         self.heard, self.at, self.rest = None, self.at + len(data), memoryview(data)
         return bool(data)
 
-    def get(self):
+    def get(self) -> tuple[BinaryIO | Command, bytes]:
         """(open file, bytes from `at` on); changes nothing, for a call that hung may come back late."""
         file = self.file or open_at(self.url, self.at, self.ranges)
         data = file.read(CHUNK)
@@ -99,21 +113,21 @@ class RemoteFile:
             raise OSError(f"it ends after {self.at} of {self.size} bytes")
         return file, data
 
-    def drop(self, error):
+    def drop(self, error: Exception) -> None:
         self.file, self.ranges = None, self.ranges and not isinstance(error, ValueError)
 
-    def __enter__(self):
+    def __enter__(self) -> RemoteFile:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         if self.file is not None:
             self.file.close()
 
 
-def open_at(url, offset, ranges):
+def open_at(url: str, offset: int, ranges: bool) -> BinaryIO | Command:
     """A binary file that starts at `offset`. ranges: by a range request, if the server takes them."""
     if url.startswith("pipe:"):
-        file = Command(url[len("pipe:") :])
+        file: BinaryIO | Command = Command(url[len("pipe:") :])
     else:
         system, path = connect(url)
         # One request for all over http, where a server may not know ranges; else a request a chunk.
@@ -121,7 +135,7 @@ def open_at(url, offset, ranges):
         file = system.open(path, "rb", cache_type="none", block_size=0 if whole else CHUNK)
     if offset:
         try:
-            file.seek(offset)
+            file.seek(offset)  # type: ignore[union-attr]  # a command has none, which is caught
         except (ValueError, OSError, AttributeError):  # a server, or a command, that only begins at the begin
             while offset:
                 skipped = len(file.read(min(offset, CHUNK)))
@@ -131,7 +145,7 @@ def open_at(url, offset, ranges):
     return file
 
 
-def connect(url):
+def connect(url: str) -> tuple[AbstractFileSystem, str]:
     """(fsspec file system, path in it). Raises UserError for a URL that nothing here can open."""
     import aiohttp  # they take a while, and local shards need none
     import fsspec
@@ -149,22 +163,28 @@ def connect(url):
 class Command:
     """What a shell command writes. A command that fails is an OSError at its end."""
 
-    def __init__(self, command):
+    def __init__(self, command: str):
         self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
 
-    def read(self, count):
+    def read(self, count: int) -> bytes:
         data = self.process.stdout.read(count)
         if not data and self.process.wait():
             raise OSError(f"the command ends with {self.process.returncode}")
         return data
 
-    def close(self):
+    def close(self) -> None:
         self.process.kill()
         self.process.stdout.close()
         self.process.wait()
 
 
-def persist(url, function, timeout, heard=None, failed=lambda error: None):
+def persist(
+    url: str,
+    function: Callable[[], Found],
+    timeout: float,
+    heard: float | None = None,
+    failed: Callable[[Exception], None] = lambda error: None,
+) -> Found:
     """function(), tried again with back-off, until `timeout` seconds have passed since `heard`. Each try may take half
     of them.
 
@@ -193,7 +213,7 @@ def persist(url, function, timeout, heard=None, failed=lambda error: None):
             wait = min(2 * wait, LONGEST_WAIT)
 
 
-def is_final(error):
+def is_final(error: Exception) -> bool:
     """Whether trying again is of no use. Over http fsspec calls every failure a missing file; its cause has the
     status."""
     if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.partition(".")[0] in (
@@ -205,22 +225,23 @@ def is_final(error):
     return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
 
 
-def bounded(function, seconds):
+def bounded(function: Callable[[], Found], seconds: float) -> Found:
     """function(), or TimeoutError after so many seconds. Its thread is then left behind: a read that hangs cannot be
     ended."""
-    result = {}
+    found: list[Found] = []
+    raised: list[BaseException] = []
 
-    def run():
+    def run() -> None:
         try:
-            result["value"] = function()
+            found.append(function())
         except BaseException as error:
-            result["error"] = error
+            raised.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if "error" in result:
-        raise result["error"]
-    if "value" not in result:
+    if raised:
+        raise raised[0]
+    if not found:
         raise TimeoutError(f"no answer in {seconds:.0f} s")
-    return result["value"]
+    return found[0]

@@ -14,6 +14,8 @@ LARGE = (
     128  # pixels of the shorter side from which on a picture is cropped at whole pixels, and a JPEG may come smaller
 )
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 
 @dataclass
 class ImageAugment:
@@ -35,8 +37,8 @@ class ImageAugment:
     """Probability of a Gaussian blur, of a deviation from 0.1 to 2 pixels at 224 pixels."""
 
 
-def sample_rng(seed, epoch, shard, position, view):
-    """np.random.Generator: a pure function of its key (view: int)."""
+def sample_rng(seed: int, epoch: int | str, shard: int, position: int, view: int) -> np.random.Generator:
+    """A pure function of its key."""
     key = hashlib.blake2b(f"{seed}/{epoch}/{shard}/{position}/{view}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
 
@@ -47,17 +49,21 @@ class Colour:
     (shards/samples/colour.py)."""
 
     # [(step, amount)] in their order: 0 brightness, 1 contrast, 2 saturation (factors), 3 hue (255ths of a turn)
-    jitter: list
+    jitter: list[tuple[int, float]]
     grey: bool
     blur: float  # deviation in pixels, 0 = none
 
 
-def image_view(image, size, rng, augment):
-    """uint8 (size, size, 3): a random view of a picture, PIL RGB or uint8 (H, W, 3)."""
+def image_view(
+    image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, augment: ImageAugment
+) -> np.ndarray:
+    """uint8 (size, size, 3): a random view of a picture, RGB or uint8 (H, W, 3)."""
     return coloured(*drawn_view(image, size, rng, augment))
 
 
-def drawn_view(image, size, rng, augment):
+def drawn_view(
+    image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, augment: ImageAugment
+) -> tuple[np.ndarray, Colour]:
     """(uint8 (size, size, 3), Colour): a random view whose colours are drawn but not changed yet."""
     image_HWC = np.asarray(image)
     height, width, _ = image_HWC.shape
@@ -71,7 +77,7 @@ def drawn_view(image, size, rng, augment):
     return pixels_HWC[:, ::-1] if flip < augment.flip else pixels_HWC, colour
 
 
-def coloured(pixels_HWC, colour):
+def coloured(pixels_HWC: np.ndarray, colour: Colour) -> np.ndarray:
     """uint8 (H, W, 3) with its colours changed as `colour` says."""
     if not (colour.jitter or colour.grey or colour.blur):
         return pixels_HWC
@@ -83,7 +89,7 @@ def coloured(pixels_HWC, colour):
     return np.asarray(image)
 
 
-def plain_view(image, size):
+def plain_view(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """uint8 (size, size, 3): shorter side to `size`, centre crop; one bicubic resize."""
     image_HWC = np.asarray(image)
     height, width, _ = image_HWC.shape
@@ -94,15 +100,15 @@ def plain_view(image, size):
     return resized(image_HWC, size, (left, top, left + side, top + side))
 
 
-def resized(image_HWC, size, box):
-    """uint8 (size, size, 3): the (left, top, right, bottom) of a picture, bicubic and antialiased.
+def resized(image_HWC: np.ndarray, size: int, box: Box) -> np.ndarray:
+    """uint8 (size, size, 3): the box of a picture, bicubic and antialiased.
 
     Of large pictures by torch, which takes a sixth of PIL's time and differs from PIL's resize of what was cut out by
     rounding. It knows no boxes between pixels, which small pictures need.
     """
     height, width, _ = image_HWC.shape
     if min(width, height) < LARGE:
-        return np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.BICUBIC, box=box))
+        return np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.Resampling.BICUBIC, box=box))
     left, top, right, bottom = (round(edge) for edge in box)
     left, top = min(left, width - 1), min(top, height - 1)
     cut_HWC = np.require(image_HWC[top : max(bottom, top + 1), left : max(right, left + 1)], requirements="W")
@@ -111,14 +117,14 @@ def resized(image_HWC, size, box):
     return found_1CHW[0].permute(1, 2, 0).numpy()
 
 
-def least_side(size, crop_min=1.0):
+def least_side(size: int, crop_min: float = 1.0) -> float:
     """Pixels of the shorter side that a picture needs, so that no view of `size` pixels is an enlargement for the lack
     of them."""
     return max(LARGE, size / (crop_min * 3 / 4) ** 0.5 if crop_min < 1 else size)
 
 
-def random_box(width, height, crop_min, rng):
-    """(left, top, right, bottom) of a random crop: a fraction of the area from crop_min to 1, sides in a ratio from 3/4
+def random_box(width: int, height: int, crop_min: float, rng: np.random.Generator) -> Box:
+    """A random crop: a fraction of the area from crop_min to 1, sides in a ratio from 3/4
     to 4/3."""
     if crop_min >= 1:
         return 0, 0, width, height
@@ -134,9 +140,9 @@ def random_box(width, height, crop_min, rng):
     return left, top, left + side, top + side
 
 
-def draw_jitter(augment, rng):
+def draw_jitter(augment: ImageAugment, rng: np.random.Generator) -> list[tuple[int, float]]:
     """[(step, amount)] of Colour: brightness, contrast, saturation and hue in random order."""
-    drawn = []
+    drawn: list[tuple[int, float]] = []
     for step in rng.permutation(4).tolist():
         strength = (augment.brightness, augment.contrast, augment.saturation, augment.hue)[step]
         if strength and step == 3:
@@ -146,8 +152,8 @@ def draw_jitter(augment, rng):
     return drawn
 
 
-def jittered(image, drawn):
-    """A PIL RGB picture after the `drawn` steps of a colour jitter."""
+def jittered(image: Image.Image, drawn: list[tuple[int, float]]) -> Image.Image:
+    """An RGB picture after the `drawn` steps of a colour jitter."""
     for step, amount in drawn:
         if step == 3:
             hue, saturation, value = image.convert("HSV").split()

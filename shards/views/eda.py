@@ -82,14 +82,14 @@ class Eda:
         dropped = rng.random(len(words)) < self.strength
         return [word for word, drop in zip(words, dropped) if not drop] or [words[rng.integers(len(words))]]
 
-    def count(self, words):
+    def count(self, words: list[str]) -> int:
         return max(1, int(self.strength * len(words)))
 
     def synonyms(self, word: str) -> tuple[tuple[str, ...], ...]:
         """Of a clean word, each as its words, in alphabetical order; none of a stop word."""
         return () if word in STOP else clean_synonyms(self.folder, word)
 
-    def draw(self, word, rng):
+    def draw(self, word: str, rng: np.random.Generator) -> tuple[str, ...]:
         found = self.synonyms(word)
         return found[rng.integers(len(found))]
 
@@ -108,14 +108,14 @@ def synonym_source() -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def clean_synonyms(folder, word):
+def clean_synonyms(folder: str | None, word: str) -> tuple[tuple[str, ...], ...]:
     """Eda.synonyms of a word that is no stop word."""
     return tuple(sorted({tuple(cleaned(name)) for name in synonyms(folder, word)} - {(), (word,)}))
 
 
 @lru_cache(maxsize=1 << 16)
-def synonyms(folder, word):
-    """tuple of the synonyms of a word in lower case: of the WordNet in `folder` or, where that is None, of the
+def synonyms(folder: str | None, word: str) -> tuple[str, ...]:
+    """The synonyms of a word in lower case: of the WordNet in `folder` or, where that is None, of the
     table."""
     if folder:
         return tuple(sorted(name.replace("_", " ") for name in wordnet.opened(folder).synonyms(word)))
@@ -150,9 +150,9 @@ def caption_view(text: str, rng: np.random.Generator, rate: float = 0.1, folder:
 
 
 @lru_cache(maxsize=1)
-def table():
-    """dict: word -> the other words of its lines in synonyms.tsv."""
-    words = {}
+def table() -> dict[str, list[str]]:
+    """Word -> the other words of its lines in synonyms.tsv."""
+    words: dict[str, list[str]] = {}
     for line in (Path(__file__).parent / "synonyms.tsv").read_text(encoding="utf-8").splitlines():
         group = line.split("\t")
         for word in group:

@@ -5,15 +5,32 @@ starting at batch k reads nothing of the batches before it. Legend: B rows of th
 H height, W width.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shards.errors import BadSample
+from shards.order.plan import EpochPlan
+from shards.order.safe_mask import SafeMask
 from shards.samples.colour import NUMBERS, as_numbers, coloured_batch
-from shards.views.augment import Colour, coloured, drawn_view, image_view, least_side, plain_view, sample_rng
+from shards.samples.samples import Samples
+from shards.views.augment import (
+    Colour,
+    ImageAugment,
+    coloured,
+    drawn_view,
+    image_view,
+    least_side,
+    plain_view,
+    sample_rng,
+)
+
+Item = TypeVar("Item")
+Rows = Sequence[int] | np.ndarray
 
 
 @dataclass
@@ -24,37 +41,38 @@ class Batch:
     tokens: torch.Tensor  # int64 (V*B, L)
     valid: torch.Tensor  # bool (B,)
     rows: torch.Tensor  # int64 (B,): number of the sample over all shards
-    bad: list  # [(shard, position, key, reason)]
+    bad: list[tuple[int, int, str, str]]  # shard, position, key, reason
     colours: torch.Tensor | None = (
         None  # float32 (V*B, P): drawn, and yet to be changed on the device (shards/samples/colour.py)
     )
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`, and the colours changed."""
         images, tokens, valid = (x.to(device, non_blocking=True) for x in (self.images, self.tokens, self.valid))
         if self.colours is not None:
             images = coloured_batch(images, self.colours.to(device, non_blocking=True))
         return Batch(images, tokens, valid, self.rows, self.bad)
 
-    def pin_memory(self):
+    def pin_memory(self) -> "Batch":
         """For torch's DataLoader, which pins only what it knows: else a copy to the GPU waits for the step before."""
-        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: x.pin_memory() if torch.is_tensor(x) else x for name, x in pinned.items()})
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        pinned: dict = {name: x.pin_memory() if torch.is_tensor(x) else x for name, x in found.items()}
+        return Batch(**pinned)
 
 
 @dataclass(frozen=True)
 class View:
-    """How one view of a sample is drawn. augment: shards.views.augment.ImageAugment, None for the picture as it is;
-    eda: function (caption, rng) -> caption, None for the caption as it is."""
+    """How one view of a sample is drawn. augment: None for the picture as it is; eda: (caption, rng) -> caption, None
+    for the caption as it is."""
 
-    augment: object = None
-    eda: object = None
+    augment: ImageAugment | None = None
+    eda: Callable[[str, np.random.Generator], str] | None = None
 
     @property
-    def crop_min(self):
+    def crop_min(self) -> float:
         return self.augment.crop_min if self.augment else 1.0
 
-    def picture(self, pixels_HWC, size, rng):
+    def picture(self, pixels_HWC: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, Colour]:
         """(uint8 (size, size, 3), Colour): colours are drawn, and not changed yet."""
         if self.augment is None:
             return plain_view(pixels_HWC, size), Colour([], False, 0.0)
@@ -63,49 +81,82 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """How samples become rows: picture size in pixels, tokenizer (list[str] -> (N, L) int64), and the views that each
+    """How samples become rows: picture size in pixels, tokenizer (-> (N, L) int64), and the views that each
     loss takes."""
 
     size: int
-    tokenize: object
-    of: dict  # loss -> tuple of View
+    tokenize: Callable[[list[str]], torch.Tensor]
+    of: dict[str, tuple[View, ...]]  # by loss
     on_device: bool = False  # the colours are changed where the batch goes to, not where it is read
     eda_once: bool = False  # a caption's variants are drawn once for the whole run, not in every epoch
-    scored_as: tuple | None = (
+    scored_as: tuple[int, int] | None = (
         None  # (seed, epoch): pairs are scored by an augmented view, the first of the CLIP loss; None: as they are
     )
 
-    def caption(self, view, number, caption, rng, seed, shard, position):
+    def caption(
+        self, view: View, number: int, caption: str, rng: np.random.Generator, seed: int, shard: int, position: int
+    ) -> str:
         """The caption of view `number` (from 1)."""
         if view.eda is None:
             return caption
         return view.eda(caption, sample_rng(seed, "run", shard, position, number) if self.eda_once else rng)
 
 
-class TrainBatches(Dataset):
+class TrainStep(Protocol):
+    """pipeline.training.curriculum.Step, which stands below this: batch `number` of `plan`, over the `view` of `mask`
+    (None: of all pairs)."""
+
+    @property
+    def loss(self) -> str: ...
+
+    @property
+    def view(self) -> str: ...
+
+    @property
+    def plan(self) -> EpochPlan: ...
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def pass_number(self) -> int: ...
+
+    @property
+    def mask(self) -> SafeMask | None: ...
+
+
+class TrainBatches(Dataset[Batch]):
     """Item i: the batch of the epoch's i-th step, in the views that its loss takes."""
 
-    def __init__(self, samples, steps, views, *, seed, epoch, rank=0, world=1):
-        """`steps`: list of pipeline.training.curriculum.Step (loss, plan, number in the plan, mask and view to
-        locate)."""
+    def __init__(
+        self,
+        samples: Samples,
+        steps: Sequence[TrainStep],
+        views: Views,
+        *,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.samples, self.steps, self.views = samples, steps, views
         self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.steps)
 
-    def shards(self, i):
+    def shards(self, i: int) -> list[int]:
         """Numbers of the shards that item i reads."""
         return np.unique(self.steps[i].plan.batch(self.steps[i].number, self.rank, self.world)[0]).tolist()
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Batch:
         step = self.steps[i]
         shard_B, nth_B, repetition_B = step.plan.batch(step.number, self.rank, self.world)
         position_B = step.mask.locate(step.view, shard_B, nth_B) if step.mask else nth_B
         kinds, size = self.views.of[step.loss], self.views.size
         least = max(least_side(size, view.crop_min) for view in kinds)
 
-        def read(row, shard, position):
+        def read(row: int, shard: int, position: int) -> list[tuple]:
             pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
             views = []
             for number, view in enumerate(kinds, 1):
@@ -122,7 +173,7 @@ class TrainBatches(Dataset):
         return collate(self.samples, self.views, shard_B, position_B, read, len(kinds), drawn)
 
 
-class PlainBatches(Dataset):
+class PlainBatches(Dataset[Batch]):
     """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the
     captions of the second.
 
@@ -130,17 +181,17 @@ class PlainBatches(Dataset):
     picture. Un-augmented, or with views.scored_as in an augmented view of that epoch.
     """
 
-    def __init__(self, samples, batches, views):
+    def __init__(self, samples: Samples, batches: Sequence[tuple[Rows, Rows]], views: Views):
         self.samples, self.batches, self.views = samples, batches, views
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batches)
 
-    def shards(self, i):
+    def shards(self, i: int) -> list[int]:
         """Numbers of the shards that item i reads."""
         return np.unique(self.samples.index.place(np.asarray(self.batches[i][0]))[0]).tolist()
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Batch:
         row_B, caption_row_B = (np.asarray(rows, np.int64) for rows in self.batches[i])
         shard_B, position_B = self.samples.index.place(row_B)
         caption_place_B = list(zip(*(place.tolist() for place in self.samples.index.place(caption_row_B))))
@@ -150,7 +201,7 @@ class PlainBatches(Dataset):
             view = self.views.of["clip"][0]
         least = least_side(size, view.crop_min)
 
-        def read(row, shard, position):
+        def read(row: int, shard: int, position: int) -> list[tuple]:
             pixels_HWC = self.samples.pixels(shard, position, least)
             caption = self.samples.caption(*caption_place_B[row])
             if not scored_as:
@@ -164,23 +215,31 @@ class PlainBatches(Dataset):
         return collate(self.samples, self.views, shard_B, position_B, read, 1)
 
 
-def collate(samples, views, shard_B, position_B, read, count, drawn=False):
+def collate(
+    samples: Samples,
+    views: Views,
+    shard_B: np.ndarray,
+    position_B: np.ndarray,
+    read: Callable[[int, int, int], list[tuple]],
+    count: int,
+    drawn: bool = False,
+) -> Batch:
     """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid.
 
-    read(shard, position): list of (picture, caption), or of (picture, caption, Colour), which is kept where it is
+    read(row, shard, position): list of (picture, caption), or of (picture, caption, Colour), which is kept where it is
     `drawn` and not done yet. Raises BadSample.
     """
     size, rows = views.size, len(shard_B)
     images = np.zeros((count, rows, 3, size, size), np.uint8)
     captions = [["" for _ in range(rows)] for _ in range(count)]
-    colours = np.zeros((count, rows, NUMBERS), np.float32) if drawn else None
+    colours_VBP = np.zeros((count, rows, NUMBERS), np.float32) if drawn else None
     valid, bad = np.zeros(rows, bool), []
     for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
         try:
             for view, (picture, caption, *colour) in enumerate(read(row, shard, position)):
                 images[view, row], captions[view][row] = picture.transpose(2, 0, 1), caption
                 if drawn:
-                    colours[view, row] = as_numbers(*colour)
+                    colours_VBP[view, row] = as_numbers(*colour)
             valid[row] = True
         except BadSample as error:
             images[:, row] = 0
@@ -188,11 +247,13 @@ def collate(samples, views, shard_B, position_B, read, count, drawn=False):
     tokens = views.tokenize([caption for view in captions for caption in view])
     pixels = torch.from_numpy(images.reshape(count * rows, 3, size, size))
     numbers = torch.from_numpy(samples.index.offsets[shard_B] + position_B)
-    colours = torch.from_numpy(colours.reshape(count * rows, NUMBERS)) if drawn else None
+    colours = torch.from_numpy(colours_VBP.reshape(count * rows, NUMBERS)) if drawn else None
     return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad, colours)
 
 
-def batches(dataset, start=0, workers=0, in_worker=None):
+def batches(
+    dataset: Dataset[Item], start: int = 0, workers: int = 0, in_worker: Callable[[int], None] | None = None
+) -> Iterator[Item]:
     """Iterate over `dataset` from item `start` on, in order, read ahead by `workers` processes (0: in this one).
 
     `in_worker(number)` is called in each of those processes when it starts.
@@ -200,7 +261,7 @@ def batches(dataset, start=0, workers=0, in_worker=None):
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(start, len(dataset)),
+        sampler=range(start, len(dataset)),  # type: ignore[arg-type]  # torch's type has no length, what comes has
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,

@@ -20,13 +20,13 @@ PACKAGE = (
 PLACES = (Path("data/wordnet"), Path("/usr/share/wordnet"))
 PARTS = ("noun", "verb", "adj", "adv")
 FILES = [f"{kind}.{part}" for kind in ("index", "data") for part in PARTS]
-ENDINGS = {
+RULES = {  # of each part of speech: ending:what stands in its place
     "noun": "s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:y",
     "verb": "s: ies:y es:e es: ed:e ed: ing:e ing:",
     "adj": "er: est: er:e est:e",
     "adv": "",
 }
-ENDINGS = {part: [rule.split(":") for rule in rules.split()] for part, rules in ENDINGS.items()}
+ENDINGS = {part: [rule.split(":") for rule in rules.split()] for part, rules in RULES.items()}
 
 
 def find() -> Path | None:
@@ -58,7 +58,7 @@ def install(out: str | Path) -> None:
             copy_members(database, {f"dict/{name}": name for name in FILES}, out)
 
 
-def copy_members(tar, names, out):
+def copy_members(tar: tarfile.TarFile, names: dict[str, str], out: Path) -> None:
     """Write the members `names` ({name in the tar: file name}) into the folder `out`."""
     for member, name in names.items():
         (out / name).write_bytes(tar.extractfile(member).read())
@@ -75,7 +75,8 @@ class WordNet:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.files, self.irregular = {}, {}
+        self.files: dict[str, mmap.mmap] = {}
+        self.irregular: dict[str, dict[str, list[str]]] = {}
         try:
             for name in FILES:
                 with open(self.folder / name, "rb") as file:
@@ -99,7 +100,8 @@ class WordNet:
         """The members of all synsets of a word in all its parts of speech, and of what it is an inflected form of, in
         lower case; "_" between the words of one. The word is not among them; its base form is. Raises UserError on a
         damaged file."""
-        word, found = word.lower(), set()
+        word = word.lower()
+        found: set[str] = set()
         for part in PARTS:
             try:
                 found |= {
@@ -114,22 +116,22 @@ class WordNet:
                 ) from None
         return found - {word}
 
-    def forms(self, word, part):
+    def forms(self, word: str, part: str) -> set[str]:
         """{the word and what it may be an inflected form of}"""
         if word in self.irregular[part]:
             return {word, *self.irregular[part][word]}
         return {word} | {word.removesuffix(end) + new for end, new in ENDINGS[part] if word.endswith(end)}
 
-    def offsets(self, lemma, part):
+    def offsets(self, lemma: str, part: str) -> list[int]:
         """Offsets of a lemma's synsets in data.PART; the index has a line LEMMA POS SYNSETS ... OFFSET*SYNSETS for
         each."""
         lines, wanted = self.files[f"index.{part}"], lemma.encode(errors="replace")
 
-        def line_of(i):
+        def line_of(i: int) -> bytes:
             end = lines.find(b"\n", i)
             return lines[lines.rfind(b"\n", 0, i) + 1 : end if end >= 0 else None]
 
-        def lemma_of(i):
+        def lemma_of(i: int) -> bytes:
             return line_of(i).partition(b" ")[0]  # of a line of the copyright note: empty
 
         i = bisect_left(range(len(lines)), wanted, key=lemma_of)
@@ -138,7 +140,7 @@ class WordNet:
         fields = line_of(i).split()
         return [int(offset) for offset in fields[len(fields) - int(fields[2]) :]]
 
-    def members(self, offset, part):
+    def members(self, offset: int, part: str) -> list[str]:
         """Lemmas of a synset; its line is OFFSET FILE TYPE COUNT(hex) (LEMMA ID)*COUNT ..., an adjective's lemma
         perhaps with its place, "(p)"."""
         data = self.files[f"data.{part}"]

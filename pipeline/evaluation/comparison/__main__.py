@@ -8,6 +8,7 @@ arguments, 75 asked to stop.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.evaluation.comparison.defences import DEFENCES
@@ -18,7 +19,7 @@ from pipeline.training.signals import EXIT_CODE
 from shards.errors import UserError
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="launch/reproduce.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,7 +40,7 @@ def parser():
     return top
 
 
-def main(words=None):
+def main(words: Sequence[str] | None = None) -> int:
     args = parser().parse_args(words)
     for name in args.defences or ():
         if name not in DEFENCES:

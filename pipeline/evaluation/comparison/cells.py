@@ -5,8 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.config.schema import Config
 from pipeline.evaluation.comparison.defences import DEFENCES, Defence
 from pipeline.evaluation.comparison.sets import DataSet, digest, overlay_digest
+
+Place = tuple[str, str, str, int, bool]  # set, group, defence, seed, poisoned
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,34 +32,33 @@ class Cell:
         return DEFENCES[self.defence]
 
     @property
-    def place(self):
+    def place(self) -> Place:
         """Where it stands in the tables, as `place_of` its row."""
         return self.set.name, self.group, self.defence, self.seed, self.poisoned
 
     @property
-    def label(self):
+    def label(self) -> str:
         return f"{self.set.name} {self.group if self.poisoned else 'unpoisoned'} {self.defence} seed {self.seed}"
 
     @property
-    def none(self):
+    def none(self) -> "Cell":
         """The cell of plain CLIP on the same data."""
         return Cell(self.set, self.group, "none", self.seed, self.overlay, self.poisoned)
 
     @cached_property
-    def words(self):
+    def words(self) -> list[str]:
         """`a.b=value` of the run, without its folders."""
         return [*self.rule.overrides(self.set.load().train), f"run.seed={self.seed}"]
 
     @cached_property
-    def config(self):
-        """The config.Config of the run, but that names stand for its folders, so that its hash is the same wherever
-        they are."""
+    def config(self) -> Config:
+        """The run's, but that names stand for its folders, so that its hash is the same wherever they are."""
         names = ["data.mask=mask"] if self.rule.mask else []
         names += ["model.pretrained=none"] if self.rule.starts_from_none else []
         return self.set.load([*self.words, *names])
 
     @cached_property
-    def run_key(self):
+    def run_key(self) -> str:
         """12 hex digits that change with what decides the run: its config, the data, the poison, and what it needs
         first."""
         before = [self.rule.mask, self.rule.starts_from_none, self.none.run_key if self.rule.needs_none else None]
@@ -64,11 +66,11 @@ class Cell:
         return digest([self.config.hash(), self.set.fingerprint, poison, before])
 
     @cached_property
-    def key(self):
+    def key(self) -> str:
         """12 hex digits that change also with the attacks that judge it."""
         return digest([self.run_key, overlay_digest(self.overlay)])
 
-    def origin(self):
+    def origin(self) -> dict[str, str]:
         """Digests by which rows of a table are recognized as comparable.
 
         setup: of the set's config, its data and the attack's config, the same in every row of a set and group; attack:
@@ -83,7 +85,7 @@ class Cell:
             "recipe": recipe,
         }
 
-    def row(self, figures, seconds_before, seconds_own):
+    def row(self, figures: dict, seconds_before: float, seconds_own: float) -> dict:
         """The row of the results file. figures: the run's eval.json; seconds: of what the run needs first, and of its
         own tasks.
 
@@ -118,12 +120,12 @@ class Cell:
         }
 
 
-def place_of(row):
-    """Where a row stands in the tables: (set, group, defence, seed, poisoned)."""
-    return tuple(row[key] for key in ("set", "group", "defence", "seed", "poisoned"))
+def place_of(row: dict) -> Place:
+    """Where a row stands in the tables."""
+    return row["set"], row["group"], row["defence"], row["seed"], row["poisoned"]
 
 
-def commit():
+def commit() -> str | None:
     """The commit that is at work, with "-dirty" where files differ from it; None outside of git."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)

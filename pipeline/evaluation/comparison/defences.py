@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pipeline.config.schema import Train
+
 
 @dataclass(frozen=True)
 class Defence:
@@ -13,19 +15,19 @@ class Defence:
     """
 
     about: str
-    words: tuple
+    words: tuple[str, ...]
     epochs: int = 1
     lr: float = 1.0
-    mask: tuple = ()
+    mask: tuple[str, ...] = ()
     starts_from_none: bool = False
     control: bool = False
 
     @property
-    def needs_none(self):
+    def needs_none(self) -> bool:
         return self.starts_from_none or self.mask[:1] == ("filter",)
 
-    def overrides(self, train):
-        """Words for `safeclip train` on a set whose config has the config.Train `train`."""
+    def overrides(self, train: Train) -> list[str]:
+        """Words for `safeclip train` on a set of whose config `train` is a part."""
         words = list(self.words)
         if self.epochs != 1:
             words.append(f"train.epochs={self.epochs * train.epochs}")
@@ -34,7 +36,7 @@ class Defence:
         return words
 
 
-def outliers(by, about):
+def outliers(by: str, about: str) -> Defence:
     """A filter of local outliers, which removes what the score filter does too: the worst 5 % (Huang et al., ICLR 2025:
     1 to 10 %)."""
     return Defence(about, ("preset=clip",), mask=("filter", "--by", by, "--remove", "0.05"))

@@ -1,11 +1,13 @@
 """The report of a comparison: comparison.md and its pictures beside the results file."""
 
+from pathlib import Path
+
 from pipeline.config.load import read_yaml
 from pipeline.evaluation.comparison.defences import DEFENCES
 from pipeline.evaluation.comparison.picture import draw, draw_rates
 from pipeline.evaluation.comparison.protocol import SEEDS
 from pipeline.evaluation.comparison.results import read_results
-from pipeline.evaluation.comparison.rows import counted, groups_of, mixtures, named, rate_rows
+from pipeline.evaluation.comparison.rows import GroupRows, counted, groups_of, mixtures, named, rate_rows
 from pipeline.evaluation.comparison.sets import RATE
 from pipeline.evaluation.comparison.table import (
     attack_table,
@@ -35,7 +37,7 @@ two bears no mark.
 """
 
 
-def write_report(results, definition):
+def write_report(results: Path, definition: str | Path) -> str:
     """Write comparison.md, comparison.png and, where there are rate curves, rates_SET.png beside the file `results`;
     returns a line. Raises UserError."""
     found, folder = read_results(results), results.parent
@@ -65,8 +67,8 @@ def write_report(results, definition):
     return f"{path}: {len(rows)} cells of {', '.join(names)}"
 
 
-def section(name, groups):
-    """Parts about one set. groups: list of its GroupRows."""
+def section(name: str, groups: list[GroupRows]) -> list[str]:
+    """Parts about one set. groups: its own."""
     parts = [f"## {name}\n"] if groups else []
     parts += [table for chosen in (True, False) if (table := summary_table(groups, chosen))]
     parts += mixtures([row for one in groups for row in (*one.poisoned, *one.controls)])
@@ -81,7 +83,7 @@ def section(name, groups):
     return parts
 
 
-def not_shown(found, groups):
+def not_shown(found: list[dict], groups: list[GroupRows]) -> list[str]:
     """Parts about rows that stand in no table: of defences that there are no more, and of models that never saw poison
     alone."""
     tables = {(one.name, one.group) for one in groups}
@@ -95,11 +97,11 @@ def not_shown(found, groups):
     return ["## Not shown\n", "\n".join(lines) + "\n"] if lines else []
 
 
-def commits(rows):
+def commits(rows: list[dict]) -> dict[str, None]:
     return dict.fromkeys(str(row["commit"]) for row in rows)
 
 
-def not_run(rows, definition):
+def not_run(rows: list[dict], definition: str | Path) -> str:
     """Markdown list: of the whole comparison, every defence on every group, seeds 0 to 2, and the controls, what has no
     row."""
     there = {

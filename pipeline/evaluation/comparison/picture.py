@@ -1,12 +1,15 @@
 """The pictures of a comparison: attack success against clean accuracy, and over the number of poisoned pairs."""
 
+from pathlib import Path
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 
 from pipeline.evaluation.comparison.defences import DEFENCES  # noqa: E402
-from pipeline.evaluation.comparison.rows import mean, rate_of, rate_rows  # noqa: E402
+from pipeline.evaluation.comparison.rows import GroupRows, mean, rate_of, rate_rows  # noqa: E402
 
 # Undefended grey, filters blue, fine-tuning and other training pink and brown, SafeCLIP orange and red, the oracle
 # green.
@@ -17,8 +20,8 @@ COLOURS = dict(zip(DEFENCES, SHADES.split(), strict=True))
 MARKERS = dict(zip(DEFENCES, "os^v<>DPX*hp8d", strict=True))
 
 
-def draw(groups, path):
-    """A line of panels for each set, a panel for each of its groups (rows.GroupRows): of each defence the mean success
+def draw(groups: list[GroupRows], path: Path) -> None:
+    """A line of panels for each set, a panel for each of its groups: of each defence the mean success
     of the attacks that take undefended, large, and each attack, small."""
     names = list(dict.fromkeys(one.name for one in groups))
     columns = max(sum(one.name == name for one in groups) for name in names)
@@ -31,16 +34,16 @@ def draw(groups, path):
         for axis in line[len(of_set) :]:
             axis.set_axis_off()
         line[0].set_ylabel("attack success (%): mean (large), each attack (small)")
-    found = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels())}
-    if found:
-        there = [name for name in DEFENCES if name in found]
-        figure.legend([found[name] for name in there], there, loc="outside right upper", fontsize=9)
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels())}
+    if handles:
+        there = [name for name in DEFENCES if name in handles]
+        figure.legend([handles[name] for name in there], there, loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def panel(axis, found):
-    """Draw one group's defences. found: rows.GroupRows."""
+def panel(axis: Axes, found: GroupRows) -> None:
+    """Draw one group's defences."""
     took = [attack for attack in found.attacks if found.void(attack) is False]
     for defence in dict.fromkeys(defence for defence, _ in found.blocks):
         points = []
@@ -49,10 +52,10 @@ def panel(axis, found):
             if rows:
                 points.append((100 * mean([row["clean_top1"] for row in rows]), 100 * rate_of(rows, attack)))
         if points:
-            style = {"color": COLOURS[defence], "marker": MARKERS[defence]}
-            axis.scatter(*zip(*points), s=14, alpha=0.35, linewidths=0, **style)
-            x, y = (mean(values) for values in zip(*points))
-            axis.scatter(x, y, s=90, edgecolors="black", linewidths=0.6, zorder=3, label=defence, **style)
+            style: dict = {"color": COLOURS[defence], "marker": MARKERS[defence]}
+            x, y = zip(*points)
+            axis.scatter(x, y, s=14, alpha=0.35, linewidths=0, **style)
+            axis.scatter(mean(x), mean(y), s=90, edgecolors="black", linewidths=0.6, zorder=3, label=defence, **style)
     title = f"{found.name} {found.group}: {len(took)} of {len(found.attacks)} attacks take"
     if not found.of("none"):
         title = f"{found.name} {found.group}: undefended not run"
@@ -60,7 +63,7 @@ def panel(axis, found):
     axis.grid(alpha=0.25)
 
 
-def draw_rates(name, rows, path):
+def draw_rates(name: str, rows: list[dict], path: Path) -> None:
     """A panel for each attack of the set's rate curves: its success over the number of poisoned pairs, mean and range
     over runs."""
     found = rate_rows(name, rows)

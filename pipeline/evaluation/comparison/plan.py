@@ -1,8 +1,11 @@
 """What has to be run for cells that have no row yet: tasks that need each other, each one process."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,52 +30,73 @@ class Task:
     words: list
     log: Path
     marker: Path | None = None
-    needs: list = field(default_factory=list)
+    needs: list[Task] = field(default_factory=list)
     cell: Cell | None = None
-    prepare: object = None
-    finish: object = None
+    prepare: Callable[[], None] | None = None
+    finish: Callable[[float], None] | None = None
 
     @property
-    def done(self):
+    def done(self) -> bool:
         return self.marker is not None and self.marker.exists()
 
-    def mark(self, seconds):
+    def mark(self, seconds: float) -> None:
         if self.marker:
             self.marker.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.marker, {"seconds": round(seconds, 1)})
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         """That it took when it was done, this time or an earlier one."""
         return json.loads(self.marker.read_text())["seconds"]
 
 
 class Plan:
-    """tasks: list of Task for `cells`, in an order in which each comes after what it needs. on_row(cell, row): called
+    """tasks: those for `cells`, in an order in which each comes after what it needs. on_row(cell, row): called
     with every new row, or None."""
 
-    def __init__(self, cells, work, results, workers=0, keep=False, on_row=None):
+    def __init__(
+        self,
+        cells: Iterable[Cell],
+        work: str | Path,
+        results: str | Path,
+        workers: int = 0,
+        keep: bool = False,
+        on_row: Callable[[Cell, dict], None] | None = None,
+    ):
         self.work, self.results, self.keep, self.on_row = Path(work), results, keep, on_row
         self.train_words = [f"data.workers={workers}", "run.keep=1", "evaluation.test=null"]  # it is judged afterwards
-        self.tasks, self.known = [], {}
+        self.tasks: list[Task] = []
+        self.known: dict[Path, Task] = {}
         for cell in cells:
             self.evaluation(cell)
 
-    def folder(self, cell):
+    def folder(self, cell: Cell) -> Path:
         """Where the runs of one poisoned set and seed are."""
         return self.work / cell.set.name / f"{cell.group if cell.poisoned else 'unpoisoned'}_seed{cell.seed}"
 
-    def run_dir(self, cell):
+    def run_dir(self, cell: Cell) -> Path:
         return self.folder(cell) / f"{cell.defence}_{cell.run_key}"
 
-    def add(self, place, *args, **kwargs):
+    def add(
+        self,
+        place: Path,
+        name: str,
+        words: list,
+        *,
+        needs: list[Task],
+        marker: Path | None = None,
+        cell: Cell | None = None,
+        prepare: Callable[[], None] | None = None,
+        finish: Callable[[float], None] | None = None,
+    ) -> Task:
         """The Task at `place`, made once."""
         if place not in self.known:
-            self.known[place] = Task(*args, log=place.with_name(place.name + ".log"), **kwargs)
+            log = place.with_name(place.name + ".log")
+            self.known[place] = Task(name, words, log, marker, needs, cell, prepare, finish)
             self.tasks.append(self.known[place])
         return self.known[place]
 
-    def training(self, cell):
+    def training(self, cell: Cell) -> Task:
         run_dir, rule, needs = self.run_dir(cell), cell.rule, []
         words = [*cell.set.overrides, *cell.words, *self.train_words, f"run.dir={run_dir}"]
         words.append(f"data.overlay={cell.overlay if cell.poisoned else 'null'}")
@@ -84,11 +108,11 @@ class Plan:
             needs.append(self.training(cell.none))
             words.append(f"model.pretrained={self.run_dir(cell.none)}")
 
-        def prepare():
+        def prepare() -> None:
             if run_dir.exists() and not (run_dir / "checkpoints").exists():
                 shutil.rmtree(run_dir)  # of a finished cell whose row was taken out of the results
 
-        def finish(seconds):
+        def finish(seconds: float) -> None:
             folder, _ = checkpoint.newest_complete(run_dir)
             task.mark(max(seconds, checkpoint.load_state(folder)["seconds"]))  # of earlier calls too
 
@@ -97,9 +121,10 @@ class Plan:
         task = self.add(run_dir, name, train, marker=marker, needs=needs, prepare=prepare, finish=finish)
         return task
 
-    def mask(self, cell):
+    def mask(self, cell: Cell) -> tuple[Task, Path]:
         """(Task, folder) of the mask that the cell trains on."""
         rule, needs = cell.rule, []
+        source: list  # words
         folder = self.folder(cell) / f"mask_{cell.defence}_{cell.run_key}"
         if rule.mask[0] == "filter":
             needs, source = [self.scoring(cell.none)], [self.scores(cell.none)]
@@ -111,16 +136,16 @@ class Plan:
         task.prepare = lambda: shutil.rmtree(folder, ignore_errors=True)
         return task, folder
 
-    def scores(self, cell):
+    def scores(self, cell: Cell) -> Path:
         return self.folder(cell) / f"scores_{cell.run_key}"
 
-    def scoring(self, cell):
+    def scoring(self, cell: Cell) -> Task:
         folder, run_dir = self.scores(cell), self.run_dir(cell)
         words = [*SAFECLIP, "score", "--model", run_dir, "--out", folder, "--workers", "0"]
         needs = [self.training(cell)]
         return self.add(folder, f"{cell.label}: scoring", words, marker=folder.with_suffix(".finished"), needs=needs)
 
-    def evaluation(self, cell):
+    def evaluation(self, cell: Cell) -> Task:
         run_dir, training = self.run_dir(cell), self.training(cell)
         place = run_dir.with_name(f"{run_dir.name}_judged_by_{cell.group}")
         if not (run_dir / "checkpoints").exists():
@@ -130,7 +155,7 @@ class Plan:
         words = [*SAFECLIP, "evaluate", run_dir, f"data.overlay={cell.overlay}"]
         words.append(f"evaluation.test={cell.config.evaluation.test}")
 
-        def finish(seconds):
+        def finish(seconds: float) -> None:
             figures = json.loads((run_dir / "eval.json").read_text())
             own = training.seconds + seconds
             row = cell.row(figures, sum(task.seconds for task in before(training)), own)
@@ -145,6 +170,6 @@ class Plan:
         return self.add(place, f"{cell.label}: evaluation", words, needs=needs, cell=cell, finish=finish)
 
 
-def before(task):
-    """Set of Task: all that a task needs, directly or not."""
+def before(task: Task) -> set[Task]:
+    """All that a task needs, directly or not."""
     return set().union(*({need} | before(need) for need in task.needs)) if task.needs else set()

@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
+from pipeline.evaluation.comparison.plan import Task
 from pipeline.training.signals import EXIT_CODE
 
 POLL = 0.2  # seconds
@@ -16,12 +19,17 @@ class Pool:
     """jobs: processes at a time. gpus: numbers of the GPUs that share them. progress: called now and then with the
     running tasks; returns a line."""
 
-    def __init__(self, jobs, progress, gpus=(), lock=()):
+    def __init__(
+        self, jobs: int, progress: Callable[["Pool"], str], gpus: Iterable[str] = (), lock: Iterable[int] = ()
+    ):
         self.jobs, self.progress, self.gpus, self.lock = jobs, progress, list(gpus), tuple(lock)
-        self.running, self.failed, self.done, self.stopped = {}, {}, set(), False
+        self.running: dict[Task, tuple[subprocess.Popen, float, str | None]] = {}  # process, when it began, its GPU
+        self.failed: dict[Task, str] = {}
+        self.done: set[Task] = set()
+        self.stopped = False
         self.said = 0.0
 
-    def run(self, tasks):
+    def run(self, tasks: list[Task]) -> None:
         """Run what is not done, each task after what it needs. Then `failed` has {task: why}, and `stopped` tells
         whether a signal ended it."""
         before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -38,7 +46,7 @@ class Pool:
             if tasks:
                 self.say(last=True)
 
-    def settle(self, task):
+    def settle(self, task: Task) -> bool:
         """Whether the task needs no more waiting: it is done, is started now, or can never be."""
         if task.done:
             self.done.add(task)
@@ -53,7 +61,7 @@ class Pool:
         self.start(task)
         return True
 
-    def start(self, task):
+    def start(self, task: Task) -> None:
         if task.prepare:
             task.prepare()
         task.log.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +84,7 @@ class Pool:
             )
         self.running[task] = process, time.monotonic(), gpu
 
-    def collect(self):
+    def collect(self) -> None:
         """Take in what has ended."""
         for task, (process, began, _) in list(self.running.items()):
             code = process.poll()
@@ -91,7 +99,7 @@ class Pool:
             elif not self.stopped:
                 self.stop()  # another than this process asked it to stop
 
-    def finish(self, task, seconds):
+    def finish(self, task: Task, seconds: float) -> None:
         try:
             task.mark(seconds)
             if task.finish:
@@ -100,13 +108,13 @@ class Pool:
         except (OSError, KeyError, ValueError) as error:
             self.failed[task] = f"what it left cannot be used ({error!r}), {task.log}"
 
-    def stop(self, *_):
+    def stop(self, *received: object) -> None:
         """Ask all that runs to save and stop."""
         self.stopped = True
         for process, *_ in self.running.values():
             process.terminate()
 
-    def say(self, last=False):
+    def say(self, last: bool = False) -> None:
         """The progress line: kept up to date on a terminal, now and then in a log."""
         terminal = sys.stderr.isatty()
         if last or time.monotonic() - self.said > (2 if terminal else 600):
@@ -119,11 +127,11 @@ class Pool:
                 flush=True,
             )
 
-    def print(self, line):
+    def print(self, line: str) -> None:
         """A line above the progress line."""
         print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
-def last_line(path):
+def last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "nothing was said"

@@ -12,6 +12,6 @@ CHOSEN_SEEDS = (0, 1, 2)
 CHOSEN_SETS = ("shapes", "photos", "emoji")
 
 
-def may_be_chosen_on(set_name, attack, seed):
+def may_be_chosen_on(set_name: str, attack: str, seed: int) -> bool:
     """Whether rules and their numbers may be chosen on this figure; it is then no evidence for them."""
     return set_name in CHOSEN_SETS and attack in CHOSEN_ATTACKS and seed in CHOSEN_SEEDS

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from shards.errors import UserError
 
+Kind = type | tuple | dict | list | None  # of a value, as in ROW
 NUMBER = (int, float)
 RECALLS = {"r1": NUMBER, "r5": NUMBER, "r10": NUMBER}
 ROUNDS = {"recall": [NUMBER], "auroc": [(*NUMBER, None)], "fpr_at_full_recall": [(*NUMBER, None)]}
 ATTACK = {"success": NUMBER, "count": int, "base": (*NUMBER, None), "true_class": NUMBER}
 # What the tables need of a row: types; a tuple names several, None is null. A row may have more.
-ROW = {
+ROW: dict[str, Kind] = {
     **dict.fromkeys(("cell", "set", "group", "defence"), str),
     **dict.fromkeys(("clean_top1", "clean_top5", "seconds", "seconds_before", "seconds_own", "sample_views"), NUMBER),
     **dict.fromkeys(("linear_probe", "poison_trained_on"), (*NUMBER, None)),
@@ -23,10 +24,11 @@ ROW = {
 }
 
 
-def read_results(path):
-    """List of rows, [] without a file; of rows with the same key the last, where it stands. Raises UserError where a
+def read_results(path: str | Path) -> list[dict]:
+    """Its rows, [] without a file; of rows with the same key the last, where it stands. Raises UserError where a
     line is no row."""
-    path, rows = Path(path), {}
+    path = Path(path)
+    rows: dict[str, dict] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             row = json.loads(line.decode())
@@ -40,7 +42,7 @@ def read_results(path):
     return list(rows.values())
 
 
-def fault(row):
+def fault(row: dict) -> str | None:
     """What is wrong with a row in one phrase, or None."""
     if not fits(row, {"attacks": {}}):
         return "it has no attacks"
@@ -49,8 +51,8 @@ def fault(row):
     return f"missing or of a wrong type: {', '.join(wrong)}" if wrong else None
 
 
-def fits(value, kind):
-    """Whether a value is of a kind, as in ROW."""
+def fits(value: object, kind: Kind) -> bool:
+    """Whether a value is of a kind."""
     if isinstance(kind, tuple):
         return any(fits(value, one) for one in kind)
     if isinstance(kind, dict):
@@ -60,7 +62,7 @@ def fits(value, kind):
     return value is None if kind is None else isinstance(value, kind)
 
 
-def append_result(path, row):
+def append_result(path: str | Path, row: dict) -> None:
     """Add a row: one write, on disk before this returns, so that a call that is cut off leaves whole lines."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """The rows of a comparison that its tables and pictures count, by set, group and defence, and whether they are of one
 kind."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from pipeline.evaluation.comparison.cells import place_of
@@ -16,7 +18,7 @@ class GroupRows:
     attacks: names.
     """
 
-    def __init__(self, name, group, rows):
+    def __init__(self, name: str, group: str, rows: list[dict]):
         self.name, self.group = name, group
         rows = [row for row in rows if (row["set"], row["group"]) == (name, group)]
         self.poisoned = [row for row in rows if row["poisoned"]]
@@ -24,7 +26,7 @@ class GroupRows:
         self.attacks = list(dict.fromkeys(attack for row in self.poisoned for attack in row["attacks"]))
         self.blocks = [(name, chosen) for name in DEFENCES for chosen in (True, False) if self.of(name, chosen)]
 
-    def of(self, defence, chosen=None, controls=False):
+    def of(self, defence: str, chosen: bool | None = None, controls: bool = False) -> list[dict]:
         """Rows of a defence, of seeds that rules may be chosen on or of the others (None: of all)."""
         return [
             row
@@ -32,39 +34,39 @@ class GroupRows:
             if row["defence"] == defence and chosen in (None, row["seed"] in CHOSEN_SEEDS)
         ]
 
-    def void(self, attack):
+    def void(self, attack: str) -> bool | None:
         """Whether the attack did not take on plain CLIP, so that it shows nothing; None where that was not run."""
         success = rate_of(self.of("none"), attack)
         return None if success is None else success < TOOK
 
-    def unpoisoned(self, attack, key="success"):
+    def unpoisoned(self, attack: str, key: str = "success") -> float | None:
         """Mean rate of plain CLIP that never saw poison; None where it was not run."""
         return rate_of(self.of("none", controls=True), attack, key)
 
-    def title(self, attack):
+    def title(self, attack: str) -> str:
         """The attack's name, with a mark where rules may be chosen on it."""
         return attack + ("†" if may_be_chosen_on(self.name, attack, CHOSEN_SEEDS[0]) else "")
 
 
-def counted(rows):
+def counted(rows: list[dict]) -> list[dict]:
     """The rows that the tables count: of each cell the last, of defences that there are."""
     last = {place_of(row): row for row in rows if row["defence"] in DEFENCES}
     return list(last.values())
 
 
-def groups_of(rows):
-    """List of GroupRows: of the sets and groups, in their order, that stand in no rate curve."""
+def groups_of(rows: list[dict]) -> list[GroupRows]:
+    """The groups of the sets, in their order, that stand in no rate curve."""
     names = dict.fromkeys(row["set"] for row in rows)
     groups = sorted({row["group"] for row in rows if not RATE.fullmatch(row["group"])})
     found = [GroupRows(name, group, rows) for name in names for group in groups]
     return [one for one in found if one.poisoned]
 
 
-def rate_rows(name, rows):
+def rate_rows(name: str, rows: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
     """{(attack, defence, number of pairs): rows} of a set's rate curves, attacks and defences in their order. `rows`:
     `counted`."""
     rows = [row for row in rows if row["set"] == name and row["poisoned"] and RATE.fullmatch(row["group"])]
-    found = {}
+    found: dict[tuple[str, str, int], list[dict]] = {}
     for attack in dict.fromkeys(attack for row in rows for attack in row["attacks"]):
         for defence in DEFENCES:
             for row in rows:
@@ -74,7 +76,7 @@ def rate_rows(name, rows):
     return found
 
 
-def mixtures(rows):
+def mixtures(rows: list[dict]) -> list[str]:
     """Lines about runs of one set that should be of one kind and are not (Cell.origin); rows without a digest fit with
     all."""
     kinds = {
@@ -84,7 +86,7 @@ def mixtures(rows):
     }
     lines = []
     for key, (what, scope) in kinds.items():
-        found = {}
+        found: dict[str, dict[str, list[dict]]] = {}
         for row in rows:
             if row.get(key):
                 found.setdefault(scope(row), {}).setdefault(row[key], []).append(row)
@@ -95,17 +97,17 @@ def mixtures(rows):
     return lines
 
 
-def named(rows):
+def named(rows: list[dict]) -> str:
     """ "a dao 0, unpoisoned none 1, commit 1234567890"."""
     names = [f"{row['group'] if row['poisoned'] else 'unpoisoned'} {row['defence']} {row['seed']}" for row in rows]
     return ", ".join(dict.fromkeys([*names, *(f"commit {row['commit']}" for row in rows)]))
 
 
-def rate_of(rows, attack, key="success"):
+def rate_of(rows: list[dict], attack: str, key: str = "success") -> float | None:
     return mean([row["attacks"][attack][key] for row in rows if attack in row["attacks"]])
 
 
-def mean(values):
-    """float, or None of nothing, and of values that are not known."""
+def mean(values: Iterable[float | None]) -> float | None:
+    """None where no value is known."""
     values = [value for value in values if value is not None]
     return float(np.mean(values)) if values else None

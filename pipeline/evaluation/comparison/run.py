@@ -1,8 +1,10 @@
 """A call of the comparison: data and attacks are made where they are missing, then the cells without a row are run."""
 
+import argparse
 import fcntl
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,13 +14,13 @@ from pipeline.evaluation.comparison.plan import SAFECLIP, Plan, Task
 from pipeline.evaluation.comparison.pool import Pool
 from pipeline.evaluation.comparison.progress import Progress
 from pipeline.evaluation.comparison.results import append_result, read_results
-from pipeline.evaluation.comparison.sets import read_sets
+from pipeline.evaluation.comparison.sets import DataSet, read_sets
 from shards.errors import UserError
 
 CURVES = ("none", "paper", "default")  # the defences of rate curves
 
 
-def compare(args):
+def compare(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
     """({name of what failed: why}, whether a signal ended it) of the arguments of __main__.py. Raises UserError."""
     sets = read_sets(args.definition, args.sets, args.rates)
     groups = chosen_groups(args.attacks, sets)
@@ -27,13 +29,15 @@ def compare(args):
         return compare_sets(args, sets, groups, locks)
 
 
-def compare_sets(args, sets, groups, locks):
+def compare_sets(
+    args: argparse.Namespace, sets: dict[str, DataSet], groups: dict[str, list[str]], locks: list[int]
+) -> tuple[dict[str, str], bool]:
     """`compare`, the folders being this process's."""
     rows, work, gpus, cores = read_results(args.results), Path(args.work), visible_gpus(), os.cpu_count()
     jobs = args.jobs or (4 * len(gpus) or cores)
-    failed = {}
+    failed: dict[str, str] = {}
 
-    def run(tasks, progress):
+    def run(tasks: Iterable[Task], progress: Callable[[Pool], str]) -> bool:
         """Whether a signal ended it; what failed is in `failed`."""
         pool = Pool(jobs, progress, gpus, locks)
         pool.run([task for task in tasks if not task.done])
@@ -49,7 +53,7 @@ def compare_sets(args, sets, groups, locks):
         if f"{one.name}: data" not in failed
         for group in groups[one.name]
     }
-    surrogates = {}
+    surrogates: dict[str, Task] = {}
     attacks = {place: attack_task(*place, folder, surrogates) for place, folder in made.items()}
     if run([*surrogates.values(), *attacks.values()], lambda pool: "making poisoned sets"):
         return failed, True
@@ -64,7 +68,7 @@ def compare_sets(args, sets, groups, locks):
     return failed, run(plan.tasks, progress)
 
 
-def bring_back(cells, rows, args):
+def bring_back(cells: list[Cell], rows: list[dict], args: argparse.Namespace) -> None:
     """Write again the rows of cells that later rows stand in front of, so that they count: a config was changed, and
     changed back."""
     by_key, last = {row["cell"]: row for row in rows}, {place_of(row): row["cell"] for row in rows}
@@ -73,7 +77,7 @@ def bring_back(cells, rows, args):
             append_result(args.results, by_key[cell.key])
 
 
-def chosen_groups(named, sets):
+def chosen_groups(named: Sequence[str] | None, sets: dict[str, DataSet]) -> dict[str, list[str]]:
     """{set: [attack group]} that --attacks names; of "unpoisoned" alone all, by which the controls are judged. Raises
     UserError."""
     named = [name for name in named or () if name != "unpoisoned"]
@@ -84,8 +88,8 @@ def chosen_groups(named, sets):
     return {name: [g for g in one.attacks if not named or g in named] for name, one in sets.items()}
 
 
-def cells_of(args, one, group, seed, folder):
-    """List of Cell: of one poisoned set, and of its controls."""
+def cells_of(args: argparse.Namespace, one: DataSet, group: str, seed: int, folder: Path) -> list[Cell]:
+    """The cells of one poisoned set, and of its controls."""
     named = args.attacks or [group, *([] if args.rates else ["unpoisoned"])]
     rules = args.defences or (CURVES if args.rates else list(DEFENCES))
     cells = [Cell(one, group, name, seed, folder) for name in rules] if set(named) != {"unpoisoned"} else []
@@ -94,14 +98,14 @@ def cells_of(args, one, group, seed, folder):
     return cells
 
 
-def data_tasks(one, work):
+def data_tasks(one: DataSet, work: Path) -> list[Task]:
     """The Task that makes a set's data; [] where they are there, or are the user's own."""
     if not one.data or (Path(one.load().data.index) / "index.json").exists():
         return []
     return [Task(f"{one.name}: data", [*SAFECLIP, "data", *one.data], work / one.name / "data.log")]
 
 
-def attack_task(one, group, seed, folder, surrogates):
+def attack_task(one: DataSet, group: str, seed: int, folder: Path, surrogates: dict[str, Task]) -> Task:
     """The Task that poisons a set; those that it needs are added to `surrogates`, {run directory: Task}."""
     attack, needs = one.attacks[group], []
     for run_dir in sorted(attack.surrogates):
@@ -113,7 +117,7 @@ def attack_task(one, group, seed, folder, surrogates):
     return Task(f"{one.name} {group} seed {seed}: attack", words, log, marker, needs)
 
 
-def surrogate_task(one, run_dir):
+def surrogate_task(one: DataSet, run_dir: Path) -> Task:
     """The Task that trains plain CLIP without poison, of weights that no cell has, on which an attacker optimises a
     trigger."""
     words = [*SAFECLIP, "train", one.config, *one.overrides, "preset=clip", "run.seed=1000", f"run.dir={run_dir}"]
@@ -123,7 +127,7 @@ def surrogate_task(one, run_dir):
 
 
 @contextmanager
-def locked(folder):
+def locked(folder: Path) -> Iterator[int]:
     """A descriptor that says that this process, and those that it starts, work in the folder. Raises UserError where
     others do."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,7 @@ def locked(folder):
         yield file.fileno()
 
 
-def visible_gpus():
+def visible_gpus() -> list[str]:
     """Numbers of the GPUs that may be used."""
     import torch
 

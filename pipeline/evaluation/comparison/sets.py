@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from pipeline.config.load import load_config, override, read_yaml
+from pipeline.config.schema import Config
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 
@@ -20,15 +22,15 @@ class Attack:
     """A poisoned set: an attack config and words that override it. Several attacks with different targets share it."""
 
     config: str
-    overrides: tuple = ()
+    overrides: tuple[str, ...] = ()
 
     @property
-    def surrogates(self):
-        """Set of the run directories on which triggers are optimised."""
+    def surrogates(self) -> set[str]:
+        """The run directories on which triggers are optimised."""
         entries = read_yaml(self.config).get("attacks") or {}
         return {entry["surrogate"] for entry in entries.values() if isinstance(entry, dict) and entry.get("surrogate")}
 
-    def digest(self, fingerprint, seed):
+    def digest(self, fingerprint: str, seed: int) -> str:
         """12 hex digits that change with what it poisons: its config but for paths, the data's fingerprint and the
         seed."""
         values = read_yaml(self.config)
@@ -46,24 +48,24 @@ class DataSet:
 
     name: str
     config: str
-    data: tuple
-    attacks: dict
-    overrides: tuple = ()
+    data: tuple[str, ...]
+    attacks: dict[str, Attack]
+    overrides: tuple[str, ...] = ()
 
-    def load(self, words=()):
-        """The config.Config of a run with these words."""
+    def load(self, words: Sequence[str] = ()) -> Config:
+        """The config of a run with these words."""
         return load_config(self.config, [*self.overrides, *words])
 
     @cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """Of the training data. Raises UserError where they are not there."""
         return ShardIndex.load(self.load().data.index).fingerprint
 
-    def overlay(self, group, seed, work):
+    def overlay(self, group: str, seed: int, work: Path) -> Path:
         """The folder of a group's attack below `work`, of a name that changes with what it poisons."""
         return work / self.name / "attacks" / f"{group}_seed{seed}_{self.attacks[group].digest(self.fingerprint, seed)}"
 
-    def with_rates(self, rates, config):
+    def with_rates(self, rates: Sequence[int], config: str) -> "DataSet":
         """The set with a group "rateN" for each number of poisoned pairs N, of every attack in the attack config
         `config`."""
         names = read_yaml(config).get("attacks") or {}
@@ -71,7 +73,7 @@ class DataSet:
         return replace(self, attacks=groups)
 
 
-def read_sets(path, names, rates=()):
+def read_sets(path: str | Path, names: Sequence[str] | None, rates: Sequence[int] = ()) -> dict[str, DataSet]:
     """{name: DataSet} of the definition file, those that are named (None: all). With `rates` their groups are the rate
     curves'.
 
@@ -103,12 +105,12 @@ def read_sets(path, names, rates=()):
     return found
 
 
-def digest(value):
+def digest(value: object) -> str:
     """12 hex digits of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def overlay_digest(folder):
+def overlay_digest(folder: str | Path) -> str:
     """12 hex digits of an attack: its manifest but for where the data lie, and the pictures of optimised triggers
     beside it."""
     manifest = json.loads((Path(folder) / "manifest.json").read_text())

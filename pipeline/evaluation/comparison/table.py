@@ -7,19 +7,18 @@ from scipy.stats import binomtest
 
 from pipeline.evaluation.comparison.defences import DEFENCES
 from pipeline.evaluation.comparison.protocol import may_be_chosen_on
-from pipeline.evaluation.comparison.rows import mean, rate_of, rate_rows
+from pipeline.evaluation.comparison.rows import GroupRows, mean, rate_of, rate_rows
 
 ANCHOR = "| *CASCADE (2026), on CC3M, as published* | | | | 100.0 | 5.8 | 0.987 | 5.8 | |"
 
 
-def markdown(head, lines):
+def markdown(head: list[str], lines: list[list[str]]) -> str:
     """A table of lists of cells."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
-def main_table(found):
-    """Clean accuracy beside each attack's success: mean / worst run (models that never saw poison). `found`:
-    GroupRows."""
+def main_table(found: GroupRows) -> str:
+    """Clean accuracy beside each attack's success: mean / worst run (models that never saw poison)."""
     head = ["defence", "seeds", "runs", "clean top-1", *map(found.title, found.attacks)]
     lines = []
     for defence, chosen in found.blocks:
@@ -32,7 +31,7 @@ def main_table(found):
     return markdown(head, lines)
 
 
-def success_cell(found, attack, rows):
+def success_cell(found: GroupRows, attack: str, rows: list[dict]) -> str:
     """ "1.2 / 3.4 (5.6)", marked void where the attack does not take undefended; "" where it was not run."""
     values = [row["attacks"][attack]["success"] for row in rows if attack in row["attacks"]]
     if not values:
@@ -42,11 +41,11 @@ def success_cell(found, attack, rows):
     return text if void is False else f"void: {text}" if void else f"{text}, undefended not run"
 
 
-def summary_table(groups, chosen):
+def summary_table(groups: list[GroupRows], chosen: bool) -> str:
     """All groups of a set together, of seeds that rules may be chosen on, or of the others: over the runs that all its
     lines have.
 
-    groups: list of GroupRows of the set. "" where such runs are of fewer than two groups, or no attack takes in them.
+    groups: of the set. "" where such runs are of fewer than two groups, or no attack takes in them.
     """
     names = [name for name in DEFENCES if any(one.of(name, chosen) for one in groups)]
     there = [{(one.group, row["seed"]) for one in groups for row in one.of(name, chosen)} for name in names]
@@ -69,7 +68,7 @@ def summary_table(groups, chosen):
     return f"Groups together, over the runs that all these defences have ({where}):\n\n{markdown(head, lines)}\n"
 
 
-def knowledge_table(found):
+def knowledge_table(found: GroupRows) -> str:
     """What the models know, and what they cost beside plain CLIP on the same poison."""
     recall = [
         (f"{short} R@{k}", (way, f"r{k}"))
@@ -90,7 +89,7 @@ def knowledge_table(found):
     return markdown(head, lines)
 
 
-def times_none(found, rows):
+def times_none(found: GroupRows, rows: list[dict]) -> str:
     """ "1.30": seconds of training, what comes before included, over those of plain CLIP on the same poison and
     seed."""
     plain = {row["seed"]: row["seconds"] for row in found.of("none") if row["seconds"] > 0}
@@ -98,7 +97,7 @@ def times_none(found, rows):
     return f"{np.mean(ratios):.2f}" if ratios else "?"
 
 
-def selection_table(found):
+def selection_table(found: GroupRows) -> str:
     """Detection quality of each defence at its last selection round, or of its mask."""
     head = ["defence", "seeds", "runs", "clean top-1", "poison recall, mean / worst", "false positives", "AUROC"]
     head += ["false positives at 100 % recall", "poison ever trained on, mean / worst"]
@@ -121,7 +120,7 @@ def selection_table(found):
     return f"{markdown(head, lines)}\n{ANCHOR}"
 
 
-def attack_table(found):
+def attack_table(found: GroupRows) -> str:
     """Every attack under every defence: success with Wilson's interval over all runs' pictures, and what the pictures
     are read as otherwise."""
     head = ["attack", "defence", "seeds", "runs", "clean top-1", "success", "95 %", "without trigger"]
@@ -145,14 +144,14 @@ def attack_table(found):
     return markdown(head, lines)
 
 
-def interval(judged):
+def interval(judged: list[dict]) -> str:
     """ "1.2 to 3.4": Wilson's 95 % interval of the success over all pictures of the runs."""
     count, hits = (sum(one["count"] for one in judged), sum(one["success"] * one["count"] for one in judged))
     found = binomtest(round(hits), count).proportion_ci(method="wilson")
     return f"{percent(found.low)} to {percent(found.high)}"
 
 
-def rate_table(name, rows):
+def rate_table(name: str, rows: list[dict]) -> str:
     """Attack success over the number of poisoned pairs, clean accuracy beside it: mean / worst run. `rows`:
     `counted`."""
     found = rate_rows(name, rows)
@@ -170,7 +169,7 @@ def rate_table(name, rows):
     return markdown(head, lines)
 
 
-def runs(rows):
+def runs(rows: list[dict]) -> list[str]:
     """["0 1 2†", "3", "68.9 ± 0.4"]: cells of the seeds, with a mark where rules may be chosen on them, the runs, and
     clean top-1."""
     found = sorted({row["seed"] for row in rows})
@@ -179,15 +178,15 @@ def runs(rows):
     return [" ".join(map(str, found)) + mark, str(len(rows)), with_interval(by_seed)]
 
 
-def with_interval(values):
+def with_interval(values: list[float | None]) -> str:
     """ "68.9 ± 0.4": mean over seeds, and half of its 95 % interval (Student); "" where there is none."""
-    values = 100 * np.array([value for value in values if value is not None])
-    if len(values) < 2:
-        return f"{values[0]:.1f}" if len(values) else ""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean():.1f} ± {half:.1f}"
+    known = 100 * np.array([value for value in values if value is not None])
+    if len(known) < 2:
+        return f"{known[0]:.1f}" if len(known) else ""
+    half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5
+    return f"{known.mean():.1f} ± {half:.1f}"
 
 
-def percent(fraction):
+def percent(fraction: float | None) -> str:
     """ "12.3", "?" of None."""
     return "?" if fraction is None else f"{100 * fraction:.1f}"

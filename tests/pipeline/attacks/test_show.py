@@ -74,6 +74,7 @@ def test_the_command_writes_a_manifest_and_its_picture(data, tmp_path, capsys):
         (["attack.yaml", "attacks.patch.pairs=0"], "attacks.patch.pairs: got 0, expected 1 to"),
         (["attack.yaml", "attacks.patch.siz=0.2"], "attacks.patch.siz: unknown"),
         (["attack.yaml", "attacks.patch=3"], "attacks.patch.attack: got 3"),
+        (["attack.yaml", "attacks.patch=badnets"], "attacks.patch: got 'badnets', expected a mapping"),
         (["attack.yaml", "attacks.other.attack=badnets"], "attacks.other.pairs: got neither"),
     ],
 )
