@@ -66,23 +66,24 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def imported_names(path):
-    """Dotted names of all modules that a module imports, and of what it takes out of them."""
+    """Dotted names of all modules that a module imports, with what it takes out of them."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            base = ".".join(path.relative_to(ROOT).with_suffix("").parts[: -node.level or None]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            yield from (f"{node.module or '.'}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+
+
+def is_test(part):
+    return part == "conftest" or part.startswith("test_")
 
 
 def test_no_module_imports_a_test_or_a_conftest():
     for path in TESTS:
         for name in imported_names(path):
-            wrong = [part for part in name.split(".")[1:] if part == "conftest" or part.startswith("test_")]
-            assert not (name.startswith("tests") and wrong), (
-                f"{path.relative_to(ROOT)} imports {name}; what tests share stands in tests/helpers"
-            )
+            top, *parts = name.split(".")
+            wrong = is_test(top) or top == "tests" and any(map(is_test, parts))
+            assert not wrong, f"{path.relative_to(ROOT)} imports {name}; what tests share stands in tests/helpers"
 
 
 def test_tests_stand_in_the_room_that_they_test():
