@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
-from pipeline.training import checkpoint, signals
+from pipeline.training import checkpoint, selection_round, signals
 from pipeline.training import run as running
 from pipeline.training.signals import Preempted
 from tests.helpers.models import MODEL
@@ -35,26 +35,61 @@ def config(folder, name, **changes):
     return made
 
 
-def cut_off(made, step, on=None, times=1):
-    """Train until rank `on` (default: the last) is asked to stop while it works on `step`; ranks ask each other every
-    4 steps."""
-    original, on = running.train_step, comm.world() - 1 if on is None else on
-    seen, agreed = [], signals.AGREE_EVERY
+def cut_off(made, step, on=None, times=1, which=signal.SIGUSR1):
+    """Train until rank `on` (default: the last) is asked to stop while it works on `step` of this start; ranks ask each
+    other every 4 steps of the run."""
+    original, seen = running.train_step, []
 
     def train_step(*args):
         seen.append(args)
-        if len(seen) == step and comm.rank() == on:
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGUSR1)
+        if len(seen) == step:
+            ask(on, which, times)
         return original(*args)
 
-    running.train_step, signals.AGREE_EVERY = train_step, 4
+    running.train_step = train_step
+    try:
+        until_preempted(made, every=4)
+    finally:
+        running.train_step = original
+
+
+def cut_off_in_pass(made, what, on=None, which=signal.SIGUSR1):
+    """Train until rank `on` is asked to stop after the first batch of a pass over all pairs: "scoring" or "guards"."""
+    original = selection_round.each_round
+
+    def each_round(run, epoch, name, *rest):
+        told = original(run, epoch, name, *rest)
+
+        def asked(done, rounds):
+            if name == what and done == 1:
+                ask(on, which)
+            told(done, rounds)
+
+        return asked
+
+    selection_round.each_round = each_round
+    try:
+        until_preempted(made, every=2)
+    finally:
+        selection_round.each_round = original
+
+
+def ask(on, which, times=1):
+    """Send a signal to rank `on`, if it is this one."""
+    if comm.rank() == (comm.world() - 1 if on is None else on):
+        for _ in range(times):
+            os.kill(os.getpid(), which)
+
+
+def until_preempted(made, every):
+    """Train, and be cut off; ranks ask each other after `every` steps or batches."""
+    agreed, signals.AGREE_EVERY = signals.AGREE_EVERY, every
     try:
         running.train(made)
     except Preempted:
         return
     finally:
-        running.train_step, signals.AGREE_EVERY = original, agreed
+        signals.AGREE_EVERY = agreed
     raise AssertionError("it was not cut off")
 
 

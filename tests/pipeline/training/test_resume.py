@@ -1,23 +1,22 @@
 """A run that was cut off anywhere ends as if it never had been: at any step, at every ZeRO stage, on another number of
 ranks."""
 
-import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from pipeline.distributed import comm
-from pipeline.guards.duplicates import Duplicates
-from pipeline.training import checkpoint, signals
+from pipeline.training import checkpoint
 from pipeline.training import run as running
-from pipeline.training.signals import Preempted
+from pipeline.training.curriculum import curriculum
 from shards.build.shapes import shapes
 from shards.errors import RunFailed, UserError
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import STEPS, config, cut_off, metrics, weights
+from tests.helpers.runs import STEPS, config, cut_off, cut_off_in_pass, metrics, weights
 
 
 @pytest.fixture(scope="module")
@@ -45,32 +44,55 @@ def test_resume_gives_the_same_bits_at_every_zero_stage(data):
         assert metrics(whole) == metrics(cut), stage
 
 
-def cut_off_in_guards(folder):
-    """A run that is asked to stop while its guards look at all pictures, and started again."""
-    made = config(folder, "guarded")
-    original, seen = Duplicates.numbers, []
+PHASES = [  # (stage, what is cut off, signal, the steps that are done then); ranks ask each other every 4 steps
+    ("unimodal", 7, signal.SIGTERM, 8),
+    ("low_rate", 6, signal.SIGUSR1, 16),
+    ("clip", 6, signal.SIGTERM, 24),  # of the 5 steps before the first selection round
+    ("safeclip", "scoring", signal.SIGUSR1, 25),
+    ("safeclip", "guards", signal.SIGTERM, 25),
+    ("safeclip", 2, signal.SIGUSR1, 28),
+    ("safeclip", "scoring", signal.SIGTERM, 30),  # of the second round
+]
 
-    def numbers(guard, images):
-        seen.append(1)
-        if len(seen) == 2 and comm.rank() == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return original(guard, images)
 
-    Duplicates.numbers, signals.AGREE_EVERY = numbers, 2
-    try:
-        running.train(made)
-        raise AssertionError("it was not cut off")
-    except Preempted:
-        assert not list((folder / "guarded/masks").glob("guards/*"))
-    Duplicates.numbers = original
+def every_phase(folder, name):
+    """Unimodal, low rate, 5 steps of plain CLIP, a selection round, 5 steps, a selection round, 10 steps."""
+    return config(folder, name, train__steps_before_selection=5)
+
+
+def cut_off_in_every_phase(folder):
+    """[(stage, step, masks that are there)] of the checkpoint after each cut; then the run goes on to its end."""
+    found, made = [], every_phase(folder, "phases")
+    for number, (_, what, which, _) in enumerate(PHASES):
+        cut = cut_off_in_pass if isinstance(what, str) else cut_off
+        cut(made, what, on=number % comm.world(), which=which)
+        comm.barrier()
+        state = checkpoint.load_state(checkpoint.newest_complete(made.run.dir)[0])
+        epoch = curriculum(made.train, made.selection.every, 10)[state["epoch"]]
+        masks = sorted(path.parent.name for path in Path(made.run.dir, "masks").rglob("mask.json"))
+        found.append((epoch.stage, state["step"], masks))
+        comm.barrier()
     running.train(made)
-    running.train(config(folder, "unguarded"))
+    return found
 
 
-def test_resume_after_a_stop_in_the_guards_gives_the_same_bits(data):
-    run_ranks(cut_off_in_guards, 2, data)
-    cut, whole = config(data, "guarded"), config(data, "unguarded")
+def test_resume_after_a_stop_in_every_phase_gives_the_same_bits(data):
+    one, two = run_ranks(cut_off_in_every_phase, 2, data)
+    assert one == two
+    assert [(stage, step) for stage, step, _ in one] == [(stage, step) for stage, _, _, step in PHASES]
+    # A pass that is cut off leaves no mask; what guards found is there from the first round on.
+    guards, first = ["duplicates", "trigger_clusters"], ["epoch_003"]
+    assert [masks for _, _, masks in one] == [[]] * 5 + [sorted(guards + first)] * 2
+    run_ranks(train_whole, 2, data)
+    cut, whole = every_phase(data, "phases"), every_phase(data, "unstopped")
     assert weights(cut) == weights(whole) and metrics(cut) == metrics(whole)
+    for name in ("epoch_003", "epoch_004", "guards/duplicates", "guards/trigger_clusters"):
+        masks = [Path(made.run.dir, "masks", name, "safe.npy").read_bytes() for made in (cut, whole)]
+        assert masks[0] == masks[1], name
+
+
+def train_whole(folder):
+    running.train(every_phase(folder, "unstopped"))
 
 
 def losses(made):
