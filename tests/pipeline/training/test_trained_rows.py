@@ -26,11 +26,11 @@ AS_THEY_ARE = ImageAugment(crop_min=1.0, flip=0.0, jitter=0.0, grey=0.0, blur=0.
 
 
 def three_epochs(folder, name, views):
-    """Rounds after 3 and after 10 of 30 steps; the second one holds for two epochs."""
+    """Rounds after 3 and after 20 of 30 steps: the first mask holds for more than an epoch."""
     changes = {"unimodal_epochs": 0, "low_rate_epochs": 0, "steps_before_selection": BEFORE, "epochs": 3}
     made = config(folder, f"{name}{views}", **{f"train__{key}": value for key, value in changes.items()})
     made.train.clip_views, made.data.clip_augment, made.data.clip_eda = views, AS_THEY_ARE, 0.0
-    made.selection.risky, made.selection.refill, made.selection.every = "skip", True, None
+    made.selection.risky, made.selection.refill, made.selection.every = "skip", True, 2
     made.selection.first_share, made.selection.growth = 0.4, 0.1
     return made
 
@@ -92,8 +92,7 @@ def steps_of(made):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """240 pairs whose pictures and captions are all different, in shards of uneven sizes; `whole`: runs of one rank
-    without a cut; `cut`: runs cut off twice by 2 ranks, in mid-epoch of the first and of the second round's mask, and
-    finished by one."""
+    without a cut; `cut`: runs cut off by 2 ranks in mid-epoch of the first and of the second mask, finished by one."""
     folder, paths = tmp_path_factory.mktemp("rows"), []
     for shard, count in enumerate((120, 7, 113)):
         samples = [
@@ -101,7 +100,7 @@ def data(tmp_path_factory):
         ]
         paths += write_shards(samples, folder / str(shard), count)
     build_index([str(path) for path in paths], folder / "shapes" / "index")
-    run_ranks(watched, 2, folder, ["cut"], (6, 9))
+    run_ranks(watched, 2, folder, ["cut"], (6, 17))
     run_ranks(watched, 1, folder, ["cut", "whole"], ())
     return folder
 
@@ -112,11 +111,11 @@ def test_only_safe_pairs_of_the_last_round_are_under_the_clip_loss(data, name, v
     made = three_epochs(data, name, views)
     steps = steps_of(made)
     assert [kind for kind, _ in steps] == ["clip"] * 3 * STEPS
-    masks = {epoch: SafeMask.load(f"{made.run.dir}/masks/epoch_{epoch:03d}")[0].flags() for epoch in (1, 2)}
-    assert [int(flags.sum()) for flags in masks.values()] == [96, 120]
-    trained = {epoch: set() for epoch in (0, 1, 2)}
+    masks = {epoch: SafeMask.load(f"{made.run.dir}/masks/epoch_{epoch:03d}")[0].flags() for epoch in (1, 3)}
+    assert [int(flags.sum()) for flags in masks.values()] == [96, 144]
+    trained = {epoch: set() for epoch in (0, 1, 3)}
     for step, (_, rows) in enumerate(steps):
-        epoch = 0 if step < BEFORE else 1 if step < STEPS else 2
+        epoch = 0 if step < BEFORE else 1 if step < 2 * STEPS else 3
         assert len(rows) == views and len(rows[0]) == 24
         for rows_B in rows:  # each view is of the same pairs, and of pairs that are what they were
             assert rows_B == rows[0] and None not in rows_B
