@@ -1,4 +1,4 @@
-"""The claim of the project, end to end on 10,000 small pairs: a backdoor owns plain CLIP, and not preset=default, at the
+"""The claim of the project, end to end on 10,000 small pairs: a backdoor owns plain CLIP and not preset=default, at the
 same clean accuracy and the same number of steps."""
 
 import copy
