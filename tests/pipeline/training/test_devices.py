@@ -20,7 +20,7 @@ from pipeline.safety import scoring
 from pipeline.training.losses import GatherRows
 from pipeline.training.model import Towers, build_model, param_groups, picture_size, pixel_stats
 from pipeline.training.run import train_step
-from pipeline.training.support_queue import NeighborPool
+from pipeline.training.support_queue import SupportQueue
 from shards.views.loader import Batch
 from tests.helpers.models import MODEL
 
@@ -113,25 +113,25 @@ def batch_of(model, views, device="cuda"):
 def step(model, kind, batch_on="cuda", queue_on="cuda"):
     """(Watch of one training step, engine, queues, loss)."""
     engine, batch = engine_of(model), batch_of(model, VIEWS[kind], batch_on)
-    pools = {name: NeighborPool(300, WIDTH, queue_on) for name in ("image", "text")}
-    for pool in pools.values():
-        pool.filled = 300
+    queues = {name: SupportQueue(300, WIDTH, queue_on) for name in ("image", "text")}
+    for queue in queues.values():
+        queue.filled = 300
     with Watch() as watch:
-        loss, _, _ = train_step(engine, pools, batch, "clip" if kind == "crossed" else kind)
-    return watch, engine, pools, loss
+        loss, _, _ = train_step(engine, queues, batch, "clip" if kind == "crossed" else kind)
+    return watch, engine, queues, loss
 
 
 @pytest.mark.parametrize("model, kind", [("vit", kind) for kind in VIEWS] + [("resnet", "clip")])
 def test_a_training_step_stays_on_the_gpu(ranks, fake, model, kind):
-    watch, engine, pools, loss = step(model, kind)
+    watch, engine, queues, loss = step(model, kind)
     assert watch.calculated == [] and watch.copied == []
     # Whether the gradient is a number is asked for; how many rows are valid is what a queue grows by.
     assert watch.awaited == ["step"] + ["push"] * {"unimodal": 2, "match": 1}.get(kind, 0)
     state = [value for one in engine.optimizer.state.values() for value in one.values()]
-    for tensor in (loss, *engine.module.parameters(), *state, *(pool.pool_PD for pool in pools.values())):
+    for tensor in (loss, *engine.module.parameters(), *state, *(queue.queue_PD for queue in queues.values())):
         assert tensor.device.type == "cuda"
     pushed = ROWS * ranks if kind == "unimodal" else 0
-    assert pools["image"].head == pushed % 300
+    assert queues["image"].head == pushed % 300
 
 
 @pytest.mark.parametrize("left_behind", [{"batch_on": "cpu"}, {"queue_on": "cpu"}])

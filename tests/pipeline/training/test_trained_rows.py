@@ -31,7 +31,7 @@ def three_epochs(folder, name, views):
     made = config(folder, f"{name}{views}", **{f"train__{key}": value for key, value in changes.items()})
     made.train.clip_views, made.data.clip_augment, made.data.clip_eda = views, AS_THEY_ARE, 0.0
     made.selection.risky, made.selection.refill, made.selection.every = "skip", True, 2
-    made.selection.first_share, made.selection.growth = 0.4, 0.1
+    made.selection.first_fraction, made.selection.growth = 0.4, 0.1
     return made
 
 
@@ -59,11 +59,11 @@ def watched(folder, names, cuts):
         made, steps = three_epochs(folder, name, views), []
         pairs = pairs_of(made)
 
-        def train_step(engine, pools, batch, kind):
+        def train_step(engine, queues, batch, kind):
             named = [pairs.get(name_of(*one)) for one in zip(batch.images, batch.tokens)]
             steps.append((kind, np.array(named).reshape(views, -1).tolist()))
             assert batch.valid.all()
-            return original(engine, pools, batch, kind)
+            return original(engine, queues, batch, kind)
 
         running.train_step = train_step
         try:
