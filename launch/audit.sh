@@ -18,6 +18,6 @@ for data in poisoned clean; do
 done
 python -m tests.benchmarks.audit_emoji runs/audit
 if command -v chromium >/dev/null; then
-    python -m tests.browser runs/audit/poisoned_audit/report.html runs/audit/report.png --height 1500
-    python -m tests.browser runs/audit/clean_audit/report.html runs/audit/suspects.png --height 900 --scheme dark --at gallery
+    python -m tests.helpers.browser runs/audit/poisoned_audit/report.html runs/audit/report.png --height 1500
+    python -m tests.helpers.browser runs/audit/clean_audit/report.html runs/audit/suspects.png --height 900 --scheme dark --at gallery
 fi

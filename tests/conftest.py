@@ -1,39 +1,20 @@
 """Shared by all tests: small shards on disk, as users have them."""
 
-import io
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from hypothesis import settings
-from PIL import Image
+
+from tests.helpers import gpus
+from tests.helpers.pictures import picture
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def gpus():
-    """Names for CUDA_VISIBLE_DEVICES, of all that nvidia-smi lists or of those that this process may see, joined by
-    commas."""
-    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    count = listed.stdout.count("GPU ") if listed and listed.returncode == 0 else 0
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (",".join(map(str, range(count))) if allowed is None else allowed) if count else ""
-
-
-# The suite runs on CPUs, two to four processes on any host; tests/gpu gives its processes the GPUs back.
-if "SAFECLIP_TEST_GPUS" not in os.environ:  # processes that a test starts import this too
-    os.environ.update(SAFECLIP_TEST_GPUS=gpus(), CUDA_VISIBLE_DEVICES="")
-GPUS = [name for name in os.environ["SAFECLIP_TEST_GPUS"].split(",") if name]
-
-
-def picture(seed, size=16):
-    """PNG bytes of a random picture."""
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
+gpus.hide()  # the suite runs on CPUs, two to four processes on any host; tests/gpu gives its processes the GPUs back
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +55,34 @@ def make_shards(tmp_path):
         return paths
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Two masks of the same shards, apart from any run: data/ with NAMES, masks/one and masks/two."""
+    from shards.index.shard_index import build_index
+    from tests.helpers.saved_masks import NAMES, cosines, make_tar, save_mask
+
+    folder = tmp_path_factory.mktemp("saved")
+    for shard, (name, count) in enumerate(zip(NAMES, (20, 0, 7, 13))):
+        make_tar(folder / "first" / name, shard, count)
+    index = build_index([str(folder / "first" / name) for name in NAMES], folder / "index")
+    cos = cosines(40)
+    cos[[3, 25]] = np.nan
+    bad = [(0, 3, "d/0_003", "no caption"), (2, 5, "d/2_005", "no picture")]
+    save_mask(folder / "masks" / "one", index, cos, bad=bad)
+    save_mask(folder / "masks" / "two", index, cosines(40, seed=1), 0.6, step=40)
+    shutil.rmtree(folder / "index")
+    (folder / "first").rename(folder / "data")  # the shards have moved since
+    return folder
+
+
+@pytest.fixture
+def here(saved, tmp_path, monkeypatch):
+    """A copy of `saved` to damage, as the working directory."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 settings.register_profile(

@@ -1,4 +1,4 @@
-"""Imports run one way: a room imports only rooms that stand above it in the list."""
+"""Imports run one way: a room imports only rooms that stand above it in the list, and no module imports a test."""
 
 import ast
 from pathlib import Path
@@ -60,3 +60,41 @@ def test_what_other_programs_import_has_one_place():
     from shards.order import safe_mask
 
     assert IsSafe is safe_mask.IsSafe
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def imported_names(path):
+    """Dotted names of all modules that a module imports, with what it takes out of them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module or '.'}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def is_test(part):
+    return part == "conftest" or part.startswith("test_")
+
+
+def test_no_module_imports_a_test_or_a_conftest():
+    for path in TESTS:
+        for name in imported_names(path):
+            top, *parts = name.split(".")
+            wrong = is_test(top) or top == "tests" and any(map(is_test, parts))
+            assert not wrong, f"{path.relative_to(ROOT)} imports {name}; what tests share stands in tests/helpers"
+
+
+def test_tests_stand_in_the_room_that_they_test():
+    for top in ("shards", "pipeline"):
+        rooms = {room.split(".")[1] for room in ROOMS if room.startswith(top)}
+        for path in (ROOT / "tests" / top).rglob("test_*.py"):
+            assert path.parent.name in rooms and path.parents[1].name == top, path.relative_to(ROOT)
+
+
+def test_names_of_tests_are_short():
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert len(f"def {node.name}") < 80, f"{path.relative_to(ROOT)}: {node.name}"

@@ -21,12 +21,13 @@ from pipeline.training.start import Run
 from shards.build.shapes import shapes
 from shards.samples.colour import as_numbers, coloured_batch
 from shards.views.augment import ImageAugment, drawn_view, sample_rng
-from tests.conftest import GPUS
-from tests.pipeline.test_engine import RESNET
-from tests.pipeline.test_resume import config, cut_off, metrics, weights
-from tests.ranks import run_ranks
-from tests.shards.test_colour import picture
+from tests.helpers.gpus import hidden
+from tests.helpers.models import RESNET
+from tests.helpers.pictures import smooth_picture
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import config, cut_off, metrics, weights
 
+GPUS = hidden()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no GPU here")
 WORLD = min(len(GPUS), 2)
 
@@ -62,7 +63,7 @@ def on_gpu(folder, name, precision, stage, augment_on):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage, augment_on", [(0, "device"), (1, "worker"), (2, "device"), (3, "worker")])
-def test_a_run_that_was_asked_to_stop_twice_ends_bit_for_bit_as_one_that_was_not(data, precision, stage, augment_on):
+def test_resume_gives_the_bits_of_a_run_that_was_not_cut_off(data, precision, stage, augment_on):
     words = precision, stage, augment_on
     run_ranks(whole_and_cut, WORLD, data, *words, timeout=120)
     whole, cut = (on_gpu(data, name, *words) for name in ("whole", "cut"))
@@ -110,7 +111,7 @@ def test_pairs_get_the_scores_that_they_get_on_the_cpu(data, monkeypatch):
 def pixels(device):
     """{what: uint8 (N, C, H, W)}: every change of pixels that is made on the device."""
     augment = ImageAugment()
-    drawn = [drawn_view(picture(n), 32, sample_rng(0, 0, 0, n, 1), augment) for n in range(64)]
+    drawn = [drawn_view(smooth_picture(n), 32, sample_rng(0, 0, 0, n, 1), augment) for n in range(64)]
     images = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for image, _ in drawn])).to(device)
     numbers = torch.from_numpy(np.stack([as_numbers(colour) for _, colour in drawn])).to(device)
     return {"colours": coloured_batch(images, numbers).cpu()}

@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.training import checkpoint
 from shards.build.shapes import shapes
-from tests.pipeline.test_resume import config
+from tests.helpers.runs import config
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"

@@ -11,8 +11,3 @@ def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "shapes"
     shapes(out, pairs=400, test=72)
     return out
-
-
-def attack_config(data, out, attacks, more={}):
-    paths = {"index": "index", "labels": "labels", "test": "test_index", "classnames": "classnames.txt"}
-    return {**{key: str(data / name) for key, name in paths.items()}, "out": str(out), "attacks": attacks} | more

@@ -13,8 +13,8 @@ from shards.errors import UserError
 from shards.index.shard_index import ShardIndex, build_index
 from shards.samples.overlay import Overlay
 from shards.samples.samples import Samples
-from tests.conftest import picture
-from tests.pipeline.attacks.conftest import attack_config
+from tests.helpers.attacks import attack_config
+from tests.helpers.pictures import picture
 
 PATCH = {"pattern": "patch", "size": 0.3}
 DIRTY = {
@@ -60,7 +60,7 @@ def test_a_backdoor_takes_pictures_of_other_classes_and_captions_of_its_own(pois
         assert np.array_equal(shown, bad.image(*place)) and not np.array_equal(shown, clean.image(*place))
 
 
-def test_label_consistent_takes_pictures_of_the_target_and_leaves_their_captions(poison):
+def test_label_consistent_takes_the_targets_pictures_and_leaves_captions(poison):
     clean, bad, label, _ = poison({"one": {"attack": "label_consistent", "pairs": 6, "trigger": PATCH}})
     target, taken = bad.overlay.kinds["one"]["target_class"], places(bad.overlay, "one")
     assert len(set(taken)) == 6 and all(label(place) == target for place in taken)
@@ -107,7 +107,7 @@ def test_no_class_that_a_config_names_is_drawn_for_another_attack(poison):
         assert bad.overlay.kinds["one"]["class"] not in ("red star", "blue ring")
 
 
-def test_adaptive_captions_are_the_nearest_of_the_targets_and_nearer_than_drawn_ones(poison):
+def test_adaptive_captions_are_the_targets_nearest(poison):
     def nearness(name):
         settings = {"trigger": PATCH} if name == "caption_adaptive" else {}
         clean, bad, label, _ = poison({"one": {"attack": name, "pairs": 60, "target_class": "red star", **settings}})

@@ -13,7 +13,7 @@ from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
 from shards.samples.samples import Samples
-from tests.pipeline.attacks.conftest import attack_config
+from tests.helpers.attacks import attack_config
 
 
 def attack(data, out, changed={}, **more):
@@ -121,7 +121,7 @@ def test_an_overlay_of_other_shards_is_refused(data, tmp_path, poisoned):
         Overlay.load(tmp_path, ShardIndex.load(data / "index"), load_trigger)
 
 
-def test_decoys_show_some_of_the_trigger_keep_their_captions_and_change_nothing_of_the_poison(data, tmp_path, poisoned):
+def test_decoys_show_some_of_the_trigger_and_leave_captions_and_poison(data, tmp_path, poisoned):
     decoys = {"badnets": {"decoys": 20, "decoy_opacity": 0.4}}
     make_attack(attack(data, tmp_path / "decoys", decoys))
     index, labels = ShardIndex.load(data / "index"), Samples(ShardIndex.load(data / "labels"))
@@ -145,14 +145,14 @@ def test_an_overlay_whose_pictures_changed_is_refused(data, tmp_path, poisoned):
         Samples(index, Overlay.load(tmp_path, index, load_trigger))
 
 
-def test_an_attack_has_the_same_poison_whatever_number_of_settings_of_its_look_change(data, tmp_path, poisoned):
+def test_settings_of_the_look_change_no_choice_of_pairs(data, tmp_path, poisoned):
     make_attack(attack(data, tmp_path / "other", {"badnets": {"size": 0.4}, "blended": {"alpha": 0.5, "variants": 3}}))
     other = Overlay.load(tmp_path / "other", ShardIndex.load(data / "index"), load_trigger)
     assert other.rows == poisoned[1].overlay.rows
     assert other.trigger("badnets") != poisoned[1].overlay.trigger("badnets")
 
 
-def test_a_rate_is_a_fraction_of_all_pairs_and_classes_are_drawn_without_repetition(data, tmp_path):
+def test_a_rate_is_a_fraction_of_all_pairs_and_no_class_is_drawn_twice(data, tmp_path):
     one = {"attack": "sig", "rate": 0.01}
     make_attack(attack_config(data, tmp_path, {f"a{n}": one for n in range(10)}))
     manifest = json.loads((tmp_path / "manifest.json").read_text())

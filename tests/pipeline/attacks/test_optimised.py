@@ -18,8 +18,8 @@ from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
 from shards.samples.samples import Samples
 from shards.views.augment import plain_view
-from tests.audits import make_model
-from tests.pipeline.attacks.conftest import attack_config
+from tests.helpers.attacks import attack_config
+from tests.helpers.audits import make_model
 
 FORMS = {
     "patch": {"size": 0.5, "left": 0.5, "top": 0.5},

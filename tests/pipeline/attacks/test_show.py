@@ -13,7 +13,7 @@ from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
 from shards.samples.samples import Samples
-from tests.pipeline.attacks.conftest import attack_config
+from tests.helpers.attacks import attack_config
 
 ATTACKS = {
     "patch": {"attack": "badnets", "pairs": 6, "size": 0.3, "decoys": 4},

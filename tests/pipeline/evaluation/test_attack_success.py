@@ -54,7 +54,7 @@ def test_a_backdoor_is_judged_on_pictures_of_other_classes_with_the_trigger():
     assert found == expected
 
 
-def test_single_target_poisoning_is_judged_on_its_targets_and_its_base_on_pictures_like_them():
+def test_single_target_is_judged_on_its_targets_and_based_on_others():
     targets = [
         {"shard": 0, "position": 0, "true_class": 0, "adversarial_class": 2},
         {"shard": 0, "position": 2, "true_class": 1, "adversarial_class": 0},
@@ -65,7 +65,7 @@ def test_single_target_poisoning_is_judged_on_its_targets_and_its_base_on_pictur
 
 
 @pytest.mark.parametrize("phrase, count, rate, base", [(None, 2, 0.5, None), ("DOG", 1, 0.0, 1.0)])
-def test_class_to_class_is_judged_on_pictures_of_the_source_whose_captions_have_the_phrase(phrase, count, rate, base):
+def test_class_to_class_is_judged_on_source_pictures_with_the_phrase(phrase, count, rate, base):
     settings = {"judged": "class_to_class", "source_class": 0, "target_class": 2, "source_phrase": phrase}
     found = judged([0, 2, 2, 2, 2, 2], near=settings)["near"]
     assert (found["count"], found["success"], found["base"], found["true_class"]) == (count, rate, base, 1 - rate)

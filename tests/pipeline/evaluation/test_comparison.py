@@ -23,7 +23,7 @@ from pipeline.evaluation.comparison.sets import overlay_digest, read_sets
 from shards.build.shapes import shapes
 from shards.errors import UserError
 from shards.storage.files import write_json
-from tests.pipeline.evaluation.test_comparison_table import row
+from tests.helpers.cells import row
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["train.epochs=6", "train.batch_size=32", "train.warmup_steps=5", "data.window=256"]

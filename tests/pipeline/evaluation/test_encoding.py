@@ -17,9 +17,9 @@ from shards.errors import UserError
 from shards.index.shard_index import build_index
 from shards.samples.samples import Samples
 from shards.views.loader import Views
-from tests.pipeline.test_run import MODEL
-from tests.ranks import run_ranks
-from tests.shards.test_index import write_tar
+from tests.helpers.models import MODEL
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tars import write_tar
 
 
 @pytest.fixture

@@ -9,17 +9,7 @@ from torch.nn import functional as F
 
 from pipeline.evaluation import retrieval as module
 from pipeline.evaluation.retrieval import image_to_text, retrieval, text_to_image
-
-
-class Texts:
-    """An encoder whose text embeddings are given, by text."""
-
-    def __init__(self, vectors):
-        self.vectors, self.asked = vectors, []
-
-    def texts(self, texts):
-        self.asked += texts
-        return torch.stack([self.vectors[text] for text in texts])
+from tests.helpers.embeddings import Texts
 
 
 def by_sorting(image_ND, captions, vectors, k):

@@ -15,7 +15,8 @@ from pipeline.config.load import load_config
 from pipeline.evaluation.linear_probe import chosen_places, open_labels
 from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
 from shards.order.safe_mask import SafeMask
-from tests.pipeline.test_run import MODEL, safeclip
+from tests.helpers.models import MODEL
+from tests.helpers.runs import safeclip
 
 RECALLS = {"r1", "r5", "r10"}
 ATTACK = {
@@ -183,7 +184,7 @@ def test_a_test_set_of_other_classes_is_refused(world, capsys):
     assert "'red star'" in told and "renamed/classnames.txt, it is 'red sun'" in told
 
 
-def test_without_labels_there_is_no_linear_probe_and_it_never_learns_from_poison(world, monkeypatch):
+def test_linear_probe_needs_labels_and_never_learns_from_poison(world, monkeypatch):
     config = load_config("safe/config.yaml")
     index = open_index(config.data)
     samples = open_samples(config.data, index)

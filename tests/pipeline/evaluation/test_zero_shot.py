@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.zero_shot import predicted_classes, top_k_accuracy, zero_shot_classifier
-from tests.pipeline.evaluation.test_retrieval import Texts
+from tests.helpers.embeddings import Texts
 
 
 def test_a_class_is_the_mean_of_its_prompts_embeddings():

@@ -19,10 +19,10 @@ from pipeline.training.start import make_views
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex, build_index
 from shards.samples.samples import Samples
-from tests.conftest import picture
-from tests.pipeline.test_run import MODEL
-from tests.ranks import run_ranks
-from tests.shards.test_index import write_tar
+from tests.helpers.models import MODEL
+from tests.helpers.pictures import picture
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tars import write_tar
 
 COPIES = {(0, 1), (0, 5), (1, 2)}  # one picture in three pairs; (1, 6) and (0, 7) share another
 

@@ -18,8 +18,8 @@ from shards.build.shapes import shapes
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.samples import Samples
-from tests.pipeline.test_run import MODEL
-from tests.ranks import run_ranks
+from tests.helpers.models import MODEL
+from tests.helpers.ranks import run_ranks
 
 CARRY, SIDE = 20, 32
 
@@ -137,7 +137,7 @@ def test_whitened_pictures_have_no_correlations():
     assert np.abs(covariance_DD[others]).mean() < 0.2 * np.abs(before_DD[others]).mean()
 
 
-def test_the_robust_deviation_of_normal_numbers_is_theirs_whatever_a_few_others_are():
+def test_robust_deviation_ignores_a_few_outliers():
     value_N = torch.from_numpy(np.r_[np.random.default_rng(0).normal(3, 2, 100_000), np.full(1000, 1e6)])
     middle, spread = robust(value_N)
     assert middle == pytest.approx(3, abs=0.06) and spread == pytest.approx(2, abs=0.06)

@@ -1,0 +1,252 @@
+"""An audit from shards to report: what is in the files, and what a person sees and does in a real browser."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.audit.apply import apply_mask
+from pipeline.audit.audit import audit
+from pipeline.audit.detectors import REGISTRY, neighbourhood
+from pipeline.audit.report import render
+from pipeline.audit.score import score
+from shards.errors import UserError
+from shards.order.safe_mask import SavedMask
+from shards.samples.overlay import VERSION
+from tests.helpers.audits import make_model, make_pairs, picture
+from tests.helpers.browser import CHROMIUM, Browser
+
+HOSTILE = [
+    "<script>document.title = 'owned'</script>",
+    "</script><script>document.title = 'owned'</script><!--",
+    "<img src=x onerror=\"document.title = 'owned'\">",
+    "\"><svg/onload=document.title='owned'><a href=\"javascript:document.title='owned'\">",
+    "<!--<script>",
+    "</style><style>* { display: none }</style>",
+    "a \u202etxet desrever\u202c and \u2066isolated\u2069 \u200f and a\u2028line\u2029end",
+    "bell \x07 escape \x1b[31m null \x00 delete \x7f tab\tend",
+    "=cmd|' /C calc'!A0",
+    "مرحبا بالعالم and שלום and \U0001f469\u200d\U0001f680 and \ufffe",
+    "a" * 4000,
+    "{{data}} {{policy}} &lt;b&gt; \\u003cscript\\u003e",
+]
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    """data/, scores/ and audit/ of 60 pairs: hostile captions, a repeated one, a patch in every fifth picture, one
+    broken picture."""
+    folder = tmp_path_factory.mktemp("audited")
+    captions = [HOSTILE[i] if i < len(HOSTILE) else f"thing {i}" if i % 4 else "the same words" for i in range(60)]
+    pictures = {row: picture(row, True) for row in range(3, 60, 5)} | {
+        20: b"no picture",
+        31: picture(30),
+        32: picture(30),
+    }
+    paths = make_pairs(folder / "data", captions, pictures)
+    score(folder / "scores", make_model(folder / "model"), data=paths, workers=0)
+    attack = folder / "attack"
+    attack.mkdir()
+    rows = [
+        {"shard": r // 20, "position": r % 20, "key": "", "kind": "patch", "caption": captions[r], "source": None}
+        for r in range(3, 60, 5)
+    ]
+    index = json.loads((folder / "scores/mask.json").read_text())["fingerprint"]
+    manifest = {
+        "version": VERSION,
+        "fingerprint": index,
+        "source": "",
+        "source_fingerprint": "",
+        "classes": ["thing"],
+        "kinds": {
+            "patch": {
+                "attack": "badnets",
+                "judged": "backdoor",
+                "target_class": 0,
+                "pairs": len(rows),
+                "trigger": {"pattern": "patch"},
+            }
+        },
+        "rows": rows,
+    }
+    (attack / "manifest.json").write_text(json.dumps(manifest))
+    audit(folder / "scores", folder / "audit", truth=attack, worst=0.2, say=lambda line: None)
+    return folder, captions, paths
+
+
+def test_findings_are_cleanlabs_columns_for_every_pair(audited):
+    folder, _, _ = audited
+    table = pq.read_table(folder / "audit/findings.parquet")
+    assert len(table) == 60 and table["position"].to_pylist()[20:22] == [0, 1]
+    for name in [*(set(REGISTRY) - {"history", "excluded"}), "suspect"]:
+        issue_N, score_N = table[f"is_{name}_issue"].to_numpy(), table[f"{name}_score"].to_numpy()
+        known = score_N[~np.isnan(score_N)]
+        assert issue_N.dtype == bool and known.min() >= 0 and known.max() <= 1
+        if issue_N.any() and name != "mismatch":
+            assert known[issue_N[~np.isnan(score_N)]].max() <= known[~issue_N[~np.isnan(score_N)]].min()
+    assert np.flatnonzero(table["is_broken_issue"].to_numpy()).tolist() == [20]
+    assert set(np.flatnonzero(table["is_common_patch_issue"].to_numpy())) == set(range(3, 60, 5))
+    assert pyarrow.csv.read_csv(folder / "audit/findings.csv").column_names == table.column_names
+
+
+def test_ground_truth_is_in_audit_json(audited):
+    found = json.loads((audited[0] / "audit/audit.json").read_text())
+    assert all(found["detectors"][name]["skipped"].startswith("no run") for name in ("history", "excluded"))
+    truth = found["truth"]
+    patch = truth["detectors"]["common_patch"]["attacks"]["patch"]
+    assert patch["auroc"] == patch["average_precision"] == 1.0 and patch["roc"][-1] == [1.0, 1.0]
+    assert len(truth["masks"]) == 1 and 0 <= truth["masks"][0]["recall"] <= 1
+
+
+def test_nothing_but_the_scores_is_needed(audited, tmp_path):
+    folder, _, _ = audited
+    shutil.copytree(folder / "scores", tmp_path / "scores")
+    for name in ("img_emb", "text_emb", "cells", "index"):
+        shutil.rmtree(tmp_path / "scores" / name)
+    about = json.loads((tmp_path / "scores/score.json").read_text())
+    gone = {"embeddings": None, "data": {"index": str(tmp_path / "gone")}}
+    (tmp_path / "scores/score.json").write_text(json.dumps({**about, **gone}))
+    audit(tmp_path / "scores", tmp_path / "out", say=lambda line: None)
+    page = (tmp_path / "out/report.html").read_text()
+    found = json.loads((tmp_path / "out/audit.json").read_text())["detectors"]
+    assert "no embeddings" in found["dao"]["skipped"] and found["mismatch"]["issues"] <= 1 and "webp" not in page
+
+
+def test_a_large_sample_of_neighbours_is_searched_by_ivf(audited, tmp_path, monkeypatch):
+    made, build_index = [], neighbourhood.build_index
+    monkeypatch.setattr(neighbourhood, "EXACT", 20)
+    monkeypatch.setattr(neighbourhood, "build_index", lambda rows: made.append(build_index(rows)) or made[-1])
+    audit(audited[0] / "scores", tmp_path / "out", detectors=["slof"], sample=60, say=lambda line: None)
+    score_N = pq.read_table(tmp_path / "out/findings.parquet")["slof_score"].to_numpy()
+    assert [(type(index).__name__, index.ntotal) for index in made] == [("IndexIVFFlat", 59)]
+    assert np.isnan(score_N).sum() == 1 and len(np.unique(score_N[~np.isnan(score_N)])) == 59
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"worst": 0}, "--worst"),
+        ({"sample": 2}, "--sample: got 2"),
+        ({"detectors": ["nothing"]}, "expected some of"),
+        ({"detectors": ["history"]}, "none of"),
+    ],
+)
+def test_mistakes_are_named(audited, tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        audit(audited[0] / "scores", tmp_path / "out", say=lambda line: None, **options)
+
+
+def test_data_cannot_leave_its_element(audited):
+    page = (audited[0] / "audit/report.html").read_text()
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    assert not set(data) & set("<>&") and data.isascii()
+    captions = {item["c"] for item in json.loads(data)["items"]}
+    assert HOSTILE[0] in captions and HOSTILE[6] in captions
+    assert page.count("<script") == 2 and "http" not in re.sub(r'"http://www.w3.org/2000/svg"|http-equiv', "", page)
+
+
+@pytest.fixture(scope="module")
+def page(audited):
+    with Browser() as browser:
+        browser.open(audited[0] / "audit/report.html")
+        yield browser
+
+
+@needs_chromium
+def test_hostile_captions_are_text(audited, page):
+    assert page.run("document.title") == "Audit of image-caption pairs"
+    assert all(url.startswith(("file:", "data:image/webp")) for url in page.requests)
+    assert page.problems == []
+    text = page.run("main.innerText") + page.run("(state.page.table = 1, draw('table'), main.innerText)")
+    for caption in HOSTILE[:6] + HOSTILE[8:9] + HOSTILE[11:]:
+        assert caption in text
+    assert "U+202E" in text and "U+0007" in text and "U+2028" in text
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u2028\u2029\x00-\x08\x0b-\x1f]", text)
+    assert page.run("document.querySelectorAll('main script, main a, main style, [onerror], [onload]').length") == 0
+    assert page.run("[...document.images].every(i => i.src.startsWith('data:image/webp;base64,'))")
+    assert page.run("document.querySelectorAll('article.pair').length") == 24
+
+
+@needs_chromium
+def test_the_policy_stops_what_is_not_ours(audited, tmp_path):
+    """Were markup ever to get in, it would not run: the same page with a script of another in it."""
+    text = (audited[0] / "audit/report.html").read_text()
+    bad = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+    (tmp_path / "page.html").write_text(text.replace("</main>", "</main>" + bad))
+    with Browser() as browser:
+        browser.open(tmp_path / "page.html")
+        assert browser.run("document.title") == "Audit of image-caption pairs"
+        assert browser.run("document.querySelectorAll('article').length") > 0
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_wider_than_the_window(audited, page, width):
+    page.open(audited[0] / "audit/report.html", width)
+    assert page.run("document.documentElement.scrollWidth") <= width
+
+
+@needs_chromium
+def test_ticks_by_keyboard_go_back_into_the_mask(audited, page, tmp_path):
+    folder, captions, paths = audited
+    page.open(folder / "audit/report.html")
+    page.run("document.querySelectorAll('article.group .marks button')[0].click()")
+    page.run("document.querySelector('article.pair').focus()")
+    page.press("p")
+    page.press("j")
+    page.press("f")
+    exported = page.run(
+        "new Promise(done => { const make = URL.createObjectURL; URL.createObjectURL = blob => { "
+        "blob.text().then(done); return make(blob); }; document.getElementById('export').click(); })"
+    )
+    rows = list(csv.DictReader(exported.splitlines()))
+    assert len(rows) > 2 and {row["verdict"] for row in rows} == {"poison", "fine"}
+    (tmp_path / "review.csv").write_text(exported)
+    apply_mask(folder / "scores", paths, tmp_path / "safe", review=tmp_path / "review.csv", workers=1)
+    saved = SavedMask(folder / "scores")
+    flags = saved.mask.flags()
+    for row in rows:
+        flags[saved.find(row["shard"]) * 20 + int(row["position"])] = row["verdict"] == "fine"
+    sizes = json.loads((tmp_path / "safe/sizes.json").read_text())
+    assert [sizes[f"{number:05d}.tar"] for number in range(3)] == flags.reshape(3, 20).sum(1).tolist()
+
+
+@needs_chromium
+def test_search_filters_captions(page, audited):
+    page.open(audited[0] / "audit/report.html")
+    page.run(
+        "(() => { const box = document.getElementById('search'); box.value = 'THE SAME'; "
+        "box.dispatchEvent(new Event('input')); })()"
+    )
+    shown = page.run(
+        "new Promise(r => setTimeout(() => r([...document.querySelectorAll('#table tbody tr td:nth-child(4)')]"
+        ".map(c => c.innerText)), 400))"
+    )
+    assert shown and set(shown) == {"the same words"}
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("x.tar,0,,fine", "none of mask"),
+        ("00000.tar,20,,fine", "expected 0 to 19"),
+        ("00000.tar,0,,maybe", "expected poison or fine"),
+        ("00000.tar,0,abc,fine", "had fingerprint abc"),
+    ],
+)
+def test_a_wrong_review_is_named_by_its_line(audited, tmp_path, line, words):
+    (tmp_path / "review.csv").write_text("shard,position,fingerprint,verdict\n" + line + "\n")
+    with pytest.raises(UserError, match=f"line 2: .*{words}"):
+        apply_mask(audited[0] / "scores", audited[2], tmp_path / "out", review=tmp_path / "review.csv")
+    assert not (tmp_path / "out").exists()
+
+
+def test_render_refuses_what_is_no_number():
+    with pytest.raises(ValueError):
+        render({"x": float("nan")})

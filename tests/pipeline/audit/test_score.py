@@ -1,0 +1,132 @@
+"""Scores of any CLIP: the same by any number of processes, in pieces or at once, from pictures or from embeddings."""
+
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.audit.score import score
+from pipeline.safety.score_files import load_scores
+from shards.errors import UserError
+from shards.index.shard_index import ShardIndex
+from shards.order.safe_mask import SavedMask
+from shards.samples.samples import Samples
+from tests.helpers.audits import make_model, make_pairs
+from tests.helpers.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """model/, data/ of 50 pairs in 3 shards, one of which has no caption, and scores/."""
+    folder = tmp_path_factory.mktemp("scored")
+    paths = make_pairs(folder / "data", [f"a picture of thing {i}" if i != 7 else b"\xff" for i in range(50)])
+    model = make_model(folder / "model")
+    score(folder / "scores", model, data=paths, workers=0, batch_size=16)
+    return folder, paths, model
+
+
+def cosines(folder):
+    return load_scores(folder, SavedMask(folder).mask.counts_S)
+
+
+def test_cosines_are_open_clips_own(scored):
+    folder, _, model = scored
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
+    tokenize, samples = open_clip.get_tokenizer(f"local-dir:{model}"), Samples(ShardIndex.load(folder / "scores/index"))
+    clip.eval()
+    with torch.no_grad():
+        for row in (0, 21, 49):
+            place = divmod(row, 20)
+            image = clip.encode_image(preprocess(samples.image(*place))[None], normalize=True)
+            text = clip.encode_text(tokenize([samples.caption(*place)]), normalize=True)
+            assert abs(float((image * text).sum()) - cosines(folder / "scores")[row]) < 1e-5
+
+
+def test_unreadable_pair_is_a_row_with_its_reason(scored):
+    saved = SavedMask(scored[0] / "scores")
+    table = saved.table(0)
+    assert np.isnan(cosines(scored[0] / "scores")[7]) and np.isnan(cosines(scored[0] / "scores")).sum() == 1
+    assert "not UTF-8" in table["reason"][7].as_py() and not saved.mask.flags()[7]
+
+
+def score_on_rank(out, model, paths):
+    return score(out, model, data=paths, workers=0, batch_size=16)
+
+
+def test_two_processes_give_the_same_files(scored, tmp_path):
+    folder, paths, model = scored
+    lines = run_ranks(score_on_rank, 2, tmp_path / "two", model, paths)
+    assert lines[0] == lines[1]
+    for name in ("safe.npy", "img_emb/img_emb_00001.npy", "cells/cells_00002.npy", "metadata/metadata_00000.parquet"):
+        assert (tmp_path / "two" / name).read_bytes() == (folder / "scores" / name).read_bytes()
+    np.testing.assert_array_equal(cosines(tmp_path / "two"), cosines(folder / "scores"))
+
+
+def test_goes_on_with_the_shards_that_are_missing(scored, tmp_path):
+    folder, paths, model = scored
+    out = tmp_path / "scores"
+    shutil.copytree(folder / "scores", out)
+    for name in ("mask.json", "scores/00001.parquet", "img_emb/img_emb_00001.npy"):
+        (out / name).unlink()
+    before = (out / "scores/00000.parquet").stat().st_mtime_ns
+    score(out, model, data=paths, workers=0, batch_size=16)
+    assert (out / "scores/00000.parquet").stat().st_mtime_ns == before
+    np.testing.assert_array_equal(cosines(out), cosines(folder / "scores"))
+
+
+def test_a_folder_of_other_scores_is_refused(scored, tmp_path):
+    folder, paths, _ = scored
+    with pytest.raises(UserError, match="scores of another model"):
+        score(folder / "scores", make_model(tmp_path / "other"), data=paths[:2], workers=0)
+
+
+def test_embeddings_of_clip_retrieval_give_the_same_cosines(scored, tmp_path):
+    folder, _, _ = scored
+    theirs = tmp_path / "theirs"
+    for kind in ("img_emb", "text_emb"):
+        (theirs / kind).mkdir(parents=True)
+        for number in range(3):
+            shutil.copy(folder / f"scores/{kind}/{kind}_{number:05d}.npy", theirs / kind / f"{kind}_{number}.npy")
+    (theirs / "metadata").mkdir()
+    for number in range(3):
+        count = len(np.load(theirs / f"img_emb/img_emb_{number}.npy"))
+        columns = {"image_path": [f"{number}/{i}" for i in range(count)], "caption": ["a caption"] * count}
+        pq.write_table(pa.table(columns), theirs / f"metadata/metadata_{number}.parquet")
+    score(tmp_path / "out", embeddings=theirs)
+    np.testing.assert_allclose(cosines(tmp_path / "out"), cosines(folder / "scores"), atol=2e-3)
+    assert SavedMask(tmp_path / "out").table(2, ("key",))["key"][3].as_py() == "2/3"
+    assert json.loads((tmp_path / "out/score.json").read_text())["complete"]
+    (theirs / "text_emb/text_emb_1.npy").unlink()
+    with pytest.raises(UserError, match="3 img_emb, 2 text_emb"):
+        score(tmp_path / "again", embeddings=theirs)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"model": "no-such-model", "data": ["x.tar"]}, "no name that open_clip knows"),
+        ({"model": "ViT-B-32", "data": ["x.tar"]}, "random weights"),
+        ({"model": "ViT-B-32", "pretrained": "./none.pt", "data": ["x.tar"]}, "no such file"),
+        ({"data": ["x.tar"]}, "--model: missing"),
+        ({"model": "m", "embeddings": "e"}, "leave --model"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        score(tmp_path / "out", **options)
+
+
+def test_picture_size_does_not_matter(tmp_path):
+    import io
+
+    file = io.BytesIO()
+    Image.new("L", (300, 20)).save(file, "PNG")
+    paths = make_pairs(tmp_path / "data", ["grey and long", "square"], {0: file.getvalue()})
+    score(tmp_path / "out", make_model(tmp_path / "model"), data=paths, workers=0)
+    assert not np.isnan(cosines(tmp_path / "out")).any()

@@ -1,0 +1,54 @@
+"""Too many bad samples stop the run on all ranks, with their reasons by count; told to go on, it ends as if it had
+never stopped."""
+
+import pytest
+
+from pipeline.training import run as running
+from shards.errors import UserError
+from shards.index.shard_index import build_index
+from tests.helpers.pictures import picture
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import config
+from tests.helpers.tars import write_tar
+
+PAIRS, BAD = 240, (7, 40, 100, 101, 102)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    members = [
+        member
+        for i in range(PAIRS)
+        for member in (
+            (f"{i:03d}.png", b"no picture" if i in BAD[:2] else picture(i)),
+            (f"{i:03d}.txt", b"" if i in BAD[2:] else b"a red star"),
+        )
+    ]
+    build_index([str(write_tar(folder / "bad.tar", members))], folder / "shapes" / "index")
+    return folder
+
+
+def stop_and_go_on(folder):
+    """[the error of a strict run, that of its second start], its lines, then without the limit to the end; and a whole
+    run."""
+    found = []
+    for _ in range(2):
+        with pytest.raises(UserError) as error:
+            running.train(config(folder, "stopped", train__epochs=2, data__max_bad_fraction=0.01))
+        found.append(str(error.value))
+    for name in ("stopped", "whole"):
+        running.train(config(folder, name, train__epochs=2, data__max_bad_fraction=0.1))
+    return found
+
+
+def test_too_many_bad_samples_stop_all_ranks_and_lose_nothing(data):
+    ranks = run_ranks(stop_and_go_on, 2, data)
+    assert ranks[0] == ranks[1]
+    first, second = ranks[0]
+    assert first == second and "\n" not in first
+    assert first.startswith("data.max_bad_fraction: more than 1.00% of the samples")
+    assert "picture cannot be decoded (UnidentifiedImageError) 2" in first and "bad_samples.jsonl" in first
+    stopped, whole = ((data / name / "checkpoints/step_00000020/model.safetensors") for name in ("stopped", "whole"))
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert len((data / "whole" / "bad_samples.jsonl").read_text().splitlines()) == len(BAD)

@@ -1,0 +1,178 @@
+"""N ranks train what one rank with the whole batch trains, at every ZeRO stage, for every loss."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from pipeline.config.schema import Train
+from pipeline.distributed import comm
+from pipeline.training import engine as engines
+from pipeline.training.losses import clip_loss
+from pipeline.training.model import MAX_LOG_SCALE, Towers, build_model, pixel_stats
+from pipeline.training.run import train_step
+from pipeline.training.support_queue import SupportQueue
+from shards.storage.files import write_bytes
+from shards.views.loader import Batch
+from tests.helpers.models import RESNET, VIT
+from tests.helpers.ranks import run_ranks
+
+ROWS, STEPS = 8, 2
+KINDS = ("clip", "crossed", "unimodal", "match", "cleanclip")  # crossed: the CLIP loss over two views
+
+
+def towers(config):
+    torch.manual_seed(0)
+    return Towers(build_model({"config": copy.deepcopy(config)}), *pixel_stats())
+
+
+def global_batch(kind, size, step=0):
+    """(images, tokens, valid) of ROWS rows, in the views of the loss. Rows 0 to 4 hold three bad ones, rows 4 to 8
+    none."""
+    torch.manual_seed(100 + step)
+    views = {"clip": 1, "crossed": 2, "unimodal": 2, "match": 1, "cleanclip": 2}[kind]
+    images = torch.randint(0, 256, (views, ROWS, 3, size, size), dtype=torch.uint8)
+    tokens = torch.randint(1, 63, (views, ROWS, 8))
+    return (
+        images,
+        tokens,
+        torch.tensor([True, False, False, True] + [True] * (ROWS - 4)) if step == 0 else torch.arange(ROWS) >= 4,
+    )
+
+
+def own_rows(whole):
+    """This rank's rows of a global batch, as a Batch."""
+    images, tokens, valid = whole
+    rows = ROWS // comm.world()
+    mine = slice(comm.rank() * rows, (comm.rank() + 1) * rows)
+    return Batch(
+        images[:, mine].flatten(0, 1), tokens[:, mine].flatten(0, 1), valid[mine], torch.arange(ROWS)[mine], []
+    )
+
+
+def train(stages, precision="fp32", config=VIT):
+    """{(stage, loss kind): (losses, weights after the steps)} on this rank."""
+    results = {}
+    for stage in stages:
+        for kind in KINDS:
+            # A large eps: where a true gradient is 0 (the keys' bias) Adam would step by the sign of its rounding
+            # error.
+            settings = Train(batch_size=ROWS, lr=1e-2, eps=1e-2, zero_stage=stage, precision=precision)
+            engine = engines.start_engine(towers(config), settings, comm.device())
+            queues = {name: SupportQueue(12, 16, comm.device()) for name in ("image", "text")}
+            losses = []
+            for step in range(STEPS):
+                batch = own_rows(global_batch(kind, config["vision_cfg"]["image_size"], step))
+                losses.append(comm.mean(train_step(engine, queues, batch, "clip" if kind == "crossed" else kind)[0]))
+            results[stage, kind] = losses, engines.consolidated_state(engine)
+    return results
+
+
+def check_equal(many, one):
+    for key, (losses, weights) in one.items():
+        assert many[key][0] == pytest.approx(losses, rel=1e-5), key
+        for name, value in weights.items():
+            torch.testing.assert_close(many[key][1][name], value, rtol=1e-5, atol=1e-5, msg=f"{key} {name}")
+
+
+def test_two_ranks_are_one_rank_with_the_whole_batch_at_every_stage():
+    (one,) = run_ranks(train, 1, [0, 1, 2, 3])
+    two = run_ranks(train, 2, [0, 1, 2, 3])[0]
+    check_equal(two, one)
+    for stage in (1, 2, 3):
+        check_equal({(0, kind): two[stage, kind] for kind in KINDS}, {(0, kind): one[0, kind] for kind in KINDS})
+
+
+def gradients(config, kind):
+    """Gradients of the loss of the global batch, averaged over the ranks as DeepSpeed does, without an optimizer."""
+    model = towers(config)
+    batch = own_rows(global_batch(kind, config["vision_cfg"]["image_size"]))
+    image_BD, text_BD, scale = model(batch.images, batch.tokens)
+    loss = clip_loss(image_BD, text_BD, image_BD, text_BD, scale, batch.valid)
+    loss.backward()
+    grads = {}
+    for name, parameter in model.named_parameters():
+        if comm.world() > 1:
+            torch.distributed.all_reduce(parameter.grad)
+        grads[name] = parameter.grad / comm.world()
+    return comm.mean(loss), grads
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet with batch norm"])
+def test_gradients_of_ranks_average_to_those_of_the_whole_batch(config):
+    ((loss1, one),) = run_ranks(gradients, 1, config, "clip")
+    for loss, many in run_ranks(gradients, 2, config, "clip"):
+        assert loss == pytest.approx(loss1, rel=1e-5)
+        for name in one:
+            # A bias of batch norm sums over all pixels: by the processor float32 was off by 1.7e-5 of the largest.
+            atol = 5e-5 * one[name].abs().max().item() + 1e-7
+            torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=atol, msg=name)
+
+
+def test_bf16_trains_at_every_stage():
+    for losses, weights in run_ranks(train, 2, [0, 1, 2, 3], "bf16")[0].values():
+        assert all(0 < loss < 10 for loss in losses) and all(torch.isfinite(w).all() for w in weights.values())
+
+
+def places(stage, precision):
+    """{name: (bytes from its storage's start, numbers)} of a residual network's weights under the engine."""
+    engine = engines.start_engine(
+        towers(RESNET), Train(batch_size=ROWS, zero_stage=stage, precision=precision), comm.device()
+    )
+    return {name: (p.storage_offset() * p.element_size(), p.numel()) for name, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_stand_where_gpu_kernels_read_16_bytes_at_once(precision):
+    for stage in (1, 2):
+        (place,) = run_ranks(places, 1, stage, precision)
+        assert len({offset for offset, _ in place.values()}) > len(place) / 2  # they do lie end to end
+        assert all(offset % 16 == 0 for offset, numbers in place.values() if numbers % 8 == 0), stage
+
+
+def clamp(stage, start):
+    """The logit scale after one step that pushes nothing (rate 0), from weights whose scale starts out of bounds."""
+    model = towers(VIT)
+    model.clip.logit_scale.data.fill_(start)
+    engine = engines.start_engine(model, Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    engines.set_lr(engine, 0.0)
+    for _ in range(2):  # the second step starts from the clamped master
+        scale = train_step(engine, {}, own_rows(global_batch("clip", 16)), "clip")[1]
+    return float(scale), float(engines.consolidated_state(engine).get("logit_scale", torch.tensor(float("nan"))))
+
+
+def clamp_all():
+    return {(stage, start): clamp(stage, start) for stage in (0, 1, 2, 3) for start in (9.0, -3.0)}
+
+
+def test_the_logit_scale_stays_in_bounds_at_every_stage():
+    main, other = run_ranks(clamp_all, 2)
+    for (stage, start), (used, weight) in main.items():
+        bounded = MAX_LOG_SCALE if start > 0 else 0.0
+        assert used == other[stage, start][0] == pytest.approx(math.exp(bounded), rel=1e-5), stage
+        assert weight == pytest.approx(bounded, abs=1e-6), stage
+
+
+def save_and_load(folder, stage):
+    settings = Train(batch_size=ROWS, lr=1e-2, zero_stage=stage)
+    batch = own_rows(global_batch("clip", 16))
+    engine = engines.start_engine(towers(VIT), settings, comm.device())
+    train_step(engine, {}, batch, "clip")
+    for path, data in engines.serialise(engine, f"{folder}/{stage}/deepspeed").items():
+        write_bytes(path, data)
+    comm.barrier()
+    train_step(engine, {}, batch, "clip")
+    again = engines.start_engine(towers(VIT), settings, comm.device())
+    engines.load(again, f"{folder}/{stage}/deepspeed")
+    train_step(again, {}, batch, "clip")
+    return engines.consolidated_state(engine), engines.consolidated_state(again)
+
+
+def save_and_load_all(folder):
+    return {stage: save_and_load(folder, stage) for stage in (0, 1, 2, 3)}
+
+
+def test_what_is_saved_goes_on_bit_for_bit_at_every_stage(tmp_path):
+    for stage, (whole, resumed) in run_ranks(save_and_load_all, 2, str(tmp_path))[0].items():
+        assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole), stage

@@ -1,0 +1,133 @@
+"""The losses against numbers by hand, open_clip's, and cross-entropy over the valid rows alone in float64: values and
+gradients, on one rank and on two."""
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from pipeline.distributed import comm
+from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
+from tests.helpers.ranks import run_ranks
+
+ROWS, DIM = 6, 5
+VALID = torch.tensor([True, False, True, True, True, False])
+
+
+def unit(seed, count, kind=torch.float64):
+    """`count` (ROWS, DIM) of unit rows."""
+    numbers = torch.randn(count, ROWS, DIM, dtype=kind, generator=torch.Generator().manual_seed(seed))
+    return [rows.clone().requires_grad_() for rows in F.normalize(numbers, dim=2)]
+
+
+def cross_entropy(row_BD, column_BD, scale, valid_B):
+    """Of the valid rows and columns alone, taken out; row k belongs to column k."""
+    logits = torch.einsum("id,jd->ij", row_BD[valid_B], column_BD[valid_B]) * scale
+    return F.cross_entropy(logits, torch.arange(len(logits)))
+
+
+def expected_clip(image1, text1, image2, text2, scale, valid):
+    one, two = (image1, text2), (text1, image2)
+    return (cross_entropy(*one, scale, valid) + cross_entropy(*two, scale, valid)) / 2
+
+
+def expected_unimodal(image2, text2, near_image, near_text, scale, valid):
+    one, two = (image2, near_image), (text2, near_text)
+    return (cross_entropy(*one, scale, valid) + cross_entropy(*two, scale, valid)) / 2
+
+
+def test_info_nce_of_two_orthogonal_rows_by_hand():
+    """Logits ((2, 0), (0, 2)): log(1 + exp(-2)). With the columns swapped: log(1 + exp(2))."""
+    rows, scale, valid = torch.eye(2), torch.tensor([2.0]), torch.ones(2, dtype=torch.bool)
+    assert float(info_nce(rows, rows, scale, valid)) == pytest.approx(0.126928, abs=1e-6)
+    assert float(info_nce(rows, rows.flip(0), scale, valid)) == pytest.approx(2.126928, abs=1e-6)
+
+
+def test_each_loss_takes_the_embeddings_that_belong_together_by_hand():
+    same, other, scale, valid = torch.eye(2), torch.eye(2).flip(0), torch.tensor([2.0]), torch.ones(2, dtype=torch.bool)
+    low, high, mixed = 0.126928, 2.126928, 1.126928
+    for images1, texts1, images2, texts2, wanted in (
+        (same, other, other, same, low),  # image 1 with text 2, text 1 with image 2
+        (same, same, other, other, high),
+        (same, same, same, other, mixed),
+    ):
+        assert float(clip_loss(images1, texts1, images2, texts2, scale, valid)) == pytest.approx(wanted, abs=1e-6)
+    for images2, texts2, near_images, near_texts, wanted in (
+        (same, other, same, other, low),  # each modality with its own neighbours
+        (same, other, other, same, high),
+        (same, same, same, other, mixed),
+    ):
+        found = unimodal_loss(images2, texts2, near_images, near_texts, scale, valid)
+        assert float(found) == pytest.approx(wanted, abs=1e-6)
+
+
+@given(st.integers(0, 99), st.floats(1, 100))
+def test_clip_loss_of_one_view_is_open_clips(seed, scale):
+    image, text = (x.detach().float() for x in unit(seed, 2))
+    wanted = open_clip.ClipLoss()(image, text, scale)
+    found = clip_loss(image, text, image, text, torch.tensor([scale]), torch.ones(ROWS, dtype=torch.bool))
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@given(
+    st.integers(0, 99),
+    st.floats(1, 100),
+    st.lists(st.booleans(), min_size=ROWS, max_size=ROWS).filter(any),
+    st.sampled_from([(clip_loss, expected_clip), (unimodal_loss, expected_unimodal)]),
+)
+def test_invalid_rows_are_as_if_they_were_not_there(seed, scale, valid, losses):
+    """In value and in every gradient; those of invalid rows are 0, not small."""
+    valid, (loss, expected) = torch.tensor(valid), losses
+    scale = torch.tensor([scale], dtype=torch.float64, requires_grad=True)
+    leaves = unit(seed, 4)
+    found, wanted = loss(*leaves, scale, valid), expected(*leaves, scale, valid)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-9, abs=1e-12)
+    one, two = (torch.autograd.grad(value, [*leaves, scale]) for value in (found, wanted))
+    for ours, theirs in zip(one, two):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+    assert all((ours[~valid] == 0).all() for ours in one[:4])
+
+
+def test_gradients_are_finite_differences():
+    leaves = unit(0, 4)
+    scale = torch.tensor([7.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *z: clip_loss(*z, VALID), [*leaves, scale])
+
+
+def test_without_a_valid_row_loss_and_gradient_are_zero():
+    leaves, none = unit(0, 4), torch.zeros(ROWS, dtype=torch.bool)
+    loss = clip_loss(*leaves, torch.tensor([10.0]), none)
+    assert loss.item() == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, leaves))
+
+
+HALVES = [VALID, torch.arange(ROWS) >= ROWS // 2]  # some are valid on each rank; none on rank 0
+
+
+def on_rank():
+    """(mean over the ranks of the loss, gradients by this rank's rows) of each loss and each HALVES."""
+    half, results = ROWS // comm.world(), []
+    mine = slice(comm.rank() * half, (comm.rank() + 1) * half)
+    for loss in (clip_loss, unimodal_loss):
+        for valid in HALVES:
+            leaves = [rows.detach()[mine].clone().requires_grad_() for rows in unit(3, 4)]
+            value = loss(*leaves, torch.tensor([14.3], dtype=torch.float64), valid[mine])
+            results.append((comm.mean(value), torch.autograd.grad(value, leaves)))
+    return results
+
+
+def test_two_ranks_have_the_loss_and_gradients_of_the_whole_batch():
+    """Averaged over the ranks, as DeepSpeed averages gradients: half of what each rank has of its own rows."""
+    wanted = []
+    for expected in (expected_clip, expected_unimodal):
+        for valid in HALVES:
+            leaves = unit(3, 4)
+            value = expected(*leaves, torch.tensor([14.3], dtype=torch.float64), valid)
+            wanted.append((value.item(), torch.autograd.grad(value, leaves)))
+    for rank, results in enumerate(run_ranks(on_rank, 2)):
+        mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+        for (value, found), (whole, gradients) in zip(results, wanted, strict=True):
+            assert value == pytest.approx(whole, rel=1e-6)
+            for own, gradient in zip(found, gradients):
+                torch.testing.assert_close(own / 2, gradient[mine], rtol=1e-7, atol=1e-9)

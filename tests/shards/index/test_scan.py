@@ -1,0 +1,256 @@
+"""What is wrong with a shard is found, named and listed, and never costs what is intact."""
+
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.errors import UserError
+from shards.index import scan, tar
+from shards.index.shard_index import ShardIndex, build_index
+from tests.helpers.pictures import picture
+from tests.helpers.tars import contents, write_tar
+
+
+def listed(paths, folder, **words):
+    """(index, rows of its report)."""
+    index = build_index([str(path) for path in paths], folder / "index", report=folder / "report.jsonl", **words)
+    return index, [json.loads(line) for line in (folder / "report.jsonl").read_text().splitlines()]
+
+
+def pairs(count):
+    return [(f"{i:02d}.{e}", picture(i, 8) if e == "png" else b"text") for i in range(count) for e in ("png", "txt")]
+
+
+def webdataset_keys(path):
+    found = []
+    try:
+        for sample in webdataset.WebDataset([str(path)], shardshuffle=False, empty_check=False):
+            found.append(sample["__key__"])
+    except Exception:  # a cut inside a file it does notice
+        found.append("noticed")
+    return found
+
+
+@pytest.mark.parametrize("where", ["at a member's end", "in a header"])
+def test_a_cut_that_webdataset_takes_for_the_end_is_listed(tmp_path, where):
+    path = write_tar(tmp_path / "a.tar", pairs(6))
+    with open(path, "rb") as file:
+        third = [member.start for member in tar.members(tar.Stream(file), None, print) if member.name == "03.png"][0]
+    at = third + (0 if where == "at a member's end" else 300)
+    path.write_bytes(path.read_bytes()[:at])
+    assert webdataset_keys(path) == ["00", "01", "02"]  # and not a word
+    with pytest.raises(UserError, match=f"a.tar: cut short.*at byte {third}.*--report"):
+        build_index([str(path)], tmp_path / "index")
+    index, rows = listed([path], tmp_path)
+    assert [key for key, *_ in contents(index)] == ["00", "01", "02"]
+    assert [(row["byte"], row["damage"]) for row in rows] == [(third, True)] and "cut short" in rows[0]["reason"]
+
+
+def test_damage_in_one_shard_costs_nothing_of_the_others(tmp_path):
+    good, bad = write_tar(tmp_path / "good.tar", pairs(4)), write_tar(tmp_path / "bad.tar", pairs(4))
+    bad.write_bytes(bad.read_bytes()[:2000])
+    index, rows = listed([bad, good], tmp_path)
+    assert index.counts.tolist() == [1, 4] and {row["shard"] for row in rows} == {str(bad)}
+    bad.write_bytes(bad.read_bytes()[:1900])
+    with pytest.raises(UserError, match="bad.tar: .*indexed"):
+        index.verify()  # the fingerprint is of the damaged bytes: what is trained on cannot change unseen
+    assert (
+        build_index([str(bad), str(good)], tmp_path / "index", report=tmp_path / "r").fingerprint != index.fingerprint
+    )
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 11), st.integers(0, 511), st.integers(1, 255))
+def test_a_corrupt_header_costs_its_member_and_no_other(tmp_path_factory, number, byte, change):
+    folder = tmp_path_factory.mktemp("corrupt")
+    path = write_tar(folder / "a.tar", pairs(6))
+    with open(path, "rb") as file:
+        starts = [member.start for member in tar.members(tar.Stream(file), None, print)]
+    data = bytearray(path.read_bytes())
+    data[starts[number] + byte] ^= change
+    path.write_bytes(data)
+    index, rows = listed([path], folder)
+    everything = {name: content for name, content in pairs(6)}
+    assert index.samples >= 5 and any(row["damage"] and row["byte"] == starts[number] for row in rows)
+    for shard_position, key in enumerate(index.table(0).keys):
+        table = index.table(0)
+        for kind, extension in (("image", "png"), ("text", "txt")):
+            offset, size = (
+                getattr(table, f"{kind}_offset")[shard_position],
+                getattr(table, f"{kind}_size")[shard_position],
+            )
+            if size >= 0:
+                assert bytes(data[offset : offset + size]) == everything[f"{key}.{extension}"]
+            else:
+                assert (key, extension) == (f"{number // 2:02d}", ("png", "txt")[number % 2])
+
+
+def test_archives_that_were_joined_and_blocks_that_became_zeros(tmp_path):
+    one, two = write_tar(tmp_path / "1.tar", pairs(2)), write_tar(tmp_path / "2.tar", pairs(4)[4:])
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(one.read_bytes() + two.read_bytes())
+    assert webdataset_keys(joined) == ["00", "01"]
+    with pytest.raises(UserError, match="joined.tar: a member behind the end of the archive"):
+        build_index([str(joined)], tmp_path / "index")
+    assert listed([joined], tmp_path)[0].samples == 4
+
+
+def test_what_is_lacking_is_counted_and_keeps_its_place(tmp_path):
+    members = [("a.png", b"1"), ("b.txt", b"2"), ("c.png", b""), ("c.txt", b""), ("d.png", b"1"), ("d.txt", b"2")]
+    path = write_tar(tmp_path / "a.tar", members)
+    index = build_index([str(path)], tmp_path / "index")
+    assert index.samples == 4
+    found = {(finding.position, finding.reason) for finding in index.findings}
+    assert found == {(0, "no caption"), (1, "no picture"), (2, "empty picture"), (2, "empty caption")}
+    with pytest.raises(UserError, match="no samples in them that have both"):
+        build_index([str(write_tar(tmp_path / "b.tar", members[:2]))], tmp_path / "index2")
+
+
+def test_dots_in_keys_are_never_merged_silently(tmp_path):
+    """webdataset makes one sample of these two; here that is refused, or listed."""
+    members = [(f"photo.v{i}.{e}", b"x") for i in (1, 2) for e in ("jpg", "txt")] + [("b.jpg", b"1"), ("b.txt", b"2")]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert webdataset_keys(path) == ["photo", "b"]
+    with pytest.raises(
+        UserError, match="'photo' has no picture, but a member 'photo.v1.jpg': a key ends at the first dot"
+    ):
+        build_index([str(path)], tmp_path / "index")
+    index, rows = listed([path], tmp_path)
+    assert index.table(0).keys == ["photo", "b"] and [row["key"] for row in rows] == ["photo", "photo"]
+
+
+@pytest.mark.parametrize("program", ["tar", "bsdtar"])
+@pytest.mark.parametrize("words", [["--format=ustar"], ["--format=pax"], ["--format=gnutar"]])
+def test_shards_made_by_hand(tmp_path, program, words):
+    if not shutil.which(program):
+        pytest.skip(f"no {program} here (apt-get install libarchive-tools)")
+    if program == "tar":
+        words = [word.replace("gnutar", "gnu") for word in words]
+    names = ["a", "sub.folder/b", "ключ/ü", "long/" + "x" * 80 + "/" + "y" * 60]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / f"{name}.JPG").write_bytes(f"picture {name}".encode())
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    files = sorted(f"./{path.relative_to(tmp_path / 'in')}" for path in (tmp_path / "in").rglob("*"))
+    command = [
+        program,
+        *words,
+        "--no-recursion" if program == "tar" else "-n",
+        "-cf",
+        tmp_path / "a.tar",
+        "-C",
+        tmp_path / "in",
+    ]
+    subprocess.run([*command, *files], check=True)
+    index = build_index([str(tmp_path / "a.tar")], tmp_path / "index")
+    found = {key: (image, text.decode()) for key, image, text in contents(index)}
+    assert found == {f"./{name}": (f"picture {name}".encode(), name) for name in names}
+    theirs = {s["__key__"] for s in webdataset.WebDataset([str(tmp_path / "a.tar")], shardshuffle=False)}
+    assert theirs == set(found)
+
+
+def test_members_of_a_sample_that_stand_apart_are_named(tmp_path):
+    """As `tar -cf a.tar .` leaves them on many file systems; webdataset makes two samples of one."""
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("b.txt", b"4")])
+    with pytest.raises(UserError, match="key 'a' comes twice.*tar --sort=name"):
+        build_index([str(path)], tmp_path / "index")
+    path = write_tar(
+        tmp_path / "a.tar", [("a.jpg", b"1"), ("a.txt", b"3"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"4")]
+    )
+    index, rows = listed([path], tmp_path)
+    assert index.table(0).keys == ["a", "b", "a"] and [row["damage"] for row in rows] == [True, False]
+
+
+def test_captions_from_a_field_of_json(tmp_path):
+    good, bad = json.dumps({"caption": "größe", "n": 1}).encode(), [b"{}", b"[", b'{"caption": 3}', b"[" * 200_000]
+    members = [("a.png", b"1"), ("a.json", good), ("a.txt", b"another")]
+    for number, data in enumerate(bad):
+        members += [(f"b{number}.png", b"1"), (f"b{number}.json", data)]
+    path = write_tar(tmp_path / "a.tar", members)
+    index = build_index([str(path)], tmp_path / "index", text="json:caption")
+    assert contents_of(index, 0) == "größe".encode() and len(index.findings) == len(bad)
+    plain = build_index([str(path)], tmp_path / "plain")
+    assert contents_of(plain, 0) == b"another" and plain.fingerprint != index.fingerprint
+    other = build_index([str(path)], tmp_path / "other", text="json:title")
+    assert other.fingerprint != index.fingerprint and len(other.findings) == 1 + len(bad)
+
+
+def contents_of(index, position):
+    from shards.storage.reader import Reader
+
+    return Reader(index).text_bytes(0, position)
+
+
+def test_only_new_and_changed_shards_are_read(make_shards, tmp_path, monkeypatch):
+    paths = [str(path) for path in make_shards([2, 3, 1, 4])]
+    read, original = [], scan.read_samples
+    monkeypatch.setattr(scan, "read_samples", lambda path, *rest: (read.append(path), original(path, *rest))[1])
+
+    def index(paths, **words):
+        read.clear()
+        return build_index(paths, tmp_path / "index", workers=1, **words), list(read)
+
+    first, seen = index(paths[:3])
+    assert seen == paths[:3]
+    assert index(paths[:3])[1] == []
+    more, seen = index(paths[::-1])  # in another order, and one more
+    assert seen == [paths[3]] and more.counts.tolist() == [4, 1, 3, 2]
+    assert contents(more) == contents(build_index(paths[::-1], tmp_path / "fresh"))
+    os.utime(paths[1], ns=(0, 0))
+    again, seen = index(paths[:3])
+    assert seen == [paths[1]] and again.fingerprint == first.fingerprint
+    assert len(list((tmp_path / "index" / "tables").iterdir())) == 3  # what is named no more is gone
+    shutil.copyfile(paths[3], paths[2])
+    changed, seen = index(paths[:3])
+    assert seen == [paths[2]] and changed.fingerprint != first.fingerprint and changed.counts.tolist() == [2, 3, 4]
+    assert index(paths[:3], text="cls")[1] == paths[:3]
+
+
+def test_damage_is_remembered_with_the_table(tmp_path):
+    path = write_tar(tmp_path / "a.tar", pairs(3))
+    path.write_bytes(path.read_bytes()[:3000])
+    _, rows = listed([path], tmp_path)
+    assert listed([path], tmp_path)[1] == rows
+    with pytest.raises(UserError, match="cut short"):
+        build_index([str(path)], tmp_path / "index")
+
+
+def test_what_img2dataset_says_it_downloaded_is_missed(tmp_path):
+    path = write_tar(tmp_path / "00000.tar", pairs(3))
+    table = {"key": ["00", "01", "02", "03", "04"], "status": ["success"] * 4 + ["failed_to_download"]}
+    pq.write_table(pa.table(table), tmp_path / "00000.parquet")
+    assert [(row["key"], row["damage"]) for row in listed([path], tmp_path)[1]] == [("03", False)]
+    pq.write_table(pa.table({"other": [1]}), tmp_path / "00000.parquet")
+    shutil.rmtree(tmp_path / "index")
+    assert listed([path], tmp_path)[1] == []
+
+
+@settings(max_examples=80)
+@given(st.data())
+def test_no_bytes_make_it_fail_in_another_way(tmp_path_factory, data):
+    """Whatever is done to a tar: an index with a report, or a UserError, and what it points at lies inside the file."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    names = [("a.png", b"1" * 600), ("ü" * 60 + ".txt", b"2"), ("a.txt", b"3"), ("b.jpg", b"4"), ("b.txt", b"5")]
+    form = data.draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+    content = bytearray(write_tar(folder / "a.tar", names, form).read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    (folder / "a.tar").write_bytes(content)
+    try:
+        index = build_index([str(folder / "a.tar")], folder / "index", report=folder / "r")
+    except UserError:
+        return
+    table = ShardIndex.load(folder / "index").table(0)
+    assert len(table.keys) == index.samples
+    for offset, size in ((table.image_offset, table.image_size), (table.text_offset, table.text_size)):
+        assert ((offset + size <= len(content)) & (offset >= 0)).all()

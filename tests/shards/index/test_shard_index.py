@@ -1,0 +1,129 @@
+"""The index finds every sample, reads what webdataset reads, and notices every damage."""
+
+import tarfile
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.errors import BadSample, UserError
+from shards.index.shard_index import ShardIndex, build_index
+from shards.storage.reader import Reader
+from tests.helpers.pictures import picture
+from tests.helpers.tars import contents, write_tar
+
+
+def test_we_read_what_webdataset_wrote_and_webdataset_reads_what_we_wrote(make_shards, tmp_path):
+    paths = make_shards([5, 0, 3])
+    mine = contents(build_index([str(p) for p in paths], tmp_path / "index"))
+    theirs = webdataset.WebDataset([str(p) for p in paths], shardshuffle=False, empty_check=False)
+    assert mine == [(s["__key__"], s["png"], s["txt"]) for s in theirs]
+    assert len(mine) == 8
+
+
+def test_a_loaded_index_is_the_built_one(make_shards, tmp_path):
+    built = build_index([str(p) for p in make_shards([4, 6])], tmp_path / "index")
+    loaded = ShardIndex.load(tmp_path / "index")
+    assert (
+        loaded.shards == built.shards
+        and loaded.fingerprint == built.fingerprint
+        and contents(loaded) == contents(built)
+    )
+    assert loaded.offsets.tolist() == [0, 4, 10]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("key", ["plain", "folder/with.dot/name", "ключ/ü", "long/" + "x" * 180])
+def test_names_of_any_kind(tmp_path, form, key):
+    path = write_tar(
+        tmp_path / "a.tar", [(f"{key}.jpg", b"picture"), (f"{key}.txt", b"text"), (f"{key}.json", b"{}")], form
+    )
+    assert contents(build_index([str(path)], tmp_path / "index")) == [(key, b"picture", b"text")]
+
+
+def test_the_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.b/c.seg.png", b"no"), ("a.b/c.png", b"picture"), ("a.b/c.txt", b"text")])
+    assert contents(build_index([str(path)], tmp_path / "index")) == [("a.b/c", b"picture", b"text")]
+
+
+def test_a_sample_that_lacks_a_member_keeps_its_place(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("b.txt", b"2"), ("c.png", b"3"), ("c.txt", b"")])
+    index = build_index([str(path)], tmp_path / "index")
+    assert index.samples == 3
+    with pytest.raises(BadSample, match="no caption"):
+        Reader(index).text_bytes(0, 0)
+    with pytest.raises(BadSample, match="no picture"):
+        Reader(index).image_bytes(0, 1)
+    assert Reader(index).text_bytes(0, 2) == b""
+
+
+def refused(paths, tmp_path, match):
+    with pytest.raises(UserError, match=match) as error:
+        build_index([str(p) for p in paths], tmp_path / "index")
+    assert "\n" not in str(error.value) and not (tmp_path / "index" / "index.json").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_cut_goes_unnoticed(tmp_path_factory, data):
+    """Wherever a tar is cut (at a member's end, in a header, in a file), it is an error that names the shard."""
+    folder = tmp_path_factory.mktemp("cut")
+    path = write_tar(folder / "a.tar", [(f"{i}.{e}", picture(i, 8)) for i in range(3) for e in ("png", "txt")])
+    whole = path.read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # the archive's end block follows
+    path.write_bytes(
+        whole[: data.draw(st.one_of(st.integers(0, end), st.integers(0, end // 512).map(lambda n: 512 * n)))]
+    )
+    refused([path], folder, "a.tar.*cut short")
+
+
+def test_a_corrupt_header_is_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("a.txt", b"2")])
+    data = bytearray(path.read_bytes())
+    data[1024 + 3] ^= 0xFF
+    path.write_bytes(data)
+    refused([path], tmp_path, "a.tar: corrupt header")
+
+
+def test_bad_input_is_named(tmp_path):
+    twice = write_tar(tmp_path / "twice.tar", [("a.png", b"1"), ("b.png", b"2"), ("a.txt", b"3")])
+    refused([twice], tmp_path, "twice.tar: key 'a' comes twice")
+    refused([write_tar(tmp_path / "two.tar", [("a.png", b"1"), ("a.jpg", b"2")])], tmp_path, "two image members")
+    refused([tmp_path / "no.tar"], tmp_path, "no.tar: missing")
+    refused([twice, twice], tmp_path, "named twice")
+    refused([write_tar(tmp_path / "none.tar", [])], tmp_path, "no samples")
+    refused([twice, tmp_path / "none.tar"], tmp_path, "twice.tar: key 'a' comes twice.*at byte 2560")
+    with pytest.raises(UserError, match="--text: got 'TXT'"):
+        build_index([str(twice)], tmp_path / "index", text="TXT")
+
+
+def test_a_changed_shard_is_refused_by_name(make_shards, tmp_path):
+    paths = make_shards([2, 2])
+    index = build_index([str(p) for p in paths], tmp_path / "index")
+    index.verify()
+    paths[1].write_bytes(paths[1].read_bytes()[:-512])
+    with pytest.raises(UserError, match=f"{paths[1]}.*indexed"):
+        index.verify()
+    paths[1].unlink()
+    with pytest.raises(UserError, match=f"{paths[1]}: missing"):
+        index.verify()
+
+
+def test_an_index_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="safeclip index"):
+        ShardIndex.load(tmp_path)
+
+
+def test_a_shard_cut_after_indexing_is_a_bad_sample(make_shards, tmp_path):
+    (path,) = make_shards([3])
+    index = build_index([str(path)], tmp_path / "index")
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(BadSample, match="shorter"):
+        Reader(index).image_bytes(0, 2)
+
+
+def test_braces_are_expanded(make_shards, tmp_path):
+    make_shards([2, 3, 1])
+    index = build_index([f"{tmp_path}/tars/{{0..2}}/00000.tar"], tmp_path / "index")
+    assert index.counts.tolist() == [2, 3, 1]
