@@ -2,9 +2,11 @@
 
 import difflib
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 
 from shards.errors import UserError
 
@@ -26,12 +28,16 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class FromMapping:
     """Annotation of a field whose type is a dataclass: lets it be given as a mapping, which strict types do not."""
 
-    def __get_pydantic_core_schema__(self, source, handler):
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         schema = handler(source)
-        handler.resolve_ref_schema(schema)["strict"] = False
+        found: Any = handler.resolve_ref_schema(schema)
+        found["strict"] = False
         return schema
 
 
@@ -45,7 +51,7 @@ class Key:
     about: str
 
 
-def read(kind, values, where="", renamed={}):
+def read(kind: type[S], values: Any, where: str = "", renamed: Mapping[str, str] = {}) -> S:
     """The Section `kind` with the mapping `values`. Raises UserError for the first wrong key or value, named behind
     `where`; renamed: {former key: present key}."""
     try:
@@ -54,11 +60,11 @@ def read(kind, values, where="", renamed={}):
         raise UserError(complaint(schema_of(kind), error.errors()[0], where, renamed)) from None
 
 
-def keys(kind, where=""):
-    """[Key] of a Section: its own, then those of the sections in it."""
+def keys(kind: type[Section], where: str = "") -> list[Key]:
+    """The fields of a Section, then those of the sections in it."""
     schema = schema_of(kind)
 
-    def walk(node, where):
+    def walk(node: dict, where: str) -> Iterator[Key]:
         fields = {where + name: resolved(schema, field) for name, field in node["properties"].items()}
         for name, field in fields.items():
             if "properties" not in field:
@@ -71,18 +77,18 @@ def keys(kind, where=""):
 
 
 @functools.cache
-def schema_of(kind):
+def schema_of(kind: type[Section]) -> dict:
     return kind.model_json_schema()
 
 
-def resolved(schema, node):
+def resolved(schema: dict, node: dict) -> dict:
     """A node of a JSON schema with what a $ref names in place of it."""
     named = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else {}
     node = {**named, **{key: value for key, value in node.items() if key != "$ref"}}
     return node | ({"anyOf": [resolved(schema, one) for one in node["anyOf"]]} if "anyOf" in node else {})
 
 
-def allowed(node):
+def allowed(node: dict) -> str:
     """The values that a node of a JSON schema allows, in words."""
     if "anyOf" in node:
         return " or ".join(map(allowed, node["anyOf"]))
@@ -94,11 +100,11 @@ def allowed(node):
     return f"{TYPES[node['type']]} {bounds}".strip() if "type" in node else "a value of JSON"
 
 
-def complaint(schema, error, where, renamed):
+def complaint(schema: dict, error: Any, where: str, renamed: Mapping[str, str]) -> str:
     """One line on an error of pydantic."""
     node, key = schema, where.rstrip(".")
     for name in error["loc"]:
-        mapping = next((one for one in node.get("anyOf", [node]) if one.get("type") == "object"), {})
+        mapping: dict = next((one for one in node.get("anyOf", [node]) if one.get("type") == "object"), {})
         known = mapping.get("properties", {})
         found = known.get(name) or mapping.get("additionalProperties")
         if name == "[key]":

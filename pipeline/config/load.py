@@ -1,6 +1,7 @@
 """Loads a configuration: defaults, preset, YAML file and a.b=value arguments, in this order."""
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,7 @@ Loader.add_implicit_resolver(
 )
 
 
-def load_config(path, overrides=()):
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Config of the YAML file `path` with `overrides` ("a.b=value", YAML values). Raises UserError naming the key.
 
     A file may hold `presets: {NAME: {...}}`: its own settings for a preset, merged into the built-in ones.
@@ -38,7 +39,7 @@ def load_config(path, overrides=()):
     return config
 
 
-def make_config(values, own={}):
+def make_config(values: dict, own: Mapping[str, dict] = {}) -> Config:
     """Config of a preset, `own` settings for it and `values`, each over the one before. Raises UserError."""
     preset = values.get("preset", "paper")
     if preset not in list(PRESETS):
@@ -52,7 +53,7 @@ def make_config(values, own={}):
     return config
 
 
-def merged(low, high):
+def merged(low: dict, high: dict) -> dict:
     """The mapping `high` over `low`, section by section."""
     both = {
         key: merged(low[key], high[key])
@@ -62,7 +63,7 @@ def merged(low, high):
     return {**low, **high, **both}
 
 
-def read_yaml(path):
+def read_yaml(path: str | Path) -> dict:
     """The mapping in the YAML file `path`. Raises UserError."""
     try:
         values = yaml.load(Path(path).read_text(), Loader)
@@ -75,7 +76,7 @@ def read_yaml(path):
     return values
 
 
-def override(values, words):
+def override(values: dict, words: Iterable[str]) -> None:
     """Set values["a"]["b"] for every word "a.b=value" (values as in YAML), in place. Raises UserError."""
     for word in words:
         key, equals, value = word.partition("=")
@@ -93,7 +94,7 @@ def override(values, words):
             raise UserError(f"command line: {word}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def check(config):
+def check(config: Config) -> None:
     """Raise UserError for values that contradict each other."""
     method, data, model = config.train.method, config.data, config.model
     if method == "safeclip" and data.mask:

@@ -23,7 +23,7 @@ class Source(Section):
 class Run(Section):
     dir: str = ""
     """Run directory: everything the run writes."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the weights, the order and the augmentation."""
     timeout: PositiveFloat = 600.0
     """Seconds after which a collective that waits for a dead rank gives up."""
@@ -117,7 +117,7 @@ class Train(Section):
     the run."""
     batch_size: PositiveInt = 128
     """Pairs of a global batch, over all ranks."""
-    clip_views: int = Field(2, ge=1, le=2)
+    clip_views: int = Field(default=2, ge=1, le=2)
     """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view
     2; or 1."""
     lr: NonNegativeFloat = 5e-4
@@ -141,7 +141,7 @@ class Train(Section):
     """Gradient norm above which gradients are clipped; 0 = off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass."""
-    zero_stage: int = Field(1, ge=0, le=3)
+    zero_stage: int = Field(default=1, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
     on_nan: Literal["stop", "skip"] = "stop"
     """If a gradient is infinite or NaN: stop, or skip the step and count it."""
@@ -252,7 +252,7 @@ CLIP = {
     "train": {"method": "clip", "unimodal_epochs": 0, "low_rate_epochs": 0, "clip_views": 1, "schedule": "run"},
 }
 # What a preset sets beyond the defaults above, which are those of the released recipe.
-PRESETS = {
+PRESETS: dict[str, dict] = {
     "paper": {},
     # The released recipe without its faults (pipeline/safety/README.md).
     "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_fraction": 0.05}},

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 
 from pipeline.settings import Section
 from shards.samples.samples import Samples
@@ -41,8 +42,8 @@ class Guard(ABC):
     dtype: type[np.generic] = np.int64  # of `numbers`
     settings: Section  # of the class's own Settings
 
-    class Settings(Section, frozen=True):
-        pass
+    class Settings(Section):
+        model_config = ConfigDict(frozen=True)
 
     def __init__(self, settings: Section):
         self.settings = settings

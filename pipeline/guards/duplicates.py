@@ -15,14 +15,13 @@ import torch
 from pydantic import PositiveInt
 
 from pipeline.guards.base import Guard
-from pipeline.settings import Section
 
 
 class Duplicates(Guard):
     name = "duplicates"
     reason = "its picture occurs in too many pairs"
 
-    class Settings(Section, frozen=True):
+    class Settings(Guard.Settings):
         max_pairs: PositiveInt = 2
         """A picture that occurs in more pairs than this is excluded from all of them."""
 

@@ -38,7 +38,6 @@ from pipeline.distributed import comm
 from pipeline.guards.base import Guard, Pairs
 from pipeline.guards.features import FEATURES, read_features
 from pipeline.guards.statistics import alike, robust, whitening
-from pipeline.settings import Section
 
 AT_ONCE = 256  # seeds
 COMPARED = 16  # pictures of a cluster, with each other
@@ -49,20 +48,20 @@ class TriggerClusters(Guard):
     reason = "its picture has a trigger that is common among low scores"
     dtype = np.bool_
 
-    class Settings(Section, frozen=True):
-        low: float = Field(0.1, ge=0.001, le=0.5)
+    class Settings(Guard.Settings):
+        low: float = Field(default=0.1, ge=0.001, le=0.5)
         """Fraction of the pairs whose scores are low. Those above the median are high."""
-        sample: int = Field(8_192, ge=64)
+        sample: int = Field(default=8_192, ge=64)
         """Pairs with low scores, and twice as many with high ones, whose pictures are compared, at most."""
         seeds: PositiveInt = 8_192
         """Pictures with low scores whose near ones are found, at most."""
         near: NonNegativeFloat = 6.0
         """Robust deviations of the cosines of random pictures, beyond which two are near."""
-        least: int = Field(8, ge=2)
+        least: int = Field(default=8, ge=2)
         """Smallest number of near pictures of a seed, and of pictures with a trigger."""
-        ratio: float = Field(6.0, ge=1)
+        ratio: float = Field(default=6.0, ge=1)
         """Times that a trigger is more frequent among low scores than among high ones."""
-        alike: float = Field(0.35, ge=-1, le=1)
+        alike: float = Field(default=0.35, ge=-1, le=1)
         """Largest median cosine of members with their nearest member, after their mean is subtracted."""
 
     settings: Settings
