@@ -14,6 +14,7 @@ ROOMS = [
     "shards.order",
     "shards.build",
     "shards.views",
+    "pipeline.settings",
     "pipeline.distributed",
     "pipeline.safety",
     "pipeline.guards",

@@ -15,6 +15,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Data
 from pipeline.safety.mixture import DegenerateFit, Mixture, posterior_threshold
 from pipeline.safety.selection import RANGES
+from pipeline.settings import read
 from shards.errors import BadSample, UserError
 from shards.order.safe_mask import SavedMask
 from shards.samples.samples import Samples
@@ -108,7 +109,7 @@ class AuditData:
 
     def open_shards(self, about: dict, truth: Path | str | None) -> None:
         """The pictures and the ground truth, as far as they are still where they were."""
-        data = Data(**about["data"]) if about.get("data") else None
+        data = read(Data, about["data"], "data.") if about.get("data") else None
         if self.run_dir and not data:
             data = load_config(self.run_dir / "config.yaml").data
         self.overlay, self.samples, self.no_pictures = None, None, "these scores name no shards"
@@ -122,7 +123,7 @@ class AuditData:
                     raise
                 return
             if found.fingerprint != self.saved.meta["fingerprint"]:
-                where = data.index or ", ".join(source["index"] for source in data.sources.values())
+                where = data.index or ", ".join(source.index for source in data.sources.values())
                 raise UserError(f"index {where}: of other shards than the scores; bring those back, or score again")
             self.samples = Samples(
                 found, open_overlay(data, found), limits=data.limits

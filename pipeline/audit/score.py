@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,7 +145,7 @@ def score(
         about = {
             "model": scorer.name,
             "embeddings": None if lean else ".",
-            "data": {"index": found.index, "sources": found.sources, "overlay": found.overlay},
+            "data": found.model_dump(include={"index", "sources", "overlay"}),
         }
         comm.on_rank0(claim, out, files.made["step"])
         score_shards(scorer, samples, files, out, not lean, batch_size, workers)
@@ -173,12 +173,13 @@ def data_of(named: Sequence[str], of_run: Data | None, overlay: str | None, out:
             build_index(named, out / "index")
         data = Data(index=named[0] if is_index else str(out / "index"), overlay=overlay)
     else:
-        data = replace(of_run, overlay=overlay or of_run.overlay)
+        data = of_run.model_copy(update={"overlay": overlay or of_run.overlay})
     sources = data.sources and {
-        name: {**source, "index": os.path.abspath(source["index"])} for name, source in data.sources.items()
+        name: source.model_copy(update={"index": os.path.abspath(source.index)})
+        for name, source in data.sources.items()
     }
     index, overlay = (path and os.path.abspath(path) for path in (data.index, data.overlay))
-    data = replace(data, index=index, sources=sources, overlay=overlay)
+    data = data.model_copy(update={"index": index, "sources": sources, "overlay": overlay})
     open_index(data).verify(data.remote_timeout)
     return data
 

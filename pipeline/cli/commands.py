@@ -76,6 +76,20 @@ def attack(args: argparse.Namespace) -> None:
     print(make_attack(config))
 
 
+def config(args: argparse.Namespace) -> None:
+    from pipeline.config.load import load_config, make_config, override
+    from pipeline.config.reference import listing
+    from pipeline.config.schema import PRESETS
+
+    if args.config in PRESETS:
+        values = {"preset": args.config}
+        override(values, args.overrides)
+        found = make_config(values)
+    else:
+        found = load_config(args.config, args.overrides)
+    print(listing(found))
+
+
 def doctor(args: argparse.Namespace) -> None:
     from pipeline.config.load import load_config
 

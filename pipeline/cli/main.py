@@ -5,6 +5,7 @@ safeclip shards from-csv|from-folder FILE --out DIR       shards of pictures and
 safeclip index 'shards/{00000..00099}.tar' --out DIR      index shards
 safeclip attack configs/attack.yaml                       an attack manifest
 safeclip attack show FOLDER --out sheet.png               what it does, as a picture
+safeclip config [PRESET or FILE]                          every key: value, meaning, default and allowed values
 safeclip doctor CONFIG run.dir=RUN                        what would go wrong with a run
 safeclip train CONFIG run.dir=RUN                         train, or resume a run
 safeclip evaluate RUN                                     what the model knows, and what the attacks achieve
@@ -96,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="CONFIG|show")
     sub.add_argument("overrides", nargs="*", metavar="a.b=value", help="show: instead the folder of the manifest")
     sub.add_argument("--out", metavar="FILE.png", help="show: clean and triggered pictures side by side, with captions")
+    sub = command(
+        commands.config, "print every key of a preset or a config file: value, meaning, default, allowed values"
+    )
+    sub.add_argument("config", nargs="?", default="paper", metavar="PRESET|FILE", help="default: paper")
+    sub.add_argument("overrides", nargs="*", metavar="a.b=value")
     sub = command(
         commands.doctor, "check data, config, run directory, disk, memory and network before a run; trains nothing"
     )

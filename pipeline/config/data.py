@@ -14,7 +14,7 @@ from shards.storage.remote import refuse_pipe
 def open_index(data):
     """ShardIndex of a `config.Data`: data.index, or all of data.sources with their weights. Raises UserError."""
     if data.sources:
-        index = ShardIndex.merged({name: (source["index"], source["weight"]) for name, source in data.sources.items()})
+        index = ShardIndex.merged({name: (source.index, source.weight) for name, source in data.sources.items()})
     else:
         index = ShardIndex.load(data.index)
     for shard in index.shards:

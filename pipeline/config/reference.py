@@ -1,31 +1,20 @@
 """Reference of every config key, made from the code: `python -m pipeline.config.reference > configs/README.md`."""
 
-import ast
+import functools
 import inspect
+import itertools
+import json
+import operator
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 
-from pipeline.config.load import AT_LEAST_ONE, CHOICES, FRACTIONS
 from pipeline.config.schema import PRESETS, Config
 from pipeline.guards import REGISTRY
+from pipeline.settings import Key, keys
 
-# Fields that have no text of their own in the source.
-OBVIOUS = {
-    "brightness": "Strength of the change of brightness.",
-    "contrast": "Strength of the change of contrast.",
-    "saturation": "Strength of the change of saturation.",
-    "hue": "Strength of the change of hue, in turns.",
-    "lr": "Highest learning rate.",
-    "warmup_steps": "Steps of linear warm-up to lr.",
-    "weight_decay": "Of AdamW.",
-    "beta1": "Of AdamW.",
-    "beta2": "Of AdamW.",
-    "eps": "Of AdamW.",
-    "project": "Name of the project in Weights & Biases.",
-}
+HEADER = ("key", "default", "allowed", "meaning")
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEAD = """\
 # Configuration
@@ -48,61 +37,39 @@ The last line sets a guard and switches another one off. `RUN/config.yaml` has t
 
 def document() -> str:
     """Markdown: files of configs/, presets, and a table of the keys of each section."""
-    sections = [HEAD, "## Files\n\n" + table(("file", "what"), files()), "## Presets\n\n" + presets()]
-    top = [row("", field, docs(Config)) for field in fields(Config) if not is_dataclass(field.type)]
-    sections.append("## Top level\n\n" + table(("key", "default", "meaning"), top))
-    for field in fields(Config):
-        if is_dataclass(field.type):
-            sections.append(
-                f"## {field.name}\n\n" + table(("key", "default", "meaning"), keys(field.type, f"{field.name}."))
-            )
+    parts = [HEAD, "## Files\n\n" + table(("file", "what"), files()), "## Presets\n\n" + presets()]
+    for section, found in itertools.groupby(keys(Config), lambda key: key.name.rpartition(".")[0].partition(".")[0]):
+        parts.append(f"## {section or 'Top level'}\n\n" + table(HEADER, [row(key) for key in found]))
     for name, guard in REGISTRY.items():
         about = " ".join(inspect.getmodule(guard).__doc__.partition("\n\n")[0].split())
-        rows = [row(f"guards.{name}.", field, docs(guard.Settings), guard.BOUNDS) for field in fields(guard.Settings)]
-        sections.append(f"## guards.{name}\n\n{about}\n\n" + table(("key", "default", "meaning"), rows))
-    return "\n\n".join(sections) + "\n"
+        rows = [row(key) for key in keys(guard.Settings, f"guards.{name}.")]
+        parts.append(f"## guards.{name}\n\n{about}\n\n" + table(HEADER, rows))
+    return "\n\n".join(parts) + "\n"
 
 
-def keys(kind: type, prefix: str) -> list[tuple]:
-    """Rows of all keys of a dataclass, those of its sections after them."""
-    own = [row(prefix, field, docs(kind)) for field in fields(kind) if not is_dataclass(field.type)]
-    inner = [field for field in fields(kind) if is_dataclass(field.type)]
-    return own + [one for field in inner for one in keys(field.type, f"{prefix}{field.name}.")]
+def row(key: Key) -> tuple:
+    return f"`{key.name}`", f"`{shown(key.default)}`", key.allowed, key.about
 
 
-def row(prefix: str, field: Field, texts: dict[str, str], bounds: dict | None = None) -> tuple:
-    """(key, default, meaning) as Markdown; allowed values follow the meaning."""
-    key = prefix + field.name
-    default = field.default_factory() if field.default is MISSING else field.default
-    meaning = f"{texts.get(field.name) or OBVIOUS[field.name]} {limits(key, bounds)}"
-    return f"`{key}`", f"`{shown(default)}`", meaning.strip()
-
-
-def limits(key: str, bounds: dict | None) -> str:
-    """Allowed values, if the loader checks them."""
-    if bounds is not None:
-        low, high = bounds[key.rpartition(".")[2]]
-        return f"({low} or more)" if high is None else f"({low} to {high})"
-    if key in CHOICES:
-        return f"({', '.join(map(str, CHOICES[key]))})"
-    return "(1 or more)" if key in AT_LEAST_ONE else "(0 to 1)" if key in FRACTIONS else ""
+def listing(config: Config) -> str:
+    """Every key of a config: its value, and below it what it means, its default and the values that it takes."""
+    values, lines = config.model_dump(), []
+    found = [key for key in keys(Config) if key.name != "guards"]
+    for name, guard in REGISTRY.items():
+        found += keys(guard.Settings, f"guards.{name}.")
+        values["guards"].setdefault(name, dict.fromkeys(guard.Settings.model_fields, "off"))
+    for key in found:
+        value = functools.reduce(operator.getitem, key.name.split("."), values)
+        about = f"{key.about} Default {shown(key.default)}, allowed: {key.allowed}."
+        lines += [f"{key.name}: {shown(value)}", textwrap.indent(textwrap.fill(about, 116), "    ")]
+    return "\n".join(lines)
 
 
 def shown(value: object) -> str:
     """A value as YAML has it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else '""' if value == "" else str(value)
-
-
-def docs(kind: type) -> dict[str, str]:
-    """{field: the string that stands under it in the source}, on one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-    return {
-        one.target.id: " ".join(ast.literal_eval(after.value).split())
-        for one, after in zip(body, body[1:])
-        if isinstance(one, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-    }
+    if isinstance(value, float):
+        return f"{value:.15g}"
+    return value if value and isinstance(value, str) else json.dumps(value)
 
 
 def presets() -> str:

@@ -2,27 +2,38 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from typing import Annotated, Literal
 
+from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipeline.settings import FromMapping, Section
 from shards.samples.decode import Limits
-from shards.views.augment import ImageAugment
+from shards.views.augment import Fraction, ImageAugment
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass
-class Run:
+class Source(Section):
+    index: str
+    """Folder written by `safeclip index`."""
+    weight: PositiveInt = 1
+    """How often each of its samples is seen in an epoch."""
+
+
+class Run(Section):
     dir: str = ""
     """Run directory: everything the run writes."""
-    seed: int = 0
-    """Of the weights, the order and the augmentation."""
-    timeout: float = 600.0
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the weights, the order and the augmentation."""
+    timeout: PositiveFloat = 600.0
     """Seconds after which a collective that waits for a dead rank gives up."""
-    save_steps: int = 0
+    save_steps: NonNegativeInt = 0
     """Save after every so many steps, and at every epoch's end; 0 = only there."""
-    save_minutes: float = 0.0
+    save_minutes: NonNegativeFloat = 0.0
     """Save also when the last save is so many minutes ago; 0 = never."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Newest complete checkpoints to keep."""
-    keep_every: int = 0
+    keep_every: NonNegativeInt = 0
     """Keep also the checkpoint at the end of every n-th epoch; 0 = none."""
     restart: bool = False
     """Delete the state of the run directory and start from the beginning."""
@@ -30,46 +41,45 @@ class Run:
     """Continue a run although the config has changed."""
 
 
-@dataclass
-class Data:
+class Data(Section):
     index: str = ""
     """Folder written by `safeclip index`."""
-    sources: dict | None = None
+    sources: dict[str, Source] | None = None
     """Or several: {NAME: {index: FOLDER, weight: 2}, ...}. A weight of 2: each of its samples is seen twice an epoch.
     Default 1."""
     cache: str | None = None
     """Folder for copies of shards from behind URLs, on a disk of the host's own; null: one in the folder for temporary
     files."""
-    cache_gb: float = 100.0
-    """Its size in GB (1e9 bytes)."""
-    remote_timeout: float = 120.0
+    cache_gb: PositiveFloat = 100.0
+    """Size of that folder in GB (1e9 bytes), at most."""
+    remote_timeout: PositiveFloat = 120.0
     """Seconds without data after which a server is an error; requests are retried until then."""
     allow_pipe: bool = False
     """Run the shell commands of shards that are named `pipe:COMMAND`."""
     overlay: str | None = None
     """Folder written by `safeclip attack`: poison applied while reading, or null."""
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Reading processes of each rank; 0 reads in the training process."""
-    streams: int = 8
+    streams: PositiveInt = 8
     """Parts of the data that a batch is drawn from. Must divide train.batch_size; not tied to the number of ranks."""
-    window: int = 4096
+    window: PositiveInt = 4096
     """Samples among which a stream is shuffled."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Annotated[Limits, FromMapping()] = Limits()
     """A sample above one of these limits is bad: max_bytes, max_pixels, max_caption."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
     """The run stops if more than this fraction of the samples that it read are bad; 1 = never."""
-    clip_augment: ImageAugment = field(default_factory=ImageAugment)
+    clip_augment: Annotated[ImageAugment, FromMapping()] = ImageAugment()
     """Augmentation of the picture for the CLIP loss."""
-    unimodal_augment: ImageAugment = field(default_factory=ImageAugment)
+    unimodal_augment: Annotated[ImageAugment, FromMapping()] = ImageAugment()
     """Augmentation of both views for the unimodal loss."""
-    augment_on: str = "worker"
+    augment_on: Literal["worker", "device"] = "worker"
     """Where colour augmentation runs: worker (the reading process) or device (on the batch); equal up to rounding."""
-    clip_eda: float = 0.1
+    clip_eda: Fraction = 0.1
     """Strength of EDA for the CLIP loss: the fraction of a caption's words that it changes; 0 = captions as they
     are."""
-    unimodal_eda: float = 0.1
-    """The same for the unimodal loss."""
-    eda_synonyms: str = "wordnet"
+    unimodal_eda: Fraction = 0.1
+    """Strength of EDA for the unimodal loss."""
+    eda_synonyms: Literal["wordnet", "table"] = "wordnet"
     """Where EDA takes synonyms from: wordnet, or table, the small table of this package (also used where WordNet is not
     installed)."""
     eda_clean: bool = True
@@ -81,59 +91,63 @@ class Data:
     train.method safeclip."""
 
 
-@dataclass
-class Model:
+class Model(Section):
     name: str | None = None
     """An open_clip architecture: RN50, ViT-B-32, ViT-B-16 ..."""
-    config: dict | None = None
+    config: dict[str, JsonValue] | None = None
     """Or an open_clip model config: embed_dim, vision_cfg, text_cfg."""
     pretrained: str | None = None
     """Start from the weights of this run directory (its newest checkpoint) or .safetensors file; null: from random
     weights."""
 
 
-@dataclass
-class Train:
-    method: str = "safeclip"
+class Train(Section):
+    method: Literal["safeclip", "clip", "roclip", "cleanclip"] = "safeclip"
     """safeclip; clip: plain CLIP on all pairs; roclip or cleanclip: other published defences
     (pipeline/training/curriculum.py)."""
-    epochs: int = 32
+    epochs: PositiveInt = 32
     """All epochs, warm-up included."""
-    unimodal_epochs: int = 5
+    unimodal_epochs: NonNegativeInt = 5
     """Epochs of unimodal warm-up."""
-    low_rate_epochs: int = 1
+    low_rate_epochs: NonNegativeInt = 1
     """Epochs of the CLIP loss at low_rate_lr, on all pairs."""
-    steps_before_selection: int | None = 0
+    steps_before_selection: NonNegativeInt | None = 0
     """Steps of plain CLIP on all pairs before the first selection round, at the rates of the warm-up to the middle and
     back; null: 8 * sqrt(warmup_steps), whose rates add up to those of 16 steps at the full rate. At most a quarter of
     the run."""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Pairs of a global batch, over all ranks."""
-    clip_views: int = 2
+    clip_views: int = Field(default=2, ge=1, le=2)
     """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view
     2; or 1."""
-    lr: float = 5e-4
-    low_rate_lr: float = 5e-6
-    """Of the low-rate CLIP epochs."""
-    warmup_steps: int = 10_000
-    schedule: str = "per_loss"
+    lr: NonNegativeFloat = 5e-4
+    """Highest learning rate."""
+    low_rate_lr: NonNegativeFloat = 5e-6
+    """Learning rate of the low-rate CLIP epochs."""
+    warmup_steps: NonNegativeInt = 10_000
+    """Steps of linear warm-up to lr."""
+    schedule: Literal["per_loss", "run"] = "per_loss"
     """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine
     of its own."""
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip: float = 0.0
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of AdamW."""
+    beta1: Beta = 0.9
+    """Decay of AdamW's mean of the gradient."""
+    beta2: Beta = 0.999
+    """Decay of AdamW's mean of the squared gradient."""
+    eps: NonNegativeFloat = 1e-8
+    """Added to the denominator of AdamW."""
+    clip: NonNegativeFloat = 0.0
     """Gradient norm above which gradients are clipped; 0 = off."""
-    precision: str = "fp32"
-    """fp32 or bf16."""
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage, 0 to 3."""
-    on_nan: str = "stop"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the forward and backward pass."""
+    zero_stage: int = Field(default=1, ge=0, le=3)
+    """DeepSpeed ZeRO stage."""
+    on_nan: Literal["stop", "skip"] = "stop"
     """If a gradient is infinite or NaN: stop, or skip the step and count it."""
-    support_queue: int = 256
+    support_queue: PositiveInt = 256
     """Size of the support queue of each modality: past embeddings that are searched for the nearest neighbour."""
-    match_every: int = 2
+    match_every: PositiveInt = 2
     """roclip: in every n-th epoch a picture is matched with the nearest caption of the support queue."""
 
     @property
@@ -141,76 +155,73 @@ class Train:
         return (self.beta1, self.beta2)
 
 
-@dataclass
-class Selection:
-    posterior: float = 0.9
+class Selection(Section):
+    posterior: Fraction = 0.9
     """First safe set: pairs in which the higher component of the mixture has at least this posterior."""
-    first_fraction: float | None = None
+    first_fraction: Fraction | None = None
     """Safe fraction of the pairs in the first round; null: by the posterior."""
-    least_fraction: float = 0.0
+    least_fraction: Fraction = 0.0
     """Lower bound of the first fraction when the posterior gives it."""
-    mixture: str = "sklearn"
+    mixture: Literal["sklearn", "converged"] = "sklearn"
     """How the mixture is fitted. sklearn: its GaussianMixture at default tolerance, on all scores in memory; converged:
     EM to the maximum, on a histogram (pipeline/safety/mixture.py)."""
-    rank_by: str = "posterior"
+    rank_by: Literal["posterior", "score"] = "posterior"
     """What pairs are ranked by: posterior, which is not monotone in the score; or score."""
-    scored_view: str = "augmented"
+    scored_view: Literal["augmented", "plain"] = "augmented"
     """The view of a pair that is scored: augmented, the first view of the CLIP loss; or plain."""
-    growth: float = 0.01
+    growth: Fraction = 0.01
     """Growth of the safe fraction with each later epoch."""
-    max_fraction: float = 0.85
+    max_fraction: Fraction = 0.85
     """Largest safe fraction. All fractions are of the pairs that no guard excludes."""
-    negative_controls: int = 500
+    negative_controls: NonNegativeInt = 500
     """Number of mismatched pairs that are scored in every round and never trained on; 0 = none."""
-    every: int | None = 1
+    every: PositiveInt | None = 1
     """Selection round before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long as at
     least as many epochs follow as were before. The safe fraction grows with the epochs, also between rounds."""
-    risky: str = "unimodal"
+    risky: Literal["unimodal", "skip"] = "unimodal"
     """Loss of risky pairs: unimodal, or skip (not trained on)."""
     refill: bool = False
     """Repeat passes over the safe set until the epoch has as many steps as one over all pairs."""
-    batch_size: int = 512
+    batch_size: PositiveInt = 512
     """Pairs that one rank scores at a time."""
 
 
-@dataclass
-class Evaluation:
+class Evaluation(Section):
     test: str | None = None
     """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null."""
     index: str | None = None
-    """Index of its shards (text="cls")."""
+    """Index of the shards of that folder (text="cls")."""
     labels: str | None = None
     """Index of the training shards with text="cls", for the linear probe; null: the folder `labels` beside data.index,
     where it is there."""
-    every: int = 1
+    every: NonNegativeInt = 1
     """Evaluate after every n-th epoch; 0 = only at the end."""
 
 
-@dataclass
-class Wandb:
-    mode: str = "disabled"
-    """disabled, offline or online."""
+class Wandb(Section):
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """Whether and how metrics are logged to Weights & Biases."""
     project: str = "safeclip"
+    """Name of the project in Weights & Biases."""
 
 
-@dataclass
-class Config:
-    preset: str = "paper"
+class Config(Section):
+    preset: Literal["paper", "paper_fixed", "default", "clip", "roclip", "cleanclip"] = "paper"
     """paper (the released recipe), paper_fixed (without its faults), default (this project's recipe), clip (plain
     CLIP), roclip or cleanclip (other published defences); the keys below override it."""
-    run: Run = field(default_factory=Run)
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
-    selection: Selection = field(default_factory=Selection)
-    guards: dict = field(default_factory=dict)
+    run: Run = Run()
+    data: Data = Data()
+    model: Model = Model()
+    train: Train = Train()
+    selection: Selection = Selection()
+    guards: dict[str, dict[str, JsonValue] | None] = {}
     """Guards, which exclude pairs from all safe sets: {NAME: {setting: value}}, NAME: null is off (pipeline/guards)."""
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    wandb: Wandb = field(default_factory=Wandb)
+    evaluation: Evaluation = Evaluation()
+    wandb: Wandb = Wandb()
 
     def hash(self):
         """12 hex digits of the keys that affect the trained model."""
-        return hashlib.sha256(json.dumps(learnt(asdict(self)), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(learnt(self.model_dump()), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def learnt(values):
@@ -241,7 +252,7 @@ CLIP = {
     "train": {"method": "clip", "unimodal_epochs": 0, "low_rate_epochs": 0, "clip_views": 1, "schedule": "run"},
 }
 # What a preset sets beyond the defaults above, which are those of the released recipe.
-PRESETS = {
+PRESETS: dict[str, dict] = {
     "paper": {},
     # The released recipe without its faults (pipeline/safety/README.md).
     "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_fraction": 0.05}},

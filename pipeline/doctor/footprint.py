@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,8 @@ SPARE = 0.9  # fraction of a device's memory that may be spoken for before activ
 def measure(config: Config) -> dict[str, int]:
     """{"parameters", "embed_dim"} of the model, without the memory for it. Raises UserError."""
     with torch.device("meta"):
-        model = build_model(asdict(config.model))
-    width = open_clip_config(asdict(config.model))["embed_dim"]
+        model = build_model(config.model.model_dump())
+    width = open_clip_config(config.model.model_dump())["embed_dim"]
     return {"parameters": sum(p.numel() for p in model.parameters()), "embed_dim": width}
 
 

@@ -38,7 +38,6 @@ A round is a selection round of the run; a run that trained with the mask of a f
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +138,8 @@ def selection_figures(
     }
     if not overlay:
         return found
-    trained_N = trained_on(run_dir, replace(config, data=replace(config.data, overlay=trained)), index)
+    of_run = config.model_copy(update={"data": config.data.model_copy(update={"overlay": trained})})
+    trained_N = trained_on(run_dir, of_run, index)
 
     def fraction_trained(name: str | None = None) -> float | None:
         return None if trained_N is None else float(trained_N[poison_rows(overlay, index, name)].mean())
@@ -230,7 +230,7 @@ def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     folder, warnings = checkpoint.newest_complete(run_dir)
     if folder is None:
         raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")
-    towers = Towers(build_model(asdict(config.model)), *pixel_stats())
+    towers = Towers(build_model(config.model.model_dump()), *pixel_stats())
     towers.clip.load_state_dict(load_file(folder / "model.safetensors"))
     return config, folder, towers.to(comm.device()).eval().requires_grad_(False)
 

@@ -7,16 +7,14 @@ To add one: a class with a Settings and a name in a module of this package, and 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 
+from pipeline.settings import Section
 from shards.samples.samples import Samples
 from shards.views.loader import Views
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -36,21 +34,18 @@ class Pairs:
 class Guard(ABC):
     """Base class. The docstring of a guard's module has its assumptions, source, cost and evidence.
 
-    Every tunable constant is a field of Settings, with its bounds in BOUNDS: {field: (low, high)}, None = unbounded.
+    Every tunable constant is a field of Settings, with its bounds.
     """
 
     name = ""
     reason = ""  # of an excluded pair, in its score file
     dtype: type[np.generic] = np.int64  # of `numbers`
-    settings: "DataclassInstance"  # of the class's own Settings
+    settings: Section  # of the class's own Settings
 
-    @dataclass(frozen=True)
-    class Settings:
-        pass
+    class Settings(Section):
+        model_config = ConfigDict(frozen=True)
 
-    BOUNDS: dict = {}
-
-    def __init__(self, settings: "DataclassInstance"):
+    def __init__(self, settings: Section):
         self.settings = settings
 
     def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:

@@ -8,11 +8,11 @@ Evidence   tests/benchmarks/comparison.md.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from pipeline.guards.base import Guard
 
@@ -21,13 +21,11 @@ class Duplicates(Guard):
     name = "duplicates"
     reason = "its picture occurs in too many pairs"
 
-    @dataclass(frozen=True)
-    class Settings:
-        max_pairs: int = 2
+    class Settings(Guard.Settings):
+        max_pairs: PositiveInt = 2
         """A picture that occurs in more pairs than this is excluded from all of them."""
 
     settings: Settings
-    BOUNDS = {"max_pairs": (1, None)}
 
     def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
         """int64 (B,): hash of each picture, the sum of its pixels with fixed random odd weights modulo 2**64."""

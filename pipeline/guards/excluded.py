@@ -1,6 +1,5 @@
 """Pairs that the guards of a run exclude: found once, after the first scoring, and saved as one mask per guard."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ def find_excluded(folder: Path, guards: list[Guard], pairs: Pairs, score_N: np.n
     about = [guard.learn(pairs, score_N) for guard in guards]
     masks = picture_pass(guards, pairs)
     for guard, mask, entries in zip(guards, masks, about):
-        made = {"fingerprint": pairs.samples.index.fingerprint, "settings": asdict(guard.settings), **entries}
+        made = {"fingerprint": pairs.samples.index.fingerprint, "settings": guard.settings.model_dump(), **entries}
         comm.on_rank0(mask.save, folder / guard.name, made)
     return Excluded(guards, {guard.name: mask for guard, mask in zip(guards, masks)})
 

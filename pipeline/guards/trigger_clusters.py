@@ -29,10 +29,10 @@ Legend: L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from pipeline.distributed import comm
 from pipeline.guards.base import Guard, Pairs
@@ -48,33 +48,23 @@ class TriggerClusters(Guard):
     reason = "its picture has a trigger that is common among low scores"
     dtype = np.bool_
 
-    @dataclass(frozen=True)
-    class Settings:
-        low: float = 0.1
+    class Settings(Guard.Settings):
+        low: float = Field(default=0.1, ge=0.001, le=0.5)
         """Fraction of the pairs whose scores are low. Those above the median are high."""
-        sample: int = 8_192
+        sample: int = Field(default=8_192, ge=64)
         """Pairs with low scores, and twice as many with high ones, whose pictures are compared, at most."""
-        seeds: int = 8_192
+        seeds: PositiveInt = 8_192
         """Pictures with low scores whose near ones are found, at most."""
-        near: float = 6.0
+        near: NonNegativeFloat = 6.0
         """Robust deviations of the cosines of random pictures, beyond which two are near."""
-        least: int = 8
+        least: int = Field(default=8, ge=2)
         """Smallest number of near pictures of a seed, and of pictures with a trigger."""
-        ratio: float = 6.0
+        ratio: float = Field(default=6.0, ge=1)
         """Times that a trigger is more frequent among low scores than among high ones."""
-        alike: float = 0.35
+        alike: float = Field(default=0.35, ge=-1, le=1)
         """Largest median cosine of members with their nearest member, after their mean is subtracted."""
 
     settings: Settings
-    BOUNDS = {
-        "low": (0.001, 0.5),
-        "sample": (64, None),
-        "seeds": (1, None),
-        "near": (0, None),
-        "least": (2, None),
-        "ratio": (1, None),
-        "alike": (-1, 1),
-    }
 
     def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:
         rows = [read_features(pairs, rows) for rows in self.choose(score_N, pairs.seed)]

@@ -1,7 +1,6 @@
 """A run's model as an open_clip local directory: open_clip.create_model_and_transforms("local-dir:OUT") loads it."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -26,7 +25,7 @@ def export_run(run_dir: Path | str, config: Config, out: Path | str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "open_clip_model.safetensors")
     described = {
-        "model_cfg": open_clip_config(asdict(config.model)),
+        "model_cfg": open_clip_config(config.model.model_dump()),
         "preprocess_cfg": {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "shortest"},
     }
     write_bytes(out / "open_clip_config.json", (json.dumps(described, indent=1) + "\n").encode())

@@ -72,7 +72,8 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                 batch = next(reading).to(run.device)
                 meter.waited += time.monotonic() - waiting
                 rate = rate_at(run, epoch, step.loss)
-                torch.manual_seed((config.run.seed << 40) + (state["step"] << 14) + comm.rank())  # dropout, if any
+                seed = (config.run.seed << 40) + (state["step"] << 14) + comm.rank()
+                torch.manual_seed(seed % 2**64)  # dropout, if any
                 engines.set_lr(run.engine, rate)
                 loss, scale, finite = train_step(run.engine, run.queues, batch, step.loss)
                 if not finite:

@@ -3,7 +3,6 @@
 import copy
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -75,7 +74,7 @@ class Run:
             self.mask, _ = SafeMask.load(config.data.mask, self.index.fingerprint)
             data += "/" + comm.on_rank0(fingerprint, Path(config.data.mask) / "safe.npy")
         torch.manual_seed(config.run.seed)
-        towers = Towers(build_model(asdict(config.model)), *pixel_stats())
+        towers = Towers(build_model(config.model.model_dump()), *pixel_stats())
         if config.model.pretrained:
             load_pretrained(towers.clip, config.model.pretrained)
         # After all checks of the input: a start that fails must not claim the directory.
@@ -91,7 +90,7 @@ class Run:
             if universal:
                 comm.on_rank0(checkpoint.to_universal, found)
         self.engine = start_engine(towers, config.train, self.device, universal)
-        width = open_clip_config(asdict(config.model))["embed_dim"]
+        width = open_clip_config(config.model.model_dump())["embed_dim"]
         self.queues = {name: SupportQueue(config.train.support_queue, width, self.device) for name in ("image", "text")}
         if found:
             checkpoint.load_checkpoint(found, self.engine, self.queues)
@@ -189,7 +188,7 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
         found, warnings = inspect(config, run_dir, fingerprint)
     path = run_dir / "config.yaml"
     if not path.exists() or restart or config.run.accept_changes:
-        values = {"hash": config.hash(), **asdict(config)}
+        values = {"hash": config.hash(), **config.model_dump()}
         values["run"].update(restart=False, accept_changes=False)
         write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
     return found, warnings
@@ -222,7 +221,7 @@ def check_config(config: Config, run_dir: Path) -> None:
     there = yaml.safe_load((run_dir / "config.yaml").read_text())
     if there.pop("hash", None) == config.hash() or config.run.accept_changes:
         return
-    changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(there, asdict(config)))
+    changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(there, config.model_dump()))
     raise UserError(
         f"run.dir: {run_dir} holds a run with another config ({changed}); "
         "use the same config to continue it, another run.dir, or run.accept_changes=true to go on with the new values"
@@ -231,7 +230,7 @@ def check_config(config: Config, run_dir: Path) -> None:
 
 def make_views(config: Config) -> Views:
     """How a config's samples become rows."""
-    model, data = asdict(config.model), config.data
+    model, data = config.model.model_dump(), config.data
 
     def eda(strength: float) -> Eda | None:
         return Eda(strength, data.eda_synonyms, data.eda_clean) if strength else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFile
+from pydantic import PositiveInt
 
 from shards.errors import BadSample
 
@@ -35,11 +36,11 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and dama
 class Limits:
     """What a sample may be at most; what is more is a bad sample."""
 
-    max_bytes: int = 20_000_000
+    max_bytes: PositiveInt = 20_000_000
     """Bytes of an encoded picture."""
-    max_pixels: int = 50_000_000
+    max_pixels: PositiveInt = 50_000_000
     """Width x height of a picture."""
-    max_caption: int = 10_000
+    max_caption: PositiveInt = 10_000
     """Characters of a caption."""
 
 

@@ -5,14 +5,17 @@ Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: sha
 
 import hashlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
+from pydantic import Field, NonNegativeFloat
 
 LARGE = (
     128  # pixels of the shorter side from which on a picture is cropped at whole pixels, and a JPEG may come smaller
 )
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -21,19 +24,23 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 class ImageAugment:
     """Strengths of the picture's augmentation; the defaults are the published ones."""
 
-    crop_min: float = 0.08
+    crop_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Least fraction of the picture's area that a crop keeps; 1 switches cropping off."""
-    flip: float = 0.5
+    flip: Fraction = 0.5
     """Probability of a mirror image."""
-    jitter: float = 0.8
+    jitter: Fraction = 0.8
     """Probability of a colour jitter, of the four strengths below."""
-    brightness: float = 0.5
-    contrast: float = 0.5
-    saturation: float = 0.5
-    hue: float = 0.1
-    grey: float = 0.2
+    brightness: NonNegativeFloat = 0.5
+    """Strength of the change of brightness."""
+    contrast: NonNegativeFloat = 0.5
+    """Strength of the change of contrast."""
+    saturation: NonNegativeFloat = 0.5
+    """Strength of the change of saturation."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Strength of the change of hue, in turns."""
+    grey: Fraction = 0.2
     """Probability of a grey picture."""
-    blur: float = 1.0
+    blur: Fraction = 1.0
     """Probability of a Gaussian blur, of a deviation from 0.1 to 2 pixels at 224 pixels."""
 
 

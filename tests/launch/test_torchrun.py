@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ def folder(tmp_path_factory):
     """Data, a config, and a run of two processes that was left alone."""
     made = tmp_path_factory.mktemp("launch")
     shapes(made / "shapes", pairs=240, test=36)
-    values = asdict(config(made, "", train__epochs=EPOCHS, run__save_steps=5, run__timeout=60.0))
+    values = config(made, "", train__epochs=EPOCHS, run__save_steps=5, run__timeout=60.0).model_dump()
     (made / "config.yaml").write_text(yaml.safe_dump(values))
     assert end(launch(made, "whole", PROCESSES=2)) == 0
     return made

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -121,7 +120,7 @@ def whole(tmp_path_factory):
     """A job that is left alone, in a cluster with data and a config."""
     folder = tmp_path_factory.mktemp("slurm")
     shapes(folder / "shapes", pairs=240, test=36)
-    values = asdict(config(folder, "", train__epochs=6, run__save_steps=5))
+    values = config(folder, "", train__epochs=6, run__save_steps=5).model_dump()
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     subprocess.run(["bash", CLUSTER, "start", folder / "cluster"], check=True)
     try:

@@ -1,7 +1,7 @@
 """A cell of the comparison, what decides its figures, and the row that its run leaves in the results file."""
 
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -78,7 +78,7 @@ class Cell:
         row of a defence.
         """
         attack = self.set.attacks[self.group].digest(self.set.fingerprint, 0)
-        recipe = replace(self.config, run=replace(self.config.run, seed=0)).hash()
+        recipe = self.config.model_copy(update={"run": self.config.run.model_copy(update={"seed": 0})}).hash()
         return {
             "setup": digest([self.set.load().hash(), attack]),
             "attack": overlay_digest(self.overlay),
@@ -109,7 +109,7 @@ class Cell:
             "config": self.config.hash(),
             **self.origin(),
             "commit": commit(),
-            "model": digest([asdict(self.config.model)]),
+            "model": digest([self.config.model.model_dump()]),
         }
         return {
             **head,

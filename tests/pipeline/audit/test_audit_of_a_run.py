@@ -1,7 +1,6 @@
 """An audit of a run: the history of every pair over its rounds, and what the guards excluded."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -30,7 +29,7 @@ def make_run(folder, index, cos_N, excluded_N):
     made = Config()
     made.data.index, made.model.name = str(folder.parent / "index"), "RN50"
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(made)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(made.model_dump()))
     score_N = np.where(excluded_N, np.nan, cos_N).astype(np.float32)
     for number in range(ROUNDS):
         where = mask_folder(folder, number)

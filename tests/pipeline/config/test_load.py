@@ -1,13 +1,22 @@
 """Configuration: layers, types, and errors that name the key."""
 
-from dataclasses import asdict
+import functools
+import math
+import operator
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.config.load import load_config
+from pipeline.cli.main import main
+from pipeline.config.load import load_config, make_config
 from pipeline.config.renamed import RENAMED
-from pipeline.config.schema import PRESETS
+from pipeline.config.schema import PRESETS, Config
+from pipeline.guards import REGISTRY
+from pipeline.settings import keys
 from shards.errors import UserError
 
 BASE = "data: {index: here, streams: 2}\nmodel: {name: RN50}\ntrain: {batch_size: 8}\n"
@@ -43,7 +52,7 @@ def test_a_file_can_have_its_own_settings_for_a_preset(file):
 @pytest.mark.parametrize("name", ["cc3m_rn50", "cc12m_vitb32", "laion400m_vitb16"])
 def test_the_configs_of_large_sets_leave_a_preset_whole(name):
     config = load_config(Path(__file__).parents[3] / "configs" / f"{name}.yaml", ["preset=default"])
-    assert PRESETS["default"]["selection"].items() <= asdict(config.selection).items()
+    assert PRESETS["default"]["selection"].items() <= config.selection.model_dump().items()
     assert config.train.unimodal_epochs == PRESETS["default"]["train"]["unimodal_epochs"]
 
 
@@ -66,6 +75,35 @@ def test_the_configs_of_large_sets_leave_a_preset_whole(name):
         ("data.remote_timeout=-1", "data.remote_timeout"),
         ("model.config={embed_dim: 3}", "model.name"),
         ("train.epochs", "a.b=value"),
+        ("train.lr=[", "train.lr"),
+        ("preset=[]", "preset"),
+        ("presets={clip: 3}", "presets"),
+        ("train={1: 2}", "train.1: unknown"),
+        ("data.sources={1: {index: x}}", "data.sources.1"),
+        ("model.config={embed_dim: .nan}", "model.config.embed_dim"),
+        ("data.clip_augment.hue=0.6", "data.clip_augment.hue: got 0.6, expected a number >= 0 and <= 0.5"),
+        ("data.clip_augment.hues=0", "did you mean data.clip_augment.hue?"),
+        ("data.clip_augment.crop_min=0", "data.clip_augment.crop_min"),
+        ("data.limits.max_pixels=0", "data.limits.max_pixels"),
+        ("data.workers=-1", "data.workers"),
+        ("data.cache_gb=-1", "data.cache_gb"),
+        ("run.seed=-1", "run.seed"),
+        ("run.save_steps=-3", "run.save_steps"),
+        ("run.timeout=-1", "run.timeout"),
+        ("run.timeout=0", "run.timeout"),
+        ("run.timeout=.inf", "run.timeout: got inf, expected a finite number > 0"),
+        ("train.lr=nan", "train.lr"),
+        ("train.lr=.nan", "train.lr: got nan, expected a finite number >= 0"),
+        ("train.lr=-0.1", "train.lr"),
+        ("train.lr=1e309", "train.lr"),
+        ("train.beta2=1", "train.beta2"),
+        ("train.eps=-1e-9", "train.eps"),
+        ("train.warmup_steps=-5", "train.warmup_steps"),
+        ("train.clip=-1", "train.clip"),
+        ("train.weight_decay=-5", "train.weight_decay"),
+        ('train.epochs="3"', "train.epochs"),
+        ("train.epochs=1.5", "train.epochs"),
+        ("train.epochs=true", "train.epochs"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_key(file, override, names):
@@ -83,14 +121,63 @@ def test_a_former_key_is_refused_with_its_new_name(file, old, new):
 @pytest.mark.parametrize("weight", ["1.5", "0", "-1", "true", "'2'", "null"])
 def test_a_weight_is_a_whole_number(file, weight):
     sources = f"data.sources={{cc: {{index: x}}, laion: {{index: y, weight: {weight}}}}}"
-    with pytest.raises(UserError, match="data.sources.laion.weight: got .*, expected a whole number"):
+    with pytest.raises(UserError, match="data.sources.laion.weight: got .*, expected a whole number > 0"):
         load_config(file(BASE), ['data.index=""', sources])
 
 
-@pytest.mark.parametrize("source", ["x", "{weight: 2}", "{index: x, weights: 2}"])
-def test_a_source_is_an_index_and_a_weight(file, source):
-    with pytest.raises(UserError, match="data.sources.cc: got"):
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        ("x", "data.sources.cc: got 'x', expected a mapping of index, weight"),
+        ("{weight: 2}", "data.sources.cc.index: missing"),
+        ("{index: x, weights: 2}", "did you mean data.sources.cc.weight?"),
+    ],
+)
+def test_a_source_is_an_index_and_a_weight(file, source, text):
+    with pytest.raises(UserError) as error:
         load_config(file(BASE), ['data.index=""', f"data.sources={{cc: {source}}}"])
+    assert text in str(error.value)
+
+
+def test_a_number_has_an_exponent_without_a_point_and_may_be_whole(file):
+    config = load_config(file(BASE + "selection: {growth: 1}\n"), ["train.lr=5e-4", "data.clip_augment.hue=1E-1"])
+    assert (config.train.lr, config.data.clip_augment.hue, config.selection.growth) == (5e-4, 0.1, 1.0)
+    assert type(config.selection.growth) is float
+
+
+KEYS = {key.name: key for key in keys(Config)}
+KEYS |= {key.name: key for name, guard in REGISTRY.items() for key in keys(guard.Settings, f"guards.{name}.")}
+SECTIONS = {name.rpartition(".")[0] for name in KEYS} - {""}
+ODD = st.sampled_from([math.nan, math.inf, -1, "x", [], {}, None, True, 10**400])
+
+
+@settings(max_examples=1_000)
+@given(
+    st.sampled_from(sorted({*KEYS, *SECTIONS})),
+    ODD | st.floats() | st.integers() | st.text() | st.lists(ODD, max_size=2),
+)
+def test_any_value_is_within_bounds_or_refused_by_name(name, value):
+    values = value
+    for part in reversed(name.split(".")):
+        values = {part: values}
+    try:
+        config = make_config(values)
+    except UserError as error:
+        assert str(error).startswith(f"{name}: got ") and "\n" not in str(error)
+        return
+    if value is not None and value != {}:
+        found = functools.reduce(operator.getitem, name.split("."), config.model_dump())
+        assert found == type(found)(value)  # a float of a whole number
+        for sign, bound in re.findall(r"(>=|>|<=|<) (\S+)", KEYS[name].allowed):
+            assert eval(f"{found} {sign} {bound}")
+
+
+def test_the_presets_have_one_list_of_names():
+    assert set(PRESETS) == set(get_args(Config.model_fields["preset"].annotation))
+
+
+def test_every_key_is_described():
+    assert all(key.about.endswith(".") for key in KEYS.values())
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\xff"])
@@ -126,3 +213,13 @@ def test_the_shipped_recipes_load(name, preset):
     root = Path(__file__).parents[3]
     config = load_config(root / "configs" / f"{name}.yaml", [f"preset={preset}"])
     assert config.train.method == ("clip" if preset == "clip" else "safeclip")
+
+
+@pytest.mark.parametrize("source", ["default", str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")])
+def test_the_command_config_prints_every_key_and_its_value(source, capsys):
+    main(["config", source, "train.lr=0.125", "preset=default", "guards.duplicates=null"])
+    lines = capsys.readouterr().out.splitlines()
+    shown = dict(line.split(": ", 1) for line in lines if not line.startswith(" "))
+    assert shown.keys() == KEYS.keys() - {"guards"}
+    assert (shown["train.lr"], shown["selection.risky"], shown["data.cache"]) == ("0.125", "skip", "null")
+    assert (shown["guards.duplicates.max_pairs"], shown["guards.trigger_clusters.least"]) == ("off", "8")

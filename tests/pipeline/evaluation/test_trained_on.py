@@ -1,7 +1,5 @@
 """What a run trained on: the pairs of every safe set, and of the run that it started from."""
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import yaml
@@ -49,14 +47,14 @@ def test_a_run_that_starts_from_another_has_trained_on_what_that_one_did(tmp_pat
     before.preset, before.data.mask = "clip", str(tmp_path / "filter")
     before.data.index, before.model.name = "index", "RN50"
     (tmp_path / "before").mkdir()
-    (tmp_path / "before/config.yaml").write_text(yaml.safe_dump(asdict(before)))
+    (tmp_path / "before/config.yaml").write_text(yaml.safe_dump(before.model_dump()))
     config = settings("cleanclip")
     config.data.mask, config.model.pretrained = str(tmp_path / "clean"), str(tmp_path / "before")
     assert trained(tmp_path, config, index) == [0, 2, 4]
     config.data.overlay = None  # on data without poison
     assert trained(tmp_path, config, index) == [0, 4]
     config.data.overlay, before.data.overlay = "attack", None
-    (tmp_path / "before/config.yaml").write_text(yaml.safe_dump(asdict(before)))
+    (tmp_path / "before/config.yaml").write_text(yaml.safe_dump(before.model_dump()))
     assert trained(tmp_path, config, index) == [0, 2]
     config.model.pretrained = str(tmp_path / "gone")
     assert trained_on(tmp_path, config, index) is None

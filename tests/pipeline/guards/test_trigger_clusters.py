@@ -172,13 +172,19 @@ def test_two_processes_find_to_the_bit_what_one_finds(data):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"duplicate": {}}, "guards.duplicate: unknown; did you mean duplicates?"),
-        ({"duplicates": {"max_pair": 2}}, "guards.duplicates.max_pair: unknown; did you mean max_pairs?"),
-        ({"duplicates": {"max_pairs": 0}}, "guards.duplicates.max_pairs: got 0, expected 1 or more"),
+        ({"duplicate": {}}, "guards.duplicate: unknown; did you mean guards.duplicates?"),
+        (
+            {"duplicates": {"max_pair": 2}},
+            "guards.duplicates.max_pair: unknown; did you mean guards.duplicates.max_pairs?",
+        ),
+        ({"duplicates": {"max_pairs": 0}}, "guards.duplicates.max_pairs: got 0, expected a whole number > 0"),
         ({"duplicates": {"max_pairs": 1.5}}, "guards.duplicates.max_pairs: got 1.5, expected a whole number"),
-        ({"duplicates": 3}, "guards.duplicates: got 3, expected settings"),
-        ({"trigger_clusters": {"low": 2}}, "guards.trigger_clusters.low: got 2, expected 0.001 to 0.5"),
-        ({"trigger_clusters": {"near": float("nan")}}, "guards.trigger_clusters.near: got nan, expected a number"),
+        ({"duplicates": 3}, "guards.duplicates: got 3, expected a mapping of max_pairs or null"),
+        ({"trigger_clusters": {"low": 2}}, "guards.trigger_clusters.low: got 2, expected a number >= 0.001 and <= 0.5"),
+        (
+            {"trigger_clusters": {"near": float("nan")}},
+            "guards.trigger_clusters.near: got nan, expected a finite number >= 0",
+        ),
     ],
 )
 def test_wrong_settings_are_named(values, message):

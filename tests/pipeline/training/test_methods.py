@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config.data import open_index, open_samples
-from pipeline.config.load import check, merge
-from pipeline.config.schema import PRESETS, Config
+from pipeline.config.load import check, make_config
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from pipeline.training.model import Towers, build_model, pixel_stats
@@ -40,8 +39,7 @@ def data(tmp_path_factory):
 
 def config(folder, preset, name, filtered=True):
     """4 epochs of 10 steps. Plain CLIP and CleanCLIP train on three quarters of the pairs."""
-    made = Config(preset=preset)
-    merge(made, PRESETS[preset], "")
+    made = make_config({"preset": preset})
     made.run.dir, made.data.index = str(folder / f"{preset}_{name}"), str(folder / "shapes" / "index")
     made.data.workers, made.data.streams, made.data.window, made.data.eda_synonyms = 0, 4, 64, "table"
     made.model.config = json.loads(json.dumps(MODEL))
