@@ -58,3 +58,9 @@ def read_features(pairs: Pairs, row_S: np.ndarray) -> dict[str, np.ndarray]:
     if not parts:
         return {name: np.zeros((0, 1), np.uint8) for name in FEATURES}
     return {name: np.concatenate([seen[name] for _, seen in parts]) for name in FEATURES}
+
+
+def distinct(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Features without exact duplicates, whose common features would hide those of a trigger."""
+    _, first = np.unique(seen["pixels"], axis=0, return_index=True)
+    return {name: seen_SD[np.sort(first)] for name, seen_SD in seen.items()}

@@ -7,23 +7,20 @@ of them have low scores. Natural features are as frequent among low scores as am
    the covariance of pictures with high scores (half of those sampled; the others are the reference of step 3). A
    trigger becomes a long constant vector t, for it follows none of the correlations of natural pictures: two pictures
    that carry it have a cosine of about t.t / (D + t.t), two others one of 0 +- 1 / sqrt(D).
-2. Each picture with a low score and `least` near ones (a cosine beyond `near` deviations) gives a cluster. Its mean is
-   the matched filter of what they share, the linear detector of the highest signal-to-noise ratio (Turin 1960). A
-   picture carries it if its response is more than half of the cluster's mean response, each member's taken without
-   itself.
+2. Each sampled picture with a low score and `least` near ones (a cosine beyond `near` deviations) gives a cluster. Its
+   mean is the matched filter of what they share, the linear detector of the highest signal-to-noise ratio (Turin 1960).
+   A picture carries it if its response is more than half of the cluster's mean response, each member's without itself.
 3. What is carried `ratio` times as often among low scores as among high ones is a trigger, unless the pictures are
    alike in all else (a series that the model has not learnt yet). Every pair whose picture carries it is excluded.
 
-This is done in two feature views: pixels, and random-filter features, the maximum responses of random 3 x 3 filters in
-the picture (Saxe et al. 2011), in which a patch has the same features wherever it is placed.
+Feature views: pixels, and maxima of random 3 x 3 filters (Saxe et al. 2011), which are the same wherever a patch is.
 
-Assumes    a trigger that adds something, in at least `least` of the sampled pictures with low scores. Poisoned
-           pairs must have low scores: captions that fit (label-consistent poisoning) are not detected.
+Assumes    a trigger that adds something, in `least` sampled pictures with low scores; captions that do not fit.
 Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels in place of the
            representation that a poisoned model has learnt of one class; the reference of high scores is this project's.
-Cost       once, after the first scoring: up to 4 * seeds * sample * (768 + 128) multiplications on rank 0, `sample`
-           pictures read twice, and one pass over all pictures.
-Evidence   tests/benchmarks/comparison.md.
+Cost       once, after the first scoring: up to 4 * `sample` ** 2 * (768 + 128) multiplications on rank 0, 3 * `sample`
+           pictures read, and one pass over all pictures.
+Evidence   tests/benchmarks/comparison.md, tests/benchmarks/attacks.json
 
 Legend: L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
 """
@@ -32,15 +29,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 
 from pipeline.distributed import comm
 from pipeline.guards.base import Guard, Pairs
-from pipeline.guards.features import FEATURES, read_features
+from pipeline.guards.features import FEATURES, distinct, read_features
 from pipeline.guards.statistics import alike, robust, whitening
 
-AT_ONCE = 256  # seeds
-COMPARED = 16  # pictures of a cluster, with each other
+AT_ONCE, COMPARED = (
+    256,
+    16,
+)  # seeds whose near pictures are found at once; pictures of a cluster compared with each other
 
 
 class TriggerClusters(Guard):
@@ -53,8 +52,6 @@ class TriggerClusters(Guard):
         """Fraction of the pairs whose scores are low. Those above the median are high."""
         sample: int = Field(default=8_192, ge=64)
         """Pairs with low scores, and twice as many with high ones, whose pictures are compared, at most."""
-        seeds: PositiveInt = 8_192
-        """Pictures with low scores whose near ones are found, at most."""
         near: NonNegativeFloat = 6.0
         """Robust deviations of the cosines of random pictures, beyond which two are near."""
         least: int = Field(default=8, ge=2)
@@ -85,11 +82,8 @@ class TriggerClusters(Guard):
         return np.sort(low[: settings.sample]), np.sort(high[: 2 * settings.sample])
 
     def find(self, low: dict, high: dict) -> list[dict]:
-        """Triggers of a sample, pixels before filters. low, high: {feature view: uint8 (L or H, D)}.
-
-        Pictures of earlier triggers are not counted for later ones.
-        """
-        low, high = once(low), once(high)
+        """Triggers of a sample, each without the pictures of earlier ones. low, high: {feature view: uint8 (., D)}."""
+        low, high = distinct(low), distinct(high)
         found, pixel_LD, rest_L, rest_H = [], None, np.ones(len(low["pixels"]), bool), None
         for name in FEATURES if len(low["pixels"]) and len(high["pixels"]) > 1 else ():
             low_LD, high_HD = (torch.from_numpy(seen[name]).to(comm.device()).float() / 255 for seen in (low, high))
@@ -127,23 +121,15 @@ class TriggerClusters(Guard):
             yield ~(number_N[start:stop] & valid_N[start:stop])
 
 
-def once(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Features without exact duplicates, whose common features would hide those of a trigger."""
-    _, first = np.unique(seen["pixels"], axis=0, return_index=True)
-    return {name: seen_SD[np.sort(first)] for name, seen_SD in seen.items()}
-
-
 def clusters_of_seeds(
     low_LD: torch.Tensor, high_HD: torch.Tensor, seed_Q: np.ndarray, settings: TriggerClusters.Settings
 ) -> Iterator[tuple]:
     """Yield (filter_D, threshold of the response, rows among low scores, rows among high ones) of each seed whose
     cluster is a trigger. low_LD, high_HD: whitened features."""
-    rng = np.random.default_rng(0)
-    seed_Q = np.sort(rng.permutation(seed_Q)[: settings.seeds])
     length_L = low_LD.norm(dim=1).clamp(min=1e-6)
     unit_LD = low_LD / length_L[:, None]
     unit_HD = high_HD / high_HD.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    one, other = rng.integers(0, len(unit_HD), (2, 20_000))
+    one, other = np.random.default_rng(0).integers(0, len(unit_HD), (2, 20_000))
     _, deviation = robust((unit_HD[one] * unit_HD[other]).sum(1)[torch.from_numpy(one != other)])
     for at in range(0, len(seed_Q), AT_ONCE):
         in_QL = unit_LD[seed_Q[at : at + AT_ONCE]] @ unit_LD.T > settings.near * deviation
