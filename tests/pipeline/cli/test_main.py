@@ -154,21 +154,32 @@ def test_evaluate_and_export(world):
     # A step of the unimodal loss sees two views of each pair: 10 of them, 10 at the low rate, then 3 on safe and 6 on
     # risky pairs, 4 and 5.
     assert result["epochs"] == 4 and result["sample_views"] == 24 * (20 + 10 + 3 + 12 + 4 + 10)
-    assert 0 <= result["clean_top1"] <= result["clean_top5"] <= 1
+    told = [row["eval"] for row in lines(world / "whole") if "eval" in row][-1]  # after the last epoch
+    for key in ("clean_top1", "clean_top5", "retrieval"):
+        assert result[key] == told[key]
     # Duplicates are trained on in no epoch but the low-rate one; the other triggers are in too few pictures for a
     # cluster.
     trained = {kind: attack["fraction_trained_on"] for kind, attack in result["attacks"].items()}
-    assert trained.pop("single_target") == 0 and all(0 <= fraction <= 1 for fraction in trained.values())
-    for attack in result["attacks"].values():
-        assert attack["took"] is None and len(attack["fraction_in_safe_set"]) == len(attack["auroc"]) == 2
-        assert all(0 <= attack[rate] <= 1 for rate in ("success", "base", "true_class"))
+    masks = [SafeMask.load(world / "whole" / "masks" / f"epoch_{number:03d}")[0].flags() for number in (2, 3)]
+    poison = json.loads((world / "attack" / "manifest.json").read_text())["rows"]
+    assert trained["single_target"] == 0
+    for name, attack in result["attacks"].items():
+        rows = [row["position"] for row in poison if row["kind"] == name]  # there is one shard
+        assert trained[name] == np.mean((masks[0] | masks[1])[rows])
+        assert attack["fraction_in_safe_set"] == pytest.approx([mask[rows].mean() for mask in masks])
+        assert attack["took"] is None and len(attack["auroc"]) == 2
+        for rate in ("success", "base", "true_class"):
+            assert attack[rate] == told["attacks"][name][rate]
     overrides = ("preset=clip", "data.overlay=null", "train.epochs=1", "evaluation.every=0")
     safeclip("train", "config.yaml", "run.dir=innocent", *overrides, cwd=world)
     safeclip("evaluate", "whole", "--unpoisoned", "innocent", "innocent", cwd=world)
     again = json.loads((world / "whole" / "eval.json").read_text())
     assert all(attack["unpoisoned"] is None for attack in result["attacks"].values())
-    rates = [attack[rate] for attack in again["attacks"].values() for rate in ("unpoisoned", "unpoisoned_true_class")]
-    assert all(0 <= rate <= 1 for rate in rates)
+    safeclip("evaluate", "innocent", "data.overlay=attack", cwd=world)
+    innocent = json.loads((world / "innocent" / "eval.json").read_text())["attacks"]
+    for name, attack in again["attacks"].items():  # the mean of twice the same
+        assert attack["unpoisoned"] == pytest.approx(innocent[name]["success"])
+        assert attack["unpoisoned_true_class"] == pytest.approx(innocent[name]["true_class"])
     assert again["clean_top1"] == result["clean_top1"]
     done = safeclip("evaluate", "whole", "--unpoisoned", "whole", cwd=world, check=False)
     assert done.returncode == 2 and "was trained with data.overlay=attack" in done.stderr

@@ -1,6 +1,7 @@
 """The readers of others take a mask as it is: webdataset and open_clip train on the safe pairs without a copy of the
 data."""
 
+import itertools
 import json
 import os
 import re
@@ -18,35 +19,18 @@ from tests.helpers.saved_masks import changed, safe_samples
 
 ROOT = Path(__file__).parents[3]
 
-WEBDATASET = """
-import webdataset as wds
-from shards import IsSafe
 
-pairs = (
-    wds.WebDataset("/data/cc3m/{00000..00331}.tar", shardshuffle=100)
-    .select(IsSafe("runs/cc3m/masks/epoch_031"))
-    .shuffle(5000)
-    .decode("pil")
-    .to_tuple("jpg;png;jpeg;webp", "txt")
-)
-""".strip()
-
-OPEN_CLIP = """
-import sys
-
-import webdataset as wds
-from open_clip_train import data, main
-from shards import IsSafe
-
-is_safe, read = IsSafe(sys.argv[1]), wds.tarfile_to_samples()
-data.tarfile_to_samples_nothrow = lambda shards: filter(is_safe, read(shards))  # training shards only
-main.main(sys.argv[2:])
-""".strip()
+def shown(heading):
+    """The code that the audit's README shows first under a heading."""
+    lines = (ROOT / "pipeline" / "audit" / "README.md").read_text().split(f"### {heading}\n")[1].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("    "))
+    code = itertools.takewhile(lambda line: not line or line.startswith("    "), lines[start:])
+    return textwrap.dedent("\n".join(code))
 
 
 def test_webdataset_reads_the_safe_pairs_of_the_readme_in_place(here):
     names = {"/data/cc3m/{00000..00331}.tar": "data/a/{00000..00002}.tar", "runs/cc3m/masks/epoch_031": "masks/one"}
-    text = WEBDATASET
+    text = shown("webdataset")
     for there, name in names.items():
         assert there in text
         text = text.replace(there, name)
@@ -101,7 +85,7 @@ def test_open_clip_trains_on_the_safe_pairs_in_place(here):
     }
     (here / "tiny").mkdir()
     (here / "tiny" / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
-    (here / "train_safe.py").write_text(OPEN_CLIP)
+    (here / "train_safe.py").write_text(shown("open_clip"))
     (here / "noting.py").write_text(
         "import runpy, sys\n"
         "from open_clip_train import data\n"
@@ -135,9 +119,3 @@ def test_open_clip_trains_on_the_safe_pairs_in_place(here):
     changed("data/a/00000.tar")
     done = train("masks/one")
     assert done.returncode != 0 and "data/a/00000.tar: has fingerprint" in done.stderr
-
-
-def test_the_readme_shows_these_readers():
-    readme = (ROOT / "pipeline" / "audit" / "README.md").read_text()
-    for code in (WEBDATASET, OPEN_CLIP):
-        assert textwrap.indent(code, "    ") in readme
