@@ -29,7 +29,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
     """Put `data` at `path`, as `whole_file`."""
     with whole_file(path) as file:
         file.write(data)
