@@ -9,6 +9,7 @@ and the network.
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def changed_shards(index: ShardIndex, data: Data) -> list[str]:
     def content(shard: Shard) -> str:
         with open_shard(shard.path, shard.size, data.remote_timeout, data.allow_pipe) as file:
             stream = tar.Stream(file)
-            stream.skip_to(float("inf"))
+            stream.skip_to(sys.maxsize)  # to the end
             return stream.fingerprint()
 
     with ThreadPoolExecutor(8) as pool:

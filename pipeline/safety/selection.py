@@ -1,7 +1,7 @@
 """Exact top-k selection by counting passes over integer keys of the scores; ties are broken by (shard, position)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -20,8 +20,8 @@ class SelectionSettings(Protocol):
     posterior: float
     first_fraction: float | None
     least_fraction: float
-    mixture: str
-    rank_by: str
+    mixture: Literal["sklearn", "converged"]
+    rank_by: Literal["posterior", "score"]
     growth: float
     max_fraction: float
 

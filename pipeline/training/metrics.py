@@ -29,7 +29,7 @@ class MetricsLogger:
                 write_bytes(id_file, uuid.uuid4().hex[:8].encode())
             self.wandb = wandb.init(
                 project=config.wandb.project,
-                mode=config.wandb.mode,  # type: ignore[arg-type]  # one of wandb's: the config was checked
+                mode=config.wandb.mode,
                 dir=str(run_dir),
                 id=id_file.read_text(),
                 name=run_dir.name,
