@@ -128,11 +128,12 @@ def score(
         raise UserError("--model: missing; name a run, an open_clip model or local directory, or give --embeddings")
     comm.init(PATIENCE)
     if embeddings:
-        index = EmbeddingFolder(embeddings)
+        folder = EmbeddingFolder(embeddings)
+        index: EmbeddingFolder | ShardIndex = folder
         files = ScoreFiles(out / "scores", index, f"embeddings/{index.fingerprint}")
         about: dict = {"model": f"embeddings {embeddings}", "embeddings": str(Path(embeddings).absolute())}
         comm.on_rank0(claim, out, files.made["step"])
-        score_embeddings(index, out, files)
+        score_embeddings(folder, out, files)
     else:
         from pipeline.audit.models import load_scorer
 

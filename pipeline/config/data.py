@@ -2,8 +2,10 @@
 URLs."""
 
 import os
+from pathlib import Path
 
 from pipeline.attacks import load_trigger
+from pipeline.config.schema import Data
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
 from shards.samples.samples import Samples
@@ -11,8 +13,8 @@ from shards.storage.cache import Cache, default_folder
 from shards.storage.remote import refuse_pipe
 
 
-def open_index(data):
-    """ShardIndex of a `config.Data`: data.index, or all of data.sources with their weights. Raises UserError."""
+def open_index(data: Data) -> ShardIndex:
+    """The index of a config: data.index, or all of data.sources with their weights. Raises UserError."""
     if data.sources:
         index = ShardIndex.merged({name: (source.index, source.weight) for name, source in data.sources.items()})
     else:
@@ -22,26 +24,25 @@ def open_index(data):
     return index
 
 
-def open_overlay(data, index, folder=None):
-    """The shards.samples.overlay.Overlay in `folder`, by default the one that the config names, or None. Raises
-    UserError."""
+def open_overlay(data: Data, index: ShardIndex, folder: Path | str | None = None) -> Overlay | None:
+    """The overlay in `folder`, by default the one that the config names. Raises UserError."""
     folder = folder or data.overlay
     return Overlay.load(folder, index, load_trigger) if folder else None
 
 
-def open_samples(data, index):
-    """shards.samples.samples.Samples of the index, poisoned by the overlay if there is one. Raises UserError."""
+def open_samples(data: Data, index: ShardIndex) -> Samples:
+    """Samples of the index, poisoned by the overlay if there is one. Raises UserError."""
     cache = open_cache(data) if any(shard.remote for shard in index.shards) else None
     return Samples(index, open_overlay(data, index), cache, data.limits)
 
 
-def open_cache(data):
-    """shards.storage.cache.Cache of a `config.Data`. Raises UserError."""
+def open_cache(data: Data) -> Cache:
+    """Raises UserError."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return Cache(data.cache or default_folder(), int(data.cache_gb * 1e9), data.remote_timeout, data.allow_pipe, ranks)
 
 
-def describe(index):
+def describe(index: ShardIndex) -> str:
     """What an index holds, in a few words."""
     text = f"{index.samples:,} pairs in {len(index.shards):,} shards"
     return text + (f" ({index.views:,} an epoch by the sources' weights)" if index.views != index.samples else "")

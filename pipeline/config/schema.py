@@ -151,7 +151,7 @@ class Train(Section):
     """roclip: in every n-th epoch a picture is matched with the nearest caption of the support queue."""
 
     @property
-    def betas(self):
+    def betas(self) -> tuple[float, float]:
         return (self.beta1, self.beta2)
 
 
@@ -219,12 +219,12 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     wandb: Wandb = Wandb()
 
-    def hash(self):
+    def hash(self) -> str:
         """12 hex digits of the keys that affect the trained model."""
         return hashlib.sha256(json.dumps(learnt(self.model_dump()), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def learnt(values):
+def learnt(values: dict) -> dict[str, object]:
     """{"a.b": value}: keys of a Config's dict that affect the trained model."""
     flat = {
         f"{section}.{key}": value
@@ -235,12 +235,12 @@ def learnt(values):
     sources = flat.pop("data.sources", None)
     if sources:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
-    others = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
+    others: tuple[str, ...] = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
     others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 
 
-def differences(old, new):
+def differences(old: dict, new: dict) -> list[tuple[str, object, object]]:
     """[(key, old value, new value)] of two Config dicts, among the keys of `learnt`."""
     old, new = learnt(old), learnt(new)
     return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]

@@ -12,6 +12,7 @@ import yaml
 from pipeline.config.data import describe, open_index, open_samples
 from pipeline.config.schema import Config, differences
 from pipeline.distributed import comm
+from pipeline.guards import REGISTRY
 from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
@@ -189,6 +190,7 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
     path = run_dir / "config.yaml"
     if not path.exists() or restart or config.run.accept_changes:
         values = {"hash": config.hash(), **config.model_dump()}
+        values["guards"] = dict.fromkeys(REGISTRY) | values["guards"]  # null: off, also where a preset has it
         values["run"].update(restart=False, accept_changes=False)
         write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
     return found, warnings
