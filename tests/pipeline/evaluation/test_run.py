@@ -44,7 +44,7 @@ CONFIG = {
         "warmup_steps": 2,
         "support_queue": 64,
     },
-    "selection": {"batch_size": 64, "first_fraction": 0.4, "growth": 0.1},
+    "selection": {"batch_size": 64, "first_fraction": 0.4, "growth": 0.1, "every": 1},
 }
 
 
@@ -99,9 +99,9 @@ def test_the_rounds_are_those_of_the_saved_masks(world):
     found, config = evaluated("safe"), load_config("safe/config.yaml")
     index = open_index(config.data)
     overlay = open_overlay(config.data, index)
-    masks = [SafeMask.load(world / f"safe/masks/epoch_00{epoch}")[0].flags() for epoch in (0, 1)]
+    masks = [SafeMask.load(world / f"safe/masks/epoch_00{epoch}")[0].flags() for epoch in (1, 2)]
     rounds, rows = found["rounds"], poison_rows(overlay, index)
-    assert rounds["epoch"] == [0, 1] and len(rows) == 14
+    assert rounds["epoch"] == [1, 2] and len(rows) == 14
     assert rounds["recall"] == pytest.approx([(~safe_N[rows]).mean() for safe_N in masks])
     honest_N = honest_pairs(overlay, index)
     assert rounds["false_positives"] == pytest.approx([(~safe_N[honest_N]).mean() for safe_N in masks])
