@@ -146,7 +146,7 @@ def test_a_file_that_was_cut_off_is_absent(tmp_path):
 def test_a_filtered_copy_of_a_damaged_shard_is_sound(tmp_path):
     path = tmp_path / "d" / "00000.tar"
     make_tar(path, 0, 12)
-    everything = {key: members for _, key, found in samples([path])}
+    everything = {key: found for _, key, found in samples([path])}
     data = bytearray(path.read_bytes())
     with open(path, "rb") as file:
         walk = list(tar.members(tar.Stream(file), None, print))

@@ -51,7 +51,14 @@ def world(tmp_path_factory):
             "warmup_steps": 5,
             "support_queue": 64,
         },
-        "selection": {"batch_size": 32, "first_fraction": 0.4, "growth": 0.1, "risky": "unimodal", "refill": False},
+        "selection": {
+            "batch_size": 32,
+            "first_fraction": 0.4,
+            "growth": 0.1,
+            "every": 1,
+            "risky": "unimodal",
+            "refill": False,
+        },
         "wandb": {"mode": "offline"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.attacks.manifest import make_attack
 from pipeline.config.data import open_index, open_overlay
-from pipeline.config.load import check, merge
-from pipeline.config.schema import PRESETS, Config, Evaluation
+from pipeline.config.load import check, make_config
+from pipeline.config.schema import Evaluation
 from pipeline.distributed import comm
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.run import load_run
@@ -27,8 +27,7 @@ ATTACK = {"badnets": {"attack": "badnets", "pairs": 200, "size": 0.3}}
 
 def config(folder, preset):
     """4 epochs of 78 steps; all else that decides anything is the preset's."""
-    made = Config(preset=preset)
-    merge(made, PRESETS[preset], "")
+    made = make_config({"preset": preset})
     made.run.dir, made.run.seed = str(folder / preset), SEED
     made.data.index, made.data.overlay = str(folder / "balls" / "index"), str(folder / "attack")
     made.data.workers, made.data.streams, made.data.window = 0, 8, 2048
