@@ -31,7 +31,7 @@ from shards.order.safe_mask import SafeMask, byte_starts, shard_list
 from shards.storage.files import write_bytes
 
 # A round warns when negative controls pass this often, by the lower end of Wilson's interval, compared with all pairs.
-# Recorded rounds that protected a run have up to .65, those that did not .87 and more (tests/benchmarks/attacks.json).
+# Recorded rounds of photos that protected a run have up to .65, others .87 and more (tests/benchmarks/attacks.json).
 MAX_PASSING = 3 / 4
 
 
