@@ -21,7 +21,7 @@ from tests.helpers.balls import balls
 from tests.helpers.models import MODEL
 from tests.helpers.ranks import run_ranks
 
-PAIRS, SEED = 10_000, 1  # fewer pairs are not protected
+PAIRS, SEED = 10_000, 1
 ATTACK = {"badnets": {"attack": "badnets", "pairs": 200, "size": 0.3}}
 
 
