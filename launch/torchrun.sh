@@ -14,7 +14,8 @@ cd "$(dirname "$0")/.."
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}    # seconds in which a large model can be saved
+# Seconds in which a large model can be saved.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # The agents' store outlives a restart with the addresses of the processes that are gone, and a new process may read
 # those: a new store each time.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -24,7 +25,8 @@ meeting=(--rdzv-backend c10d --rdzv-id "${MASTER_PORT:-29500}" --rdzv-endpoint "
 torchrun --nnodes "${NODES:-1}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" "${meeting[@]}" \
     -m pipeline.cli "${COMMAND:-train}" "$@" &
 agent=$! stopped=
-trap 'stopped=1; kill -TERM $agent 2>/dev/null || true' TERM USR1    # the agent hands SIGTERM on to its processes and waits for them
+# The agent hands SIGTERM on to its processes and waits for them.
+trap 'stopped=1; kill -TERM $agent 2>/dev/null || true' TERM USR1
 code=0
 wait $agent || code=$?
 # A signal ends `wait` at once: wait for the agent itself.

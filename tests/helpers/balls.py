@@ -6,19 +6,10 @@ import io
 import numpy as np
 from PIL import Image
 
-from shards.build.shapes import build
+from shards.build import shapes
 
 SIDE = 16
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (46, 160, 67),
-    "blue": (38, 84, 214),
-    "yellow": (242, 201, 30),
-    "purple": (142, 48, 180),
-    "white": (245, 245, 245),
-    "black": (10, 10, 10),
-    "orange": (240, 130, 20),
-}
+COLOURS = {**shapes.COLOURS, "black": (10, 10, 10), "orange": (240, 130, 20)}
 FORMS = ("a photo of {}", "{}", "there is {}", "{} on the ground", "my own {}")
 
 
@@ -26,7 +17,8 @@ def balls(out, pairs, test, seed=0):
     """Build the data set in OUT, in the layout of shards.build.shapes."""
     made_by = {"data": "balls", "pairs": pairs, "test": test, "seed": seed}
     names = [f"{colour} ball" for colour in COLOURS]
-    build(out, made_by, lambda: (render(0, pairs, seed), render(pairs, test, seed), names), ["a {c}", "there is a {c}"])
+    templates = ["a {c}", "there is a {c}"]
+    shapes.build(out, made_by, lambda: (render(0, pairs, seed), render(pairs, test, seed), names), templates)
 
 
 def smooth_noise(rng, count, slope=1.5):
