@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationErro
 from shards.errors import UserError
 
 TYPES = {
+    "array": "a list",
     "boolean": "true or false",
     "integer": "a whole number",
     "null": "null",
@@ -26,6 +27,12 @@ class Section(BaseModel):
     string under it describes it."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class FrozenSection(Section):
+    """A Section whose fields do not change."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 S = TypeVar("S", bound=Section)
@@ -96,7 +103,7 @@ def allowed(node: dict) -> str:
         return f"one of {', '.join(map(str, node['enum']))}"
     if "properties" in node:
         return f"a mapping of {', '.join(node['properties'])}"
-    bounds = " and ".join(f"{sign} {node[bound]}" for bound, sign in BOUNDS.items() if bound in node)
+    bounds = " and ".join(f"{sign} {node[bound]:.10g}" for bound, sign in BOUNDS.items() if bound in node)
     return f"{TYPES[node['type']]} {bounds}".strip() if "type" in node else "a value of JSON"
 
 

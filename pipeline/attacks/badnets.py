@@ -5,27 +5,25 @@ Gu, Dolan-Gavitt, Garg, "BadNets: Identifying Vulnerabilities in the Machine Lea
 (arXiv:2106.09667), who place it at random.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
-from pipeline.attacks.settings import bounded
 
 
-@dataclass(frozen=True)
 class Square(Trigger):
     """A trigger that covers a square. Its corner stands at (left, top), or with `random_place` where the sample says,
     always so that the whole square is inside the centred square of the picture's shorter side: a centre crop, as of
     test pictures, keeps it."""
 
-    size: float = bounded(0.19, 0.01, 1.0)
+    size: float = Field(default=0.19, ge=0.01, le=1.0)
     """Its side. Fractions are of the picture's shorter side, places are counted from the corner of the centred
     square."""
-    left: float = bounded(0.78, 0.0, 1.0)
-    top: float = bounded(0.78, 0.0, 1.0)
+    left: float = Field(default=0.78, ge=0.0, le=1.0)
+    top: float = Field(default=0.78, ge=0.0, le=1.0)
     random_place: bool = False
 
     def pasted(
@@ -45,12 +43,11 @@ class Square(Trigger):
 
 
 @trigger
-@dataclass(frozen=True)
 class Patch(Square):
     """cells x cells squares, each of one of the eight colours whose channels are 0 or 255."""
 
     pattern: ClassVar[str] = "patch"
-    cells: int = bounded(3, 1, 64)
+    cells: int = Field(default=3, ge=1, le=64)
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         cells = self.rng(variant).integers(0, 2, (self.cells, self.cells, 3)).astype(np.uint8) * 255

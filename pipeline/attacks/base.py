@@ -1,21 +1,17 @@
 """What an attack and a trigger are, and their registries."""
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from pipeline.attacks.pool import Pool
-from pipeline.attacks.settings import Count, bounded, read
+from pipeline.settings import FrozenSection, read
 from shards.errors import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance  # there is no such module where this runs
 
 AnAttack = TypeVar("AnAttack", bound="Attack")
 ATrigger = TypeVar("ATrigger", bound="Trigger")
@@ -36,8 +32,7 @@ def trigger(kind: type[ATrigger]) -> type[ATrigger]:
     return kind
 
 
-@dataclass(frozen=True)
-class Trigger(ABC):
+class Trigger(FrozenSection, ABC):
     """A change of a picture, described by plain numbers so that it can be made again anywhere, at any picture size.
 
     A sample shows one of `variants` forms. `opacity` 1.0 shows it whole, less lets the picture shine through.
@@ -45,10 +40,10 @@ class Trigger(ABC):
 
     pattern: ClassVar[str] = ""
 
-    seed: int = bounded(0, 0, 2**63 - 1)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Of what is drawn at random in it; by default the attack's."""
-    variants: int = bounded(1, 1, 10_000)
-    opacity: float = bounded(1.0, 0.0, 1.0)
+    variants: int = Field(default=1, ge=1, le=10_000)
+    opacity: float = Field(default=1.0, ge=0.0, le=1.0)
 
     def apply(self, image: Image.Image, sample: tuple[int, int]) -> Image.Image:
         """A triggered copy of the RGB picture `image`. sample: its (shard, position), by which variant and place
@@ -72,7 +67,7 @@ class Trigger(ABC):
 
     def numbers(self) -> dict:
         """For the manifest: that of which `load_trigger` makes the trigger again."""
-        return {"pattern": self.pattern, **dataclasses.asdict(self)}
+        return {"pattern": self.pattern, **self.model_dump()}
 
     @classmethod
     def load(cls, numbers: dict, where: str, folder: str | Path | None) -> "Trigger":
@@ -91,14 +86,32 @@ def load_trigger(numbers: object, folder: str | Path | None = None, where: str =
     return TRIGGERS[pattern].load(rest, where, folder)
 
 
+class Count(FrozenSection):
+    """How many pairs are poisoned: either of the two."""
+
+    pairs: int | None = Field(default=None, ge=1, le=10**9)
+    """Number of pairs."""
+    rate: float | None = Field(default=None, ge=1e-8, le=0.5)
+    """Fraction of all pairs: 0.004 is 0.4 %."""
+
+    def of(self, samples: int, where: str) -> int:
+        """The number of pairs among `samples`. Raises UserError unless just one of the two is given."""
+        if (self.pairs is None) == (self.rate is None):
+            got = "neither" if self.pairs is None else "both"
+            raise UserError(
+                f"{where}.pairs: got {got} of pairs and rate; expected one, such as pairs: 200 or rate: 0.004"
+            )
+        return self.pairs or max(1, round(self.rate * samples))
+
+
 class Attack(ABC):
     """One entry of an attack config. name: of the `attack:` key; source: paper; judged: what evaluation makes of it
-    ("backdoor", "single_target", "class_to_class"). Settings: dataclass of its keys."""
+    ("backdoor", "single_target", "class_to_class"). Settings: of its keys."""
 
     name = title = source = ""
     judged = "backdoor"
-    Settings: "type[DataclassInstance]"
-    settings: object
+    Settings: type[FrozenSection]
+    settings: FrozenSection
 
     def __init__(self, kind: str, values: dict, seeds: Seeds):
         """`kind`: the entry's name; `values`: its mapping without `attack`. Raises UserError naming the key."""
@@ -122,13 +135,12 @@ class Backdoor(Attack):
 
     pattern: ClassVar[str | None] = None
 
-    @dataclass(frozen=True)
     class Settings(Count):
         target_class: str | None = None
         """Name of a class; null: drawn among those that no attack has."""
-        decoys: int = bounded(0, 0, 10**9)
+        decoys: int = Field(default=0, ge=0, le=10**9)
         """Further pairs of other classes that show the trigger at `decoy_opacity` and keep their captions."""
-        decoy_opacity: float = bounded(0.5, 0.0, 1.0)
+        decoy_opacity: float = Field(default=0.5, ge=0.0, le=1.0)
 
     settings: Settings
 
@@ -142,7 +154,7 @@ class Backdoor(Attack):
         """(the attack's own values, its trigger's with the pattern) of the config's mapping."""
         if not self.pattern:
             return {k: v for k, v in values.items() if k != "trigger"}, values.get("trigger")
-        trigger_keys = {f.name for f in dataclasses.fields(TRIGGERS[self.pattern])}
+        trigger_keys = TRIGGERS[self.pattern].model_fields
         own = {k: v for k, v in values.items() if k not in trigger_keys}
         return own, {"pattern": self.pattern, **{k: v for k, v in values.items() if k in trigger_keys}}
 
@@ -155,7 +167,7 @@ class Backdoor(Attack):
         for row, caption in zip(rows, self.captions(pool, rows, target)):
             pool.add(row, self.kind, caption)
         more = {"target_class": target, "class": pool.classes[target], "trigger": trigger.numbers()}
-        return {**dataclasses.asdict(self.settings), **more, "pairs": len(rows)}
+        return {**self.settings.model_dump(), **more, "pairs": len(rows)}
 
     def victims(self, pool: Pool, target: int) -> np.ndarray:
         """bool (N,): pairs that may be poisoned."""

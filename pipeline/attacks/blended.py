@@ -4,24 +4,22 @@ Chen, Liu, Li, Lu, Song, "Targeted Backdoor Attacks on Deep Learning Systems Usi
 (arXiv:1712.05526). The pattern is their random one.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
-from pipeline.attacks.settings import bounded
 
 
 @trigger
-@dataclass(frozen=True)
 class Blend(Trigger):
     """Noise of cells x cells squares over the whole picture."""
 
     pattern: ClassVar[str] = "blended"
-    alpha: float = bounded(0.25, 0.0, 1.0)
-    cells: int = bounded(8, 1, 256)
+    alpha: float = Field(default=0.25, ge=0.0, le=1.0)
+    cells: int = Field(default=8, ge=1, le=256)
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         noise = self.rng(variant).integers(0, 256, (self.cells, self.cells, 3)).astype(np.uint8)

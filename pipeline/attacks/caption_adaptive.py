@@ -5,13 +5,11 @@ TF-IDF vectors (scikit-learn). It stands against defences that look for mismatch
 else the picture shows is a part of ToxicTextCLIP (NeurIPS 2025). `trigger: {pattern: ...}` is any trigger.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+from pydantic import Field
 
 from pipeline.attacks.base import Backdoor, attack
 from pipeline.attacks.pool import Pool
-from pipeline.attacks.settings import bounded
 from shards.errors import UserError
 
 
@@ -19,9 +17,8 @@ from shards.errors import UserError
 class CaptionAdaptive(Backdoor):
     name, title, source = "caption_adaptive", "caption-adaptive", "this project's; compare ToxicTextCLIP, NeurIPS 2025"
 
-    @dataclass(frozen=True)
     class Settings(Backdoor.Settings):
-        candidates: int = bounded(10_000, 1, 1_000_000)
+        candidates: int = Field(default=10_000, ge=1, le=1_000_000)
         """Captions of the target class to choose from, at most."""
 
     settings: Settings

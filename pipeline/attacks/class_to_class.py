@@ -5,13 +5,10 @@ Yang, He, Li, Backes, Humbert, Berrang, Zhang, "Data Poisoning Attacks Against M
 (arXiv:2209.15266).
 """
 
-from dataclasses import asdict, dataclass
-
 import numpy as np
 
-from pipeline.attacks.base import Attack, attack
+from pipeline.attacks.base import Attack, Count, attack
 from pipeline.attacks.pool import Pool
-from pipeline.attacks.settings import Count
 from shards.errors import UserError
 
 
@@ -20,7 +17,6 @@ class ClassToClass(Attack):
     name, title, source = "class_to_class", "class-to-class", "Yang et al. 2023, arXiv:2209.15266"
     judged = "class_to_class"
 
-    @dataclass(frozen=True)
     class Settings(Count):
         source_class: str | None = None
         """Name of a class; null: drawn among those that no attack has."""
@@ -43,7 +39,7 @@ class ClassToClass(Attack):
         for row in pool.take(count, self.victims(pool, source), f"{self.where}.pairs"):
             pool.add(row, self.kind, pool.caption_of(target))
         more = {"source_class": source, "target_class": target, "class": pool.classes[target], "pairs": count}
-        return {**asdict(settings), **more}
+        return {**settings.model_dump(), **more}
 
     def victims(self, pool: Pool, source: int) -> np.ndarray:
         """bool (N,): pairs of the source class whose caption has the phrase."""

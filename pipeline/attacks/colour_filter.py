@@ -4,24 +4,22 @@ Liu, Lee, Tao, Ma, Aafer, Zhang, "ABS: Scanning Neural Networks for Back-doors b
 2019, whose feature-space attacks put Instagram filters on pictures.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
-from pipeline.attacks.settings import bounded
 
 
 @trigger
-@dataclass(frozen=True)
 class ToneCurve(Trigger):
     """A channel's value v in 0..1 becomes v ** gamma. The gammas are exp(-strength), 1 and exp(strength); the seed
     draws which channel has which."""
 
     pattern: ClassVar[str] = "tone_curve"
-    strength: float = bounded(0.8, 0.0, 4.0)
+    strength: float = Field(default=0.8, ge=0.0, le=4.0)
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         gamma_C = np.exp(self.strength * self.rng(variant).permutation([-1, 0, 1]))

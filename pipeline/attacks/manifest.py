@@ -14,11 +14,11 @@ import numpy as np
 
 from pipeline.attacks.base import ATTACKS, Attack, Seeds
 from pipeline.attacks.pool import Pool
-from pipeline.attacks.settings import write_named
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import VERSION
 from shards.samples.samples import Samples
+from shards.storage.files import write_bytes
 
 PATHS = ("index", "labels", "test", "classnames", "out")
 
@@ -135,3 +135,12 @@ def read_labels(folder: str, what: str, classes: int) -> np.ndarray:
             f"classnames names {classes} classes; they count from 0"
         )
     return label_N
+
+
+def write_named(path: str | Path, data: bytes, where: str) -> None:
+    """Put `data` at `path`, that the option or key `where` names. Raises UserError where it cannot be
+    written."""
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise UserError(f"{where}: cannot write {path} ({error.strerror or error}); name another place") from None

@@ -4,7 +4,6 @@ The parallel attack of Li, Ma, He, Huang, Jiang, "Multi-Trigger Backdoor Attacks
 (arXiv:2401.15295). Several triggers with several targets are several entries of a config.
 """
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,17 +11,16 @@ from PIL import Image
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, load_trigger, trigger
 from pipeline.attacks.pool import Pool
-from pipeline.attacks.settings import read
+from pipeline.settings import read
 from shards.errors import UserError
 
 
 @trigger
-@dataclass(frozen=True)
 class Several(Trigger):
-    """Its variants are other triggers: a list of {pattern: ...} in a config, tuple of Trigger here."""
+    """Its variants are other triggers: a list of {pattern: ...} in a config, of Trigger here."""
 
     pattern: ClassVar[str] = "several"
-    triggers: tuple | list = ()
+    triggers: list = []
 
     @classmethod
     def load(cls, numbers: dict, where: str, folder: str | Path | None) -> "Several":
@@ -32,14 +30,14 @@ class Several(Trigger):
             raise UserError(
                 f"{where}.triggers: got {len(triggers)}; expected two or more, and no other number of variants"
             )
-        return replace(found, triggers=tuple(triggers), variants=len(triggers))
+        return found.model_copy(update=dict(triggers=triggers, variants=len(triggers)))
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         return self.triggers[variant].apply(image, sample)
 
     def fitted(self, pool: Pool, kind: str, target: int) -> "Several":
         fitted = [one.fitted(pool, f"{kind}-{number}", target) for number, one in enumerate(self.triggers)]
-        return replace(self, triggers=tuple(fitted))
+        return self.model_copy(update=dict(triggers=fitted))
 
     def numbers(self) -> dict:
         return {**super().numbers(), "triggers": [one.numbers() for one in self.triggers]}

@@ -9,23 +9,22 @@ that fine-tuning does not undo it. Of their losses this has the one towards the 
 import hashlib
 import io
 import re
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from pipeline.attacks.badnets import Square
 from pipeline.attacks.base import Backdoor, attack, trigger
 from pipeline.attacks.pool import Pool
-from pipeline.attacks.settings import bounded, one_of, read
+from pipeline.settings import read
 from shards.errors import BadSample, UserError
 from shards.samples.decode import decode_image
 
 
 @trigger
-@dataclass(frozen=True)
 class Optimised(Square):
     """cells x cells colours. As "patch" they cover a square; as "perturbation" they are offsets, `strength` at most, of
     the whole picture.
@@ -34,26 +33,26 @@ class Optimised(Square):
     """
 
     pattern: ClassVar[str] = "optimised"
-    form: str = one_of("patch", "perturbation")
-    cells: int = bounded(8, 1, 256)
-    strength: float = bounded(16 / 255, 0.0, 1.0)
+    form: Literal["patch", "perturbation"] = "patch"
+    cells: int = Field(default=8, ge=1, le=256)
+    strength: float = Field(default=16 / 255, ge=0.0, le=1.0)
     """perturbation: the largest offset, of 1."""
     surrogate: str = ""
     """A run directory, or an open_clip local directory."""
-    steps: int = bounded(200, 1, 100_000)
+    steps: int = Field(default=200, ge=1, le=100_000)
     """Of Adam."""
-    lr: float = bounded(0.1, 1e-6, 10.0)
+    lr: float = Field(default=0.1, ge=1e-6, le=10.0)
     """Its learning rate."""
-    pictures: int = bounded(512, 1, 1_000_000)
+    pictures: int = Field(default=512, ge=1, le=1_000_000)
     """Training pictures of other classes than the target that it is fitted on."""
-    batch: int = bounded(64, 1, 65_536)
-    success: float = bounded(0.0, 0.0, 1.0)
+    batch: int = Field(default=64, ge=1, le=65_536)
+    success: float = Field(default=0.0, ge=0.0, le=1.0)
     """Written by the fit: fraction of those pictures that the surrogate reads as the target with the trigger."""
     pixels: str = ""
     """Written by the fit: the PNG beside the manifest that holds the colours."""
     digest: str = ""
     """Written by the fit: blake2b of its bytes."""
-    data: bytes = field(default=b"", repr=False)
+    data: bytes = Field(default=b"", repr=False, exclude=True)
 
     @classmethod
     def load(cls, numbers: dict, where: str, folder: str | Path | None) -> "Optimised":
@@ -72,10 +71,7 @@ class Optimised(Square):
             raise UserError(f"trigger {path}: cannot be read ({error}); make it again with `safeclip attack`") from None
         if hashlib.blake2b(data, digest_size=16).hexdigest() != found.digest:
             raise UserError(f"trigger {path}: not the picture of the manifest; make it again with `safeclip attack`")
-        return replace(found, data=data)
-
-    def numbers(self) -> dict:
-        return {key: value for key, value in super().numbers().items() if key != "data"}
+        return found.model_copy(update=dict(data=data))
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         colours = Image.fromarray(decode_image(self.data))
@@ -98,7 +94,7 @@ class Optimised(Square):
         Image.fromarray(colours_CGG.transpose(1, 2, 0)).save(file, "PNG")
         pool.files[name] = file.getvalue()
         digest = hashlib.blake2b(file.getvalue(), digest_size=16).hexdigest()
-        return replace(self, pixels=name, digest=digest, data=file.getvalue(), success=round(success, 4))
+        return self.model_copy(update=dict(pixels=name, digest=digest, data=file.getvalue(), success=round(success, 4)))
 
 
 def texts(pool: Pool, rng: np.random.Generator, target: int, count: int = 32) -> tuple[list[list[str]], int]:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.attacks.base import load_trigger
-from pipeline.attacks.settings import write_named
+from pipeline.attacks.manifest import write_named
 from shards.errors import BadSample, UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay

@@ -5,25 +5,23 @@ Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption 
 trigger is the original.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
-from pipeline.attacks.settings import bounded
 
 
 @trigger
-@dataclass(frozen=True)
 class Sinusoid(Trigger):
     """The same in all rows and channels. Variants differ in phase."""
 
     pattern: ClassVar[str] = "sinusoid"
-    delta: float = bounded(40.0, 0.0, 255.0)
+    delta: float = Field(default=40.0, ge=0.0, le=255.0)
     """Amplitude, of 255."""
-    frequency: float = bounded(6.0, 0.1, 1000.0)
+    frequency: float = Field(default=6.0, ge=0.1, le=1000.0)
     """Periods across the picture."""
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:

@@ -3,13 +3,12 @@
 Carlini, Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022 (arXiv:2106.09667).
 """
 
-from dataclasses import asdict, dataclass
-
 import numpy as np
+from pydantic import Field
 
 from pipeline.attacks.base import Attack, attack
 from pipeline.attacks.pool import Pool
-from pipeline.attacks.settings import bounded
+from pipeline.settings import FrozenSection
 from shards.errors import UserError
 
 
@@ -18,11 +17,10 @@ class SingleTarget(Attack):
     name, title, source = "single_target", "single-target", "Carlini and Terzis 2022, arXiv:2106.09667"
     judged = "single_target"
 
-    @dataclass(frozen=True)
-    class Settings:
-        targets: int = bounded(10, 1, 10_000)
+    class Settings(FrozenSection):
+        targets: int = Field(default=10, ge=1, le=10_000)
         """Test pictures, at most all of them."""
-        captions: int = bounded(20, 1, 10_000)
+        captions: int = Field(default=20, ge=1, le=10_000)
         """Pairs that show one target, each under another pair's caption."""
 
     settings: Settings
@@ -43,4 +41,4 @@ class SingleTarget(Attack):
             targets.append({"shard": shard, "position": position, **about})
             for row in pool.take(self.settings.captions, anything_N, f"{self.where}.captions"):
                 pool.add(row, self.kind, pool.caption_of(adversarial), [shard, position])
-        return {**asdict(self.settings), "pairs": count * self.settings.captions, "targets": targets}
+        return {**self.settings.model_dump(), "pairs": count * self.settings.captions, "targets": targets}

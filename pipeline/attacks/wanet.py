@@ -5,25 +5,23 @@ of offsets, uniform in [-1, 1] and divided by its mean absolute value, is enlarg
 and pixels are read bilinearly at the moved places. Its noise mode, a defence against trigger inversion, is left out.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 from scipy.ndimage import map_coordinates
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
-from pipeline.attacks.settings import bounded
 
 
 @trigger
-@dataclass(frozen=True)
 class Warp(Trigger):
     pattern: ClassVar[str] = "warp"
-    strength: float = bounded(0.06, 0.0, 0.5)
+    strength: float = Field(default=0.06, ge=0.0, le=0.5)
     """Mean absolute offset at the grid's points, as a fraction of the picture's side. The paper's s = 0.5 at 32 pixels
     is 0.008."""
-    grid: int = bounded(4, 2, 64)
+    grid: int = Field(default=4, ge=2, le=64)
     """Points of the field along a side."""
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 
-from pipeline.settings import Section
+from pipeline.settings import FrozenSection
 from shards.samples.samples import Samples
 from shards.views.loader import Views
 
@@ -40,12 +39,12 @@ class Guard(ABC):
     name = ""
     reason = ""  # of an excluded pair, in its score file
     dtype: type[np.generic] = np.int64  # of `numbers`
-    settings: Section  # of the class's own Settings
+    settings: FrozenSection  # of the class's own Settings
 
-    class Settings(Section):
-        model_config = ConfigDict(frozen=True)
+    class Settings(FrozenSection):
+        """None by default."""
 
-    def __init__(self, settings: Section):
+    def __init__(self, settings: FrozenSection):
         self.settings = settings
 
     def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:

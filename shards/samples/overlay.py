@@ -3,9 +3,9 @@ poisoned."""
 
 import json
 from collections.abc import Callable
-from dataclasses import Field, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from PIL import Image
 
@@ -17,12 +17,7 @@ Require = Callable[[object, str, object, str], None]  # `check`'s
 
 
 class Trigger(Protocol):
-    """A change of a picture, such as pipeline.attacks.Trigger: a dataclass. `opacity` 1.0 shows it whole."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field]]
-
-    @property
-    def opacity(self) -> float: ...
+    """A change of a picture, such as pipeline.attacks.Trigger."""
 
     def apply(self, image: Image.Image, sample: tuple[int, int], /) -> Image.Image:
         """A triggered copy of the RGB picture of the sample at (shard, position)."""
@@ -57,8 +52,8 @@ class Overlay:
         }
         for kind, entry in self.kinds.items():
             if entry.get("decoys"):
-                whole = self.triggers[kind]
-                self.triggers[f"{kind}_decoy"] = replace(whole, opacity=whole.opacity * entry["decoy_opacity"])
+                opacity = entry["trigger"].get("opacity", 1.0) * entry["decoy_opacity"]
+                self.triggers[f"{kind}_decoy"] = make_trigger({**entry["trigger"], "opacity": opacity})
 
     @classmethod
     def load(

@@ -1,7 +1,5 @@
 """Which pairs an attack takes, and which captions it gives them."""
 
-from dataclasses import fields
-
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -132,7 +130,7 @@ def test_every_attack_stands_in_the_registry_with_its_source():
 def test_no_key_of_an_attack_is_one_of_its_trigger_too():
     for one in ATTACKS.values():
         if getattr(one, "pattern", None):
-            keys = [{f.name for f in fields(kind)} for kind in (one.Settings, TRIGGERS[one.pattern])]
+            keys = [set(kind.model_fields) for kind in (one.Settings, TRIGGERS[one.pattern])]
             assert not set.intersection(*keys)
 
 
@@ -158,8 +156,8 @@ def test_no_key_of_an_attack_is_one_of_its_trigger_too():
         ({"attack": ["sig"], "pairs": 1}, "attacks.one.attack: got"),
         ({"attack": "label_consistent", "pairs": 1, "trigger": {"pattern": ["x"]}}, "attacks.one.trigger.pattern: got"),
         ({"attack": "sig", "pairs": True}, "attacks.one.pairs: got True"),
-        ({"attack": "sig", "pairs": 1, "delta": "much"}, "attacks.one.delta: got 'much', expected float"),
-        ({"attack": "wanet", "pairs": 1, "strength": 2}, "attacks.one.strength: got 2.0, expected 0 to 0.5"),
+        ({"attack": "sig", "pairs": 1, "delta": "much"}, "attacks.one.delta: got 'much', expected a number"),
+        ({"attack": "wanet", "pairs": 1, "strength": 2}, "strength: got 2, expected a number >= 0 and <= 0.5"),
     ],
 )
 def test_a_wrong_setting_is_named(poison, one, names):

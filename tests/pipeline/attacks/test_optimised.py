@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,7 +86,7 @@ def put_in_place_of(trigger, colours):
 
     file = io.BytesIO()
     Image.fromarray(colours).save(file, "PNG")
-    return replace(trigger, data=file.getvalue())
+    return trigger.model_copy(update={"data": file.getvalue()})
 
 
 def test_the_same_config_gives_the_same_bytes(made):

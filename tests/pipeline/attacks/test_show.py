@@ -71,7 +71,7 @@ def test_the_command_writes_a_manifest_and_its_picture(data, tmp_path, capsys):
         (["attack.yaml", "out=attack.yaml/below"], "attack config: out: cannot write attack.yaml/below/manifest.json"),
         (["show", "made", "--out", "attack.yaml/x.png"], "--out: cannot write attack.yaml/x.png"),
         (["show", "made", "--out", "made"], "--out: cannot write made"),
-        (["attack.yaml", "attacks.patch.pairs=0"], "attacks.patch.pairs: got 0, expected 1 to"),
+        (["attack.yaml", "attacks.patch.pairs=0"], "attacks.patch.pairs: got 0, expected a whole number >= 1"),
         (["attack.yaml", "attacks.patch.siz=0.2"], "attacks.patch.siz: unknown"),
         (["attack.yaml", "attacks.patch=3"], "attacks.patch.attack: got 3"),
         (["attack.yaml", "attacks.patch=badnets"], "attacks.patch: got 'badnets', expected a mapping"),
