@@ -73,14 +73,16 @@ class Cell:
     def origin(self) -> dict[str, str]:
         """Digests by which rows of a table are recognized as comparable.
 
-        setup: of the set's config, its data and the attack's config, the same in every row of a set and group; attack:
-        of the poison, the same in every row of a seed; recipe: of the run's config but for its seed, the same in every
-        row of a defence.
+        setup: of what all defences share (data, model, epochs, batch size, learning rate and the attack's config), the
+        same in every row of a set and group; attack: of the poison, the same in every row of a seed; recipe: of the
+        run's config but for its seed, the same in every row of a defence.
         """
         attack = self.set.attacks[self.group].digest(self.set.fingerprint, 0)
+        common = self.set.load()
+        setup = [common.model.model_dump(), common.train.epochs, common.train.batch_size, common.train.lr, attack]
         recipe = self.config.model_copy(update={"run": self.config.run.model_copy(update={"seed": 0})}).hash()
         return {
-            "setup": digest([self.set.load().hash(), attack]),
+            "setup": digest(setup),
             "attack": overlay_digest(self.overlay),
             "recipe": recipe,
         }
