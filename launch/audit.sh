@@ -12,12 +12,14 @@ prepare emoji 0
 for data in poisoned clean; do
     run=runs/audit/$data overlay=data/emoji_attack_seed0
     [ "$data" = poisoned ] || overlay=null
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} safeclip train configs/emoji.yaml run.dir="$run" data.overlay="$overlay" evaluation.every=0
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} safeclip train configs/emoji.yaml run.dir="$run" data.overlay="$overlay" \
+        evaluation.every=0
     safeclip score --model "$run" --out "${run}_scores"
     safeclip audit "$run" --scores "${run}_scores" --out "${run}_audit"
 done
 python -m tests.benchmarks.audit_emoji runs/audit
 if command -v chromium >/dev/null; then
     python -m tests.helpers.browser runs/audit/poisoned_audit/report.html runs/audit/report.png --height 1500
-    python -m tests.helpers.browser runs/audit/clean_audit/report.html runs/audit/suspects.png --height 900 --scheme dark --at gallery
+    python -m tests.helpers.browser runs/audit/clean_audit/report.html runs/audit/suspects.png --height 900 \
+        --scheme dark --at gallery
 fi

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: a virtual environment in .venv with the project and the extras named in $1 ("" for none).
-# What is there already is used again. PYTHON=python3.12 chooses another interpreter (3.10 or newer).
+# Sourced by the other scripts: a virtual environment in .venv with the project and the extras named in $1 ("" for
+# none). What is there already is used again. PYTHON=python3.12 chooses another interpreter (3.10 or newer).
 install() {
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
     local faiss=cpu stamp

@@ -19,7 +19,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # The agents' store outlives a restart with the addresses of the processes that are gone, and a new process may read
 # those: a new store each time.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-meeting=(--rdzv-backend c10d --rdzv-id "${MASTER_PORT:-29500}" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}")
+port=${MASTER_PORT:-29500}
+meeting=(--rdzv-backend c10d --rdzv-id "$port" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:$port")
 [ "${NODES:-1}" != 1 ] || meeting=(--standalone)
 
 torchrun --nnodes "${NODES:-1}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" "${meeting[@]}" \

@@ -1,7 +1,7 @@
 # Sourced by quickstart.sh and audit.sh. What is finished is used again.
 
-# prepare DATA SEED: build the demo data (shapes, shapes_small or emoji; shapes_small_NAME is another attack on shapes_small) and the
-# attack manifest of SEED.
+# prepare DATA SEED: build the demo data (shapes, shapes_small or emoji; shapes_small_NAME is another attack on
+# shapes_small) and the attack manifest of SEED.
 prepare() {
     case "$1" in
         shapes_small*) safeclip data shapes data/shapes_small --pairs 4500 ;;
