@@ -1,11 +1,15 @@
 """Run a function in N gloo processes, as torchrun would, and get what every rank returns."""
 
+import multiprocessing
 import os
 import socket
 import tempfile
 
 import torch
 import torch.multiprocessing as mp
+
+# Processes are forked from one that has imported these, which takes longer than most tests.
+multiprocessing.set_forkserver_preload(["pipeline.training.run", "deepspeed", "tests.helpers.runs"])
 
 
 def run_ranks(function, world, *args, timeout=60):
@@ -17,11 +21,14 @@ def run_ranks(function, world, *args, timeout=60):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(_rank, (world, port, folder, function, args, timeout), nprocs=world)
+        given = (world, port, folder, dict(os.environ), function, args, timeout)
+        mp.start_processes(_rank, given, nprocs=world, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank, world, port, folder, function, args, timeout):
+def _rank(rank, world, port, folder, environment, function, args, timeout):
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
