@@ -80,19 +80,20 @@ def test_a_server_lost_in_a_reading_process_is_one_line(folders, tmp_path):
 
 
 FAILS_WHILE_IT_READS = """
-from pipeline.cli import main as cli, commands
+from pipeline.cli.main import main
 from pipeline.training.signals import ignore_in_worker
 from shards.errors import UserError
+from shards.index import shard_index
 from shards.views.loader import batches
 
 reading = batches(range(100), workers=1, in_worker=ignore_in_worker)
 
-def index(args):
+def build_index(**options):
     next(reading)
     raise UserError("wrong")
 
-commands.index = index
-cli.main(["index", "x", "--out", "y"])
+shard_index.build_index = build_index
+main(["index", "x", "--out", "y"])
 """
 
 

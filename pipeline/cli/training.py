@@ -1,0 +1,112 @@
+"""Commands of a run: config, doctor, train, evaluate, compare, export."""
+
+import sys
+
+import click
+
+from pipeline.cli.options import OVERRIDES, Command
+
+
+@click.command(cls=Command)
+@click.argument("config", default="paper", metavar="[PRESET|FILE]")
+@OVERRIDES
+def config(config: str, overrides: tuple[str, ...]) -> None:
+    """Print every key of a preset (default: paper) or a file. Shows value, meaning, default and allowed values."""
+    from pipeline.config.load import load_config, make_config, override
+    from pipeline.config.reference import listing
+    from pipeline.config.schema import PRESETS
+
+    if config in PRESETS:
+        values = {"preset": config}
+        override(values, overrides)
+        found = make_config(values)
+    else:
+        found = load_config(config, overrides)
+    print(listing(found))
+
+
+@click.command(cls=Command)
+@click.argument("config")
+@OVERRIDES
+@click.option("--ranks", type=int, help="processes that the run will have (default: those that are started here)")
+@click.option("--content", is_flag=True, help="read all shards and compare their fingerprints")
+def doctor(config: str, overrides: tuple[str, ...], ranks: int | None, content: bool) -> None:
+    """Check what a run needs; train nothing. Checks data, config, run directory, disk, memory and network."""
+    from pipeline.config.load import load_config
+
+    loaded = load_config(config, overrides)
+    from pipeline.distributed import comm
+    from pipeline.doctor.checks import examine
+
+    found = examine(loaded, ranks, content)
+    if comm.is_rank0():
+        for level, about, text in found:
+            print(f"{level:8s}{about}: {text}")
+    comm.shutdown()
+    if any(level == "fatal" for level, *_ in found):
+        sys.exit(2)
+
+
+@click.command(cls=Command)
+@click.argument("config")
+@OVERRIDES
+def train(config: str, overrides: tuple[str, ...]) -> None:
+    """Train from a config, or resume a run. A run resumes from the newest complete checkpoint of run.dir."""
+    from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal
+
+    try:
+        # From the first moment: the imports that follow take seconds, minutes on a cluster's file system.
+        with StopSignal() as stop:
+            from pipeline.config.load import load_config
+
+            loaded = load_config(config, overrides)
+            from pipeline.config.data import open_index, open_overlay
+            from pipeline.distributed import comm
+            from pipeline.evaluation.evaluator import Evaluator
+            from pipeline.training.run import train as train_run
+
+            evaluators = {}
+            if loaded.evaluation.test:
+                overlay = open_overlay(loaded.data, open_index(loaded.data))
+                evaluators["eval"] = Evaluator(loaded.evaluation, overlay)
+            train_run(loaded, evaluators, stop)
+            comm.shutdown()
+    except Preempted:
+        sys.exit(EXIT_CODE)
+
+
+@click.command(cls=Command)
+@click.argument("run")
+@OVERRIDES
+@click.option("--baseline", help="run of plain CLIP on the same poison, whose success decides whether an attack took")
+@click.option(
+    "--unpoisoned", multiple=True, metavar="RUN...", help="runs on the same data without poison; reports their mean"
+)
+def evaluate(run: str, overrides: tuple[str, ...], baseline: str | None, unpoisoned: tuple[str, ...]) -> None:
+    """Measure clean accuracy and attack success of a run's model. Writes RUN/eval.json."""
+    from pipeline.evaluation.run import evaluate_run, summary
+
+    print(f"{run}: {summary(evaluate_run(run, baseline, overrides, unpoisoned))}")
+
+
+@click.command(cls=Command)
+@click.argument("clip_run")
+@click.argument("safeclip_run")
+@click.option("--out", required=True)
+def compare(clip_run: str, safeclip_run: str, out: str) -> None:
+    """Compare a plain CLIP run and a SafeCLIP run. Prints a table; writes result.json and result.png."""
+    from pipeline.evaluation.table import compare as compare_runs
+
+    print(compare_runs(clip_run, safeclip_run, out))
+
+
+@click.command(cls=Command)
+@click.argument("run")
+@click.argument("out")
+def export(run: str, out: str) -> None:
+    """Write a run's model as an open_clip local directory."""
+    from pipeline.config.load import load_config
+    from pipeline.training.export import export_run
+
+    export_run(run, load_config(f"{run}/config.yaml"), out)
+    print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
