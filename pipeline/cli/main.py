@@ -24,6 +24,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from pipeline import logs
 from pipeline.cli import commands
 from shards.errors import RunFailed, Unreachable, UserError
 
@@ -247,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else."""
     args = parser().parse_args(argv)
     try:
+        logs.set_up()
         args.run_command(args)
     except UserError as error:
         # What all ranks find one of them says; but a server may be lost to one host alone.
