@@ -8,7 +8,6 @@ and beside that clip-retrieval's img_emb/, text_emb/ and metadata/ (key, caption
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from pipeline.safety.scoring import assign_shards, shard_batches
 from shards.errors import BadSample, UserError
 from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import fingerprint
+from shards.progress import progress
 from shards.samples.samples import Samples
 from shards.storage.files import write_bytes, write_json
 from shards.storage.prefetch import fetched_ahead
@@ -228,7 +228,8 @@ def score_shards(
     todo = shard_batches(index.offsets, mine, batch_size)
     parts, device = [], comm.device()
     dataset = Pairs(samples, todo, scorer.preprocess, scorer.tokenize)
-    for (shard, numbers), rows in zip(todo, fetched_ahead(batches(dataset, 0, workers), dataset)):
+    reading = zip(todo, fetched_ahead(batches(dataset, 0, workers), dataset))
+    for (shard, numbers), rows in progress(reading, len(todo), "batches of rank 0 scored", comm.is_rank0()):
         if rows.valid.any():
             image_BD, text_BD = scorer.encode(rows.images.to(device), rows.tokens.to(device))
             cos_B = (image_BD * text_BD).sum(1).masked_fill(~rows.valid.to(device), float("nan"))
@@ -238,8 +239,6 @@ def score_shards(
         if numbers.stop == index.offsets[shard + 1]:
             write_shard(out, shard, index, files, parts, keep)
             parts = []
-            if comm.is_rank0():
-                print(f"  shard {mine.index(shard) + 1} of {len(mine)} of this process", file=sys.stderr)
 
 
 def write_shard(out: Path, shard: int, index: ShardIndex, files: ScoreFiles, parts: list[Scored], keep: bool) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import click
 
+from pipeline import logs
 from pipeline.cli.audit import audit, score
 from pipeline.cli.data import attack, data, index, shards
 from pipeline.cli.masks import mask
@@ -28,6 +29,8 @@ from shards.errors import RunFailed, Unreachable, UserError
 safeclip = Group(
     help=__doc__,
     commands=[data, shards, index, attack, config, doctor, train, evaluate, compare, export, mask, score, audit],
+    params=[click.Option(["--log-level", "level"], help="DEBUG, INFO, WARNING or ERROR (default INFO)")],
+    callback=logs.set_up,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )

@@ -1,5 +1,6 @@
 """Samples that cannot be read: recorded, counted over all ranks, and an error when there are too many."""
 
+import logging
 from typing import NoReturn
 
 import numpy as np
@@ -8,6 +9,8 @@ from pipeline.distributed import comm
 from pipeline.safety.score_files import Unread
 from pipeline.training.start import Run
 from shards.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MIN_SAMPLES = 10_000  # denominator of the fraction while fewer samples have been read
 
@@ -20,7 +23,7 @@ def record(run: Run, bad: list[Unread]) -> int:
         for sample in sorted(set(everyone)):
             run.bad_samples.add(*sample)
         if len(run.bad_samples.seen) > before:
-            run.logger.say(f"  samples that cannot be used ({run.bad_samples.path.name}): {run.bad_samples.summary()}")
+            logger.warning(f"samples that cannot be used ({run.bad_samples.path.name}): {run.bad_samples.summary()}")
     return len(everyone)
 
 

@@ -1,7 +1,7 @@
-"""Logging of a run, on rank 0 only: metrics.jsonl, Weights & Biases if configured, and lines on stderr."""
+"""Figures of a run: on rank 0 metrics.jsonl and Weights & Biases if configured, and the progress line."""
 
 import json
-import sys
+import logging
 import time
 import uuid
 from pathlib import Path
@@ -9,6 +9,8 @@ from pathlib import Path
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from shards.storage.files import write_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLogger:
@@ -53,17 +55,12 @@ class MetricsLogger:
         """Bytes written so far; part of the checkpoint."""
         return self.file.tell() if self.file else 0
 
-    def say(self, text: str) -> None:
-        """Print a line on stderr."""
-        if comm.is_rank0():
-            print(text, file=sys.stderr, flush=True)
-
     def progress(self, text: str, every: float = 5.0) -> None:
-        """Print a line at most once in `every` seconds."""
+        """Log a line at most once in `every` seconds."""
         now = time.monotonic()
         if now - self.last >= every:
             self.last = now
-            self.say(text)
+            logger.info(text)
 
     def close(self) -> None:
         if self.file:

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn50.yaml run.dir
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 Evaluator = Callable[[torch.nn.Module, Views, torch.device], dict]
 
+logger = logging.getLogger(__name__)
+
 LOG_EVERY = 20  # steps between lines of metrics.jsonl
 
 
@@ -45,8 +48,11 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
     active StopSignal of the caller, else a new one. Raises UserError for mistakes in the input, and Preempted after a
     stop signal, with the state saved.
     """
-    with nullcontext(stop) if stop else StopSignal() as stop, comm.naming_the_lost(config.run.timeout):
-        run = Run(config)
+    with (
+        nullcontext(stop) if stop else StopSignal() as stop,
+        comm.naming_the_lost(config.run.timeout),
+        Run(config) as run,
+    ):
         state, clock = run.state, SaveClock()
         if any(comm.all_reduce_max(stop.received)):
             run.exit_preempted()  # asked while it started
@@ -93,10 +99,8 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
             evaluate(run, epoch, evaluators or {})
             save(run, clock, bad, stop)
         run.saver.wait()
-    run.logger.say(
-        f"{run.run_dir}: done, {state['step']} steps, {state['sample_views']:,} sample views, {state['seconds']:.0f} s"
-    )
-    run.logger.close()
+        views, seconds = state["sample_views"], state["seconds"]
+        logger.info(f"{run.run_dir}: done, {state['step']} steps, {views:,} sample views, {seconds:.0f} s")
     return state
 
 
@@ -200,7 +204,8 @@ def not_finite(run: Run, epoch: Epoch, step: Step, loss: torch.Tensor) -> None:
             f"{text}; the step was not taken, the last checkpoint is sound; train.on_nan=skip continues without it"
         )
     run.state["skipped"] += 1
-    run.logger.say(f"  skipped {text} ({run.state['skipped']} so far)")
+    if comm.is_rank0():
+        logger.warning(f"skipped {text} ({run.state['skipped']} so far)")
 
 
 def evaluate(run: Run, epoch: Epoch, evaluators: Mapping[str, Evaluator]) -> None:
@@ -210,7 +215,7 @@ def evaluate(run: Run, epoch: Epoch, evaluators: Mapping[str, Evaluator]) -> Non
         for name, evaluator in evaluators.items():
             figures = evaluator(run.engine, run.views, run.device)
             run.logger.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
-            run.logger.say(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
+            logger.info(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
 
 
 def report(

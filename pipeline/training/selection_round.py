@@ -4,6 +4,7 @@ A round that is on disk already is loaded.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from pipeline.training.signals import StopSignal
 from pipeline.training.start import Run
 from shards.errors import UserError
 from shards.order.safe_mask import SafeMask
+
+logger = logging.getLogger(__name__)
 
 
 def mask_for(run: Run, epoch: Epoch, stop: StopSignal) -> SafeMask | None:
@@ -66,7 +69,8 @@ def mask_for(run: Run, epoch: Epoch, stop: StopSignal) -> SafeMask | None:
     if due:
         seconds = round(meter.seconds, 2)
         run.logger.log(step=state["step"], epoch=epoch.number, stage="selection", seconds=seconds, **selected.summary())
-        run.logger.say(f"  epoch {epoch.number:3d} selection {selected.line()}, {seconds:.1f} s")
+        level = logging.WARNING if selected.note and comm.is_rank0() else logging.INFO
+        logger.log(level, f"  epoch {epoch.number:3d} selection {selected.line()}, {seconds:.1f} s")
     return selected.mask
 
 
@@ -107,7 +111,7 @@ def excluded_by_guards(run: Run, epoch: Epoch, score_N: np.ndarray, stop: StopSi
         reading = (run.samples, run.views, config.selection.batch_size, config.data.workers)
         watch = each_round(run, epoch, "guards", stop, meter)
         run.excluded = find_excluded(folder, guards, Pairs(*reading, config.run.seed, run.device, watch), score_N)
-        run.logger.say(f"  epoch {epoch.number:3d} guards    excluded by {run.excluded.line()}")
+        logger.info(f"  epoch {epoch.number:3d} guards    excluded by {run.excluded.line()}")
     elif run.excluded is None:
         run.excluded = load_excluded(folder, guards, run.index.fingerprint)
     return run.excluded

@@ -1,14 +1,17 @@
 """Start or resume a run. Rank 0 inspects the run directory and decides for all ranks."""
 
 import copy
+import logging
 import os
 import shutil
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 import torch
 import yaml
 
+from pipeline import logs
 from pipeline.config.data import describe, open_index, open_samples
 from pipeline.config.schema import Config, differences
 from pipeline.distributed import comm
@@ -37,6 +40,8 @@ from shards.storage.files import write_bytes
 from shards.views.eda import Eda, synonym_source
 from shards.views.loader import View, Views
 
+logger = logging.getLogger(__name__)
+
 FRESH: dict = {
     "step": 0,
     "epoch": 0,  # epochs done
@@ -54,7 +59,10 @@ FRESH: dict = {
 
 class Run:
     """State of a run: config, run_dir, device, samples, index, mask, excluded, views, engine, queues, state,
-    logger, bad_samples, saver."""
+    logger, bad_samples, saver.
+
+    A context manager that closes the run's files.
+    """
 
     mask: SafeMask | None
     excluded: Excluded | None
@@ -81,6 +89,7 @@ class Run:
         # After all checks of the input: a start that fails must not claim the directory.
         self.run_dir = Path(config.run.dir).absolute()
         found, warnings = comm.on_rank0(claim, config, self.run_dir, data)
+        logs.open_file(self.run_dir / "logs")
         synonyms = synonyms_of(config)
         self.state = copy.deepcopy(FRESH) | {"data": data, "synonyms": synonyms}
         universal = False
@@ -98,19 +107,27 @@ class Run:
         self.logger = MetricsLogger(self.run_dir, config, self.state["metrics_bytes"])
         self.bad_samples = BadSamplesFile(self.run_dir / "bad_samples.jsonl") if comm.is_rank0() else None
         self.saver = checkpoint.Saver(self.run_dir, self.engine, self.queues, config.run.keep, config.run.keep_every)
-        for warning in warnings:
-            self.logger.say(f"{self.run_dir}: warning: {warning}")
-        self.logger.say(self.headline(found))
+        for warning in warnings if comm.is_rank0() else ():
+            logger.warning(f"{self.run_dir}: {warning}")
+        logger.info(self.headline(found))
         if not found:
             self.saver.save(self.state)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, Preempted):
+            self.logger.close()
+            error = None
+        logs.close_file(error)
 
     def exit_preempted(self) -> NoReturn:
         """Wait until the state is on disk, say so, and raise Preempted on every rank."""
         self.saver.wait()
-        self.logger.say(
-            f"{self.run_dir}: asked to stop; saved, start it again to resume after step {self.state['step']}"
-        )
-        self.logger.close()
+        logger.info(f"{self.run_dir}: asked to stop; saved, start it again to resume after step {self.state['step']}")
         raise Preempted
 
     def headline(self, found: Path | None) -> str:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from braceexpand import braceexpand
 
 from shards.errors import UserError
 from shards.index.scan import LACKS, Finding, scan_shard
+from shards.progress import progress
 from shards.storage import remote
 from shards.storage.files import write_bytes, write_json
 
@@ -186,12 +186,9 @@ def build_index(
     scan = partial(scan_shard, text=text, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
     workers = min(workers or os.cpu_count(), len(urls))
     with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
-        for entry, found in pool.map(scan, urls):
+        for entry, found in progress(pool.map(scan, urls), len(urls), "shards indexed"):
             shards.append(Shard(**entry, text=text))
             findings += found
-            if sys.stderr.isatty():
-                end = "\n" if len(shards) == len(urls) else ""
-                print(f"\r{len(shards):,} of {len(urls):,} shards indexed", end=end, file=sys.stderr, flush=True)
     if report:
         write_bytes(report, "".join(json.dumps(asdict(finding)) + "\n" for finding in findings).encode())
     damage = [finding for finding in findings if finding.damage]

@@ -3,6 +3,9 @@
 Servers fail and hang. What fails is tried again with back-off, from the byte that was reached; when no new byte has
 come for `timeout` seconds it is an error. Credentials and endpoints are the backends' own: AWS_ENDPOINT_URL,
 FSSPEC_S3='{"anon": true}', ...
+
+`persist` does not use tenacity: its limit counts from the last byte and some errors are final, so that wait, stop and
+retry would all be functions of this module, and the code ten lines longer.
 """
 
 from __future__ import annotations

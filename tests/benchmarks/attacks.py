@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from pipeline import logs
 from pipeline.attacks.manifest import make_attack
 from pipeline.config.data import open_index, open_samples
 from pipeline.config.load import load_config, override, read_yaml
@@ -132,6 +133,7 @@ def main():
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="of the attack's config")
     parser.add_argument("--pairs", type=int, help="of the first shards that have so many pairs (default: all)")
     args = parser.parse_args()
+    logs.set_up()
     runs = json.loads(FILE.read_text()) if FILE.exists() else []
     for seed in args.seeds:
         run = excluded(args.config, args.attack, seed, args.change, args.pairs)

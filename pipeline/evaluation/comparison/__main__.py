@@ -7,16 +7,20 @@ arguments, 75 asked to stop.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline import logs
 from pipeline.evaluation.comparison.defences import DEFENCES
 from pipeline.evaluation.comparison.document import write_report
 from pipeline.evaluation.comparison.protocol import SEEDS
 from pipeline.evaluation.comparison.run import compare
 from pipeline.training.signals import EXIT_CODE
 from shards.errors import UserError
+
+logger = logging.getLogger(__package__)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,15 +46,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     args = parser().parse_args(words)
+    logs.set_up()
     for name in args.defences or ():
         if name not in DEFENCES:
             raise UserError(f"--defences: got {name!r}, expected some of {', '.join(DEFENCES)}")
     failed, stopped = ({}, False) if args.report_only else compare(args)
     print(write_report(Path(args.results), args.definition))
     for name, why in failed.items():
-        print(f"not done: {name}: {why}", file=sys.stderr)
+        logger.error(f"not done: {name}: {why}")
     if stopped:
-        print("stopped; the same command resumes", file=sys.stderr)
+        logger.info("stopped; the same command resumes")
         return EXIT_CODE
     return 1 if failed else 0
 

@@ -1,6 +1,7 @@
 """Runs tasks as processes, several at a time, and logs progress. Signals are passed on; interrupted tasks resume in the
 next call."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -9,8 +10,12 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from pipeline.evaluation.comparison.plan import Task
 from pipeline.training.signals import EXIT_CODE
+
+logger = logging.getLogger(__name__)
 
 POLL = 0.2  # seconds
 
@@ -34,6 +39,8 @@ class Pool:
         whether a signal ended it."""
         before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         waiting = list(tasks)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(bar_format="{desc}", dynamic_ncols=True, disable=not (tasks and terminal))
         try:
             while (waiting and not self.stopped) or self.running:
                 waiting = [task for task in waiting if not self.settle(task)]
@@ -45,6 +52,7 @@ class Pool:
                 signal.signal(number, handler)
             if tasks:
                 self.say(last=True)
+            self.bar.close()
 
     def settle(self, task: Task) -> bool:
         """Whether the task needs no more waiting: it is done, is started now, or can never be."""
@@ -95,7 +103,7 @@ class Pool:
                 self.finish(task, time.monotonic() - began)
             elif not (self.stopped or code == EXIT_CODE):
                 self.failed[task] = f"exit code {code}, {task.log}: {last_line(task.log)}"
-                self.print(f"FAILED {task.name}: {self.failed[task]}")
+                logger.error(f"FAILED {task.name}: {self.failed[task]}")
             elif not self.stopped:
                 self.stop()  # another than this process asked it to stop
 
@@ -116,20 +124,12 @@ class Pool:
 
     def say(self, last: bool = False) -> None:
         """The progress line: kept up to date on a terminal, now and then in a log."""
-        terminal = sys.stderr.isatty()
-        if last or time.monotonic() - self.said > (2 if terminal else 600):
+        if last or time.monotonic() - self.said > (600 if self.bar.disable else 2):
             self.said = time.monotonic()
             line = self.progress(self)
-            print(
-                f"\r\x1b[K{line}" if terminal else line,
-                end="\n" if last or not terminal else "",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def print(self, line: str) -> None:
-        """A line above the progress line."""
-        print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+            self.bar.set_description_str(line)
+            if self.bar.disable:
+                logger.info(line)
 
 
 def last_line(path: Path) -> str:

@@ -2,8 +2,8 @@
 
 import argparse
 import fcntl
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +16,8 @@ from pipeline.evaluation.comparison.progress import Progress
 from pipeline.evaluation.comparison.results import append_result, read_results
 from pipeline.evaluation.comparison.sets import DataSet, read_sets
 from shards.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CURVES = ("none", "paper", "default")  # the defences of rate curves
 
@@ -62,7 +64,7 @@ def compare_sets(
     known = {row["cell"] for row in rows} | ({place_of(row) for row in rows} if args.trust_rows else set())
     bring_back(cells, rows, args)
     todo = [cell for cell in cells if not {cell.key, cell.place} & known]
-    print(f"{len(cells)} cells, {len(todo)} of them to be run, {jobs} processes at a time", file=sys.stderr)
+    logger.info(f"{len(cells)} cells, {len(todo)} of them to be run, {jobs} processes at a time")
     progress, workers = Progress(todo, rows, jobs), max(1, cores // jobs - 1) if gpus else 0
     plan = Plan(todo, work, args.results, workers, args.keep, progress.finished)
     return failed, run(plan.tasks, progress)

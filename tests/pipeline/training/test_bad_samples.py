@@ -1,6 +1,8 @@
 """Too many bad samples stop the run on all ranks, with their reasons by count; told to go on, it ends as if it had
 never stopped."""
 
+import socket
+
 import pytest
 
 from pipeline.training import run as running
@@ -52,3 +54,7 @@ def test_too_many_bad_samples_stop_all_ranks_and_lose_nothing(data):
     stopped, whole = ((data / name / "checkpoints/step_00000020/model.safetensors") for name in ("stopped", "whole"))
     assert stopped.read_bytes() == whole.read_bytes()
     assert len((data / "whole" / "bad_samples.jsonl").read_text().splitlines()) == len(BAD)
+    for rank in range(2):  # each has a log of its own, of all three starts, with why the first two ended
+        text = (data / "stopped" / "logs" / f"rank_{rank}.log").read_text()
+        assert text.count("240 pairs") == 3 and text.count(": done, ") == 1
+        assert text.count(f"ERROR rank {rank} {socket.gethostname()}: ") == text.count(f"UserError: {first}") == 2
