@@ -1,8 +1,8 @@
 """Attacks on training data. Each is a class in a module of this package with @attack above it, each trigger one with
 @trigger; nothing else names them.
 
-The modules import only shards/ and packages, so that training, guards and evaluation may read the manifests that are
-written here.
+Their modules import nothing of pipeline/ but settings, so that training, guards and evaluation may read the manifests
+that are written here. An optimised trigger is fitted in surrogate.py, which is imported only then.
 """
 
 import importlib

@@ -152,9 +152,8 @@ def score(
         score_shards(scorer, samples, files, out, not lean, batch_size, workers)
     comm.barrier()
     score_N = load_scores(out, index.counts)
-    selected = select_pairs(
-        score_N, index.counts, Selection(least_fraction=0.0, max_fraction=1.0), 0
-    )  # by the posterior alone
+    by_posterior = Selection(mixture="converged", rank_by="score", least_fraction=0.0, max_fraction=1.0)
+    selected = select_pairs(score_N, index.counts, by_posterior, 0)
     return comm.on_rank0(conclude, out, index, selected, score_N, files.made["step"], about)
 
 

@@ -172,7 +172,7 @@ class Selection(Section):
     growth: Fraction = 0.01
     """Growth of the safe fraction with each later epoch."""
     max_fraction: Fraction = 0.85
-    """Largest safe fraction. All fractions are of the pairs that no guard excludes."""
+    """Largest safe fraction after the first round. All fractions are of the pairs that no guard excludes."""
     negative_controls: NonNegativeInt = 500
     """Number of mismatched pairs that are scored in every round and never trained on; 0 = none."""
     every: PositiveInt | None = 1

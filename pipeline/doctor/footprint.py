@@ -20,9 +20,8 @@ Findings = list[tuple[str, str, str]]  # (level, about, text)
 
 SCORE_BYTES = 40  # of a pair in a round's score files: position, key, cosine
 HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
-SAMPLE_BYTES = 2 * (
-    768 + 128
-)  # of trigger_clusters, for each of `sample`: the features of a pair with a low score and of one with a high
+# Of trigger_clusters, for each of `sample`: the features of a picture with a low score and of two with high ones.
+SAMPLE_BYTES = 3 * (768 + 128)
 SPARE = 0.9  # fraction of a device's memory that may be spoken for before activations
 
 

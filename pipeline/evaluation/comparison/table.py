@@ -100,7 +100,7 @@ def times_none(found: GroupRows, rows: list[dict]) -> str:
 def selection_table(found: GroupRows) -> str:
     """Detection quality of each defence at its last selection round, or of its mask."""
     head = ["defence", "seeds", "runs", "clean top-1", "poison recall, mean / worst", "false positives", "AUROC"]
-    head += ["false positives at 100 % recall", "poison ever trained on, mean / worst"]
+    head += ["false positives at 100 % recall", "poison trained on after the first round, mean / worst"]
     lines = []
     for defence, chosen in found.blocks:
         rows = found.of(defence, chosen)

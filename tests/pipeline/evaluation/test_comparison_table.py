@@ -103,7 +103,7 @@ def test_selection_is_that_of_the_last_round():
     dao = cells(table, "dao")
     assert (
         dao["poison recall, mean / worst"] == "90.0 / 80.0"
-        and dao["poison ever trained on, mean / worst"] == "5.0 / 10.0"
+        and dao["poison trained on after the first round, mean / worst"] == "5.0 / 10.0"
     )
     assert cells(table, "none")["poison recall, mean / worst"] == "no selection"
     assert cells(table, "*CASCADE (2026), on CC3M, as published*")["false positives at 100 % recall"] == "5.8"
