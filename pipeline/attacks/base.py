@@ -159,6 +159,7 @@ class Backdoor(Attack):
         return own, {"pattern": self.pattern, **{k: v for k, v in values.items() if k in trigger_keys}}
 
     def poison(self, pool: Pool) -> dict:
+        """See Attack.poison. Pairs of `victims` get `captions` and the trigger, fitted to the data if it learns."""
         target = pool.target(self.settings.target_class, self.where)
         trigger = self.trigger.fitted(pool, self.kind, target)
         rows = pool.take(

@@ -28,6 +28,7 @@ class ClassToClass(Attack):
     settings: Settings
 
     def poison(self, pool: Pool) -> dict:
+        """See Attack.poison. Pairs of the source class get captions of the target class."""
         settings = self.settings
         source = pool.target(settings.source_class, self.where, "source_class")
         target = pool.target(settings.target_class, self.where)

@@ -97,8 +97,8 @@ class Pool:
             return None
 
     def add(self, row: int, kind: str, caption: str, source: list[int] | None = None, decoy: bool = False) -> None:
-        """Note a pair as poisoned: its new caption and, for another picture in its place, that one's (shard, position)
-        in `test`."""
+        """Poison a pair. row: its number. kind: the attack. caption: its new caption. source: (shard, position) in
+        `test` of the picture in place of its own, or None. decoy: it is listed as a decoy."""
         shard, position = self.place(row)
         entry = {"shard": shard, "position": position, "key": self.samples.key(shard, position), "kind": kind}
         (self.decoys if decoy else self.rows).append({**entry, "caption": caption, "source": source})

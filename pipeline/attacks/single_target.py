@@ -26,6 +26,7 @@ class SingleTarget(Attack):
     settings: Settings
 
     def poison(self, pool: Pool) -> dict:
+        """See Attack.poison. Pairs get a test picture in place of theirs, and captions of a wrong class."""
         if len(pool.classes) < 2:
             raise UserError(
                 f"{self.where}: classnames names only {pool.classes}; "

@@ -66,7 +66,7 @@ def listing(config: Config) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as YAML has it."""
+    """The YAML text of a value."""
     if isinstance(value, float):
         return f"{value:.15g}"
     return value if value and isinstance(value, str) else json.dumps(value)

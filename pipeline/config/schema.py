@@ -21,6 +21,8 @@ class Source(Section):
 
 
 class Run(Section):
+    """The run directory, saving and resuming."""
+
     dir: str = ""
     """Run directory: everything the run writes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -42,6 +44,8 @@ class Run(Section):
 
 
 class Data(Section):
+    """What is read, and how it is augmented."""
+
     index: str = ""
     """Folder written by `safeclip index`."""
     sources: dict[str, Source] | None = None
@@ -92,6 +96,8 @@ class Data(Section):
 
 
 class Model(Section):
+    """The CLIP model."""
+
     name: str | None = None
     """An open_clip architecture: RN50, ViT-B-32, ViT-B-16 ..."""
     config: dict[str, JsonValue] | None = None
@@ -102,6 +108,8 @@ class Model(Section):
 
 
 class Train(Section):
+    """Curriculum, optimizer and precision."""
+
     method: Literal["safeclip", "clip", "roclip", "cleanclip"] = "safeclip"
     """safeclip; clip: plain CLIP on all pairs; roclip or cleanclip: other published defences
     (pipeline/training/curriculum.py)."""
@@ -156,6 +164,8 @@ class Train(Section):
 
 
 class Selection(Section):
+    """Scoring and selection rounds."""
+
     posterior: Fraction = 0.9
     """First safe set: pairs in which the higher component of the mixture has at least this posterior."""
     first_fraction: Fraction | None = None
@@ -187,6 +197,8 @@ class Selection(Section):
 
 
 class Evaluation(Section):
+    """What is evaluated, and when."""
+
     test: str | None = None
     """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null."""
     index: str | None = None
@@ -206,6 +218,8 @@ class Wandb(Section):
 
 
 class Config(Section):
+    """All keys of a config file."""
+
     preset: Literal["paper", "paper_fixed", "default", "clip", "roclip", "cleanclip"] = "paper"
     """paper (the released recipe), paper_fixed (without its faults), default (this project's recipe), clip (plain
     CLIP), roclip or cleanclip (other published defences); the keys below override it."""

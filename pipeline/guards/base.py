@@ -50,7 +50,7 @@ class Guard(ABC):
     def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:
         """Fit to a sample of the pairs, before `numbers` is called. All ranks call; returns entries for mask.json.
 
-        score_N: float32, the first scores of all pairs; NaN for pairs that cannot be read."""
+        score_N: float32, the first scores of all pairs, shard after shard; NaN for pairs that cannot be read."""
         return {}
 
     @abstractmethod

@@ -78,7 +78,8 @@ def top_by_shard(
 ) -> Iterator[np.ndarray]:
     """Yield bool (n,) for each shard: scores above `key`, and the first `ties` (over all shards) of those equal to it.
 
-    rank: as for kth_largest.
+    scores_N: float32, of all pairs, shard after shard. counts_S: number of pairs of each shard. key, ties, rank: as for
+    kth_largest.
     """
     start = 0
     for count in counts_S:

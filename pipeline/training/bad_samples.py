@@ -16,7 +16,10 @@ MIN_SAMPLES = 10_000  # denominator of the fraction while fewer samples have bee
 
 
 def record(run: Run, bad: list[Unread]) -> int:
-    """Add the bad samples of all ranks to bad_samples.jsonl and log their number; returns how many there were."""
+    """Add the bad samples of all ranks to bad_samples.jsonl, each once, and log a summary. All ranks call.
+
+    bad: (shard, position, key, reason) of this rank. Returns the number of all ranks' entries, repeated ones included.
+    """
     everyone = [sample for rank in comm.gather_objects(bad) for sample in rank]
     if run.bad_samples:
         before = len(run.bad_samples.seen)

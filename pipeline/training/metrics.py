@@ -63,6 +63,7 @@ class MetricsLogger:
             logger.info(text)
 
     def close(self) -> None:
+        """Close metrics.jsonl and the run of Weights & Biases, if they are open."""
         if self.file:
             self.file.close()
         if self.wandb:

@@ -177,7 +177,8 @@ def save_now(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) ->
 def save(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) -> list[Unread]:
     """Record bad samples, save the state, and exit if a rank was signalled; returns an empty list of bad samples.
 
-    Raises UserError when too many samples are bad.
+    bad: (shard, position, key, reason) of this rank's bad samples since the last call. All ranks call. Raises UserError
+    when too many samples are bad, Preempted when a rank was signalled.
     """
     run.state["bad_rows"] += record(run, bad)
     now = time.monotonic()

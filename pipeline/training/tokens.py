@@ -67,8 +67,11 @@ class Tokenizer(open_clip.SimpleTokenizer):
 
 
 def merged(parts: list[str | None], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding (Sennrich et al. 2016): the pair of least rank is merged wherever it stands,
-    from the left, then the next. n log n in the number of parts."""
+    """Byte-pair encoding (Sennrich et al. 2016) of a word: merge the pair of parts with the least rank, from the left,
+    until no pair has a rank; takes n log n time.
+
+    parts: characters of the word, changed in place. ranks: of the vocabulary's merges. Returns the merged parts.
+    """
     end = len(parts)
     after, before = list(range(1, end + 1)), list(range(-1, end - 1))
     pairs = [(ranks[pair], at) for at, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]

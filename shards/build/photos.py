@@ -124,8 +124,11 @@ def balanced(labels_N: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def samples(pixels_NHWC: np.ndarray, labels_N: np.ndarray, chosen: Iterable[int], key: list[int]) -> Iterator[dict]:
-    """Yield {"__key__", "png", "cls", "txt"} of the `chosen` pictures; the caption is drawn by (key, number of the
-    picture)."""
+    """Yield {"__key__", "png", "cls", "txt"} of the `chosen` pictures.
+
+    pixels_NHWC: uint8. labels_N: classes, 0 to 9. chosen: numbers of pictures. key: seed; the caption of a picture is
+    drawn by (*key, number of the picture).
+    """
     names = list(NOUNS)
     for number in map(int, chosen):
         file = io.BytesIO()

@@ -84,8 +84,7 @@ class EpochPlan:
         return self.shard_P[place_B], line_B - before_B, self.repetition_P[place_B]
 
     def slot(self, step: int, slot: int) -> tuple[int, int, int]:
-        """(shard, nth, again): row `slot` of global batch `step`; what `batch` gives, for who asks for one.
-        Raises IndexError."""
+        """(shard, nth, again) of row `slot` of global batch `step`, as in `batch`. Raises IndexError."""
         if not (0 <= step < self.steps and 0 <= slot < self.batch_size):
             raise IndexError(f"step {step} of {self.steps}, slot {slot} of {self.batch_size}")
         at, left, tweak, start = self.window_of(step, slot)

@@ -34,7 +34,7 @@ class Samples:
             )
 
     def scattered(self) -> "Samples":
-        """The same samples for who reads a few from all over: shards behind URLs are not fetched whole for them."""
+        """The same samples, for reading a few of many shards: remote shards are not fetched whole."""
         other = copy.copy(self)
         other.reader, other.source = Reader(self.index), self.source and self.source.scattered()
         return other

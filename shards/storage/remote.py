@@ -217,8 +217,10 @@ def persist(
 
 
 def is_final(error: Exception) -> bool:
-    """Whether trying again is of no use. Over http fsspec calls every failure a missing file; its cause has the
-    status."""
+    """Whether an error of fsspec stays when the request is repeated: no such file, no permission, a folder.
+
+    Over http fsspec raises FileNotFoundError for every failure; the status is that of the error's cause.
+    """
     if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.partition(".")[0] in (
         "aiohttp",
         "asyncio",

@@ -108,10 +108,10 @@ def plain_view(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
 
 
 def resized(image_HWC: np.ndarray, size: int, box: Box) -> np.ndarray:
-    """uint8 (size, size, 3): the box of a picture, bicubic and antialiased.
+    """uint8 (size, size, 3): a box of a picture, resized with bicubic antialiased interpolation.
 
-    Of large pictures by torch, which takes a sixth of PIL's time and differs from PIL's resize of what was cut out by
-    rounding. It knows no boxes between pixels, which small pictures need.
+    box: (left, top, right, bottom) in pixels, which may be fractions. PIL resizes small pictures. Large ones are
+    resized by torch in a sixth of the time, with the box rounded to whole pixels.
     """
     height, width, _ = image_HWC.shape
     if min(width, height) < LARGE:

@@ -9,6 +9,8 @@ from pipeline.guards import REGISTRY as GUARDS
 
 @detector
 class Mismatch(Detector):
+    """Pairs with the lowest scores, below the threshold of the mixture."""
+
     name = "mismatch"
     title = "picture and caption do not match"
     text = "The lowest cosines between a picture and its own caption, below the threshold of the mixture."
@@ -26,6 +28,8 @@ class Mismatch(Detector):
 
 @detector
 class History(Detector):
+    """Pairs with low scores on average over the selection rounds of a run."""
+
     name = "history"
     title = "never fitted during the run"
     text = "Pairs whose score stood low among all others at every round, also where it rose later."
@@ -53,6 +57,8 @@ class History(Detector):
 
 @detector
 class Excluded(Detector):
+    """Pairs that guards of the run excluded, a group for each guard."""
+
     name = "excluded"
     title = "excluded by a guard"
     text = "Pairs that guards of the run kept out of its safe sets, by the first guard that excluded them."
@@ -76,6 +82,8 @@ class Excluded(Detector):
 
 @detector
 class Broken(Detector):
+    """Pairs that cannot be read."""
+
     name = "broken"
     title = "cannot be read"
     text = "Pictures that cannot be decoded, captions that are missing, blank or no UTF-8."

@@ -20,6 +20,8 @@ SAME = 0.5  # Jaccard index of two cells' pictures from which they are parts of 
 
 @detector
 class CommonPatch(Detector):
+    """The same pixels at the same place in unlike pictures."""
+
     name = "common_patch"
     title = "the same patch at the same place"
     text = (

@@ -49,6 +49,8 @@ def groups_of(score_N: np.ndarray, group_N: np.ndarray, titles: Callable[[np.nda
 
 @detector
 class RepeatedCaption(Detector):
+    """One caption under unlike pictures."""
+
     name = "repeated_caption"
     title = "one caption, unlike pictures"
     text = (
@@ -77,6 +79,8 @@ class RepeatedCaption(Detector):
 
 @detector
 class NearDuplicate(Detector):
+    """One picture under unlike captions."""
+
     name = "near_duplicate"
     title = "one picture, unlike captions"
     text = "Pictures that are the same but for a few bits of their hash, under captions that are unlike each other."

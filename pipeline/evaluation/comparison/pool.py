@@ -117,7 +117,7 @@ class Pool:
             self.failed[task] = f"what it left cannot be used ({error!r}), {task.log}"
 
     def stop(self, *received: object) -> None:
-        """Ask all that runs to save and stop."""
+        """Terminate all running processes, which save and stop. received: arguments of a signal handler, not used."""
         self.stopped = True
         for process, *_ in self.running.values():
             process.terminate()
