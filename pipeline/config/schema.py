@@ -215,6 +215,10 @@ class Wandb(Section):
     """Whether and how metrics are logged to Weights & Biases."""
     project: str = "safeclip"
     """Name of the project in Weights & Biases."""
+    name: str | None = None
+    """Name of the run there; null: that of the run directory."""
+    tags: list[str] = []
+    """Tags of the run there."""
 
 
 class Config(Section):

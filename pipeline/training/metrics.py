@@ -2,13 +2,20 @@
 
 import json
 import logging
+import subprocess
 import time
 import uuid
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from shards.storage.files import write_bytes
+
+if TYPE_CHECKING:
+    import wandb  # half a second, and only where it is used
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +33,8 @@ class MetricsLogger:
         if config.wandb.mode != "disabled":
             import wandb
 
+            earlier = map(json.loads, path.read_bytes().splitlines())
+            self.rounds = [dict(flat(line)) for line in earlier if line.get("stage") == "selection"]
             id_file = run_dir / "wandb_id"  # kept, so that a resumed run is the same run there
             if not id_file.exists():
                 write_bytes(id_file, uuid.uuid4().hex[:8].encode())
@@ -34,7 +43,9 @@ class MetricsLogger:
                 mode=config.wandb.mode,
                 dir=str(run_dir),
                 id=id_file.read_text(),
-                name=run_dir.name,
+                name=config.wandb.name or run_dir.name,
+                tags=config.wandb.tags,
+                config={**config.model_dump(), "code": commit() or version("safeclip")},
                 resume="allow",
                 settings=wandb.Settings(silent=True),
             )
@@ -47,9 +58,11 @@ class MetricsLogger:
         self.file.write((json.dumps(figures) + "\n").encode())
         self.file.flush()
         if self.wandb:
-            self.wandb.log(
-                {key: value for key, value in figures.items() if isinstance(value, (int, float, str))}, step=step
-            )
+            shown = {key: value for key, value in flat(figures) if isinstance(value, (int, float, str))}
+            if figures.get("stage") == "selection":
+                self.rounds.append(shown)
+                shown["selection_rounds"] = table(self.rounds)
+            self.wandb.log(shown, step=step)
 
     def length(self) -> int:
         """Bytes written so far; part of the checkpoint."""
@@ -68,6 +81,30 @@ class MetricsLogger:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def flat(figures: dict, where: str = "") -> Iterator[tuple[str, object]]:
+    """(name, value) of all figures; those of a mapping are named `a/b`."""
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{where}{key}/")
+        else:
+            yield where + key, value
+
+
+def table(rounds: list[dict[str, object]]) -> "wandb.Table":
+    """A line for each selection round: its numbers."""
+    import wandb
+
+    numbers = [key for key in rounds[-1] if isinstance(rounds[-1][key], (int, float))]
+    return wandb.Table(columns=numbers, data=[[line.get(key) for key in numbers] for line in rounds])
+
+
+def commit() -> str | None:
+    """The commit of this code, with "-dirty" where files differ from it; None outside of git."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() or None
 
 
 class Meter:

@@ -1,6 +1,5 @@
 """A cell of the comparison, what decides its figures, and the row that its run leaves in the results file."""
 
-import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from pipeline.config.schema import Config
 from pipeline.evaluation.comparison.defences import DEFENCES, Defence
 from pipeline.evaluation.comparison.sets import DataSet, digest, overlay_digest
+from pipeline.training.metrics import commit
 
 Place = tuple[str, str, str, int, bool]  # set, group, defence, seed, poisoned
 
@@ -121,10 +121,3 @@ class Cell:
 def place_of(row: dict) -> Place:
     """Where a row stands in the tables."""
     return row["set"], row["group"], row["defence"], row["seed"], row["poisoned"]
-
-
-def commit() -> str | None:
-    """The commit that is at work, with "-dirty" where files differ from it; None outside of git."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or None

@@ -1,0 +1,70 @@
+"""Weights & Biases, offline: what it is told of a run is read from the file that would be uploaded."""
+
+import json
+
+import pytest
+
+from pipeline.config.schema import Config
+from pipeline.training.metrics import MetricsLogger, flat
+
+BLOCK = 32_768
+
+
+def records(run_dir):
+    """(kind, record) of the files of wandb's offline runs: LevelDB's log format (a checksum, a length of 2 bytes and a
+    kind before each fragment of a record, blocks of 32 KiB) behind a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        data, at, whole = path.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if BLOCK - at % BLOCK < 7:  # too small for a fragment
+                at += BLOCK - at % BLOCK
+                continue
+            length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+            whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+            if kind in (1, 4):  # a whole record, or its last fragment
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(whole)
+                yield record.WhichOneof("record_type"), record
+                whole = b""
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """Run directory of a run that stopped after its first selection round, and made a second one when it resumed."""
+    run_dir = tmp_path_factory.mktemp("run")
+    config = Config(preset="default")
+    config.wandb.mode, config.wandb.name, config.wandb.tags = "offline", "a name", ["one", "two"]
+    length = 0
+    for number in range(2):
+        logger = MetricsLogger(run_dir, config, length)
+        found = {"fraction": 0.9 + number / 100, "diagnosis": {"excluded": number}, "note": "none"}
+        logger.log(step=number, epoch=number, stage="selection", **found)
+        length = logger.length()
+        logger.close()
+    return run_dir, config
+
+
+def test_it_gets_the_whole_config_the_code_and_the_names(logged):
+    run_dir, config = logged
+    (first, second) = [record.run for kind, record in records(run_dir) if kind == "run"]
+    told = {item.key: json.loads(item.value_json) for item in first.config.update}
+    assert {key: told[key] for key in config.model_dump()} == json.loads(json.dumps(config.model_dump()))
+    assert told["code"] and first.display_name == "a name" and list(first.tags) == ["one", "two"]
+    assert first.run_id == second.run_id
+
+
+def test_selection_rounds_are_numbers_and_a_table_also_after_a_resume(logged):
+    run_dir, _ = logged
+    rows = [record.history for kind, record in records(run_dir) if kind == "history"]
+    last = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in rows[-1].item}
+    assert (last["fraction"], last["diagnosis/excluded"]) == (0.91, 1)
+    tables = sorted(run_dir.glob("wandb/offline-run-*/files/media/table/*.json"))
+    found = json.loads(max(tables, key=lambda path: path.stat().st_mtime_ns).read_text())
+    column = found["columns"].index("fraction")
+    assert [row[column] for row in found["data"]] == [0.9, 0.91]
+
+
+def test_flat_names_of_nested_figures():
+    assert dict(flat({"a": 1, "b": {"c": {"d": 2}, "e": 3}})) == {"a": 1, "b/c/d": 2, "b/e": 3}
