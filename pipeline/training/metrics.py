@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
@@ -58,7 +58,7 @@ class MetricsLogger:
         self.file.write((json.dumps(figures) + "\n").encode())
         self.file.flush()
         if self.wandb:
-            shown = {key: value for key, value in flat(figures) if isinstance(value, (int, float, str))}
+            shown: dict[str, Any] = {key: value for key, value in flat(figures) if isinstance(value, (int, float, str))}
             if figures.get("stage") == "selection":
                 self.rounds.append(shown)
                 shown["selection_rounds"] = table(self.rounds)
@@ -83,7 +83,7 @@ class MetricsLogger:
             self.wandb.finish()
 
 
-def flat(figures: dict, where: str = "") -> Iterator[tuple[str, object]]:
+def flat(figures: dict, where: str = "") -> Iterator[tuple[str, Any]]:
     """(name, value) of all figures; those of a mapping are named `a/b`."""
     for key, value in figures.items():
         if isinstance(value, dict):
@@ -92,11 +92,11 @@ def flat(figures: dict, where: str = "") -> Iterator[tuple[str, object]]:
             yield where + key, value
 
 
-def table(rounds: list[dict[str, object]]) -> "wandb.Table":
+def table(rounds: list[dict[str, Any]]) -> "wandb.Table":
     """A line for each selection round: its numbers."""
     import wandb
 
-    numbers = [key for key in rounds[-1] if isinstance(rounds[-1][key], (int, float))]
+    numbers: list[str | int] = [key for key in rounds[-1] if isinstance(rounds[-1][key], (int, float))]
     return wandb.Table(columns=numbers, data=[[line.get(key) for key in numbers] for line in rounds])
 
 
