@@ -96,7 +96,7 @@ def table(rounds: list[dict[str, Any]]) -> "wandb.Table":
     """A line for each selection round: its numbers."""
     import wandb
 
-    numbers: list[str | int] = [key for key in rounds[-1] if isinstance(rounds[-1][key], (int, float))]
+    numbers: list[Any] = [key for key in rounds[-1] if isinstance(rounds[-1][key], (int, float))]
     return wandb.Table(columns=numbers, data=[[line.get(key) for key in numbers] for line in rounds])
 
 
