@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import sys
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,11 +20,12 @@ from shards.storage import remote
 from shards.storage.files import write_bytes
 from shards.storage.reader import MAX_JSON, json_field
 
-FORM = 2  # of the tables; another one makes all of them anew
+FORM = 3  # of the tables; another one makes all of them anew
 PICTURES = ("jpg", "jpeg", "png", "webp")
 MISSING = -1  # size of a member that the sample does not have
 LACKS = ("no picture", "no caption")
-SCHEMA = [("key", pa.string())] + [(f"{k}_{p}", pa.int64()) for k in ("image", "text") for p in ("offset", "size")]
+MEMBER = {"offset": pa.int64(), "size": pa.int64(), "crc": pa.uint32()}  # crc: CRC-32 of the content
+SCHEMA = [("key", pa.string())] + [(f"{kind}_{part}", MEMBER[part]) for kind in ("image", "text") for part in MEMBER]
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
                 reason = f"key {key!r} comes twice (the members of a sample must stand together: tar --sort=name)"
                 find(member.offset, key, reason, True, len(rows))
             seen.add(key)
-            rows.append({"key": key, "image_offset": 0, "image_size": MISSING, "text_offset": 0, "text_size": MISSING})
+            absent = {"offset": 0, "size": MISSING, "crc": 0}
+            rows.append({"key": key} | {f"{kind}_{part}": absent[part] for kind in said for part in MEMBER})
         row, position, kind = rows[-1], len(rows) - 1, member_of.get(extension)
         if kind is None:
             last = member_of.get(extension.rpartition(".")[2])
@@ -138,12 +142,14 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
         if row[f"{kind}_size"] != MISSING:
             find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
             continue
+        data = stream.read(min(member.length, MAX_JSON + 1)) if kind == "text" and field else b""
         row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset, member.length
+        row[f"{kind}_crc"] = checksum(stream, data, member.length)
         if not member.length:
             find(member.offset, key, f"empty {said[kind]}", False, position)
         elif kind == "text" and field:
             try:
-                json_field(stream.read(min(member.length, MAX_JSON + 1)), field)
+                json_field(data, field)
             except BadSample as error:
                 find(member.offset, key, str(error), False, position)
     for position, row in enumerate(rows):
@@ -160,6 +166,22 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
             else:
                 find(max(row["image_offset"], row["text_offset"]), row["key"], f"no {what}", False, position)
     return rows, findings
+
+
+def checksum(stream: tar.Stream, data: bytes, length: int) -> int:
+    """CRC-32 of a member of `length` bytes, the first of which were read from the stream as `data`."""
+    crc, left = zlib.crc32(data), length - len(data)
+    while left and (block := stream.read(min(left, 1 << 20))):
+        crc, left = zlib.crc32(block, crc), left - len(block)
+    return crc
+
+
+def fingerprint_of(path: str, size: int | None, timeout: float, allow_pipe: bool = False) -> str:
+    """Fingerprint of all bytes of a shard. Raises UserError."""
+    with remote.open_shard(path, size, timeout, allow_pipe) as file:
+        stream = tar.Stream(file)
+        stream.skip_to(sys.maxsize)
+        return stream.fingerprint()
 
 
 def lost_downloads(path: str, keys: set[str]) -> list[Finding]:

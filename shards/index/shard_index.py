@@ -1,10 +1,11 @@
 """The index: what each shard holds, and where, so that any sample can be read without its neighbours.
 
 A sample IS (shard, position in shard); its row over all shards is offsets[shard] + position. On disk:
-DIR/tables/*.parquet, one for each shard (key, and byte offset and size of picture and text; shards/index/scan.py), and
-DIR/index.json, written last.
+DIR/tables/*.parquet, one for each shard (key, and byte offset, size and CRC-32 of picture and text;
+shards/index/scan.py), and DIR/index.json, written last.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,8 +14,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,11 @@ import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
 from shards.errors import UserError
-from shards.index.scan import LACKS, Finding, scan_shard
+from shards.index.scan import LACKS, Finding, fingerprint_of, saved, scan_shard, table_name
 from shards.storage import remote
 from shards.storage.files import write_bytes, write_json
 
-VERSION = 2
+VERSION = 3
 REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
 
 
@@ -50,13 +52,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardTable:
-    """The samples of one shard, in order: names, and int64 (N,) byte offsets and sizes (MISSING = has none)."""
+    """The samples of one shard, in order: names, int64 (N,) byte offsets and sizes (MISSING = has none), and uint32
+    (N,) CRC-32 of the content."""
 
     keys: list[str]
     image_offset: np.ndarray
     image_size: np.ndarray
+    image_crc: np.ndarray
     text_offset: np.ndarray
     text_size: np.ndarray
+    text_crc: np.ndarray
 
 
 class ShardIndex:
@@ -85,13 +90,14 @@ class ShardIndex:
         path = Path(folder) / "index.json"
         try:
             found = json.loads(path.read_text())
-            if found["version"] not in (1, VERSION):
-                raise UserError(f"index {path}: version {found['version']}, expected {VERSION}; index the shards again")
-            shards = []
-            for number, entry in enumerate(found["shards"]):
-                name = entry.pop("table", f"{number:05d}.parquet")  # version 1 numbered the tables
-                shards.append(Shard(**entry, table=str(path.absolute().parent / "tables" / name), text=found["text"]))
-            return cls(shards)
+            if found["version"] != VERSION:
+                raise UserError(
+                    f"index {path}: version {found['version']}, expected {VERSION}; "
+                    f"make it again with `safeclip index SHARDS... --out {folder}`"
+                )
+            tables = path.absolute().parent / "tables"
+            shards = [Shard(**{**entry, "table": str(tables / entry["table"])}) for entry in found["shards"]]
+            return cls([replace(shard, text=found["text"]) for shard in shards])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"index {path}: cannot be read ({error}); make it with `safeclip index SHARDS... --out {folder}`"
@@ -126,30 +132,50 @@ class ShardIndex:
         return read_table(self.shards[shard].table)
 
     def verify(self, timeout: float = remote.TIMEOUT) -> None:
-        """Raise UserError if a shard is missing or is not the size that was indexed; behind URLs some are tried, from
-        all over the index."""
+        """Raise UserError if a shard is missing or does not hold what was indexed.
+
+        Size and time of change of local shards are compared. Where only the time differs the shard is read, and its
+        fingerprint decides; the result is kept beside the index if that can be written. Of shards behind URLs the sizes
+        of some are compared, from all over the index.
+        """
         local = [shard for shard in self.shards if not shard.remote]
         far = [shard for shard in self.shards if shard.remote and not shard.path.startswith("pipe:")]
         tried = far[:: -(-len(far) // REMOTE_TRIED) or 1]
         with ThreadPoolExecutor(8) as pool:
-            sizes = list(pool.map(lambda shard: remote.about(shard.path, timeout)[0], tried))
-        wrong = []
-        for shard, size in [(shard, local_size(shard.path)) for shard in local] + list(zip(tried, sizes)):
-            if size is None:
-                wrong.append(f"shard {shard.path}: missing")
-            elif size != shard.size:
-                wrong.append(f"shard {shard.path}: {size} bytes, but {shard.size} were indexed")
+            found = list(pool.map(difference, local + tried, repeat(timeout)))
+        wrong = [f"shard {shard.path}: {what}" for shard, what in zip(local + tried, found) if what]
         if wrong:
             more = f" (and {len(wrong) - 1} more such shards)" if len(wrong) > 1 else ""
-            raise UserError(f"{wrong[0]}{more}; bring it back, or index the shards again")
+            raise UserError(
+                f"{wrong[0]}{more}; bring it back, or index the shards again: `safeclip index SHARDS... --out INDEX`"
+            )
 
 
-def local_size(path: str) -> int | None:
-    """Bytes of a file, or None where there is none."""
+def difference(shard: Shard, timeout: float) -> str | None:
+    """How a shard differs from what was indexed; None where it does not."""
+    if shard.remote:
+        size, _ = remote.about(shard.path, timeout)
+        return None if size == shard.size else f"{size} bytes, but {shard.size} were indexed"
     try:
-        return os.path.getsize(path)
-    except FileNotFoundError:
-        return None
+        found = os.stat(shard.path)
+        if found.st_size != shard.size:
+            return f"{found.st_size} bytes, but {shard.size} were indexed"
+        # The name of a shard's table is made from its time of change, among others.
+        table = Path(shard.table)
+        same = table.with_name(table_name(shard.path, shard.size, found.st_mtime_ns, shard.text))
+        if same == table:
+            return None
+        known = saved(same)
+        if (
+            known["shard"]["fingerprint"] if known else fingerprint_of(shard.path, shard.size, timeout)
+        ) != shard.fingerprint:
+            return "holds other bytes than were indexed"
+    except OSError as error:
+        return "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    if not known:
+        with contextlib.suppress(OSError):  # a folder that cannot be written: the shard is read again next time
+            write_bytes(same, table.read_bytes())
+    return None
 
 
 @lru_cache(maxsize=64)
@@ -157,7 +183,7 @@ def read_table(path: str) -> ShardTable:
     columns = pq.read_table(path)
     return ShardTable(
         columns["key"].to_pylist(),
-        *(columns[name].to_numpy() for name in ("image_offset", "image_size", "text_offset", "text_size")),
+        *(columns[f"{kind}_{part}"].to_numpy() for kind in ("image", "text") for part in ("offset", "size", "crc")),
     )
 
 

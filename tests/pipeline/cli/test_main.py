@@ -275,8 +275,9 @@ def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
 def test_a_shard_that_changed_is_refused(world, tmp_path):
     shutil.copy(world / "shapes" / "train" / "00000.tar", tmp_path / "a.tar")
     build_index([str(tmp_path / "a.tar")], tmp_path / "index")
-    with open(tmp_path / "a.tar", "ab") as file:
-        file.write(bytes(512))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "a.tar").write_bytes(data)
     done = safeclip(
         "train",
         "config.yaml",
