@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from shards.errors import BadSample, UserError
 from shards.index import tar
 from shards.storage import remote
+from shards.storage.captions import MAX_TEXT, json_field, read_caption
 from shards.storage.files import write_bytes
-from shards.storage.reader import MAX_JSON, json_field
 
 FORM = 3  # of the tables; another one makes all of them anew
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -142,14 +142,14 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
         if row[f"{kind}_size"] != MISSING:
             find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
             continue
-        data = stream.read(min(member.length, MAX_JSON + 1)) if kind == "text" and field else b""
+        data = stream.read(min(member.length, MAX_TEXT + 1)) if kind == "text" else b""
         row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset, member.length
         row[f"{kind}_crc"] = checksum(stream, data, member.length)
         if not member.length:
             find(member.offset, key, f"empty {said[kind]}", False, position)
-        elif kind == "text" and field:
+        elif kind == "text":
             try:
-                json_field(data, field)
+                read_caption(json_field(data, field) if field else data)
             except BadSample as error:
                 find(member.offset, key, str(error), False, position)
     for position, row in enumerate(rows):

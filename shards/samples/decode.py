@@ -10,6 +10,7 @@ from PIL import Image, ImageFile
 from pydantic import PositiveInt
 
 from shards.errors import BadSample
+from shards.storage.captions import read_caption
 
 try:
     import simplejpeg
@@ -140,15 +141,10 @@ def orientation(image: Image.Image) -> int:
 
 
 def decode_caption(data: bytes, limits: Limits = Limits()) -> str:
-    """UTF-8, not blank, stripped. Raises BadSample."""
+    """A caption within the limits, as shards.storage.captions.read_caption. Raises BadSample."""
     if len(data) > 4 * limits.max_caption:
         raise BadSample(f"caption of {len(data)} bytes, at most {4 * limits.max_caption}")
-    try:
-        caption = data.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample(f"caption is not UTF-8 (byte {error.start})") from None
-    if not caption:
-        raise BadSample("caption is blank")
+    caption = read_caption(data)
     if len(caption) > limits.max_caption:
         raise BadSample(f"caption of {len(caption)} characters, at most {limits.max_caption}")
     return caption

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections import OrderedDict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from shards.errors import BadSample, ChangedShard
 from shards.storage import remote
 from shards.storage.cache import Cache
+from shards.storage.captions import json_field
 from shards.storage.protocols import StoredIndex
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 OPEN_FILES = 64
 OPEN_COPIES = 8  # of shards behind URLs: an open copy keeps its place in the cache
-MAX_JSON = 1 << 20  # bytes of a .json member; more is not parsed
 
 
 class Reader:
@@ -88,13 +87,3 @@ class Reader:
     def __del__(self) -> None:
         for descriptor in self.files.values():
             os.close(descriptor)
-
-
-def json_field(data: bytes, field: str) -> bytes:
-    """The text (UTF-8) in a field of a JSON object. Raises BadSample."""
-    if len(data) > MAX_JSON:
-        raise BadSample(f"caption: .json of {len(data)} bytes, at most {MAX_JSON}")
-    try:
-        return json.loads(data)[field].encode("utf-8")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadSample(f"caption: no text {field!r} in the .json") from None

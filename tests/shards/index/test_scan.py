@@ -115,6 +115,17 @@ def test_what_is_lacking_is_counted_and_keeps_its_place(tmp_path):
         build_index([str(write_tar(tmp_path / "b.tar", members[:2]))], tmp_path / "index2")
 
 
+def test_captions_without_a_word_are_counted(tmp_path):
+    members = [("a.png", b"1"), ("a.txt", "\ufeff".encode()), ("b.png", b"1"), ("b.txt", "\u200b".encode())]
+    path = write_tar(
+        tmp_path / "a.tar", [*members, ("c.png", b"1"), ("c.txt", b"\xff"), ("d.png", b"1"), ("d.txt", b"a")]
+    )
+    index = build_index([str(path)], tmp_path / "index")
+    assert [(finding.position, finding.damage) for finding in index.findings] == [(0, False), (1, False), (2, False)]
+    reasons = ["caption is blank", "caption holds no word (invisible characters only)", "caption is not UTF-8 (byte 0)"]
+    assert [finding.reason for finding in index.findings] == reasons
+
+
 def test_dots_in_keys_are_never_merged_silently(tmp_path):
     """webdataset makes one sample of these two; here that is refused, or listed."""
     members = [(f"photo.v{i}.{e}", b"x") for i in (1, 2) for e in ("jpg", "txt")] + [("b.jpg", b"1"), ("b.txt", b"2")]

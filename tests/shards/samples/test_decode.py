@@ -234,6 +234,10 @@ def test_noise_is_bad_and_nothing_worse(data):
         decoded(data)
 
 
+INVISIBLE = ["\ufeff", "\0", "\u200b\u2060", "\u200d\u200e\ufe0f", "\x07\x1b", "\xad", "&nbsp; &#8203;", "\x1b[31m"]
+INVISIBLE += ["\u202e\u3000", "<start_of_text><END_OF_TEXT>"]
+
+
 @pytest.mark.parametrize(
     "data, reason",
     [
@@ -242,6 +246,7 @@ def test_noise_is_bad_and_nothing_worse(data):
         (b" \n", "blank"),
         (b"x" * 50_000, "bytes"),
         (b"x" * 10_001, "characters"),
+        *((text.encode(), "blank|holds no word") for text in INVISIBLE),
     ],
 )
 def test_captions_that_are_none(data, reason):
@@ -251,3 +256,4 @@ def test_captions_that_are_none(data, reason):
 
 def test_a_caption_is_stripped():
     assert decode_caption(" ein Bär \n".encode()) == "ein Bär"
+    assert decode_caption("\ufeff a dog\ufeff".encode()) == "a dog"
