@@ -19,7 +19,7 @@ import webdataset
 
 from shards.errors import BadSample, UserError
 from shards.order.safe_mask import fingerprint
-from shards.samples.decode import decode_caption
+from shards.samples.decode import decode_caption, name_format
 from shards.storage.files import whole_file, write_bytes, write_json
 
 PATHS, CAPTIONS = ("path", "filepath", "image"), ("caption", "title")
@@ -202,7 +202,7 @@ def kind_of(picture: bytes) -> str:
         return "png"
     if picture[:4] == b"RIFF" and picture[8:12] == b"WEBP":
         return "webp"
-    raise BadSample("no JPEG, PNG or WebP picture")
+    raise BadSample(f"no JPEG, PNG or WebP picture: the file is {name_format(picture)}")
 
 
 def read_rows(

@@ -263,7 +263,7 @@ def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
     done = safeclip("train", "config.yaml", *words, processes=2, cwd=world)
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert {(r["position"], r["reason"]) for r in rows} == {
-        (3, "picture cannot be decoded (UnidentifiedImageError)"),
+        (3, "picture is of no known format, expected JPEG, PNG, WebP, GIF"),
         (5, "caption is not UTF-8 (byte 0)"),
         (7, "no caption"),
         (9, "no picture"),
