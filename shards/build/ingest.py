@@ -127,10 +127,26 @@ def make_shards(rows: Iterable[Row], out: str | Path, settings: dict, workers: i
                 done += [future.result() for future in finished]
         done += [future.result() for future in running]
     pairs, bad = (sum(counts) for counts in zip(*done)) if done else (0, 0)
+    if not pairs:
+        raise UserError(f"{settings.get('file') or settings['folder']}: {nothing_made(out, bad)}")
     text = f"{out}: {pairs:,} pairs in {shards} shards"
     if bad:
         text += f"; {bad:,} rows could not be used, {out}/*.bad.jsonl lists them"
     return text + f"; next: safeclip index '{out}/{{00000..{max(0, shards - 1):05d}}}.tar' --out {out}/index"
+
+
+def nothing_made(out: Path, bad: int) -> str:
+    """Why no row could be used. The empty shards are removed, so that the command can be given again."""
+    for path in out.glob("*.tar"):
+        path.unlink()
+    if not bad:
+        return "no rows in it; expected one for each pair below the header"
+    with open(min(out.glob("*.bad.jsonl"))) as lines:
+        first = json.loads(next(lines))
+    return (
+        f"none of {bad:,} rows can be used, the first (line {first['line']}): {first['reason']}; "
+        f"{out}/*.bad.jsonl lists them; mend the list, or name the folder of the paths with --root"
+    )
 
 
 def claim(out: Path, settings: dict) -> None:
@@ -140,6 +156,11 @@ def claim(out: Path, settings: dict) -> None:
         there = json.loads(mark.read_text())
     except (OSError, ValueError):
         there = None if out.exists() and (not out.is_dir() or any(out.iterdir())) else settings
+    else:
+        if not any(out.glob("*.tar")):  # nothing could be made of the list that it was for
+            there = settings
+            for path in out.glob("*.bad.jsonl"):
+                path.unlink()
     if there != settings:
         raise UserError(
             f"--out {out}: holds other files, or shards of another list or with other settings; name another folder"

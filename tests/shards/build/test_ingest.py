@@ -160,3 +160,17 @@ def test_no_row_swallows_another(rows, place):
     rows = [row.replace(b'"', b"") if place != i else row for i, row in enumerate(rows)]
     content = b"path,caption\n" + b"".join(row + b"\n" for row in rows) + b"x.png,sound\n"
     assert [fields for _, fields, _ in read_records(content.splitlines(keepends=True), ",")][-1] == ["x.png", "sound"]
+
+
+def test_a_list_of_which_nothing_can_be_used_is_refused_and_may_be_mended(folder):
+    file, out = folder / "list.csv", folder / "out"
+    file.write_text("path,caption\n")
+    with pytest.raises(UserError, match="list.csv: no rows in it"):
+        from_csv(file, out, workers=1)
+    file.write_text("path,caption\nsub.dir/0.v1.png,a dog\nsub.dir/1.v1.jpeg,a cat\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of 2 rows.*first \(line 2\): .*No such file.*--root"):
+            from_csv(file, out, workers=1)
+    assert len((out / "00000.bad.jsonl").read_text().splitlines()) == 2
+    assert "2 pairs in 1 shards;" in from_csv(file, out, root=str(folder / "pictures"), workers=1)
+    assert made(out)[1] == []
