@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import stat
 import sys
 import zlib
 from dataclasses import asdict, dataclass
@@ -22,8 +23,8 @@ from shards.storage.files import write_bytes
 
 FORM = 3  # of the tables; another one makes all of them anew
 PICTURES = ("jpg", "jpeg", "png", "webp")
+SHOWN = 3  # members that a reason names
 MISSING = -1  # size of a member that the sample does not have
-LACKS = ("no picture", "no caption")
 MEMBER = {"offset": pa.int64(), "size": pa.int64(), "crc": pa.uint32()}  # crc: CRC-32 of the content
 SCHEMA = [("key", pa.string())] + [(f"{kind}_{part}", MEMBER[part]) for kind in ("image", "text") for part in MEMBER]
 
@@ -31,7 +32,7 @@ SCHEMA = [("key", pa.string())] + [(f"{kind}_{part}", MEMBER[part]) for kind in 
 @dataclass(frozen=True)
 class Finding:
     """Something wrong in a shard, at a byte; position and key of the sample where it is one. `damage`: it stops an
-    index that has no report."""
+    index that has no report; `unusable`: the sample cannot be trained on."""
 
     shard: str
     byte: int
@@ -39,6 +40,7 @@ class Finding:
     key: str | None
     reason: str
     damage: bool
+    unusable: bool = False
 
     @property
     def kind(self) -> str:
@@ -85,11 +87,15 @@ def about(path: str, timeout: float) -> tuple[int | None, str | int | None]:
         return remote.about(path, timeout)
     try:
         found = os.stat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            open(path, "rb").close()
     except OSError as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise UserError(
-            f"shard {path}: missing ({error.strerror}); "
-            "check the path (braces are expanded, wildcards are your shell's)"
+            f"shard {path}: {what} ({error.strerror}); check the path (braces are expanded, wildcards are your shell's)"
         ) from None
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"shard {path}: a folder; name the shards in it, such as '{path}/{{00000..00009}}.tar'")
     return found.st_size, found.st_mtime_ns
 
 
@@ -111,18 +117,27 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
     field = text.partition(":")[2]
     member_of = {extension: "image" for extension in PICTURES} | {"json" if field else text: "text"}
     said = {"image": "picture", "text": "caption"}
+    expected = {"image": ", ".join(PICTURES), "text": "json" if field else text}
     rows: list[dict] = []
     findings: list[Finding] = []
     seen: set[str] = set()
     dotted: dict[tuple[int, str], tar.Member] = {}
+    others: dict[str, list[str]] = {}  # by key: members that are not read, and why
 
-    def find(byte: int, key: str | None, reason: str, damage: bool, position: int | None = None) -> None:
-        findings.append(Finding(path, byte, position, key, reason, damage))
+    def find(
+        byte: int, key: str | None, reason: str, damage: bool, position: int | None = None, unusable: bool = False
+    ) -> None:
+        findings.append(Finding(path, byte, position, key, reason, damage, unusable))
 
     def damaged(byte: int, name: str | None, what: str) -> None:
         find(byte, tar.sample_of(name)[0] if name else None, what, True)
 
-    for member in tar.members(stream, size, damaged):
+    def skipped(byte: int, name: str, what: str) -> None:
+        key, _ = tar.sample_of(name)
+        if key is not None:
+            others.setdefault(key, []).append(f"{name!r} is {what}")
+
+    for member in tar.members(stream, size, damaged, skipped):
         key, extension = tar.sample_of(member.name)
         if key is None:
             continue
@@ -138,6 +153,7 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
             last = member_of.get(extension.rpartition(".")[2])
             if last and "." in extension:
                 dotted.setdefault((position, last), member)
+            others.setdefault(key, []).append(f"{member.name!r} is not read")
             continue
         if row[f"{kind}_size"] != MISSING:
             find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
@@ -146,12 +162,12 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
         row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset, member.length
         row[f"{kind}_crc"] = checksum(stream, data, member.length)
         if not member.length:
-            find(member.offset, key, f"empty {said[kind]}", False, position)
+            find(member.offset, key, f"empty {said[kind]}", False, position, True)
         elif kind == "text":
             try:
                 read_caption(json_field(data, field) if field else data)
             except BadSample as error:
-                find(member.offset, key, str(error), False, position)
+                find(member.offset, key, str(error), False, position, True)
     for position, row in enumerate(rows):
         for kind, what in said.items():
             if row[f"{kind}_size"] != MISSING:
@@ -162,9 +178,12 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
                     f"sample {row['key']!r} has no {what}, but a member {other.name!r}: "
                     "a key ends at the first dot of the base name"
                 )
-                find(other.offset, row["key"], reason, True, position)
+                find(other.offset, row["key"], reason, True, position, True)
             else:
-                find(max(row["image_offset"], row["text_offset"]), row["key"], f"no {what}", False, position)
+                reason = f"no {what}"
+                if row["key"] in others:
+                    reason = "; ".join([reason, *others[row["key"]][:SHOWN], f"expected KEY.{expected[kind]}"])
+                find(max(row["image_offset"], row["text_offset"]), row["key"], reason, False, position, True)
     return rows, findings
 
 

@@ -24,11 +24,13 @@ import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
 from shards.errors import UserError
-from shards.index.scan import LACKS, Finding, fingerprint_of, saved, scan_shard, table_name
+from shards.index.scan import Finding, fingerprint_of, saved, scan_shard, table_name
+from shards.index.tar import NO_TAR
 from shards.storage import remote
 from shards.storage.files import write_bytes, write_json
 
 VERSION = 3
+SHOWN = 3  # shards that a message names
 REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
 
 
@@ -223,16 +225,24 @@ def build_index(
     damage = [finding for finding in findings if finding.damage]
     if damage and not report:
         others = f" (and {len(damage) - 1} more of the kind)" if len(damage) > 1 else ""
+        # What is no tar says itself how to mend it.
+        where, mend = (f", at byte {damage[0].byte}", "fetch or write it again, ")
+        if damage[0].reason.startswith(NO_TAR):
+            where = mend = ""
         raise UserError(
-            f"shard {damage[0].shard}: {damage[0].reason}, at byte {damage[0].byte}{others}; "
-            "fetch or write it again, leave it out, or let --report FILE list all damage and index what is intact"
+            f"shard {damage[0].shard}: {damage[0].reason}{where}{others}; "
+            f"{mend}leave it out, or let --report FILE list all damage and index what is intact"
         )
-    lacking = {(finding.shard, finding.position) for finding in findings if finding.reason in LACKS}
-    if sum(shard.samples for shard in shards) == len(lacking):
+    unusable = {(finding.shard, finding.position): finding for finding in findings if finding.unusable}
+    if sum(shard.samples for shard in shards) == len(unusable):
         member = "json" if text.startswith("json:") else text
+        most = Counter(finding.kind for finding in unusable.values()).most_common(1)
+        example = next((finding for finding in unusable.values() if finding.kind == most[0][0]), None)
         raise UserError(
-            f"shards {' '.join(map(str, paths))}: no samples in them that have both, a picture and a text; "
-            f"expected members KEY.jpg (or jpeg, png, webp) and KEY.{member}, the key without a dot"
+            f"shards {' '.join(map(str, paths[:SHOWN]))}{' ...' if len(paths) > SHOWN else ''}: "
+            f"none of {len(unusable):,} samples in them has both, a picture and a usable text"
+            + (f" (most often, {most[0][1]:,} times: sample {example.key!r}: {example.reason})" if example else "")
+            + f"; expected members KEY.jpg (or jpeg, png, webp) and KEY.{member}, the key without a dot"
         )
     entries = [{key: value for key, value in asdict(shard).items() if key != "text"} for shard in shards]
     write_json(out / "index.json", {"version": VERSION, "text": text, "shards": entries})

@@ -51,9 +51,11 @@ def test_the_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
 
 
 def test_a_sample_that_lacks_a_member_keeps_its_place(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("b.txt", b"2"), ("c.png", b"3"), ("c.txt", b"")])
+    sound = [("d.png", b"4"), ("d.txt", b"a dog")]
+    members = [("a.png", b"1"), ("b.txt", b"2"), ("c.png", b"3"), ("c.txt", b""), *sound]
+    path = write_tar(tmp_path / "a.tar", members)
     index = build_index([str(path)], tmp_path / "index")
-    assert index.samples == 3
+    assert index.samples == 4
     with pytest.raises(BadSample, match="no caption"):
         Reader(index).text_bytes(0, 0)
     with pytest.raises(BadSample, match="no picture"):
@@ -95,7 +97,7 @@ def test_bad_input_is_named(tmp_path):
     refused([write_tar(tmp_path / "two.tar", [("a.png", b"1"), ("a.jpg", b"2")])], tmp_path, "two image members")
     refused([tmp_path / "no.tar"], tmp_path, "no.tar: missing")
     refused([twice, twice], tmp_path, "named twice")
-    refused([write_tar(tmp_path / "none.tar", [])], tmp_path, "no samples")
+    refused([write_tar(tmp_path / "none.tar", [])], tmp_path, "none of 0 samples")
     refused([twice, tmp_path / "none.tar"], tmp_path, "twice.tar: key 'a' comes twice.*at byte 2560")
     with pytest.raises(UserError, match="--text: got 'TXT'"):
         build_index([str(twice)], tmp_path / "index", text="TXT")
