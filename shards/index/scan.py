@@ -72,7 +72,7 @@ def scan_shard(path: str, text: str, tables: Path, timeout: float, allow_pipe: b
     if stamp is None:
         name = table_name(path, size, entry["fingerprint"], text)
     for row in rows:
-        row["key"] = row["key"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        row["key"] = tar.key_text(row["key"])
     about_it = {"scan": json.dumps({"shard": entry, "findings": [asdict(finding) for finding in findings]})}
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(SCHEMA, metadata=about_it)), sink)
@@ -127,7 +127,7 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
     def find(
         byte: int, key: str | None, reason: str, damage: bool, position: int | None = None, unusable: bool = False
     ) -> None:
-        findings.append(Finding(path, byte, position, key, reason, damage, unusable))
+        findings.append(Finding(path, byte, position, key and tar.key_text(key), reason, damage, unusable))
 
     def damaged(byte: int, name: str | None, what: str) -> None:
         find(byte, tar.sample_of(name)[0] if name else None, what, True)

@@ -171,6 +171,18 @@ def sample_of(name: str) -> tuple[str | None, str | None]:
     return (folder + slash + stem, extension.lower()) if stem and dot else (None, None)
 
 
+def key_text(key: str) -> str:
+    r"""A key as text that can be stored and printed. Bytes that are not UTF-8 become \xHH; a backslash that already
+    begins such an escape becomes \x5c. `key_of` undoes it."""
+    return re.sub("[\udc80-\udcff]|\\\\(?=x[0-9a-f]{2})", lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", key)
+
+
+def key_of(text: str) -> str:
+    """The key that `key_text` has written, with surrogate escapes (PEP 383), as webdataset reads it."""
+    data = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), text.encode())
+    return data.decode("utf-8", "surrogateescape")
+
+
 def pax_records(payload: bytes) -> dict[str, str]:
     """The "length key=value" records of a PAX header; what is malformed is left out."""
     records = {}

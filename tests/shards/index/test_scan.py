@@ -244,6 +244,15 @@ def test_a_file_that_is_no_tar_is_called_what_it_is(tmp_path, pack, said):
     assert listed([sound, other], tmp_path)[0].counts.tolist() == [2, 0]
 
 
+@given(st.binary(max_size=20) | st.lists(st.sampled_from([b"\\", b"x", b"e9", b"\xe9", "é".encode()])).map(b"".join))
+def test_a_key_of_any_bytes_can_be_had_back(data):
+    key = data.decode("utf-8", "surrogateescape")
+    text = tar.key_text(key)
+    assert tar.key_of(text) == key
+    text.encode()  # it can be stored
+    assert text == key or "\\" in key or key.isprintable() is False
+
+
 def test_a_folder_is_no_shard(tmp_path):
     with pytest.raises(UserError, match=f"shard {tmp_path}: a folder; name the shards in it"):
         build_index([str(tmp_path)], tmp_path / "index")
