@@ -48,29 +48,31 @@ class Finding:
         return re.sub(r"'.*'|\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
 
 
-def scan_shard(path: str, text: str, tables: Path, timeout: float, allow_pipe: bool) -> tuple[dict, list[Finding]]:
+def scan_shard(
+    path: str, text: str, image: str, tables: Path, timeout: float, allow_pipe: bool
+) -> tuple[dict, list[Finding]]:
     """({"path", "size", "samples", "fingerprint", "table"}, [Finding]) of one tar, its table being in the folder
     `tables`.
 
     The table's name is made from the shard's path, size, time of change (behind a URL: its ETag, or what the server has
-    instead) and `text`: where it is there already the shard is not read. A shard without any such mark is always read.
-    Raises UserError.
+    instead), `text` and `image`: where it is there already the shard is not read. A shard without any such mark is
+    always read. Raises UserError.
     """
     size, stamp = about(path, timeout)
     if stamp is not None:
-        name = table_name(path, size, stamp, text)
+        name = table_name(path, size, stamp, text, image)
         found = saved(tables / name)
         if found:
             return {**found["shard"], "table": name}, [Finding(**finding) for finding in found["findings"]]
     with remote.open_shard(path, size, timeout, allow_pipe) as file:
         stream = tar.Stream(file)
-        rows, findings = read_samples(path, stream, size, text)
+        rows, findings = read_samples(path, stream, size, text, image)
         while stream.read(1 << 20):  # what follows the end belongs to the fingerprint, not to the archive
             pass
     findings += lost_downloads(path, {row["key"] for row in rows})
     entry: dict = {"path": path, "size": stream.position, "samples": len(rows), "fingerprint": stream.fingerprint()}
     if stamp is None:
-        name = table_name(path, size, entry["fingerprint"], text)
+        name = table_name(path, size, entry["fingerprint"], text, image)
     for row in rows:
         row["key"] = tar.key_text(row["key"])
     about_it = {"scan": json.dumps({"shard": entry, "findings": [asdict(finding) for finding in findings]})}
@@ -91,9 +93,7 @@ def about(path: str, timeout: float) -> tuple[int | None, str | int | None]:
             open(path, "rb").close()
     except OSError as error:
         what = "missing" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise UserError(
-            f"shard {path}: {what} ({error.strerror}); check the path (braces are expanded, wildcards are your shell's)"
-        ) from None
+        raise UserError(f"shard {path}: {what} ({error.strerror}); check the path") from None
     if stat.S_ISDIR(found.st_mode):
         raise UserError(f"shard {path}: a folder; name the shards in it, such as '{path}/{{00000..00009}}.tar'")
     return found.st_size, found.st_mtime_ns
@@ -112,15 +112,21 @@ def saved(path: Path) -> dict | None:
         return None
 
 
-def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> tuple[list[dict], list[Finding]]:
+def read_samples(
+    path: str, stream: tar.Stream, size: int | None, text: str, image: str
+) -> tuple[list[dict], list[Finding]]:
     """(rows, [Finding]): the samples of a tar in order, as dicts of SCHEMA. A new key begins a new sample."""
     field = text.partition(":")[2]
-    member_of = {extension: "image" for extension in PICTURES} | {"json" if field else text: "text"}
     said = {"image": "picture", "text": "caption"}
-    expected = {"image": ", ".join(PICTURES), "text": "json" if field else text}
+    names = {"image": image.split(",") if image else PICTURES, "text": ["json"] if field else text.split(",")}
+    member_of = {name: kind for kind in said for name in names[kind]}
+    # Of two members the one that is named first is read; without names two pictures are a mistake.
+    rank = {name: place if image or kind == "text" else 0 for kind in said for place, name in enumerate(names[kind])}
     rows: list[dict] = []
     findings: list[Finding] = []
     seen: set[str] = set()
+    taken: dict[str, int] = {}  # by kind: rank of the member of the last sample
+    wrong: dict[tuple[int, str], tuple[int, str]] = {}  # by position and kind: byte, and why it cannot be used
     dotted: dict[tuple[int, str], tar.Member] = {}
     others: dict[str, list[str]] = {}  # by key: members that are not read, and why
 
@@ -147,6 +153,7 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
                 find(member.offset, key, reason, True, len(rows))
             seen.add(key)
             absent = {"offset": 0, "size": MISSING, "crc": 0}
+            taken = {}
             rows.append({"key": key} | {f"{kind}_{part}": absent[part] for kind in said for part in MEMBER})
         row, position, kind = rows[-1], len(rows) - 1, member_of.get(extension)
         if kind is None:
@@ -155,34 +162,40 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
                 dotted.setdefault((position, last), member)
             others.setdefault(key, []).append(f"{member.name!r} is not read")
             continue
-        if row[f"{kind}_size"] != MISSING:
-            find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
+        if rank[extension] >= taken.get(kind, len(rank)):
+            if rank[extension] == taken[kind]:
+                find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
             continue
+        taken[kind] = rank[extension]
+        wrong.pop((position, kind), None)
         data = stream.read(min(member.length, MAX_TEXT + 1)) if kind == "text" else b""
         row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset, member.length
         row[f"{kind}_crc"] = checksum(stream, data, member.length)
         if not member.length:
-            find(member.offset, key, f"empty {said[kind]}", False, position, True)
+            wrong[position, kind] = member.offset, f"empty {said[kind]}"
         elif kind == "text":
             try:
                 read_caption(json_field(data, field) if field else data)
             except BadSample as error:
-                find(member.offset, key, str(error), False, position, True)
+                wrong[position, kind] = member.offset, str(error)
     for position, row in enumerate(rows):
         for kind, what in said.items():
+            if (position, kind) in wrong:
+                byte, reason = wrong[position, kind]
+                find(byte, row["key"], reason, False, position, True)
             if row[f"{kind}_size"] != MISSING:
                 continue
             other = dotted.get((position, kind))
             if other:
                 reason = (
                     f"sample {row['key']!r} has no {what}, but a member {other.name!r}: "
-                    "a key ends at the first dot of the base name"
+                    "a key ends at the first dot of the base name (--image and --text name what stands behind it)"
                 )
                 find(other.offset, row["key"], reason, True, position, True)
             else:
                 reason = f"no {what}"
                 if row["key"] in others:
-                    reason = "; ".join([reason, *others[row["key"]][:SHOWN], f"expected KEY.{expected[kind]}"])
+                    reason = "; ".join([reason, *others[row["key"]][:SHOWN], f"expected KEY.{', '.join(names[kind])}"])
                 find(max(row["image_offset"], row["text_offset"]), row["key"], reason, False, position, True)
     return rows, findings
 

@@ -21,23 +21,24 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from braceexpand import braceexpand
 
 from shards.errors import UserError
-from shards.index.scan import Finding, fingerprint_of, saved, scan_shard, table_name
+from shards.index.names import named
+from shards.index.scan import PICTURES, Finding, fingerprint_of, saved, scan_shard, table_name
 from shards.index.tar import NO_TAR
 from shards.storage import remote
 from shards.storage.files import write_bytes, write_json
 
 VERSION = 3
 SHOWN = 3  # shards that a message names
+MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the key
 REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: absolute path or URL, bytes, samples, BLAKE2b-128 of its content in hex, its table's file, and what is
-    its text."""
+    """One tar: absolute path or URL, bytes, samples, BLAKE2b-128 of its content in hex, its table's file, and what are
+    its text and picture."""
 
     path: str
     size: int
@@ -45,6 +46,7 @@ class Shard:
     fingerprint: str
     table: str
     text: str = "txt"
+    image: str = ""
 
     @cached_property
     def remote(self) -> bool:
@@ -82,8 +84,8 @@ class ShardIndex:
         self.samples = int(self.offsets[-1])
         self.repetitions = np.ones(len(shards), np.int64) if repetitions is None else np.asarray(repetitions, np.int64)
         self.views = int((self.counts * self.repetitions).sum())
-        # The bytes say it all, but for the field of a .json that is taken for the caption.
-        names = (s.fingerprint + (s.text if s.text.startswith("json:") else "") for s in shards)
+        # The bytes say it all, but for a field of a .json or members that are named.
+        names = (s.fingerprint + (s.text if re.search("[:,.]", s.text) else "") + s.image for s in shards)
         self.fingerprint = hashlib.blake2b("".join(names).encode(), digest_size=16).hexdigest()
 
     @classmethod
@@ -99,7 +101,7 @@ class ShardIndex:
                 )
             tables = path.absolute().parent / "tables"
             shards = [Shard(**{**entry, "table": str(tables / entry["table"])}) for entry in found["shards"]]
-            return cls([replace(shard, text=found["text"]) for shard in shards])
+            return cls([replace(shard, text=found["text"], image=found["image"]) for shard in shards])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"index {path}: cannot be read ({error}); make it with `safeclip index SHARDS... --out {folder}`"
@@ -164,7 +166,7 @@ def difference(shard: Shard, timeout: float) -> str | None:
             return f"{found.st_size} bytes, but {shard.size} were indexed"
         # The name of a shard's table is made from its time of change, among others.
         table = Path(shard.table)
-        same = table.with_name(table_name(shard.path, shard.size, found.st_mtime_ns, shard.text))
+        same = table.with_name(table_name(shard.path, shard.size, found.st_mtime_ns, shard.text, shard.image))
         if same == table:
             return None
         known = saved(same)
@@ -197,25 +199,36 @@ def build_index(
     report: str | Path | None = None,
     timeout: float = remote.TIMEOUT,
     allow_pipe: bool = False,
+    image: str = "",
 ) -> ShardIndex:
-    """Index tars (`paths`: brace-expanded; local ones or URLs) into the folder `out`; returns the
+    """Index tars (`paths`: as shards.index.names; local ones or URLs) into the folder `out`; returns the
     ShardIndex.
 
     `text` is what a sample's text is: the extension of a member ("txt" for captions, "cls" for labels), or
-    "json:FIELD", a field of its .json member. One pass over each shard, shards in parallel; a shard that `out` holds
-    already and that has not changed is not read again (scan.scan_shard). A sample without picture or text keeps its
-    position. Raises UserError naming the first damaged shard; with `report`, a file, all that was found is listed there
-    and what is intact is indexed.
+    "json:FIELD", a field of its .json member; `image` what its picture is, "" for any of scan.PICTURES. Both may be
+    names behind the key, joined by commas ("input.png,png"), of which the first that a sample has is read.
+
+    One pass over each shard, shards in parallel; a shard that `out` holds already and that has not changed is not read
+    again (scan.scan_shard). A sample without picture or text keeps its position. Raises UserError naming the first
+    damaged shard; with `report`, a file, all that was found is listed there and what is intact is indexed.
     """
-    if not re.fullmatch("[a-z0-9]+|json:.+", text):
-        raise UserError(f"--text: got {text!r}, expected a member's extension in lower case (txt, cls) or json:FIELD")
+    if not re.fullmatch(f"{MEMBERS}|json:.+", text):
+        raise UserError(
+            f"--text: got {text!r}, expected names of members behind the key, in lower case and joined by commas "
+            "(txt, cls, outputs.txt), or json:FIELD"
+        )
+    if not re.fullmatch(f"({MEMBERS})?", image) or set(image.split(",")) & set(text.split(",")):
+        raise UserError(
+            f"--image: got {image!r}, expected other names of members behind the key than those of --text, in lower "
+            "case and joined by commas (input.png)"
+        )
     out, shards, findings = Path(out), [], []
     urls = expand(paths)
-    scan = partial(scan_shard, text=text, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
+    scan = partial(scan_shard, text=text, image=image, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
     workers = min(workers or os.cpu_count(), len(urls))
     with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
         for entry, found in pool.map(scan, urls):
-            shards.append(Shard(**entry, text=text))
+            shards.append(Shard(**entry, text=text, image=image))
             findings += found
             if sys.stderr.isatty():
                 end = "\n" if len(shards) == len(urls) else ""
@@ -225,9 +238,8 @@ def build_index(
     damage = [finding for finding in findings if finding.damage]
     if damage and not report:
         others = f" (and {len(damage) - 1} more of the kind)" if len(damage) > 1 else ""
-        # What is no tar says itself how to mend it.
-        where, mend = (f", at byte {damage[0].byte}", "fetch or write it again, ")
-        if damage[0].reason.startswith(NO_TAR):
+        where, mend = f", at byte {damage[0].byte}", "fetch or write it again, "
+        if damage[0].reason.startswith(NO_TAR):  # it says itself how to mend it
             where = mend = ""
         raise UserError(
             f"shard {damage[0].shard}: {damage[0].reason}{where}{others}; "
@@ -235,17 +247,17 @@ def build_index(
         )
     unusable = {(finding.shard, finding.position): finding for finding in findings if finding.unusable}
     if sum(shard.samples for shard in shards) == len(unusable):
-        member = "json" if text.startswith("json:") else text
-        most = Counter(finding.kind for finding in unusable.values()).most_common(1)
-        example = next((finding for finding in unusable.values() if finding.kind == most[0][0]), None)
+        kinds = Counter(finding.kind for finding in unusable.values())
+        most = next((finding for finding in unusable.values() if finding.kind == kinds.most_common(1)[0][0]), None)
+        why = f" (most often, {kinds[most.kind]:,} times: sample {most.key!r}: {most.reason})" if most else ""
+        picture, caption = image or ",".join(PICTURES), "json" if text.startswith("json:") else text
         raise UserError(
-            f"shards {' '.join(map(str, paths[:SHOWN]))}{' ...' if len(paths) > SHOWN else ''}: "
-            f"none of {len(unusable):,} samples in them has both, a picture and a usable text"
-            + (f" (most often, {most[0][1]:,} times: sample {example.key!r}: {example.reason})" if example else "")
-            + f"; expected members KEY.jpg (or jpeg, png, webp) and KEY.{member}, the key without a dot"
+            f"shards {' '.join(map(str, paths[:SHOWN]))}{' ...' if len(paths) > SHOWN else ''}: none of "
+            f"{len(unusable):,} samples in them has both, a picture and a usable text{why}; expected "
+            f"members KEY.({picture.replace(',', '|')}) and KEY.({caption.replace(',', '|')}), the key without a dot"
         )
-    entries = [{key: value for key, value in asdict(shard).items() if key != "text"} for shard in shards]
-    write_json(out / "index.json", {"version": VERSION, "text": text, "shards": entries})
+    entries = [{key: value for key, value in asdict(shard).items() if key not in ("text", "image")} for shard in shards]
+    write_json(out / "index.json", {"version": VERSION, "text": text, "image": image, "shards": entries})
     used = {shard.table for shard in shards}
     for path in (out / "tables").glob("*.parquet"):
         if path.name not in used:  # of a shard that has changed, or is not named any more
@@ -256,9 +268,8 @@ def build_index(
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """The absolute paths and URLs that brace-expanded `patterns` name. Raises UserError for one that is named twice."""
-    named = [path for pattern in patterns for path in braceexpand(str(pattern))]
-    urls = [path if remote.is_remote(path) else os.path.abspath(path) for path in named]
+    """The absolute paths and URLs that `patterns` name. Raises UserError for one that is named twice."""
+    urls = [path if remote.is_remote(path) else os.path.abspath(path) for path in named(patterns)]
     twice = next((url for url, times in Counter(urls).items() if times > 1), None)
     if twice:
         raise UserError(f"shard {twice}: named twice; name each shard once")

@@ -145,6 +145,28 @@ def test_dots_in_keys_are_never_merged_silently(tmp_path):
     assert index.table(0).keys == ["photo", "b"] and [row["key"] for row in rows] == ["photo", "photo"]
 
 
+def test_members_are_named_in_order_of_preference(tmp_path):
+    members = [(f"a.{name}", name.encode()) for name in ("png", "input.png", "mask.png", "txt", "outputs.txt")]
+    members += [("b.png", b"png"), ("b.txt", b"txt"), ("c.outputs.txt", b""), ("c.txt", b"\xff"), ("c.png", b"1")]
+    path = str(write_tar(tmp_path / "a.tar", members))
+    index = build_index([path], tmp_path / "index", image="input.png,png", text="outputs.txt,txt")
+    reader = Reader(ShardIndex.load(tmp_path / "index"))
+    found = [(reader.image_bytes(0, position), reader.text_bytes(0, position)) for position in range(3)]
+    assert found == [(b"input.png", b"outputs.txt"), (b"png", b"txt"), (b"1", b"")]
+    assert [(finding.position, finding.reason) for finding in index.findings] == [(2, "empty caption")]
+    other = build_index([path], tmp_path / "other", image="png", text="txt")
+    assert contents(other)[0] == ("a", b"png", b"txt") and other.fingerprint != index.fingerprint
+    only = build_index([path], tmp_path / "only", image="input.png", text="outputs.txt")
+    assert [finding.position for finding in only.findings] == [1, 1, 2, 2]
+    only.verify()
+
+
+@pytest.mark.parametrize("words", [{"image": "PNG"}, {"image": "a,,b"}, {"image": "x", "text": "y,x"}, {"text": "a,"}])
+def test_names_of_members_that_are_none(tmp_path, words):
+    with pytest.raises(UserError, match=r"--(image|text): got '.*expected"):
+        build_index([str(tmp_path)], tmp_path / "index", **words)
+
+
 @pytest.mark.parametrize("program", ["tar", "bsdtar"])
 @pytest.mark.parametrize("words", [["--format=ustar"], ["--format=pax"], ["--format=gnutar"]])
 def test_shards_made_by_hand(tmp_path, program, words):
