@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from shards.errors import UserError
 from shards.storage.remote import is_remote
@@ -50,7 +50,7 @@ def joined(pattern: str) -> list[str]:
 def braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
-    except (UnbalancedBracesError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"shard {pattern}: {error}; write ranges as {{00000..00331}}, lists as {{a,b}}") from None
 
 
