@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.cli import main
+from shards.errors import ChangedShard, Unreachable, UserError
 from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
@@ -288,6 +290,20 @@ def test_a_shard_that_changed_is_refused(world, tmp_path):
         check=False,
     )
     assert done.returncode == 2 and "a.tar" in done.stderr and "were indexed" in done.stderr
+
+
+@pytest.mark.parametrize("error, said", [(ChangedShard, True), (Unreachable, True), (UserError, False)])
+def test_what_one_rank_alone_may_find_is_said_by_any_rank(monkeypatch, capsys, error, said):
+    def invoke(context):
+        raise error(
+            f"Caught {error.__name__} in a reading process.\nTraceback:\n  shards.errors.{error.__name__}: shard a"
+        )
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(main.safeclip, "invoke", invoke)
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["config"])
+    assert capsys.readouterr().err == ("safeclip: shard a\n" if said else "")
 
 
 def test_help_needs_no_heavy_package():
