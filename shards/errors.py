@@ -12,6 +12,10 @@ class Unreachable(UserError):
     """A server of which nothing came for as long as was to be waited."""
 
 
+class ChangedShard(UserError):
+    """A shard that does not hold what was indexed. Perhaps only one process notices."""
+
+
 class BadSample(Exception):
     """One sample that cannot be used. It stays in its batch as an invalid row and is listed in bad_samples.jsonl with
     this reason."""

@@ -125,4 +125,4 @@ class EmbeddingFolder(ShardIndex):
 
 def only_keys(keys: list[str]) -> ShardTable:
     """The table of pairs that have neither picture nor text in a shard."""
-    return ShardTable(keys, *[np.broadcast_to(np.int64(MISSING), len(keys))] * 4)
+    return ShardTable(keys, *[np.broadcast_to(np.int64(MISSING), len(keys))] * 6)

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from braceexpand import braceexpand
-
 from shards.errors import UserError
 from shards.index import tar
+from shards.index.names import named
 from shards.order.safe_mask import SavedMask, require_same
 from shards.storage.files import whole_file
 
@@ -44,14 +43,15 @@ def output(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def find_shards(saved: SavedMask, patterns: Iterable[str | Path]) -> dict[int, Path]:
-    """{number of the shard in the mask: its path}, of brace-expanded `patterns`. Sizes are compared, contents not yet.
+    """{number of the shard in the mask: its path}, as `patterns` name them (shards.index.names). Sizes are
+    compared, contents not yet.
 
     Raises UserError naming the shard: missing, not of the mask `saved`, named twice, of another size.
     """
     found: dict[int, Path] = {}
-    for path in (Path(path) for pattern in patterns for path in braceexpand(str(pattern))):
+    for path in map(Path, named(patterns)):
         if not path.is_file():
-            raise UserError(f"shard {path}: missing; check the path (braces are expanded, wildcards are your shell's)")
+            raise UserError(f"shard {path}: missing; check the path")
         number = saved.find(str(path))
         if number in found:
             raise UserError(

@@ -141,6 +141,7 @@ def score(
         found = comm.on_rank0(data_of, data, scorer.data, overlay, out)
         index = open_index(found)
         samples = open_samples(found, index)
+        comm.on_rank0(samples.verify, found.remote_timeout)
         parts = [scorer.identity, index.fingerprint, fingerprint_of(found.overlay), "lean" if lean else "all"]
         files = ScoreFiles(out / "scores", index, "/".join(parts))
         about = {
@@ -180,7 +181,6 @@ def data_of(named: Sequence[str], of_run: Data | None, overlay: str | None, out:
     }
     index, overlay = (path and os.path.abspath(path) for path in (data.index, data.overlay))
     data = data.model_copy(update={"index": index, "sources": sources, "overlay": overlay})
-    open_index(data).verify(data.remote_timeout)
     return data
 
 

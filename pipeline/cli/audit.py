@@ -10,7 +10,7 @@ from pipeline.cli.options import Command
 @click.command(cls=Command)
 @click.option("--model", help="a run, an open_clip local directory, or an open_clip name (with --pretrained)")
 @click.option("--pretrained", metavar="PATH", help="checkpoint for an open_clip name")
-@click.option("--data", multiple=True, metavar="SHARDS...", help="paths, brace-expanded, or an index folder")
+@click.option("--data", multiple=True, metavar="SHARDS...", help="shards as for `safeclip index`, or an index folder")
 @click.option("--overlay", metavar="DIR", help="an attack to read the data with (default: that of the run)")
 @click.option("--embeddings", metavar="DIR", help="instead: embeddings that exist, as clip-retrieval writes them")
 @click.option("--lean", is_flag=True, help="keep cosines and captions only: no embeddings, no picture hashes")

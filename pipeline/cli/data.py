@@ -79,12 +79,14 @@ def from_folder(**options: Any) -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="SHARDS...")
 @click.option("--out", required=True, help="folder for the index")
 @click.option("--text", default="txt", help="a sample's text: member txt (default), cls (labels), or json:FIELD")
+@click.option("--image", default="", help="its picture: jpg, jpeg, png or webp (default), or members named like --text")
 @click.option("--report", metavar="FILE", help="index what is intact, and list all damage and loss as JSON lines")
 @click.option("--workers", type=int, help="processes (default: one a core)")
 @click.option("--remote-timeout", "timeout", type=float, default=120, help="seconds to wait for a server (default 120)")
 @click.option("--allow-pipe", is_flag=True, help="run the commands of shards named pipe:COMMAND")
 def index(out: str, report: str | None, **options: Any) -> None:
-    """Index shards: what each holds, and where. SHARDS are paths, brace-expanded."""
+    """Index shards: what each holds, and where. SHARDS are paths and URLs with braces and
+    wildcards, or lists of them, one a line (@FILE or FILE.txt)."""
     from shards.index.shard_index import build_index
 
     built = build_index(out=out, report=report, **options)

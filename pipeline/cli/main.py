@@ -23,7 +23,7 @@ from pipeline.cli.data import attack, data, index, shards
 from pipeline.cli.masks import mask
 from pipeline.cli.options import Group
 from pipeline.cli.training import compare, config, doctor, evaluate, export, train
-from shards.errors import RunFailed, Unreachable, UserError
+from shards.errors import ChangedShard, RunFailed, Unreachable, UserError
 
 # Heavy packages are imported in the commands that use them: `safeclip --help` answers at once.
 safeclip = Group(
@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as end:  # --help
         sys.exit(end.exit_code)
     except (UserError, click.UsageError) as error:
-        # What all ranks find one of them says; but a server may be lost to one host alone.
-        if isinstance(error, Unreachable) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        # What all ranks find one of them says; but one host alone may lose a server or read a changed shard.
+        alone = isinstance(error, (Unreachable, ChangedShard))
+        if alone or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"safeclip: {own_words(error)}", file=sys.stderr)
         sys.exit(2)
     except RunFailed as error:

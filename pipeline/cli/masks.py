@@ -78,7 +78,7 @@ def replay(mask: str, posterior: float | None, fraction: float | None, out: str 
 @click.option("--keep", type=click.Choice(["safe", "risky"]), default="safe")
 @click.option("--review", metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is")
 def apply(mask: str, shards: tuple[str, ...], out: str, keep: str, review: str | None) -> None:
-    """Write filtered copies of shards (paths, brace-expanded). Resumes where it was interrupted."""
+    """Write filtered copies of shards (paths, or lists of them). Resumes where it was interrupted."""
     from pipeline.audit.apply import apply_mask
 
     print(apply_mask(mask, shards, out, keep, review))

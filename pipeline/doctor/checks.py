@@ -1,5 +1,5 @@
-"""safeclip doctor: what would go wrong with a run is found before GPU hours are spent. Nothing is written, nothing
-trained.
+"""safeclip doctor: what would go wrong with a run is found before GPU hours are spent. Nothing is trained,
+and nothing written but what `ShardIndex.verify` keeps beside an index.
 
 Each check gives findings: ("ok", "warning" or "fatal", what it is about, what was found and what to do). Started under
 torchrun or srun it also checks what only the job itself can see: every host's view of the shards and the run directory,
@@ -9,7 +9,6 @@ and the network.
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,11 +28,10 @@ from pipeline.safety.round import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.start import inspect, steps_per_epoch
-from shards.errors import BadSample, UserError
-from shards.index import tar
+from shards.errors import BadSample, ChangedShard, UserError
+from shards.index.scan import fingerprint_of
 from shards.index.shard_index import Shard, ShardIndex
 from shards.samples.samples import Samples
-from shards.storage.remote import open_shard
 
 SPREAD = 32  # shards of which one sample is decoded
 NETWORK_MB = 64  # of the all-reduce that is timed
@@ -76,11 +74,10 @@ def check_shards(config: Config, content: bool = False) -> Findings:
     """The shards are there as they were indexed, and samples of them can be read. On one rank of each host."""
     try:
         index = open_index(config.data)
-        index.verify(config.data.remote_timeout)
         overlay = open_overlay(config.data, index)
-        samples = Samples(
-            index, overlay, limits=config.data.limits
-        )  # without a cache: single samples, not whole shards
+        # Without a cache: single samples, not whole shards.
+        samples = Samples(index, overlay, limits=config.data.limits)
+        samples.verify(config.data.remote_timeout)
     except UserError as error:
         return [("fatal", "data", str(error))]
     found = [("ok", "data", f"{describe(index)}, fingerprint {index.fingerprint}")] + check_cache(config, index)
@@ -104,6 +101,8 @@ def check_shards(config: Config, content: bool = False) -> Findings:
         try:
             samples.image(shard, position)
             samples.caption(shard, position)
+        except ChangedShard as error:
+            return found + [("fatal", "data", str(error))]
         except BadSample as error:
             bad.append(f"{index.shards[shard].path}, sample {samples.key(shard, position)}: {error}")
     if bad:
@@ -121,14 +120,11 @@ def check_shards(config: Config, content: bool = False) -> Findings:
 def changed_shards(index: ShardIndex, data: Data) -> list[str]:
     """Paths of the shards whose bytes are not those that were indexed."""
 
-    def content(shard: Shard) -> str:
-        with open_shard(shard.path, shard.size, data.remote_timeout, data.allow_pipe) as file:
-            stream = tar.Stream(file)
-            stream.skip_to(sys.maxsize)  # to the end
-            return stream.fingerprint()
+    def same(shard: Shard) -> bool:
+        return fingerprint_of(shard.path, shard.size, data.remote_timeout, data.allow_pipe) == shard.fingerprint
 
     with ThreadPoolExecutor(8) as pool:
-        return [s.path for s, found in zip(index.shards, pool.map(content, index.shards)) if found != s.fingerprint]
+        return [shard.path for shard, found in zip(index.shards, pool.map(same, index.shards)) if not found]
 
 
 def check_cache(config: Config, index: ShardIndex) -> Findings:

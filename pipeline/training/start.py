@@ -74,8 +74,8 @@ class Run:
         comm.init(config.run.timeout)
         self.config, self.device = config, comm.device()
         self.index = open_index(config.data)
-        comm.on_rank0(self.index.verify, config.data.remote_timeout)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
+        comm.on_rank0(self.samples.verify, config.data.remote_timeout)
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         self.epochs = curriculum(config.train, config.selection.every, self.steps_per_epoch)
         self.mask, self.excluded, data = None, None, self.index.fingerprint

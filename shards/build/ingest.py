@@ -19,7 +19,7 @@ import webdataset
 
 from shards.errors import BadSample, UserError
 from shards.order.safe_mask import fingerprint
-from shards.samples.decode import decode_caption
+from shards.samples.decode import decode_caption, name_format
 from shards.storage.files import whole_file, write_bytes, write_json
 
 PATHS, CAPTIONS = ("path", "filepath", "image"), ("caption", "title")
@@ -70,17 +70,13 @@ def from_folder(
     line.
 
     The caption is in KEY.txt beside KEY.jpg. With `classes` it is the name of the folder below `folder` that the
-    picture is in, whose number is the sample's .cls member; OUT/classnames.txt has the names. Raises UserError.
+    picture is in, whose number is the sample's .cls member; OUT/classnames.txt has the names. Links are followed.
+    Hidden files and folders are left out. Raises UserError.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise UserError(f"folder {folder}: missing; name a folder of pictures")
-    names = sorted(
-        os.path.relpath(os.path.join(place, name), folder)
-        for place, _, found in os.walk(folder)
-        for name in found
-        if name.lower().endswith(PICTURE_NAMES)
-    )
+    names, hidden = pictures_below(folder)
     below = sorted({name.partition(os.sep)[0] for name in names if os.sep in name})
     if not names or classes and not below:
         raise UserError(
@@ -102,14 +98,42 @@ def from_folder(
 
     listing = hashlib.blake2b("\n".join(names).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     settings = {"folder": str(folder), "content": listing, "classes": classes, "per_shard": per_shard}
-    made = make_shards(rows(), out, settings, workers)
+    made = make_shards(rows(), out, settings, workers, hidden)
     if classes:
         write_bytes(Path(out) / "classnames.txt", ("\n".join(name.replace("_", " ") for name in below) + "\n").encode())
     return made
 
 
-def make_shards(rows: Iterable[Row], out: str | Path, settings: dict, workers: int | None = None) -> str:
-    """Write the shards that are not in `out` yet; returns what was made, as a line."""
+def pictures_below(folder: Path) -> tuple[list[str], int]:
+    """(paths of the pictures below `folder`, relative to it, in order; number of hidden files and folders). Links are
+    followed, but for those to a folder above them. Raises UserError."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"folder {error.filename}: {error.strerror}; make it readable, or move it away")
+
+    names, hidden = [], 0
+    above = {str(folder): {os.path.realpath(folder)}}  # by folder: the real paths of itself and those above it
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        files = [name for name in files if name.lower().endswith(PICTURE_NAMES)]
+        hidden += sum(is_hidden(name) for name in folders + files)
+        names += [os.path.relpath(os.path.join(place, name), folder) for name in files if not is_hidden(name)]
+        seen = above.pop(place)
+        below = {name: os.path.realpath(os.path.join(place, name)) for name in folders if not is_hidden(name)}
+        folders[:] = [name for name, real in below.items() if real not in seen]
+        above |= {os.path.join(place, name): seen | {below[name]} for name in folders}
+    return sorted(names), hidden
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder was put there by a program, not by a person."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def make_shards(
+    rows: Iterable[Row], out: str | Path, settings: dict, workers: int | None = None, hidden: int = 0
+) -> str:
+    """Write the shards that are not in `out` yet; returns what was made, as a line. `hidden`: files and folders that
+    were left out."""
     out, per_shard = Path(out), settings["per_shard"]
     if per_shard < 1:
         raise UserError(f"--per-shard: got {per_shard}, expected 1 or more")
@@ -127,10 +151,28 @@ def make_shards(rows: Iterable[Row], out: str | Path, settings: dict, workers: i
                 done += [future.result() for future in finished]
         done += [future.result() for future in running]
     pairs, bad = (sum(counts) for counts in zip(*done)) if done else (0, 0)
+    if not pairs:
+        raise UserError(f"{settings.get('file') or settings['folder']}: {nothing_made(out, bad)}")
     text = f"{out}: {pairs:,} pairs in {shards} shards"
     if bad:
         text += f"; {bad:,} rows could not be used, {out}/*.bad.jsonl lists them"
+    if hidden:
+        text += f"; {hidden:,} hidden files or folders were left out"
     return text + f"; next: safeclip index '{out}/{{00000..{max(0, shards - 1):05d}}}.tar' --out {out}/index"
+
+
+def nothing_made(out: Path, bad: int) -> str:
+    """Why no row could be used. The empty shards are removed, so that the command can be given again."""
+    for path in out.glob("*.tar"):
+        path.unlink()
+    if not bad:
+        return "no rows in it; expected one for each pair below the header"
+    with open(min(out.glob("*.bad.jsonl"))) as lines:
+        first = json.loads(next(lines))
+    return (
+        f"none of {bad:,} rows can be used, the first (line {first['line']}): {first['reason']}; "
+        f"{out}/*.bad.jsonl lists them; mend the list, or name the folder of the paths with --root"
+    )
 
 
 def claim(out: Path, settings: dict) -> None:
@@ -140,6 +182,11 @@ def claim(out: Path, settings: dict) -> None:
         there = json.loads(mark.read_text())
     except (OSError, ValueError):
         there = None if out.exists() and (not out.is_dir() or any(out.iterdir())) else settings
+    else:
+        if not any(out.glob("*.tar")):  # nothing could be made of the list that it was for
+            there = settings
+            for path in out.glob("*.bad.jsonl"):
+                path.unlink()
     if there != settings:
         raise UserError(
             f"--out {out}: holds other files, or shards of another list or with other settings; name another folder"
@@ -202,7 +249,7 @@ def kind_of(picture: bytes) -> str:
         return "png"
     if picture[:4] == b"RIFF" and picture[8:12] == b"WEBP":
         return "webp"
-    raise BadSample("no JPEG, PNG or WebP picture")
+    raise BadSample(f"no JPEG, PNG or WebP picture: the file is {name_format(picture)}")
 
 
 def read_rows(

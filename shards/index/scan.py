@@ -6,6 +6,9 @@ import io
 import json
 import os
 import re
+import stat
+import sys
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,20 +18,21 @@ import pyarrow.parquet as pq
 from shards.errors import BadSample, UserError
 from shards.index import tar
 from shards.storage import remote
+from shards.storage.captions import MAX_TEXT, json_field, read_caption
 from shards.storage.files import write_bytes
-from shards.storage.reader import MAX_JSON, json_field
 
-FORM = 2  # of the tables; another one makes all of them anew
+FORM = 3  # of the tables; another one makes all of them anew
 PICTURES = ("jpg", "jpeg", "png", "webp")
+SHOWN = 3  # members that a reason names
 MISSING = -1  # size of a member that the sample does not have
-LACKS = ("no picture", "no caption")
-SCHEMA = [("key", pa.string())] + [(f"{k}_{p}", pa.int64()) for k in ("image", "text") for p in ("offset", "size")]
+MEMBER = {"offset": pa.int64(), "size": pa.int64(), "crc": pa.uint32()}  # crc: CRC-32 of the content
+SCHEMA = [("key", pa.string())] + [(f"{kind}_{part}", MEMBER[part]) for kind in ("image", "text") for part in MEMBER]
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something wrong in a shard, at a byte; position and key of the sample where it is one. `damage`: it stops an
-    index that has no report."""
+    index that has no report; `unusable`: the sample cannot be trained on."""
 
     shard: str
     byte: int
@@ -36,6 +40,7 @@ class Finding:
     key: str | None
     reason: str
     damage: bool
+    unusable: bool = False
 
     @property
     def kind(self) -> str:
@@ -43,31 +48,33 @@ class Finding:
         return re.sub(r"'.*'|\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
 
 
-def scan_shard(path: str, text: str, tables: Path, timeout: float, allow_pipe: bool) -> tuple[dict, list[Finding]]:
+def scan_shard(
+    path: str, text: str, image: str, tables: Path, timeout: float, allow_pipe: bool
+) -> tuple[dict, list[Finding]]:
     """({"path", "size", "samples", "fingerprint", "table"}, [Finding]) of one tar, its table being in the folder
     `tables`.
 
     The table's name is made from the shard's path, size, time of change (behind a URL: its ETag, or what the server has
-    instead) and `text`: where it is there already the shard is not read. A shard without any such mark is always read.
-    Raises UserError.
+    instead), `text` and `image`: where it is there already the shard is not read. A shard without any such mark is
+    always read. Raises UserError.
     """
     size, stamp = about(path, timeout)
     if stamp is not None:
-        name = table_name(path, size, stamp, text)
+        name = table_name(path, size, stamp, text, image)
         found = saved(tables / name)
         if found:
             return {**found["shard"], "table": name}, [Finding(**finding) for finding in found["findings"]]
     with remote.open_shard(path, size, timeout, allow_pipe) as file:
         stream = tar.Stream(file)
-        rows, findings = read_samples(path, stream, size, text)
+        rows, findings = read_samples(path, stream, size, text, image)
         while stream.read(1 << 20):  # what follows the end belongs to the fingerprint, not to the archive
             pass
     findings += lost_downloads(path, {row["key"] for row in rows})
     entry: dict = {"path": path, "size": stream.position, "samples": len(rows), "fingerprint": stream.fingerprint()}
     if stamp is None:
-        name = table_name(path, size, entry["fingerprint"], text)
+        name = table_name(path, size, entry["fingerprint"], text, image)
     for row in rows:
-        row["key"] = row["key"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        row["key"] = tar.key_text(row["key"])
     about_it = {"scan": json.dumps({"shard": entry, "findings": [asdict(finding) for finding in findings]})}
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(SCHEMA, metadata=about_it)), sink)
@@ -82,11 +89,13 @@ def about(path: str, timeout: float) -> tuple[int | None, str | int | None]:
         return remote.about(path, timeout)
     try:
         found = os.stat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            open(path, "rb").close()
     except OSError as error:
-        raise UserError(
-            f"shard {path}: missing ({error.strerror}); "
-            "check the path (braces are expanded, wildcards are your shell's)"
-        ) from None
+        what = "missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise UserError(f"shard {path}: {what} ({error.strerror}); check the path") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"shard {path}: a folder; name the shards in it, such as '{path}/{{00000..00009}}.tar'")
     return found.st_size, found.st_mtime_ns
 
 
@@ -103,23 +112,38 @@ def saved(path: Path) -> dict | None:
         return None
 
 
-def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> tuple[list[dict], list[Finding]]:
+def read_samples(
+    path: str, stream: tar.Stream, size: int | None, text: str, image: str
+) -> tuple[list[dict], list[Finding]]:
     """(rows, [Finding]): the samples of a tar in order, as dicts of SCHEMA. A new key begins a new sample."""
     field = text.partition(":")[2]
-    member_of = {extension: "image" for extension in PICTURES} | {"json" if field else text: "text"}
     said = {"image": "picture", "text": "caption"}
+    names = {"image": image.split(",") if image else PICTURES, "text": ["json"] if field else text.split(",")}
+    member_of = {name: kind for kind in said for name in names[kind]}
+    # Of two members the one that is named first is read; without names two pictures are a mistake.
+    rank = {name: place if image or kind == "text" else 0 for kind in said for place, name in enumerate(names[kind])}
     rows: list[dict] = []
     findings: list[Finding] = []
     seen: set[str] = set()
+    taken: dict[str, int] = {}  # by kind: rank of the member of the last sample
+    wrong: dict[tuple[int, str], tuple[int, str]] = {}  # by position and kind: byte, and why it cannot be used
     dotted: dict[tuple[int, str], tar.Member] = {}
+    others: dict[str, list[str]] = {}  # by key: members that are not read, and why
 
-    def find(byte: int, key: str | None, reason: str, damage: bool, position: int | None = None) -> None:
-        findings.append(Finding(path, byte, position, key, reason, damage))
+    def find(
+        byte: int, key: str | None, reason: str, damage: bool, position: int | None = None, unusable: bool = False
+    ) -> None:
+        findings.append(Finding(path, byte, position, key and tar.key_text(key), reason, damage, unusable))
 
     def damaged(byte: int, name: str | None, what: str) -> None:
         find(byte, tar.sample_of(name)[0] if name else None, what, True)
 
-    for member in tar.members(stream, size, damaged):
+    def skipped(byte: int, name: str, what: str) -> None:
+        key, _ = tar.sample_of(name)
+        if key is not None:
+            others.setdefault(key, []).append(f"{name!r} is {what}")
+
+    for member in tar.members(stream, size, damaged, skipped):
         key, extension = tar.sample_of(member.name)
         if key is None:
             continue
@@ -128,38 +152,68 @@ def read_samples(path: str, stream: tar.Stream, size: int | None, text: str) -> 
                 reason = f"key {key!r} comes twice (the members of a sample must stand together: tar --sort=name)"
                 find(member.offset, key, reason, True, len(rows))
             seen.add(key)
-            rows.append({"key": key, "image_offset": 0, "image_size": MISSING, "text_offset": 0, "text_size": MISSING})
+            absent = {"offset": 0, "size": MISSING, "crc": 0}
+            taken = {}
+            rows.append({"key": key} | {f"{kind}_{part}": absent[part] for kind in said for part in MEMBER})
         row, position, kind = rows[-1], len(rows) - 1, member_of.get(extension)
         if kind is None:
             last = member_of.get(extension.rpartition(".")[2])
             if last and "." in extension:
                 dotted.setdefault((position, last), member)
+            others.setdefault(key, []).append(f"{member.name!r} is not read")
             continue
-        if row[f"{kind}_size"] != MISSING:
-            find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
+        if rank[extension] >= taken.get(kind, len(rank)):
+            if rank[extension] == taken[kind]:
+                find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
             continue
+        taken[kind] = rank[extension]
+        wrong.pop((position, kind), None)
+        data = stream.read(min(member.length, MAX_TEXT + 1)) if kind == "text" else b""
         row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset, member.length
+        row[f"{kind}_crc"] = checksum(stream, data, member.length)
         if not member.length:
-            find(member.offset, key, f"empty {said[kind]}", False, position)
-        elif kind == "text" and field:
+            wrong[position, kind] = member.offset, f"empty {said[kind]}"
+        elif kind == "text":
             try:
-                json_field(stream.read(min(member.length, MAX_JSON + 1)), field)
+                read_caption(json_field(data, field) if field else data)
             except BadSample as error:
-                find(member.offset, key, str(error), False, position)
+                wrong[position, kind] = member.offset, str(error)
     for position, row in enumerate(rows):
         for kind, what in said.items():
+            if (position, kind) in wrong:
+                byte, reason = wrong[position, kind]
+                find(byte, row["key"], reason, False, position, True)
             if row[f"{kind}_size"] != MISSING:
                 continue
             other = dotted.get((position, kind))
             if other:
                 reason = (
                     f"sample {row['key']!r} has no {what}, but a member {other.name!r}: "
-                    "a key ends at the first dot of the base name"
+                    "a key ends at the first dot of the base name (--image and --text name what stands behind it)"
                 )
-                find(other.offset, row["key"], reason, True, position)
+                find(other.offset, row["key"], reason, True, position, True)
             else:
-                find(max(row["image_offset"], row["text_offset"]), row["key"], f"no {what}", False, position)
+                reason = f"no {what}"
+                if row["key"] in others:
+                    reason = "; ".join([reason, *others[row["key"]][:SHOWN], f"expected KEY.{', '.join(names[kind])}"])
+                find(max(row["image_offset"], row["text_offset"]), row["key"], reason, False, position, True)
     return rows, findings
+
+
+def checksum(stream: tar.Stream, data: bytes, length: int) -> int:
+    """CRC-32 of a member of `length` bytes, the first of which were read from the stream as `data`."""
+    crc, left = zlib.crc32(data), length - len(data)
+    while left and (block := stream.read(min(left, 1 << 20))):
+        crc, left = zlib.crc32(block, crc), left - len(block)
+    return crc
+
+
+def fingerprint_of(path: str, size: int | None, timeout: float, allow_pipe: bool = False) -> str:
+    """Fingerprint of all bytes of a shard. Raises UserError."""
+    with remote.open_shard(path, size, timeout, allow_pipe) as file:
+        stream = tar.Stream(file)
+        stream.skip_to(sys.maxsize)
+        return stream.fingerprint()
 
 
 def lost_downloads(path: str, keys: set[str]) -> list[Finding]:

@@ -1,10 +1,11 @@
 """The index: what each shard holds, and where, so that any sample can be read without its neighbours.
 
 A sample IS (shard, position in shard); its row over all shards is offsets[shard] + position. On disk:
-DIR/tables/*.parquet, one for each shard (key, and byte offset and size of picture and text; shards/index/scan.py), and
-DIR/index.json, written last.
+DIR/tables/*.parquet, one for each shard (key, and byte offset, size and CRC-32 of picture and text;
+shards/index/scan.py), and DIR/index.json, written last.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,28 +13,32 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from braceexpand import braceexpand
 
 from shards.errors import UserError
-from shards.index.scan import LACKS, Finding, scan_shard
+from shards.index.names import named
+from shards.index.scan import PICTURES, Finding, fingerprint_of, saved, scan_shard, table_name
+from shards.index.tar import NO_TAR
 from shards.progress import progress
 from shards.storage import remote
 from shards.storage.files import write_bytes, write_json
 
-VERSION = 2
+VERSION = 3
+SHOWN = 3  # shards that a message names
+MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the key
 REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: absolute path or URL, bytes, samples, BLAKE2b-128 of its content in hex, its table's file, and what is
-    its text."""
+    """One tar: absolute path or URL, bytes, samples, BLAKE2b-128 of its content in hex, its table's file, and what are
+    its text and picture."""
 
     path: str
     size: int
@@ -41,6 +46,7 @@ class Shard:
     fingerprint: str
     table: str
     text: str = "txt"
+    image: str = ""
 
     @cached_property
     def remote(self) -> bool:
@@ -50,13 +56,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardTable:
-    """The samples of one shard, in order: names, and int64 (N,) byte offsets and sizes (MISSING = has none)."""
+    """The samples of one shard, in order: names, int64 (N,) byte offsets and sizes (MISSING = has none), and uint32
+    (N,) CRC-32 of the content."""
 
     keys: list[str]
     image_offset: np.ndarray
     image_size: np.ndarray
+    image_crc: np.ndarray
     text_offset: np.ndarray
     text_size: np.ndarray
+    text_crc: np.ndarray
 
 
 class ShardIndex:
@@ -75,8 +84,8 @@ class ShardIndex:
         self.samples = int(self.offsets[-1])
         self.repetitions = np.ones(len(shards), np.int64) if repetitions is None else np.asarray(repetitions, np.int64)
         self.views = int((self.counts * self.repetitions).sum())
-        # The bytes say it all, but for the field of a .json that is taken for the caption.
-        names = (s.fingerprint + (s.text if s.text.startswith("json:") else "") for s in shards)
+        # The bytes say it all, but for a field of a .json or members that are named.
+        names = (s.fingerprint + (s.text if re.search("[:,.]", s.text) else "") + s.image for s in shards)
         self.fingerprint = hashlib.blake2b("".join(names).encode(), digest_size=16).hexdigest()
 
     @classmethod
@@ -85,13 +94,14 @@ class ShardIndex:
         path = Path(folder) / "index.json"
         try:
             found = json.loads(path.read_text())
-            if found["version"] not in (1, VERSION):
-                raise UserError(f"index {path}: version {found['version']}, expected {VERSION}; index the shards again")
-            shards = []
-            for number, entry in enumerate(found["shards"]):
-                name = entry.pop("table", f"{number:05d}.parquet")  # version 1 numbered the tables
-                shards.append(Shard(**entry, table=str(path.absolute().parent / "tables" / name), text=found["text"]))
-            return cls(shards)
+            if found["version"] != VERSION:
+                raise UserError(
+                    f"index {path}: version {found['version']}, expected {VERSION}; "
+                    f"make it again with `safeclip index SHARDS... --out {folder}`"
+                )
+            tables = path.absolute().parent / "tables"
+            shards = [Shard(**{**entry, "table": str(tables / entry["table"])}) for entry in found["shards"]]
+            return cls([replace(shard, text=found["text"], image=found["image"]) for shard in shards])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"index {path}: cannot be read ({error}); make it with `safeclip index SHARDS... --out {folder}`"
@@ -126,30 +136,50 @@ class ShardIndex:
         return read_table(self.shards[shard].table)
 
     def verify(self, timeout: float = remote.TIMEOUT) -> None:
-        """Raise UserError if a shard is missing or is not the size that was indexed; behind URLs some are tried, from
-        all over the index."""
+        """Raise UserError if a shard is missing or does not hold what was indexed.
+
+        Size and time of change of local shards are compared. Where only the time differs the shard is read, and its
+        fingerprint decides; the result is kept beside the index if that can be written. Of shards behind URLs the sizes
+        of some are compared, from all over the index.
+        """
         local = [shard for shard in self.shards if not shard.remote]
         far = [shard for shard in self.shards if shard.remote and not shard.path.startswith("pipe:")]
         tried = far[:: -(-len(far) // REMOTE_TRIED) or 1]
         with ThreadPoolExecutor(8) as pool:
-            sizes = list(pool.map(lambda shard: remote.about(shard.path, timeout)[0], tried))
-        wrong = []
-        for shard, size in [(shard, local_size(shard.path)) for shard in local] + list(zip(tried, sizes)):
-            if size is None:
-                wrong.append(f"shard {shard.path}: missing")
-            elif size != shard.size:
-                wrong.append(f"shard {shard.path}: {size} bytes, but {shard.size} were indexed")
+            found = list(pool.map(difference, local + tried, repeat(timeout)))
+        wrong = [f"shard {shard.path}: {what}" for shard, what in zip(local + tried, found) if what]
         if wrong:
             more = f" (and {len(wrong) - 1} more such shards)" if len(wrong) > 1 else ""
-            raise UserError(f"{wrong[0]}{more}; bring it back, or index the shards again")
+            raise UserError(
+                f"{wrong[0]}{more}; bring it back, or index the shards again: `safeclip index SHARDS... --out INDEX`"
+            )
 
 
-def local_size(path: str) -> int | None:
-    """Bytes of a file, or None where there is none."""
+def difference(shard: Shard, timeout: float) -> str | None:
+    """How a shard differs from what was indexed; None where it does not."""
+    if shard.remote:
+        size, _ = remote.about(shard.path, timeout)
+        return None if size == shard.size else f"{size} bytes, but {shard.size} were indexed"
     try:
-        return os.path.getsize(path)
-    except FileNotFoundError:
-        return None
+        found = os.stat(shard.path)
+        if found.st_size != shard.size:
+            return f"{found.st_size} bytes, but {shard.size} were indexed"
+        # The name of a shard's table is made from its time of change, among others.
+        table = Path(shard.table)
+        same = table.with_name(table_name(shard.path, shard.size, found.st_mtime_ns, shard.text, shard.image))
+        if same == table:
+            return None
+        known = saved(same)
+        if (
+            known["shard"]["fingerprint"] if known else fingerprint_of(shard.path, shard.size, timeout)
+        ) != shard.fingerprint:
+            return "holds other bytes than were indexed"
+    except OSError as error:
+        return "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    if not known:
+        with contextlib.suppress(OSError):  # a folder that cannot be written: the shard is read again next time
+            write_bytes(same, table.read_bytes())
+    return None
 
 
 @lru_cache(maxsize=64)
@@ -157,7 +187,7 @@ def read_table(path: str) -> ShardTable:
     columns = pq.read_table(path)
     return ShardTable(
         columns["key"].to_pylist(),
-        *(columns[name].to_numpy() for name in ("image_offset", "image_size", "text_offset", "text_size")),
+        *(columns[f"{kind}_{part}"].to_numpy() for kind in ("image", "text") for part in ("offset", "size", "crc")),
     )
 
 
@@ -169,44 +199,62 @@ def build_index(
     report: str | Path | None = None,
     timeout: float = remote.TIMEOUT,
     allow_pipe: bool = False,
+    image: str = "",
 ) -> ShardIndex:
-    """Index tars (`paths`: brace-expanded; local ones or URLs) into the folder `out`; returns the
+    """Index tars (`paths`: as shards.index.names; local ones or URLs) into the folder `out`; returns the
     ShardIndex.
 
     `text` is what a sample's text is: the extension of a member ("txt" for captions, "cls" for labels), or
-    "json:FIELD", a field of its .json member. One pass over each shard, shards in parallel; a shard that `out` holds
-    already and that has not changed is not read again (scan.scan_shard). A sample without picture or text keeps its
-    position. Raises UserError naming the first damaged shard; with `report`, a file, all that was found is listed there
-    and what is intact is indexed.
+    "json:FIELD", a field of its .json member; `image` what its picture is, "" for any of scan.PICTURES. Both may be
+    names behind the key, joined by commas ("input.png,png"), of which the first that a sample has is read.
+
+    One pass over each shard, shards in parallel; a shard that `out` holds already and that has not changed is not read
+    again (scan.scan_shard). A sample without picture or text keeps its position. Raises UserError naming the first
+    damaged shard; with `report`, a file, all that was found is listed there and what is intact is indexed.
     """
-    if not re.fullmatch("[a-z0-9]+|json:.+", text):
-        raise UserError(f"--text: got {text!r}, expected a member's extension in lower case (txt, cls) or json:FIELD")
+    if not re.fullmatch(f"{MEMBERS}|json:.+", text):
+        raise UserError(
+            f"--text: got {text!r}, expected names of members behind the key, in lower case and joined by commas "
+            "(txt, cls, outputs.txt), or json:FIELD"
+        )
+    if not re.fullmatch(f"({MEMBERS})?", image) or set(image.split(",")) & set(text.split(",")):
+        raise UserError(
+            f"--image: got {image!r}, expected other names of members behind the key than those of --text, in lower "
+            "case and joined by commas (input.png)"
+        )
     out, shards, findings = Path(out), [], []
     urls = expand(paths)
-    scan = partial(scan_shard, text=text, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
+    scan = partial(scan_shard, text=text, image=image, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
     workers = min(workers or os.cpu_count(), len(urls))
     with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
         for entry, found in progress(pool.map(scan, urls), len(urls), "shards indexed"):
-            shards.append(Shard(**entry, text=text))
+            shards.append(Shard(**entry, text=text, image=image))
             findings += found
     if report:
         write_bytes(report, "".join(json.dumps(asdict(finding)) + "\n" for finding in findings).encode())
     damage = [finding for finding in findings if finding.damage]
     if damage and not report:
         others = f" (and {len(damage) - 1} more of the kind)" if len(damage) > 1 else ""
+        where, mend = f", at byte {damage[0].byte}", "fetch or write it again, "
+        if damage[0].reason.startswith(NO_TAR):  # it says itself how to mend it
+            where = mend = ""
         raise UserError(
-            f"shard {damage[0].shard}: {damage[0].reason}, at byte {damage[0].byte}{others}; "
-            "fetch or write it again, leave it out, or let --report FILE list all damage and index what is intact"
+            f"shard {damage[0].shard}: {damage[0].reason}{where}{others}; "
+            f"{mend}leave it out, or let --report FILE list all damage and index what is intact"
         )
-    lacking = {(finding.shard, finding.position) for finding in findings if finding.reason in LACKS}
-    if sum(shard.samples for shard in shards) == len(lacking):
-        member = "json" if text.startswith("json:") else text
+    unusable = {(finding.shard, finding.position): finding for finding in findings if finding.unusable}
+    if sum(shard.samples for shard in shards) == len(unusable):
+        kinds = Counter(finding.kind for finding in unusable.values())
+        most = next((finding for finding in unusable.values() if finding.kind == kinds.most_common(1)[0][0]), None)
+        why = f" (most often, {kinds[most.kind]:,} times: sample {most.key!r}: {most.reason})" if most else ""
+        picture, caption = image or ",".join(PICTURES), "json" if text.startswith("json:") else text
         raise UserError(
-            f"shards {' '.join(map(str, paths))}: no samples in them that have both, a picture and a text; "
-            f"expected members KEY.jpg (or jpeg, png, webp) and KEY.{member}, the key without a dot"
+            f"shards {' '.join(map(str, paths[:SHOWN]))}{' ...' if len(paths) > SHOWN else ''}: none of "
+            f"{len(unusable):,} samples in them has both, a picture and a usable text{why}; expected "
+            f"members KEY.({picture.replace(',', '|')}) and KEY.({caption.replace(',', '|')}), the key without a dot"
         )
-    entries = [{key: value for key, value in asdict(shard).items() if key != "text"} for shard in shards]
-    write_json(out / "index.json", {"version": VERSION, "text": text, "shards": entries})
+    entries = [{key: value for key, value in asdict(shard).items() if key not in ("text", "image")} for shard in shards]
+    write_json(out / "index.json", {"version": VERSION, "text": text, "image": image, "shards": entries})
     used = {shard.table for shard in shards}
     for path in (out / "tables").glob("*.parquet"):
         if path.name not in used:  # of a shard that has changed, or is not named any more
@@ -217,9 +265,8 @@ def build_index(
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """The absolute paths and URLs that brace-expanded `patterns` name. Raises UserError for one that is named twice."""
-    named = [path for pattern in patterns for path in braceexpand(str(pattern))]
-    urls = [path if remote.is_remote(path) else os.path.abspath(path) for path in named]
+    """The absolute paths and URLs that `patterns` name. Raises UserError for one that is named twice."""
+    urls = [path if remote.is_remote(path) else os.path.abspath(path) for path in named(patterns)]
     twice = next((url for url, times in Counter(urls).items() if times > 1), None)
     if twice:
         raise UserError(f"shard {twice}: named twice; name each shard once")

@@ -15,6 +15,14 @@ from shards.storage.protocols import Readable
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20  # bytes of a long name or of PAX records; more is an attack
+NO_TAR = "no tar: "  # begins what is said of another kind of file
+MAGIC = {
+    b"\x1f\x8b": "compressed with gzip, unpack it with gunzip",
+    b"BZh": "compressed with bzip2, unpack it with bunzip2",
+    b"\xfd7zXZ\0": "compressed with xz, unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd, unpack it with unzstd",
+    b"PK\3\4": "a zip archive, pack its files with tar",
+}
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 
 
@@ -51,13 +59,19 @@ class Stream:
         return self.digest.hexdigest()
 
 
-def members(stream: Stream, size: int | None, damaged: Callable[[int, str | None, str], None]) -> Iterator[Member]:
+def members(
+    stream: Stream,
+    size: int | None,
+    damaged: Callable[[int, str | None, str], None],
+    skipped: Callable[[int, str, str], None] = lambda byte, name, what: None,
+) -> Iterator[Member]:
     """Yield the Members of a tar of `size` bytes (None: not known) from a Stream, which the caller may read on in a
     member's content.
 
     Names may be GNU or PAX long names. `damaged(byte, name, what)` is told of each damage (name: of the member that is
     lost, or None): cut in a header or a member, no end-of-archive, corrupt header, members behind the end. The walk
-    then continues with the next sound header.
+    then continues with the next sound header. `skipped(byte, name, what)` is told of links and sparse files, which are
+    not yielded.
     """
     at, start, long_name, searching, ended = 0, 0, None, False, False
     pax: dict[str, str] = {}
@@ -73,13 +87,20 @@ def members(stream: Stream, size: int | None, damaged: Callable[[int, str | None
                 )
             start, long_name, pax, searching, ended = at, None, {}, False, False
         elif info is None:
+            if at == 0 and wrong:
+                wrong = other_file(header) or wrong
             ended, searching = wrong is None, wrong is not None
             if searching:
                 damaged(at, None, wrong)
             at = stream.position
             continue
         length = int(pax.get("size", info.size)) if info.isreg() or info.type in EXTENSIONS else 0
+        sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in pax)
         content = at + BLOCK
+        more = info.type == tarfile.GNUTYPE_SPARSE and header[482]
+        while more:  # of the list of segments
+            block = stream.read(BLOCK)
+            content, more = content + BLOCK, len(block) == BLOCK and block[504]
         stop = content + -(-length // BLOCK) * BLOCK
         if length < 0 or size is not None and stop > size:
             damaged(at, info.name, f"member {info.name!r} of {length} bytes is cut short")
@@ -95,8 +116,13 @@ def members(stream: Stream, size: int | None, damaged: Callable[[int, str | None
                 elif info.type == tarfile.XHDTYPE:
                     pax = pax_records(payload)
         else:
-            name = long_name or pax.get("path") or info.name
-            if info.isreg():
+            name = long_name or pax.get("GNU.sparse.name") or pax.get("path") or info.name
+            if sparse:
+                skipped(at, name, "sparse: pack it without --sparse")
+            elif info.islnk() or info.issym():
+                kind = "a hard link" if info.islnk() else "a symbolic link"
+                skipped(at, name, f"{kind}: pack the file itself with tar --dereference --hard-dereference")
+            elif info.isreg():
                 yield Member(name, start, stop, content, length)
                 start = stop
             long_name, pax = None, {}
@@ -106,7 +132,21 @@ def members(stream: Stream, size: int | None, damaged: Callable[[int, str | None
             return
         at = stop
     if not searching and not ended:
-        damaged(at, None, "cut short (no end-of-archive)")
+        damaged(at, None, "cut short (no end-of-archive)" if at else "cut short (an empty file)")
+
+
+def other_file(start: bytes) -> str | None:
+    """What a file is whose first block is no header; None where it may be a damaged tar."""
+    known = next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
+    if known is None:
+        try:
+            text = start[: start.rfind(b"\n") + 1].decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+        if not text or not text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
+            return None
+        known = "a text file, name a list of shards LIST.txt or @LIST"
+    return NO_TAR + known
 
 
 def read_header(block: bytes) -> tuple[tarfile.TarInfo | None, str | None]:
@@ -129,6 +169,18 @@ def sample_of(name: str) -> tuple[str | None, str | None]:
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and dot else (None, None)
+
+
+def key_text(key: str) -> str:
+    r"""A key as text that can be stored and printed. Bytes that are not UTF-8 become \xHH; a backslash that already
+    begins such an escape becomes \x5c. `key_of` undoes it."""
+    return re.sub("[\udc80-\udcff]|\\\\(?=x[0-9a-f]{2})", lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", key)
+
+
+def key_of(text: str) -> str:
+    """The key that `key_text` has written, with surrogate escapes (PEP 383), as webdataset reads it."""
+    data = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), text.encode())
+    return data.decode("utf-8", "surrogateescape")
 
 
 def pax_records(payload: bytes) -> dict[str, str]:

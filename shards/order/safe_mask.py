@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shards.errors import UserError
+from shards.index.tar import key_text
 from shards.storage.files import write_bytes, write_json
 from shards.storage.protocols import StoredShard
 
@@ -288,8 +289,7 @@ class IsSafe:
             if len(self.keys) >= self.KEPT:
                 del self.keys[next(iter(self.keys))]
             self.keys[url] = self.open(url, sample.get("__local_path__", url))
-        # An index keeps names that are not UTF-8 with replacement characters.
-        key = sample["__key__"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        key = key_text(sample["__key__"])
         try:
             return self.keys[url][key]
         except KeyError:
@@ -312,5 +312,5 @@ class IsSafe:
         safe: dict[str, bool] = {}
         keys = self.saved.table(shard, ("key",))["key"].to_pylist()
         for key, flag in zip(keys, self.saved.mask.shard_flags(shard).tolist()):
-            safe[key] = flag and safe.get(key, True)  # where replacement made two keys one, both must be safe
+            safe[key] = flag and safe.get(key, True)  # a key that comes twice: both must be safe
         return safe

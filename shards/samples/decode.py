@@ -2,14 +2,16 @@
 
 import io
 import math
+import re
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from pydantic import PositiveInt
 
 from shards.errors import BadSample
+from shards.storage.captions import read_caption
 
 try:
     import simplejpeg
@@ -17,6 +19,22 @@ except ImportError:  # it has no wheel for some platforms
     simplejpeg = None
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+DECODED = ("JPEG", "PNG", "WebP", "GIF")  # their names for people
+FORMAT_NAMES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"%PDF": "PDF",
+    b"\0\0\1\0": "an icon",
+    b"<svg": "SVG",
+    b"<?xml": "SVG or other XML",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+}
+PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # chunks of a PNG
 JPEG = ("JPEG", "MPO")  # the second: several in one file
 MAX_SCANS = 200  # of a JPEG; a few bytes make the decoder go once more over all its pixels
 ORIENTATION = 0x0112  # EXIF
@@ -55,25 +73,73 @@ def decode_image(data: bytes, limits: Limits = Limits(), least: float | None = N
     if len(data) > limits.max_bytes:
         raise BadSample(f"picture of {len(data)} bytes, at most {limits.max_bytes}")
     try:
-        check_size(webp_size(data), limits)  # PIL's WebP reader takes memory for the whole canvas when it opens
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        check_size(image.size, limits)
-        if image.format in JPEG:
-            scans = data.count(b"\xff\xda")
-            if scans > MAX_SCANS:
-                raise BadSample(f"JPEG of {scans} scans, at most {MAX_SCANS}")
-            if least:
-                image.draft(None, (math.ceil(least),) * 2)
-        pixels_HWC = jpeg_pixels(data, image)
-        if pixels_HWC is None:
-            image.load()
-            pixels_HWC = np.array(rgb(image))
-        turn = TURNS.get(orientation(image))
-        return pixels_HWC if turn is None else np.array(Image.fromarray(pixels_HWC).transpose(turn))
+        return decoded(data, limits, least)
     except BadSample:
         raise
     except Exception as error:  # PIL raises many kinds for damaged data; the sample is bad and the run is not
-        raise BadSample(f"picture cannot be decoded ({type(error).__name__})") from None
+        pixels = only_pixels(data)
+        if len(pixels) < len(data):
+            return decode_image(pixels, limits, least)
+        raise BadSample(refusal(data, error)) from None
+
+
+def decoded(data: bytes, limits: Limits, least: float | None) -> np.ndarray:
+    """`decode_image`, of which any exception may come for damaged data."""
+    check_size(webp_size(data), limits)  # PIL's WebP reader takes memory for the whole canvas when it opens
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    check_size(image.size, limits)
+    if image.format in JPEG:
+        scans = data.count(b"\xff\xda")
+        if scans > MAX_SCANS:
+            raise BadSample(f"JPEG of {scans} scans, at most {MAX_SCANS}")
+        if least:
+            image.draft(None, (math.ceil(least),) * 2)
+    pixels_HWC = jpeg_pixels(data, image)
+    if pixels_HWC is None:
+        image.load()
+        pixels_HWC = np.array(rgb(image))
+    turn = TURNS.get(orientation(image))
+    return pixels_HWC if turn is None else np.array(Image.fromarray(pixels_HWC).transpose(turn))
+
+
+def only_pixels(data: bytes) -> bytes:
+    """A PNG without the chunks that are neither pixels nor their transparency and orientation: Pillow refuses a picture
+    whose texts or colour profile are long or damaged. Anything else as it is."""
+    if name_format(data) != "PNG":
+        return data
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        stop = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in PIXELS:
+            kept.append(data[at:stop])
+        at = stop
+    return b"".join(kept)
+
+
+def name_format(data: bytes) -> str:
+    """What the first bytes say that a file is, for people."""
+    if not data:
+        return "empty"
+    if data[4:8] == b"ftyp":
+        return "AVIF" if data[8:11] == b"avi" else "HEIC or a video"
+    if data[:4] == b"RIFF":
+        return "WebP" if data[8:12] == b"WEBP" else "RIFF audio or video"
+    start = data[:64].lstrip().lower()
+    return next(
+        (name for magic, name in FORMAT_NAMES.items() if data.startswith(magic) or start.startswith(magic)),
+        "of no known format",
+    )
+
+
+def refusal(data: bytes, error: Exception) -> str:
+    """Why a picture cannot be decoded: its format, or what is wrong with it."""
+    name = name_format(data)
+    if name not in DECODED:
+        return f"picture is {name}, expected {', '.join(DECODED)}"
+    words = "its header is damaged or cut short"
+    if not isinstance(error, UnidentifiedImageError):
+        words = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))[:100] or type(error).__name__
+    return f"{name} picture cannot be decoded: {words}"
 
 
 def jpeg_pixels(data: bytes, image: ImageFile.ImageFile) -> np.ndarray | None:
@@ -140,15 +206,10 @@ def orientation(image: Image.Image) -> int:
 
 
 def decode_caption(data: bytes, limits: Limits = Limits()) -> str:
-    """UTF-8, not blank, stripped. Raises BadSample."""
+    """A caption within the limits, as shards.storage.captions.read_caption. Raises BadSample."""
     if len(data) > 4 * limits.max_caption:
         raise BadSample(f"caption of {len(data)} bytes, at most {4 * limits.max_caption}")
-    try:
-        caption = data.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample(f"caption is not UTF-8 (byte {error.start})") from None
-    if not caption:
-        raise BadSample("caption is blank")
+    caption = read_caption(data)
     if len(caption) > limits.max_caption:
         raise BadSample(f"caption of {len(caption)} characters, at most {limits.max_caption}")
     return caption

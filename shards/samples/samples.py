@@ -11,6 +11,7 @@ from shards.samples.decode import Limits, decode_caption, decode_image
 from shards.samples.overlay import Overlay, Poison, Trigger
 from shards.storage.cache import Cache
 from shards.storage.reader import Reader
+from shards.storage.remote import TIMEOUT
 
 
 class Samples:
@@ -32,6 +33,12 @@ class Samples:
                 f"overlay: takes pictures from {overlay.source_index}, which holds other shards than when it was made; "
                 "make it again with `safeclip attack`"
             )
+
+    def verify(self, timeout: float = TIMEOUT) -> None:
+        """`ShardIndex.verify` of all shards that are read, those of the overlay included. Raises UserError."""
+        self.index.verify(timeout)
+        if self.source:
+            self.source.verify(timeout)
 
     def scattered(self) -> "Samples":
         """The same samples, for reading a few of many shards: remote shards are not fetched whole."""

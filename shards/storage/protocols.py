@@ -46,10 +46,16 @@ class StoredTable(Protocol):
     def image_size(self) -> np.ndarray: ...
 
     @property
+    def image_crc(self) -> np.ndarray: ...
+
+    @property
     def text_offset(self) -> np.ndarray: ...
 
     @property
     def text_size(self) -> np.ndarray: ...
+
+    @property
+    def text_crc(self) -> np.ndarray: ...
 
 
 class StoredIndex(Protocol):

@@ -1,17 +1,23 @@
 """Raw bytes of one sample, by its place in the shard: one pread, no neighbours touched."""
 
-import json
-import os
-from collections import OrderedDict
+from __future__ import annotations
 
-from shards.errors import BadSample
+import os
+import zlib
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from shards.errors import BadSample, ChangedShard
 from shards.storage import remote
 from shards.storage.cache import Cache
+from shards.storage.captions import json_field
 from shards.storage.protocols import StoredIndex
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OPEN_FILES = 64
 OPEN_COPIES = 8  # of shards behind URLs: an open copy keeps its place in the cache
-MAX_JSON = 1 << 20  # bytes of a .json member; more is not parsed
 
 
 class Reader:
@@ -19,6 +25,8 @@ class Reader:
 
     Shards behind URLs are read whole, through `cache`; without one, each member by a
     request of its own, which is for who reads a few samples only.
+
+    What is read is compared with the CRC-32 in the index. A shard that holds other bytes raises ChangedShard.
     """
 
     def __init__(self, index: StoredIndex, cache: Cache | None = None):
@@ -31,25 +39,36 @@ class Reader:
     def image_bytes(self, shard: int, position: int) -> bytes:
         """The encoded picture. Raises BadSample."""
         table = self.index.table(shard)
-        return self.read(shard, table.image_offset.item(position), table.image_size.item(position), "picture")
+        return self.read(shard, position, "picture", table.image_offset, table.image_size, table.image_crc)
 
     def text_bytes(self, shard: int, position: int) -> bytes:
         """The caption (or label). Raises BadSample."""
         table, text = self.index.table(shard), self.index.shards[shard].text
-        data = self.read(shard, table.text_offset.item(position), table.text_size.item(position), "caption")
+        data = self.read(shard, position, "caption", table.text_offset, table.text_size, table.text_crc)
         return json_field(data, text.partition(":")[2]) if text.startswith("json:") else data
 
-    def read(self, shard: int, offset: int, size: int, what: str) -> bytes:
+    def read(
+        self, shard: int, position: int, what: str, offset_N: np.ndarray, size_N: np.ndarray, crc_N: np.ndarray
+    ) -> bytes:
+        """The member at `position`, of which the arrays of the shard's table say the place and the checksum."""
+        size = size_N.item(position)
         if size < 0:
             raise BadSample(f"no {what}")
-        file = self.descriptor(shard)
-        if file is None:
-            data = remote.read_range(self.index.shards[shard].path, offset, size)
-        else:
-            data = os.pread(file, size, offset)
-        if len(data) != size:
-            raise BadSample(f"{what}: the shard is shorter than its index says")
-        return data
+        try:
+            file = self.descriptor(shard)
+            if file is None:
+                data = remote.read_range(self.index.shards[shard].path, offset_N.item(position), size)
+            else:
+                data = os.pread(file, size, offset_N.item(position))
+            if len(data) == size and zlib.crc32(data) == crc_N.item(position):
+                return data
+            wrong = f"the {what} of sample {position} is not the one that was indexed"
+        except OSError as error:
+            wrong = f"cannot be read ({error.strerror or error})"
+        raise ChangedShard(
+            f"shard {self.index.shards[shard].path}: {wrong}; "
+            "bring the shard back, or index it again: `safeclip index SHARDS... --out NEW_FOLDER`"
+        )
 
     def descriptor(self, shard: int) -> int | None:
         """File descriptor of a shard, None behind a URL without a cache; the least recently used is closed when too
@@ -68,13 +87,3 @@ class Reader:
     def __del__(self) -> None:
         for descriptor in self.files.values():
             os.close(descriptor)
-
-
-def json_field(data: bytes, field: str) -> bytes:
-    """The text (UTF-8) in a field of a JSON object. Raises BadSample."""
-    if len(data) > MAX_JSON:
-        raise BadSample(f"caption: .json of {len(data)} bytes, at most {MAX_JSON}")
-    try:
-        return json.loads(data)[field].encode("utf-8")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadSample(f"caption: no text {field!r} in the .json") from None

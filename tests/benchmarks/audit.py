@@ -53,8 +53,8 @@ def make_shards(folder, shards, rng):
         os.link(first, path)
     described = [asdict(replace(index.shards[0], path=str(path))) for path in paths]
     for entry in described:
-        del entry["text"]  # it stands once, for all
-    write_json(folder / "index/index.json", {"version": VERSION, "text": "txt", "shards": described})
+        del entry["text"], entry["image"]  # they stand once, for all
+    write_json(folder / "index/index.json", {"version": VERSION, "text": "txt", "image": "", "shards": described})
     return ShardIndex.load(folder / "index")
 
 

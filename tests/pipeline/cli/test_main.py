@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.cli import main
+from shards.errors import ChangedShard, Unreachable, UserError
 from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
@@ -263,7 +265,7 @@ def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
     done = safeclip("train", "config.yaml", *words, processes=2, cwd=world)
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert {(r["position"], r["reason"]) for r in rows} == {
-        (3, "picture cannot be decoded (UnidentifiedImageError)"),
+        (3, "picture is of no known format, expected JPEG, PNG, WebP, GIF"),
         (5, "caption is not UTF-8 (byte 0)"),
         (7, "no caption"),
         (9, "no picture"),
@@ -275,8 +277,9 @@ def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
 def test_a_shard_that_changed_is_refused(world, tmp_path):
     shutil.copy(world / "shapes" / "train" / "00000.tar", tmp_path / "a.tar")
     build_index([str(tmp_path / "a.tar")], tmp_path / "index")
-    with open(tmp_path / "a.tar", "ab") as file:
-        file.write(bytes(512))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "a.tar").write_bytes(data)
     done = safeclip(
         "train",
         "config.yaml",
@@ -287,6 +290,20 @@ def test_a_shard_that_changed_is_refused(world, tmp_path):
         check=False,
     )
     assert done.returncode == 2 and "a.tar" in done.stderr and "were indexed" in done.stderr
+
+
+@pytest.mark.parametrize("error, said", [(ChangedShard, True), (Unreachable, True), (UserError, False)])
+def test_what_one_rank_alone_may_find_is_said_by_any_rank(monkeypatch, capsys, error, said):
+    def invoke(context):
+        raise error(
+            f"Caught {error.__name__} in a reading process.\nTraceback:\n  shards.errors.{error.__name__}: shard a"
+        )
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(main.safeclip, "invoke", invoke)
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["config"])
+    assert capsys.readouterr().err == ("safeclip: shard a\n" if said else "")
 
 
 def test_help_needs_no_heavy_package():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pipeline.training import tokens
 from pipeline.training.model import tokenizer_for
 from pipeline.training.tokens import Tokenizer
-from shards.errors import UserError
+from shards.errors import BadSample, UserError
+from shards.storage.captions import read_caption
 
 FRAGMENTS = [
     *(
@@ -106,3 +107,16 @@ def test_a_model_brings_its_tokenizer():
         tokenizer_for({"config": config})
     del config["text_cfg"]["hf_tokenizer_name"]
     assert tokenizer_for({"config": config})(["x"]).shape == (1, 9)
+
+
+@settings(max_examples=300)
+@given(st.one_of(st.text(max_size=12), st.lists(st.sampled_from(FRAGMENTS), max_size=4).map("".join)))
+@example("\ufeff")
+@example("<start_of_text>")
+def test_a_usable_caption_has_a_token(text):
+    tokenize = pair()[1]
+    try:
+        caption = read_caption(text.encode("utf-8", "surrogatepass"))
+    except BadSample:
+        return
+    assert set(tokenize.encode(caption)) - {tokenize.sot_token_id, tokenize.eot_token_id}

@@ -160,3 +160,43 @@ def test_no_row_swallows_another(rows, place):
     rows = [row.replace(b'"', b"") if place != i else row for i, row in enumerate(rows)]
     content = b"path,caption\n" + b"".join(row + b"\n" for row in rows) + b"x.png,sound\n"
     assert [fields for _, fields, _ in read_records(content.splitlines(keepends=True), ",")][-1] == ["x.png", "sound"]
+
+
+def test_a_list_of_which_nothing_can_be_used_is_refused_and_may_be_mended(folder):
+    file, out = folder / "list.csv", folder / "out"
+    file.write_text("path,caption\n")
+    with pytest.raises(UserError, match="list.csv: no rows in it"):
+        from_csv(file, out, workers=1)
+    file.write_text("path,caption\nsub.dir/0.v1.png,a dog\nsub.dir/1.v1.jpeg,a cat\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of 2 rows.*first \(line 2\): .*No such file.*--root"):
+            from_csv(file, out, workers=1)
+    assert len((out / "00000.bad.jsonl").read_text().splitlines()) == 2
+    assert "2 pairs in 1 shards;" in from_csv(file, out, root=str(folder / "pictures"), workers=1)
+    assert made(out)[1] == []
+
+
+def test_links_are_followed_and_what_is_hidden_is_left_out(folder):
+    for name in ("cat/1", "__MACOSX/2", ".cache/3", "cat/._1", "../elsewhere/4"):
+        path = folder / "classes" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(int(name[-1])))
+    (folder / "classes" / "fox").symlink_to("../elsewhere")
+    (folder / "classes" / "cat" / "up").symlink_to("..")  # no end
+    (folder / "elsewhere" / "cats").symlink_to("../classes/cat")
+    text = from_folder(folder / "classes", folder / "out", classes=True, workers=1)
+    assert "4 hidden files or folders were left out" in text  # one is seen by two ways
+    assert (folder / "out" / "classnames.txt").read_text() == "cat\nfox\n"
+    pairs = made(folder / "out")[0]
+    assert {(image, caption) for image, caption in pairs} == {
+        (picture(1), "cat"),
+        (picture(4), "fox"),
+        (picture(1), "fox"),
+    }
+    assert len(pairs) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    monkeypatch.setattr(os, "scandir", lambda path: os.listdir(folder / "missing"))
+    with pytest.raises(UserError, match="missing: No such file"):
+        from_folder(folder / "pictures", folder / "out")

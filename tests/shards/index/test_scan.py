@@ -1,7 +1,12 @@
 """What is wrong with a shard is found, named and listed, and never costs what is intact."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -16,6 +21,7 @@ from hypothesis import strategies as st
 from shards.errors import UserError
 from shards.index import scan, tar
 from shards.index.shard_index import ShardIndex, build_index
+from shards.storage.reader import Reader
 from tests.helpers.pictures import picture
 from tests.helpers.tars import contents, write_tar
 
@@ -111,8 +117,19 @@ def test_what_is_lacking_is_counted_and_keeps_its_place(tmp_path):
     assert index.samples == 4
     found = {(finding.position, finding.reason) for finding in index.findings}
     assert found == {(0, "no caption"), (1, "no picture"), (2, "empty picture"), (2, "empty caption")}
-    with pytest.raises(UserError, match="no samples in them that have both"):
+    with pytest.raises(UserError, match="none of 2 samples in them has both.*'a': no caption"):
         build_index([str(write_tar(tmp_path / "b.tar", members[:2]))], tmp_path / "index2")
+
+
+def test_captions_without_a_word_are_counted(tmp_path):
+    members = [("a.png", b"1"), ("a.txt", "\ufeff".encode()), ("b.png", b"1"), ("b.txt", "\u200b".encode())]
+    path = write_tar(
+        tmp_path / "a.tar", [*members, ("c.png", b"1"), ("c.txt", b"\xff"), ("d.png", b"1"), ("d.txt", b"a")]
+    )
+    index = build_index([str(path)], tmp_path / "index")
+    assert [(finding.position, finding.damage) for finding in index.findings] == [(0, False), (1, False), (2, False)]
+    reasons = ["caption is blank", "caption holds no word (invisible characters only)", "caption is not UTF-8 (byte 0)"]
+    assert [finding.reason for finding in index.findings] == reasons
 
 
 def test_dots_in_keys_are_never_merged_silently(tmp_path):
@@ -126,6 +143,28 @@ def test_dots_in_keys_are_never_merged_silently(tmp_path):
         build_index([str(path)], tmp_path / "index")
     index, rows = listed([path], tmp_path)
     assert index.table(0).keys == ["photo", "b"] and [row["key"] for row in rows] == ["photo", "photo"]
+
+
+def test_members_are_named_in_order_of_preference(tmp_path):
+    members = [(f"a.{name}", name.encode()) for name in ("png", "input.png", "mask.png", "txt", "outputs.txt")]
+    members += [("b.png", b"png"), ("b.txt", b"txt"), ("c.outputs.txt", b""), ("c.txt", b"\xff"), ("c.png", b"1")]
+    path = str(write_tar(tmp_path / "a.tar", members))
+    index = build_index([path], tmp_path / "index", image="input.png,png", text="outputs.txt,txt")
+    reader = Reader(ShardIndex.load(tmp_path / "index"))
+    found = [(reader.image_bytes(0, position), reader.text_bytes(0, position)) for position in range(3)]
+    assert found == [(b"input.png", b"outputs.txt"), (b"png", b"txt"), (b"1", b"")]
+    assert [(finding.position, finding.reason) for finding in index.findings] == [(2, "empty caption")]
+    other = build_index([path], tmp_path / "other", image="png", text="txt")
+    assert contents(other)[0] == ("a", b"png", b"txt") and other.fingerprint != index.fingerprint
+    only = build_index([path], tmp_path / "only", image="input.png", text="outputs.txt")
+    assert [finding.position for finding in only.findings] == [1, 1, 2, 2]
+    only.verify()
+
+
+@pytest.mark.parametrize("words", [{"image": "PNG"}, {"image": "a,,b"}, {"image": "x", "text": "y,x"}, {"text": "a,"}])
+def test_names_of_members_that_are_none(tmp_path, words):
+    with pytest.raises(UserError, match=r"--(image|text): got '.*expected"):
+        build_index([str(tmp_path)], tmp_path / "index", **words)
 
 
 @pytest.mark.parametrize("program", ["tar", "bsdtar"])
@@ -171,7 +210,8 @@ def test_members_of_a_sample_that_stand_apart_are_named(tmp_path):
 
 
 def test_captions_from_a_field_of_json(tmp_path):
-    good, bad = json.dumps({"caption": "größe", "n": 1}).encode(), [b"{}", b"[", b'{"caption": 3}', b"[" * 200_000]
+    good = json.dumps({"caption": "größe", "title": "a", "n": 1}).encode()
+    bad = [b"{}", b"[", b'{"caption": 3}', b"[" * 200_000]
     members = [("a.png", b"1"), ("a.json", good), ("a.txt", b"another")]
     for number, data in enumerate(bad):
         members += [(f"b{number}.png", b"1"), (f"b{number}.json", data)]
@@ -181,12 +221,100 @@ def test_captions_from_a_field_of_json(tmp_path):
     plain = build_index([str(path)], tmp_path / "plain")
     assert contents_of(plain, 0) == b"another" and plain.fingerprint != index.fingerprint
     other = build_index([str(path)], tmp_path / "other", text="json:title")
-    assert other.fingerprint != index.fingerprint and len(other.findings) == 1 + len(bad)
+    assert other.fingerprint != index.fingerprint and len(other.findings) == len(bad)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b'{"a": 1, "b": 2}', "no field 'caption' in the .json, which has 'a', 'b'"),
+        (b"{}", "which has none"),
+        (b'{"caption": null}', "field 'caption' is null, expected a text"),
+        (b'{"caption": ["a"]}', "is a list"),
+        (b'{"caption": 3}', "is a number"),
+        (b'{"caption": {}}', "is a mapping"),
+        (b"[1]", "the .json is a list, expected a mapping"),
+        (b'{"caption": " "}', "caption is blank"),
+        (b"{", "cannot be parsed"),
+    ],
+)
+def test_an_index_of_nothing_usable_says_why(tmp_path, content, reason):
+    members = [(f"{i}.{e}", content if e == "json" else b"1") for i in range(3) for e in ("png", "json")]
+    path = write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UserError, match=f"none of 3 samples.*most often, 3 times: sample '0': .*{re.escape(reason)}"):
+        build_index([str(path)], tmp_path / "index", text="json:caption", report=tmp_path / "report")
+    assert not (tmp_path / "index" / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "pack, said",
+    [
+        (gzip.compress, "compressed with gzip, unpack it with gunzip"),
+        (bz2.compress, "compressed with bzip2"),
+        (lzma.compress, "compressed with xz"),
+        (lambda data: b"\x28\xb5\x2f\xfd" + data, "compressed with zstd"),
+        (lambda data: b"PK\3\4" + data, "a zip archive"),
+        (lambda data: b"/data/00000.tar\n/data/00001.tar\n", "a text file"),
+    ],
+)
+def test_a_file_that_is_no_tar_is_called_what_it_is(tmp_path, pack, said):
+    sound, other = write_tar(tmp_path / "a.tar", pairs(2)), tmp_path / "b.tar"
+    other.write_bytes(pack(sound.read_bytes()))
+    with pytest.raises(UserError, match=f"b.tar: no tar: {said}") as error:
+        build_index([str(sound), str(other)], tmp_path / "index")
+    assert "fetch" not in str(error.value)
+    assert listed([sound, other], tmp_path)[0].counts.tolist() == [2, 0]
+
+
+@given(st.binary(max_size=20) | st.lists(st.sampled_from([b"\\", b"x", b"e9", b"\xe9", "é".encode()])).map(b"".join))
+def test_a_key_of_any_bytes_can_be_had_back(data):
+    key = data.decode("utf-8", "surrogateescape")
+    text = tar.key_text(key)
+    assert tar.key_of(text) == key
+    text.encode()  # it can be stored
+    assert text == key or "\\" in key or key.isprintable() is False
+
+
+def test_a_folder_is_no_shard(tmp_path):
+    with pytest.raises(UserError, match=f"shard {tmp_path}: a folder; name the shards in it"):
+        build_index([str(tmp_path)], tmp_path / "index")
+
+
+def test_members_that_are_not_read_are_named(tmp_path):
+    path = tmp_path / "a.tar"
+    links = {"b.png": (tarfile.LNKTYPE, "a hard link"), "c.jpg": (tarfile.SYMTYPE, "a symbolic link")}
+    with tarfile.open(path, "w") as file:
+        for name in ("a.png", "a.txt", "b.png", "b.txt", "c.jpg", "c.txt", "d.gif", "d.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 0 if name in links else 5
+            if name in links:
+                member.type, member.linkname = links[name][0], "a.png"
+            file.addfile(member, io.BytesIO(b"hello"))
+    index, rows = listed([path], tmp_path)
+    assert index.table(0).keys == ["a", "b", "c", "d"] and [row["key"] for row in rows] == ["b", "c", "d"]
+    for row, (name, what) in zip(rows, [*links.items(), ("d.gif", ("", "not read"))]):
+        assert f"'{name}' is {what[1]}" in row["reason"] and row["reason"].endswith("expected KEY.jpg, jpeg, png, webp")
+
+
+@pytest.mark.parametrize("words", [["--format=gnu"], ["--format=pax"], ["--format=pax", "--sparse-version=0.1"]])
+def test_sparse_files_are_named_and_cost_nothing_else(tmp_path, words):
+    with open(tmp_path / "b.png", "wb") as file:  # more segments than fit the first header
+        for segment in range(9):
+            file.seek(segment << 20)
+            file.write(b"hello")
+    for name in ("a.png", "a.txt", "b.txt", "c.png", "c.txt"):
+        (tmp_path / name).write_bytes(b"words")
+    names = ["a.png", "a.txt", "b.png", "b.txt", "c.png", "c.txt"]
+    made = subprocess.run(["tar", "-S", *words, "-cf", "a.tar", *names], cwd=tmp_path, capture_output=True)
+    if made.returncode:
+        pytest.skip("no GNU tar here")
+    index, rows = listed([tmp_path / "a.tar"], tmp_path)
+    assert index.table(0).keys == ["a", "b", "c"] and Reader(index).text_bytes(0, 2) == b"words"
+    if (tmp_path / "b.png").stat().st_blocks * 512 < 9 << 20:  # the file system keeps holes
+        assert [row["reason"].partition(";")[2].partition(":")[0] for row in rows] == [" 'b.png' is sparse"]
 
 
 def contents_of(index, position):
-    from shards.storage.reader import Reader
-
     return Reader(index).text_bytes(0, position)
 
 

@@ -1,5 +1,7 @@
 """The index finds every sample, reads what webdataset reads, and notices every damage."""
 
+import errno
+import os
 import tarfile
 
 import pytest
@@ -7,7 +9,8 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import BadSample, UserError
+from shards.errors import BadSample, ChangedShard, UserError
+from shards.index import shard_index
 from shards.index.shard_index import ShardIndex, build_index
 from shards.storage.reader import Reader
 from tests.helpers.pictures import picture
@@ -48,9 +51,11 @@ def test_the_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
 
 
 def test_a_sample_that_lacks_a_member_keeps_its_place(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("b.txt", b"2"), ("c.png", b"3"), ("c.txt", b"")])
+    sound = [("d.png", b"4"), ("d.txt", b"a dog")]
+    members = [("a.png", b"1"), ("b.txt", b"2"), ("c.png", b"3"), ("c.txt", b""), *sound]
+    path = write_tar(tmp_path / "a.tar", members)
     index = build_index([str(path)], tmp_path / "index")
-    assert index.samples == 3
+    assert index.samples == 4
     with pytest.raises(BadSample, match="no caption"):
         Reader(index).text_bytes(0, 0)
     with pytest.raises(BadSample, match="no picture"):
@@ -92,7 +97,7 @@ def test_bad_input_is_named(tmp_path):
     refused([write_tar(tmp_path / "two.tar", [("a.png", b"1"), ("a.jpg", b"2")])], tmp_path, "two image members")
     refused([tmp_path / "no.tar"], tmp_path, "no.tar: missing")
     refused([twice, twice], tmp_path, "named twice")
-    refused([write_tar(tmp_path / "none.tar", [])], tmp_path, "no samples")
+    refused([write_tar(tmp_path / "none.tar", [])], tmp_path, "none of 0 samples")
     refused([twice, tmp_path / "none.tar"], tmp_path, "twice.tar: key 'a' comes twice.*at byte 2560")
     with pytest.raises(UserError, match="--text: got 'TXT'"):
         build_index([str(twice)], tmp_path / "index", text="TXT")
@@ -110,17 +115,80 @@ def test_a_changed_shard_is_refused_by_name(make_shards, tmp_path):
         index.verify()
 
 
-def test_an_index_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="safeclip index"):
-        ShardIndex.load(tmp_path)
+def test_other_bytes_of_the_same_size_are_refused(make_shards, tmp_path):
+    (path,) = make_shards([2])
+    index = build_index([str(path)], tmp_path / "index")
+    path.write_bytes(path.read_bytes().replace(b"caption 1", b"Caption 1"))
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{path}: holds other bytes than were indexed.*safeclip index"):
+            index.verify()
+    assert build_index([str(path)], tmp_path / "index").verify() is None
 
 
-def test_a_shard_cut_after_indexing_is_a_bad_sample(make_shards, tmp_path):
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_shard_of_another_time_is_read_and_the_result_kept(make_shards, tmp_path, monkeypatch, writable):
+    paths = make_shards([2, 1])
+    index = build_index([str(path) for path in paths], tmp_path / "index")
+    read, original = [], shard_index.fingerprint_of
+    monkeypatch.setattr(
+        shard_index, "fingerprint_of", lambda path, *rest: (read.append(path), original(path, *rest))[1]
+    )
+    if not writable:
+        monkeypatch.setattr(shard_index, "write_bytes", refuse)
+    os.utime(paths[1], ns=(0, 0))
+    index.verify()
+    index.verify()
+    assert read == [str(paths[1])] * (1 if writable else 2)
+    paths[1].write_bytes(paths[0].read_bytes()[: paths[1].stat().st_size])
+    os.utime(paths[1], ns=(1, 1))
+    with pytest.raises(UserError, match="holds other bytes"):
+        index.verify()
+
+
+def refuse(*_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_no_change_of_a_member_is_read(tmp_path_factory, data):
+    """Whatever is written into a shard after it was indexed: a member is the one that was indexed, or refused."""
+    folder = tmp_path_factory.mktemp("changed")
+    members = [(f"{i}.{e}", bytes([65 + i]) * 700 if e == "png" else b"text %d" % i) for i in range(3) for e in KINDS]
+    path = write_tar(folder / "a.tar", members)
+    index, whole = build_index([str(path)], folder / "index"), bytearray(path.read_bytes())
+    sound = contents(index)
+    at = data.draw(st.integers(0, len(whole)))
+    whole[at : at + data.draw(st.integers(0, 1))] = data.draw(st.binary(max_size=700))
+    path.write_bytes(whole)
+    reader = Reader(index)
+    for position, (_, image, text) in enumerate(sound):
+        for read, expected in ((reader.image_bytes, image), (reader.text_bytes, text)):
+            try:
+                assert read(0, position) == expected
+            except ChangedShard as error:
+                assert str(path) in str(error) and "safeclip index" in str(error)
+
+
+KINDS = ("png", "txt")
+
+
+def test_a_shard_that_is_gone_while_it_is_read_is_named(make_shards, tmp_path):
     (path,) = make_shards([3])
     index = build_index([str(path)], tmp_path / "index")
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(BadSample, match="shorter"):
+    path.unlink()
+    with pytest.raises(ChangedShard, match=f"{path}: cannot be read"):
         Reader(index).image_bytes(0, 2)
+
+
+def test_an_index_that_is_none_or_of_another_version_is_refused(make_shards, tmp_path):
+    with pytest.raises(UserError, match="safeclip index"):
+        ShardIndex.load(tmp_path)
+    build_index([str(path) for path in make_shards([1])], tmp_path / "index")
+    file = tmp_path / "index" / "index.json"
+    file.write_text(file.read_text().replace(f'"version": {shard_index.VERSION}', '"version": 2'))
+    with pytest.raises(UserError, match="version 2, expected .*safeclip index"):
+        ShardIndex.load(tmp_path / "index")
 
 
 def test_braces_are_expanded(make_shards, tmp_path):

@@ -1,6 +1,7 @@
 """The readers of others take a mask as it is: webdataset and open_clip train on the safe pairs without a copy of the
 data."""
 
+import io
 import itertools
 import json
 import os
@@ -8,14 +9,18 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from shards.errors import UserError
+from shards.index.shard_index import build_index
+from shards.index.tar import key_of
 from shards.order.safe_mask import IsSafe, SavedMask
-from tests.helpers.saved_masks import changed, safe_samples
+from tests.helpers.saved_masks import changed, cosines, safe_samples, save_mask
 
 ROOT = Path(__file__).parents[3]
 
@@ -119,3 +124,21 @@ def test_open_clip_trains_on_the_safe_pairs_in_place(here):
     changed("data/a/00000.tar")
     done = train("masks/one")
     assert done.returncode != 0 and "data/a/00000.tar: has fingerprint" in done.stderr
+
+
+def test_names_that_differ_only_in_bytes_that_are_no_utf8_stay_apart(tmp_path):
+    names = [f"{name}{i}" for i, name in enumerate(("a", "a\udce9", "a\udcea", "é", "b\\xe9"))]
+    names += ["c\udce9", "c\udcea", "c\\xe9"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as file:
+        for name in names:
+            for extension, data in (("png", b"1"), ("txt", b"a dog")):
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    index = build_index([str(tmp_path / "a.tar")], tmp_path / "index")
+    keys = index.table(0).keys
+    assert len(set(keys)) == len(names) and [key_of(key) for key in keys] == names
+    save_mask(tmp_path / "mask", index, cosines(len(names)))
+    flags = SavedMask(tmp_path / "mask").mask.shard_flags(0).tolist()
+    is_safe, samples = IsSafe(tmp_path / "mask"), webdataset.WebDataset([str(tmp_path / "a.tar")], shardshuffle=False)
+    assert [is_safe(sample) for sample in samples] == flags and len(set(flags)) == 2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from shards.errors import BadSample
 from shards.samples import decode
@@ -234,6 +234,63 @@ def test_noise_is_bad_and_nothing_worse(data):
         decoded(data)
 
 
+def png_with(**chunks):
+    """A PNG with `texts`, a list of (method of PngInfo, text), or with other options of its writer."""
+    info = PngImagePlugin.PngInfo()
+    for method, text in chunks.pop("texts", []):
+        getattr(info, method)("xmp", text, zip=True)
+    return encoded(Image.new("RGB", (20, 10), "red"), pnginfo=info, **chunks)
+
+
+LONG = "a" * 3_000_000
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        {"texts": [("add_text", LONG)]},
+        {"texts": [("add_itxt", LONG)]},
+        {"texts": [("add_text", LONG[: 1 << 20])] * 70},
+        {"icc_profile": bytes(2_000_000)},
+    ],
+)
+def test_long_metadata_of_a_png_is_no_harm(chunks):
+    data = png_with(**chunks)
+    with pytest.raises(ValueError, match="too large|Too much"):
+        Image.open(io.BytesIO(data)).load()
+    assert np.array_equal(decoded(data), decoded(png_with()))
+
+
+def test_a_damaged_text_of_a_png_is_no_harm():
+    data = bytearray(png_with(texts=[("add_text", "hello")]))
+    data[data.index(b"zTXt") + 8] ^= 1
+    assert np.array_equal(decoded(bytes(data)), decoded(png_with()))
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "picture is empty, expected JPEG, PNG, WebP, GIF"),
+        (b"\n<!DOCTYPE HTML><p>404", "a web page"),
+        (b'<svg xmlns="">', "SVG"),
+        (b"II*\0" + bytes(60), "TIFF"),
+        (b"\0\0\0\x20ftypavif" + bytes(20), "AVIF"),
+        (b"RIFF\0\0\0\0WAVE", "RIFF audio"),
+        (b"words", "of no known format"),
+        (b"\xff\xd8\xff\xe0aaaa", "^JPEG picture cannot be decoded: [A-Z]?[a-z]+ "),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "^PNG picture cannot be decoded: its header"),
+    ],
+)
+def test_a_refusal_says_what_was_found(data, reason):
+    with pytest.raises(BadSample, match=reason) as error:
+        decode_image(data)
+    assert "Error" not in str(error.value) and "\n" not in str(error.value)
+
+
+INVISIBLE = ["\ufeff", "\0", "\u200b\u2060", "\u200d\u200e\ufe0f", "\x07\x1b", "\xad", "&nbsp; &#8203;", "\x1b[31m"]
+INVISIBLE += ["\u202e\u3000", "<start_of_text><END_OF_TEXT>"]
+
+
 @pytest.mark.parametrize(
     "data, reason",
     [
@@ -242,6 +299,7 @@ def test_noise_is_bad_and_nothing_worse(data):
         (b" \n", "blank"),
         (b"x" * 50_000, "bytes"),
         (b"x" * 10_001, "characters"),
+        *((text.encode(), "blank|holds no word") for text in INVISIBLE),
     ],
 )
 def test_captions_that_are_none(data, reason):
@@ -251,3 +309,4 @@ def test_captions_that_are_none(data, reason):
 
 def test_a_caption_is_stripped():
     assert decode_caption(" ein Bär \n".encode()) == "ein Bär"
+    assert decode_caption("\ufeff a dog\ufeff".encode()) == "a dog"

@@ -1,13 +1,15 @@
 """A manifest that was edited by hand so that its figures would be wrong is refused by the key."""
 
 import copy
+import os
 from dataclasses import dataclass
 
 import pytest
 
 from shards.errors import UserError
-from shards.index.shard_index import build_index
+from shards.index.shard_index import ShardIndex, build_index
 from shards.samples.overlay import VERSION, Overlay
+from shards.samples.samples import Samples
 from shards.storage.files import write_json
 
 BACKDOOR = {"attack": "badnets", "judged": "backdoor", "target_class": 1, "class": "dog", "pairs": 2}
@@ -52,6 +54,16 @@ def loaded(tmp_path, make_shards):
 @dataclass
 class Trigger:
     opacity: float = 1.0
+
+
+def test_the_shards_that_pictures_come_from_are_verified(loaded, tmp_path, make_shards):
+    paths = [str(path) for path in make_shards([4, 3], "copies")]
+    build_index(paths, tmp_path / "copies")
+    samples = Samples(ShardIndex.load(tmp_path / "index"), loaded("source", str(tmp_path / "copies")))
+    samples.verify()
+    os.truncate(paths[1], 1024)
+    with pytest.raises(UserError, match=paths[1]):
+        samples.verify()
 
 
 def test_a_sound_manifest_is_read(loaded):
