@@ -100,6 +100,7 @@ def build(
     if unfinished.exists():
         shutil.rmtree(out)  # our own, cut off
     if marker.exists() and json.loads(marker.read_text()) == made_by:
+        index_parts(out, captions=(out / "test_captions").exists())  # what is indexed already is not read again
         return
     if out.exists() and any(out.iterdir()):
         held = (
@@ -110,16 +111,21 @@ def build(
         raise UserError(f"{out}: holds {' '.join(held.split())}; delete it or name another folder")
     write_bytes(unfinished, b"")
     train, test, classes = make()
-    paths = write_shards(train, out / "train")
-    build_index([str(p) for p in paths], out / "index")
-    build_index([str(p) for p in paths], out / "labels", text="cls")
+    write_shards(train, out / "train")
     test = list(test)
-    paths = write_test_set(test, classes, templates, out)
-    build_index([str(p) for p in paths], out / "test_index", text="cls")
-    if all("txt" in sample for sample in test):
-        build_index([str(p) for p in paths], out / "test_captions")
+    write_test_set(test, classes, templates, out)
+    index_parts(out, captions=all("txt" in sample for sample in test))
     write_json(marker, made_by)
     unfinished.unlink()
+
+
+def index_parts(out: Path, captions: bool) -> None:
+    """Index OUT/train and OUT/test: captions and labels of the one, labels of the other, and its captions if it has
+    any."""
+    parts = [("train", "index", "txt"), ("train", "labels", "cls"), ("test", "test_index", "cls")]
+    for part, name, text in parts + ([("test", "test_captions", "txt")] if captions else []):
+        paths = sorted(map(str, (out / part).glob("*.tar")), key=lambda path: (len(path), path))  # 2.tar before 10.tar
+        build_index(paths, out / name, text=text)
 
 
 def render(number: int, seed: int) -> dict:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -58,6 +59,17 @@ def test_the_layout_and_a_second_call(tmp_path):
     assert (out / "train" / "00000.tar").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="delete it or name another folder"):
         shapes(out, pairs=31, test=8)
+
+
+def test_an_index_that_is_gone_is_made_again_of_the_shards(tmp_path):
+    shapes(tmp_path / "out", pairs=12, seed=1)
+    before = ShardIndex.load(tmp_path / "out" / "index").fingerprint
+    tars = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*.tar")}
+    for name in ("index", "labels", "test_index"):
+        shutil.rmtree(tmp_path / "out" / name)
+    shapes(tmp_path / "out", pairs=12, seed=1)
+    assert ShardIndex.load(tmp_path / "out" / "index").fingerprint == before
+    assert tars == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*.tar")}
 
 
 def test_a_build_that_was_cut_off_is_made_anew(tmp_path):
