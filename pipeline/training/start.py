@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from pipeline.config.data import describe, open_index, open_samples
+from pipeline.config.load import read_yaml
 from pipeline.config.schema import Config, differences
 from pipeline.distributed import comm
 from pipeline.guards import REGISTRY
@@ -171,7 +172,7 @@ def steps_per_epoch(config: Config, index: ShardIndex, world: int) -> int:
 
 
 def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
-    """(newest complete checkpoint or None, warnings); writes config.yaml, which claims the directory. Rank 0 calls.
+    """(newest complete checkpoint or None, warnings); writes config.yaml. Rank 0 calls.
 
     Raises UserError as `inspect` does, unless a fresh start is asked for.
     """
@@ -188,7 +189,7 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
     else:
         found, warnings = inspect(config, run_dir, fingerprint)
     path = run_dir / "config.yaml"
-    if not path.exists() or restart or config.run.accept_changes:
+    if not found or not path.exists() or config.run.accept_changes:
         values = {"hash": config.hash(), **config.model_dump()}
         values["guards"] = dict.fromkeys(REGISTRY) | values["guards"]  # null: off, also where a preset has it
         values["run"].update(restart=False, accept_changes=False)
@@ -199,17 +200,19 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
 def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
     """(newest complete checkpoint or None, warnings) of a run directory, which is only read.
 
-    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint.
+    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint. The
+    config of a start that did not reach its first checkpoint binds nobody.
     """
-    if (run_dir / "config.yaml").exists():
-        check_config(config, run_dir)
     found, warnings = checkpoint.newest_complete(run_dir)
     metrics = run_dir / "metrics.jsonl"
-    if not found and metrics.exists() and metrics.stat().st_size:
+    first = [folder.name for folder in checkpoint.checkpoints(run_dir)] == ["step_00000000"]
+    if not found and not first and metrics.exists() and metrics.stat().st_size:
         raise UserError(
             f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); "
             "bring one back, or start it anew with run.restart=true"
         )
+    if found and (run_dir / "config.yaml").exists():
+        check_config(config, run_dir)
     if found and checkpoint.load_state(found)["data"] != fingerprint:
         raise UserError(
             f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
@@ -220,7 +223,7 @@ def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | Non
 
 def check_config(config: Config, run_dir: Path) -> None:
     """Raise UserError, naming the keys, if the run directory has a config with another hash."""
-    there = yaml.safe_load((run_dir / "config.yaml").read_text())
+    there = read_yaml(run_dir / "config.yaml")
     if there.pop("hash", None) == config.hash() or config.run.accept_changes:
         return
     changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(there, config.model_dump()))

@@ -81,11 +81,7 @@ class Cell:
         common = self.set.load()
         setup = [common.model.model_dump(), common.train.epochs, common.train.batch_size, common.train.lr, attack]
         recipe = self.config.model_copy(update={"run": self.config.run.model_copy(update={"seed": 0})}).hash()
-        return {
-            "setup": digest(setup),
-            "attack": overlay_digest(self.overlay),
-            "recipe": recipe,
-        }
+        return {"setup": digest(setup), "attack": overlay_digest(self.overlay), "recipe": recipe}
 
     def row(self, figures: dict, seconds_before: float, seconds_own: float) -> dict:
         """The row of the results file. figures: the run's eval.json; seconds: of what the run needs first, and of its
