@@ -28,6 +28,7 @@ from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.round import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
+from pipeline.training.lease import holder_of
 from pipeline.training.start import inspect, steps_per_epoch
 from shards.errors import BadSample, UserError
 from shards.index import tar
@@ -195,6 +196,8 @@ def check_run_dir(config: Config, index: ShardIndex, ranks: int) -> Findings:
     if not config.run.dir:
         return [("warning", "run.dir", "none named; name the run's directory with run.dir=DIR to have it checked")]
     run_dir = Path(config.run.dir).absolute()
+    if in_use := holder_of(run_dir):
+        return [("fatal", "run.dir", f"{run_dir} {in_use}")]
     if config.run.restart:
         return [("warning", "run.dir", f"run.restart=true: all state in {run_dir} will be deleted")]
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,8 +45,13 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
     active StopSignal of the caller, else a new one. Raises UserError for mistakes in the input, and Preempted after a
     stop signal, with the state saved.
     """
-    with nullcontext(stop) if stop else StopSignal() as stop, comm.naming_the_lost(config.run.timeout):
+    with (
+        nullcontext(stop) if stop else StopSignal() as stop,
+        comm.naming_the_lost(config.run.timeout),
+        ExitStack() as at_end,
+    ):
         run = Run(config)
+        at_end.callback(run.lease.release)
         state, clock = run.state, SaveClock()
         if any(comm.all_reduce_max(stop.received)):
             run.exit_preempted()  # asked while it started
@@ -162,19 +167,22 @@ def save_now(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) ->
     if step % signals.AGREE_EVERY == 0:
         minutes = (time.monotonic() - clock.saved) / 60
         here = comm.is_rank0() and 0 < settings.save_minutes <= minutes
-        asked, late, failed = comm.all_reduce_max(stop.received, here, run.saver.error is not None)
+        asked, late, failed, lost = comm.all_reduce_max(
+            stop.received, here, run.saver.error is not None, run.lease.lost
+        )
         if failed:
             run.saver.wait()  # raises on every rank
         bad_rows, limit = bad_so_far(run, len(bad))
-        due = bool(due or asked or late or bad_rows > limit)
+        due = bool(due or asked or late or lost or bad_rows > limit)
     return due
 
 
 def save(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) -> list[Unread]:
     """Record bad samples, save the state, and exit if a rank was signalled; returns an empty list of bad samples.
 
-    Raises UserError when too many samples are bad.
+    Raises UserError when too many samples are bad, or another run has taken over the run directory.
     """
+    comm.on_rank0(run.lease.check)
     run.state["bad_rows"] += record(run, bad)
     now = time.monotonic()
     run.state.update(seconds=run.state["seconds"] + now - clock.counted, metrics_bytes=run.logger.length())

@@ -18,6 +18,7 @@ from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
+from pipeline.training.lease import Lease
 from pipeline.training.metrics import MetricsLogger
 from pipeline.training.model import (
     Towers,
@@ -55,7 +56,7 @@ FRESH: dict = {
 
 class Run:
     """State of a run: config, run_dir, device, samples, index, mask, excluded, views, engine, queues, state,
-    logger, bad_samples, saver."""
+    logger, bad_samples, saver, lease."""
 
     mask: SafeMask | None
     excluded: Excluded | None
@@ -81,6 +82,8 @@ class Run:
             load_pretrained(towers.clip, config.model.pretrained)
         # After all checks of the input: a start that fails must not claim the directory.
         self.run_dir = Path(config.run.dir).absolute()
+        self.lease = Lease(self.run_dir)
+        self.lease.acquire()
         found, warnings = comm.on_rank0(claim, config, self.run_dir, data)
         synonyms = synonyms_of(config)
         self.state = copy.deepcopy(FRESH) | {"data": data, "synonyms": synonyms}
