@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from pipeline.settings import FromMapping, Section
+from pipeline.settings import FromMapping, Place, Section
 from shards.samples.decode import Limits
 from shards.views.augment import Fraction, ImageAugment
 
@@ -22,14 +22,14 @@ PositiveAmount = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class Source(Section):
-    index: str
+    index: Place
     """Folder written by `safeclip index`."""
     weight: Annotated[int, Field(gt=0, le=10**6)] = 1
     """How often each of its samples is seen in an epoch."""
 
 
 class Run(Section):
-    dir: str = ""
+    dir: Place = ""
     """Run directory: everything the run writes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the weights, the order and the augmentation."""
@@ -50,12 +50,12 @@ class Run(Section):
 
 
 class Data(Section):
-    index: str = ""
+    index: Place = ""
     """Folder written by `safeclip index`."""
     sources: dict[str, Source] | None = None
     """Or several: {NAME: {index: FOLDER, weight: 2}, ...}. A weight of 2: each of its samples is seen twice an epoch.
     Default 1."""
-    cache: str | None = None
+    cache: Place | None = None
     """Folder for copies of shards from behind URLs, on a disk of the host's own; null: one in the folder for temporary
     files."""
     cache_gb: PositiveAmount = 100.0
@@ -64,7 +64,7 @@ class Data(Section):
     """Seconds without data after which a server is an error; requests are retried until then."""
     allow_pipe: bool = False
     """Run the shell commands of shards that are named `pipe:COMMAND`."""
-    overlay: str | None = None
+    overlay: Place | None = None
     """Folder written by `safeclip attack`: poison applied while reading, or null."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Reading processes of each rank; 0 reads in the training process."""
@@ -94,7 +94,7 @@ class Data(Section):
     """EDA gives lower-case captions without punctuation."""
     eda_once: bool = True
     """The variants of a caption are drawn once for the whole run; false: in every epoch."""
-    mask: str | None = None
+    mask: Place | None = None
     """Folder of a saved mask: the run trains only on its safe pairs, and each epoch is filled up with them. Not for
     train.method safeclip."""
 
@@ -104,7 +104,7 @@ class Model(Section):
     """An open_clip architecture: RN50, ViT-B-32, ViT-B-16 ..."""
     config: dict[str, JsonValue] | None = None
     """Or an open_clip model config: embed_dim, vision_cfg, text_cfg."""
-    pretrained: str | None = None
+    pretrained: Place | None = None
     """Start from the weights of this run directory (its newest checkpoint) or .safetensors file; null: from random
     weights."""
 
@@ -195,11 +195,11 @@ class Selection(Section):
 
 
 class Evaluation(Section):
-    test: str | None = None
+    test: Place | None = None
     """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null."""
-    index: str | None = None
+    index: Place | None = None
     """Index of the shards of that folder (text="cls")."""
-    labels: str | None = None
+    labels: Place | None = None
     """Index of the training shards with text="cls", for the linear probe; null: the folder `labels` beside data.index,
     where it is there."""
     every: Count = 1

@@ -210,6 +210,28 @@ def test_every_number_has_both_bounds(kind):
             assert re.search(">=? ", key.allowed) and re.search("<=? ", key.allowed), key
 
 
+PATHS = ["run.dir", "data.index", "data.sources", "data.cache", "data.overlay", "data.mask", "model.pretrained"]
+PATHS += ["evaluation.test", "evaluation.index", "evaluation.labels"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_home_and_variables_are_replaced_in_a_path_once(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/a")
+    monkeypatch.setenv("DATA", "/data/5$DATA")
+
+    def made(path):
+        values = {"a": {"index": path}} if name == "data.sources" else path
+        for part in reversed(name.split(".")):
+            values = {part: values}
+        return make_config(values).model_dump()
+
+    saved = made("~/$DATA")  # as a run directory keeps it
+    assert "/home/a//data/5$$DATA" in str(saved)
+    assert make_config(saved).model_dump() == saved
+    with pytest.raises(UserError, match=f"^{name}.*: got '/x/.UNSET', but .UNSET is not set"):
+        made("/x/$UNSET")
+
+
 def test_the_presets_have_one_list_of_names():
     assert set(PRESETS) == set(get_args(Config.model_fields["preset"].annotation))
 

@@ -50,7 +50,7 @@ def test_a_lease_is_renewed_and_released(tmp_path):
     assert not mine.path.exists()
 
 
-def test_a_living_process_of_this_host_is_named_and_a_dead_one_taken_over_at_once(tmp_path):
+def test_a_living_process_of_this_host_is_named_and_a_dead_one_taken_over(tmp_path):
     with subprocess.Popen(["sleep", "60"]) as holder:
         path = held_by(tmp_path, age=9.0, pid=holder.pid, started=lease.started(holder.pid))
         with pytest.raises(UserError, match=f"process {holder.pid} on .* [(]SLURM job 42[)].*; stop that run") as error:
