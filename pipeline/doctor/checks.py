@@ -6,16 +6,20 @@ torchrun or srun it also checks what only the job itself can see: every host's v
 and the network.
 """
 
+import math
 import os
 import shutil
 import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
@@ -31,7 +35,8 @@ from pipeline.training.curriculum import curriculum
 from pipeline.training.lease import holder_of
 from pipeline.training.start import inspect, steps_per_epoch
 from shards.errors import BadSample, UserError
-from shards.index import tar
+from shards.index import scan, tar
+from shards.index.scan import Finding
 from shards.index.shard_index import Shard, ShardIndex
 from shards.samples.samples import Samples
 from shards.storage.remote import open_shard
@@ -52,6 +57,7 @@ def examine(config: Config, ranks: int | None = None, content: bool = False) -> 
     if any(level == "fatal" for level, *_ in found):
         return found + check_network()
     index = open_index(config.data)
+    found += comm.on_rank0(lambda: check_bad_samples(config.data, index))
     found += comm.on_rank0(lambda: check_config(config, index, ranks))
     found += comm.on_rank0(lambda: check_run_dir(config, index, ranks))
     found += check_shared(config)
@@ -117,6 +123,36 @@ def check_shards(config: Config, content: bool = False) -> Findings:
             )
         )
     return found
+
+
+def check_bad_samples(data: Data, index: ShardIndex) -> Findings:
+    """Whether the samples that the index found to be unusable are more than the run allows."""
+    with ThreadPoolExecutor(8) as pool:
+        bad = list(pool.map(lambda shard: unusable(shard.table), index.shards))
+    views = sum(len(reasons) * int(times) for reasons, times in zip(bad, index.repetitions))
+    if not views:
+        return []
+    fraction, limit = views / index.views, data.max_bad_fraction
+    kinds = Counter(reason for reasons in bad for reason in reasons.values()).most_common(3)
+    text = (
+        f"{sum(map(len, bad)):,} samples, {fraction:.2%} of an epoch, cannot be used "
+        f"({', '.join(f'{count:,} x {reason}' for reason, count in kinds)}); data.max_bad_fraction is {limit:g}"
+    )
+    if fraction <= limit:
+        return [("ok", "data", text)]
+    enough = min(1.0, math.ceil(110 * fraction) / 100)
+    text += f", and the run stops there; mend or leave out their shards, or set data.max_bad_fraction={enough:g}"
+    return [("warning" if data.mask else "fatal", "data", text)]
+
+
+def unusable(table: str) -> dict[int, str]:
+    """{position: reason} of the samples of a shard that its index found to be unusable."""
+    sizes = pq.read_table(table, columns=["image_size", "text_size"])
+    image_N, text_N = (sizes[name].to_numpy() for name in ("image_size", "text_size"))
+    found = {int(position): "no picture" for position in np.flatnonzero(image_N <= 0)}
+    found |= {int(position): "no caption" for position in np.flatnonzero(text_N <= 0)}
+    listed = (Finding(**one) for one in (scan.saved(Path(table)) or {"findings": []})["findings"])
+    return found | {one.position: one.kind for one in listed if one.position is not None and not one.damage}
 
 
 def changed_shards(index: ShardIndex, data: Data) -> list[str]:
