@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from braceexpand import braceexpand
-
 from shards.errors import UserError
 from shards.index import tar
 from shards.order.safe_mask import SavedMask, require_same
 from shards.storage.files import whole_file
+from shards.storage.paths import braces
 
 
 class Member(NamedTuple):
@@ -49,7 +48,7 @@ def find_shards(saved: SavedMask, patterns: Iterable[str | Path]) -> dict[int, P
     Raises UserError naming the shard: missing, not of the mask `saved`, named twice, of another size.
     """
     found: dict[int, Path] = {}
-    for path in (Path(path) for pattern in patterns for path in braceexpand(str(pattern))):
+    for path in (Path(path) for pattern in patterns for path in braces(str(pattern))):
         if not path.is_file():
             raise UserError(f"shard {path}: missing; check the path (braces are expanded, wildcards are your shell's)")
         number = saved.find(str(path))

@@ -33,6 +33,7 @@ from pipeline.safety.round import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.lease import holder_of
+from pipeline.training.model import pretrained_file
 from pipeline.training.start import inspect, steps_per_epoch
 from shards.errors import BadSample, UserError
 from shards.index import scan, tar
@@ -201,6 +202,10 @@ def check_config(config: Config, index: ShardIndex, ranks: int) -> Findings:
         epochs = curriculum(config.train, config.selection.every, steps)
         if config.evaluation.test:
             TestSet(config.evaluation)
+        if config.evaluation.labels:
+            ShardIndex.load(config.evaluation.labels)
+        if config.model.pretrained:
+            pretrained_file(config.model.pretrained)
     except UserError as error:
         return [("fatal", "config", str(error))]
     rounds = sum(epoch.round is not None for epoch in epochs)

@@ -9,7 +9,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -81,6 +81,17 @@ def build_model(model: dict) -> open_clip.CLIP:
 def load_pretrained(clip: nn.Module, source: str) -> None:
     """Load into `clip` the weights of a run directory's newest complete checkpoint, or of a .safetensors file. Raises
     UserError."""
+    try:
+        clip.load_state_dict(load_file(pretrained_file(source)))
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        raise UserError(
+            f"model.pretrained: {source}: does not fit the model ({words[:300]}); use the model it was trained with"
+        ) from None
+
+
+def pretrained_file(source: str) -> Path:
+    """The .safetensors file of model.pretrained, of which the header is read. Raises UserError."""
     from pipeline.training.checkpoint import newest_complete
 
     path, where = Path(source), f"model.pretrained: {source}"
@@ -90,12 +101,10 @@ def load_pretrained(clip: nn.Module, source: str) -> None:
             raise UserError(f"{where}: no complete checkpoint in it; name a run directory or a .safetensors file")
         path = folder / "model.safetensors"
     try:
-        clip.load_state_dict(load_file(path))
+        with safe_open(path, "pt"):
+            return path
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: cannot be read ({error}); name a run directory or a .safetensors file") from None
-    except RuntimeError as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"{where}: does not fit the model ({words[:300]}); use the model it was trained with") from None
 
 
 def tokenizer_for(model: dict) -> Callable[[list[str]], torch.Tensor]:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from braceexpand import braceexpand
 
 from shards.errors import UserError
 from shards.index.scan import LACKS, Finding, scan_shard
 from shards.storage import remote
 from shards.storage.files import write_bytes, write_json
+from shards.storage.paths import braces
 
 VERSION = 2
 REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
@@ -221,7 +221,7 @@ def build_index(
 
 def expand(patterns: Iterable[str]) -> list[str]:
     """The absolute paths and URLs that brace-expanded `patterns` name. Raises UserError for one that is named twice."""
-    named = [path for pattern in patterns for path in braceexpand(str(pattern))]
+    named = [path for pattern in patterns for path in braces(str(pattern))]
     urls = [path if remote.is_remote(path) else os.path.abspath(path) for path in named]
     twice = next((url for url, times in Counter(urls).items() if times > 1), None)
     if twice:

@@ -3,6 +3,8 @@
 import os
 import re
 
+from braceexpand import braceexpand
+
 from shards.errors import UserError
 from shards.storage.remote import is_remote
 
@@ -27,6 +29,14 @@ def expanded(path: str) -> str:
     if home == path and re.match(r"~[^/]*(/|$)", path):
         raise UserError(f"got {path!r}, but there is no user {path.partition('/')[0][1:]!r}; write ./~ for such a name")
     return VARIABLE.sub(value, home)
+
+
+def braces(pattern: str) -> list[str]:
+    """The paths that a brace-expanded pattern names. Raises UserError."""
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"path {pattern}: {error}; close the brace, or write \\{{ for one in a name") from None
 
 
 def escaped(path: str) -> str:
