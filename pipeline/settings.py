@@ -4,11 +4,12 @@ import difflib
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, PlainSerializer, ValidationError
 
 from shards.errors import UserError
+from shards.storage import paths
 
 TYPES = {
     "array": "a list",
@@ -36,6 +37,17 @@ class FrozenSection(Section):
 
 
 S = TypeVar("S", bound=Section)
+
+
+def expanded(path: str) -> str:
+    try:
+        return paths.expanded(path)
+    except UserError as error:
+        raise ValueError(str(error)) from None  # which pydantic takes
+
+
+# A path. ~ and variables in it are replaced when it is read, and only then.
+Place = Annotated[str, AfterValidator(expanded), PlainSerializer(paths.escaped, return_type=str)]
 
 
 class FromMapping:
@@ -123,6 +135,8 @@ def complaint(schema: dict, error: Any, where: str, renamed: Mapping[str, str]) 
             close = [prefix + one for one in difflib.get_close_matches(str(name), known, 1)]
             close = [renamed[key]] if key in renamed else close
             return f"{key}: unknown; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}"
     got = repr(error["input"])
     got = "missing" if error["type"] == "missing" else f"got {got if len(got) <= 80 else got[:77] + '...'}"
     wanted = allowed(node).replace("a number", "a finite number" if error["type"] == "finite_number" else "a number")

@@ -19,6 +19,7 @@ from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import VERSION
 from shards.samples.samples import Samples
 from shards.storage.files import write_bytes
+from shards.storage.paths import expanded
 
 PATHS = ("index", "labels", "test", "classnames", "out")
 
@@ -31,6 +32,11 @@ def make_attack(config: dict) -> str:
     """
     config = {"seed": 0, **config}
     attacks = read_attacks(config)
+    for key in PATHS:
+        try:
+            config[key] = expanded(config[key])
+        except UserError as error:
+            raise UserError(f"attack config: {key}: {error}") from None
     pool = open_pool(config)
     for one in attacks:
         pool.reserved |= {pool.number_of(name, f"{one.where}.{key}") for key, name in one.names().items()}

@@ -19,7 +19,7 @@ from pydantic import Field
 from pipeline.attacks.badnets import Square
 from pipeline.attacks.base import Backdoor, attack, trigger
 from pipeline.attacks.pool import Pool
-from pipeline.settings import read
+from pipeline.settings import Place, read
 from shards.errors import BadSample, UserError
 from shards.samples.decode import decode_image
 
@@ -37,7 +37,7 @@ class Optimised(Square):
     cells: int = Field(default=8, ge=1, le=256)
     strength: float = Field(default=16 / 255, ge=0.0, le=1.0)
     """perturbation: the largest offset, of 1."""
-    surrogate: str = ""
+    surrogate: Place = ""
     """A run directory, or an open_clip local directory."""
     steps: int = Field(default=200, ge=1, le=100_000)
     """Of Adam."""

@@ -19,6 +19,7 @@ from pipeline.settings import read
 from shards.errors import BadSample, UserError
 from shards.order.safe_mask import SavedMask
 from shards.samples.samples import Samples
+from shards.storage.files import read_json
 
 
 class AuditData:
@@ -66,7 +67,7 @@ class AuditData:
 
     def read_about(self) -> dict:
         try:
-            about = json.loads((self.scores / "score.json").read_text())
+            about = read_json(self.scores / "score.json")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"scores {self.scores}: cannot read score.json ({error}); expected a folder of `safeclip score`"

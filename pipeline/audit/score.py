@@ -6,7 +6,6 @@ and beside that clip-retrieval's img_emb/, text_emb/ and metadata/ (key, caption
 """
 
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import fingerprint
 from shards.progress import progress
 from shards.samples.samples import Samples
-from shards.storage.files import write_bytes, write_json
+from shards.storage.files import read_json, write_bytes, write_json
 from shards.storage.prefetch import fetched_ahead
 from shards.views.loader import batches
 
@@ -187,7 +186,7 @@ def data_of(named: Sequence[str], of_run: Data | None, overlay: str | None, out:
 def claim(out: Path, identity: str) -> None:
     """Take the folder OUT for this model and data. On rank 0. Raises UserError when it holds something else."""
     try:
-        there = json.loads((out / "score.json").read_text())["identity"]
+        there = read_json(out / "score.json")["identity"]
     except (OSError, ValueError, KeyError):
         taken = {path.name for path in out.iterdir()} - {"index"} if out.is_dir() else set()
         there = identity if not taken else None

@@ -4,19 +4,23 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import Command
+from pipeline.cli.options import PATH, Command
 
 
 @click.command(cls=Command)
-@click.option("--model", help="a run, an open_clip local directory, or an open_clip name (with --pretrained)")
-@click.option("--pretrained", metavar="PATH", help="checkpoint for an open_clip name")
-@click.option("--data", multiple=True, metavar="SHARDS...", help="shards as for `safeclip index`, or an index folder")
-@click.option("--overlay", metavar="DIR", help="an attack to read the data with (default: that of the run)")
-@click.option("--embeddings", metavar="DIR", help="instead: embeddings that exist, as clip-retrieval writes them")
+@click.option(
+    "--model", type=PATH, help="a run, an open_clip local directory, or an open_clip name (with --pretrained)"
+)
+@click.option("--pretrained", type=PATH, metavar="PATH", help="checkpoint for an open_clip name")
+@click.option("--data", type=PATH, multiple=True, metavar="SHARDS...", help="shards as for `index`, or an index folder")
+@click.option("--overlay", type=PATH, metavar="DIR", help="an attack to read the data with (default: that of the run)")
+@click.option(
+    "--embeddings", type=PATH, metavar="DIR", help="instead: embeddings that exist, as clip-retrieval writes them"
+)
 @click.option("--lean", is_flag=True, help="keep cosines and captions only: no embeddings, no picture hashes")
 @click.option("--batch-size", type=int, default=256)
 @click.option("--workers", type=int, default=2, help="reading processes of each rank")
-@click.option("--out", required=True, metavar="DIR")
+@click.option("--out", type=PATH, required=True, metavar="DIR")
 def score(**options: Any) -> None:
     """Score every pair with any CLIP. Writes cosines and a mask by posterior. Also runs under torchrun; resumes."""
     from pipeline.audit.score import score as score_pairs
@@ -29,13 +33,17 @@ def score(**options: Any) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("source", metavar="RUN_OR_SCORES")
-@click.option("--scores", metavar="DIR", help="what `safeclip score --model RUN` wrote, for detectors with embeddings")
-@click.option("--truth", metavar="DIR", help="an attack manifest to judge by (default: that of the run or the scores)")
+@click.argument("source", type=PATH, metavar="RUN_OR_SCORES")
+@click.option(
+    "--scores", type=PATH, metavar="DIR", help="what `safeclip score --model RUN` wrote, for detectors with embeddings"
+)
+@click.option(
+    "--truth", type=PATH, metavar="DIR", help="an attack manifest to judge by (default: that of the run or the scores)"
+)
 @click.option("--detectors", multiple=True, metavar="NAME...", help="only these (default: all that the data allow)")
 @click.option("--worst", type=float, default=0.01, help="fraction of the pairs that a ranking detector flags (0.01)")
 @click.option("--sample", type=int, default=1024, metavar="N", help="random pictures to look for neighbours in (1024)")
-@click.option("--out", required=True, metavar="DIR")
+@click.option("--out", type=PATH, required=True, metavar="DIR")
 def audit(**options: Any) -> None:
     """Find what is wrong with the data of a run or of scores.
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import OVERRIDES, Command, Group
+from pipeline.cli.options import OVERRIDES, PATH, Command, Group
 from shards.errors import UserError
 
 
 @click.command(cls=Command)
 @click.argument("name", type=click.Choice(["shapes", "emoji", "photos", "wordnet"]))
-@click.argument("out")
+@click.argument("out", type=PATH)
 @click.option("--pairs", type=int, help="training pairs (shapes: default 18000; photos: default and at most 50000)")
 @click.option("--seed", type=int, default=0)
 def data(name: str, out: str, pairs: int | None, seed: int) -> None:
@@ -49,9 +49,9 @@ def shards() -> None:
 
 
 @shards.command()
-@click.argument("file")
-@click.option("--out", required=True, metavar="DIR")
-@click.option("--root", help="folder that paths are relative to (default: that of FILE)")
+@click.argument("file", type=PATH)
+@click.option("--out", type=PATH, required=True, metavar="DIR")
+@click.option("--root", type=PATH, help="folder that paths are relative to (default: that of FILE)")
 @click.option("--path", metavar="COLUMN", help="default: path, filepath or image")
 @click.option("--caption", metavar="COLUMN", help="default: caption or title")
 @click.option("--separator", help="default: a TAB if the header has one, else a comma")
@@ -64,8 +64,8 @@ def from_csv(**options: Any) -> None:
 
 
 @shards.command()
-@click.argument("folder")
-@click.option("--out", required=True, metavar="DIR")
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, required=True, metavar="DIR")
 @click.option("--classes", is_flag=True, help="the name of a picture's folder is its class, and its caption")
 @click.option("--per-shard", type=int, default=10_000)
 def from_folder(**options: Any) -> None:
@@ -76,11 +76,13 @@ def from_folder(**options: Any) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("paths", nargs=-1, required=True, metavar="SHARDS...")
-@click.option("--out", required=True, help="folder for the index")
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="SHARDS...")
+@click.option("--out", type=PATH, required=True, help="folder for the index")
 @click.option("--text", default="txt", help="a sample's text: member txt (default), cls (labels), or json:FIELD")
 @click.option("--image", default="", help="its picture: jpg, jpeg, png or webp (default), or members named like --text")
-@click.option("--report", metavar="FILE", help="index what is intact, and list all damage and loss as JSON lines")
+@click.option(
+    "--report", type=PATH, metavar="FILE", help="index what is intact, and list all damage and loss as JSON lines"
+)
 @click.option("--workers", type=int, help="processes (default: one a core)")
 @click.option("--remote-timeout", "timeout", type=float, default=120, help="seconds to wait for a server (default 120)")
 @click.option("--allow-pipe", is_flag=True, help="run the commands of shards named pipe:COMMAND")
@@ -96,9 +98,11 @@ def index(out: str, report: str | None, **options: Any) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("config", metavar="CONFIG|show")
+@click.argument("config", type=PATH, metavar="CONFIG|show")
 @OVERRIDES
-@click.option("--out", metavar="FILE.png", help="show: clean and triggered pictures side by side, with captions")
+@click.option(
+    "--out", type=PATH, metavar="FILE.png", help="show: clean and triggered pictures side by side, with captions"
+)
 def attack(config: str, overrides: tuple[str, ...], out: str | None) -> None:
     """Write an attack manifest for indexed shards, or show one.
 
@@ -108,11 +112,12 @@ def attack(config: str, overrides: tuple[str, ...], out: str | None) -> None:
     from pipeline.attacks.manifest import make_attack
     from pipeline.attacks.sheet import show
     from pipeline.config.load import override, read_yaml
+    from shards.storage.paths import expanded
 
     if (config == "show") != bool(out) or out and len(overrides) != 1:
         raise UserError("attack: expected `attack CONFIG [a.b=value]`, or `attack show FOLDER --out sheet.png`")
     if out:
-        return print(show(overrides[0], out))
+        return print(show(expanded(overrides[0]), out))
     values = read_yaml(config)
     override(values, overrides)
     print(make_attack(values))

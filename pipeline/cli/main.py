@@ -36,6 +36,13 @@ safeclip = Group(
 )
 
 
+# Of a file or folder that a user has named: what to do about it.
+FREE, OTHER = "free some and start again", "name another file or folder"
+REFUSED = {errno.ENOSPC: FREE, errno.EDQUOT: FREE, errno.EROFS: OTHER, errno.ENAMETOOLONG: OTHER}
+REFUSED |= {errno.ENOENT: "bring it back, or " + OTHER, errno.ENOTDIR: OTHER, errno.EISDIR: OTHER, errno.EEXIST: OTHER}
+REFUSED |= dict.fromkeys((errno.EACCES, errno.EPERM), "allow this user to read and write it, or " + OTHER)
+
+
 def own_words(error: Exception) -> str:
     """The message of an error, in one line; torch puts the traceback of a reading process around it."""
     if isinstance(error, click.UsageError):
@@ -62,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"safeclip: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in REFUSED or error.errno != errno.ENOSPC and not error.filename:
             raise
-        print(f"safeclip: {error.filename or 'disk'}: no space left; free some and start again", file=sys.stderr)
+        place = error.filename2 or error.filename or "disk"
+        print(f"safeclip: {place}: {error.strerror}; {REFUSED[error.errno]}", file=sys.stderr)
         sys.exit(2)
     finally:
         # A reading process ignores SIGTERM, and would be waited for; torch's handler would call its end an error.

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from pipeline.cli.options import Group
+from pipeline.cli.options import PATH, Group
 from shards.errors import UserError
 
 
@@ -14,7 +14,7 @@ def mask() -> None:
 
 
 @mask.command()
-@click.argument("mask")
+@click.argument("mask", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="the same as JSON")
 def show(mask: str, as_json: bool) -> None:
     """Print what a mask is, in a few lines."""
@@ -24,10 +24,12 @@ def show(mask: str, as_json: bool) -> None:
 
 
 @mask.command()
-@click.argument("mask")
+@click.argument("mask", type=PATH)
 @click.option("--format", "form", required=True, type=click.Choice(["parquet", "csv", "datacomp", "cleanlab", "keys"]))
-@click.option("--out", required=True, metavar="FILE")
-@click.option("--shards", multiple=True, metavar="SHARDS...", help="datacomp: the shards, with uids in .json")
+@click.option("--out", type=PATH, required=True, metavar="FILE")
+@click.option(
+    "--shards", type=PATH, multiple=True, metavar="SHARDS...", help="datacomp: the shards, with uids in .json"
+)
 def export(mask: str, form: str, out: str, shards: tuple[str, ...]) -> None:
     """Write a mask in another format.
 
@@ -40,9 +42,9 @@ def export(mask: str, form: str, out: str, shards: tuple[str, ...]) -> None:
 
 
 @mask.command()
-@click.argument("a")
-@click.argument("b")
-@click.option("--out", metavar="FILE", help="CSV of the pairs that moved in or out")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--out", type=PATH, metavar="FILE", help="CSV of the pairs that moved in or out")
 def diff(a: str, b: str, out: str | None) -> None:
     """Print how the safe set of mask B differs from that of A."""
     from pipeline.audit import mask_commands
@@ -51,10 +53,10 @@ def diff(a: str, b: str, out: str | None) -> None:
 
 
 @mask.command()
-@click.argument("mask")
+@click.argument("mask", type=PATH)
 @click.option("--posterior", type=float, help="instead, make the mask of the pairs above this posterior")
 @click.option("--fraction", type=float, help="instead, make the mask of this fraction of the pairs")
-@click.option("--out", metavar="DIR", help="new folder for that other mask")
+@click.option("--out", type=PATH, metavar="DIR", help="new folder for that other mask")
 def replay(mask: str, posterior: float | None, fraction: float | None, out: str | None) -> None:
     """Rebuild a mask from its scores. The exit code is 1 if it is not the saved one, bit for bit."""
     from pipeline.audit import mask_commands
@@ -72,11 +74,13 @@ def replay(mask: str, posterior: float | None, fraction: float | None, out: str 
 
 
 @mask.command()
-@click.argument("mask")
-@click.argument("shards", nargs=-1, required=True)
-@click.option("--out", required=True, metavar="DIR")
+@click.argument("mask", type=PATH)
+@click.argument("shards", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, required=True, metavar="DIR")
 @click.option("--keep", type=click.Choice(["safe", "risky"]), default="safe")
-@click.option("--review", metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is")
+@click.option(
+    "--review", type=PATH, metavar="FILE", help="CSV that a report exported: poison is never safe, fine always is"
+)
 def apply(mask: str, shards: tuple[str, ...], out: str, keep: str, review: str | None) -> None:
     """Write filtered copies of shards (paths, or lists of them). Resumes where it was interrupted."""
     from pipeline.audit.apply import apply_mask
@@ -85,10 +89,10 @@ def apply(mask: str, shards: tuple[str, ...], out: str, keep: str, review: str |
 
 
 @mask.command("filter")
-@click.argument("scores")
+@click.argument("scores", type=PATH)
 @click.option("--by", required=True, type=click.Choice(["cosine", "kdistance", "slof", "dao"]))
 @click.option("--remove", type=float, default=0.05, metavar="FRACTION", help="of the pairs (default 0.05)")
-@click.option("--out", required=True, metavar="DIR")
+@click.option("--out", type=PATH, required=True, metavar="DIR")
 def filter_by(scores: str, by: str, remove: float, out: str) -> None:
     """Make a mask of all pairs but the worst, for data.mask.
 
@@ -100,11 +104,11 @@ def filter_by(scores: str, by: str, remove: float, out: str) -> None:
 
 
 @mask.command()
-@click.argument("overlay")
-@click.option("--index", required=True, metavar="DIR", help="the index that it was made for")
+@click.argument("overlay", type=PATH)
+@click.option("--index", type=PATH, required=True, metavar="DIR", help="the index that it was made for")
 @click.option("--fraction", type=float, default=1.0, help="keep only so many random ones of all pairs (default 1)")
 @click.option("--seed", type=int, default=0, help="of these random ones")
-@click.option("--out", required=True, metavar="DIR")
+@click.option("--out", type=PATH, required=True, metavar="DIR")
 def oracle(overlay: str, index: str, fraction: float, seed: int, out: str) -> None:
     """Make a mask of all pairs but those that an attack poisons. OVERLAY is a folder of `safeclip attack`."""
     from pipeline.audit.filter import keep_unpoisoned

@@ -2,6 +2,23 @@
 
 import click
 
+from shards.errors import UserError
+from shards.storage.paths import expanded
+
+
+class Path(click.ParamType):
+    """A path, in which ~ and variables are replaced."""
+
+    name = "path"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return expanded(value)
+        except UserError as error:
+            raise UserError(f"{param.opts[0]}: {error}") from None
+
+
+PATH = Path()
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
 
 

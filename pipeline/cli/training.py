@@ -4,11 +4,11 @@ import sys
 
 import click
 
-from pipeline.cli.options import OVERRIDES, Command
+from pipeline.cli.options import OVERRIDES, PATH, Command
 
 
 @click.command(cls=Command)
-@click.argument("config", default="paper", metavar="[PRESET|FILE]")
+@click.argument("config", type=PATH, default="paper", metavar="[PRESET|FILE]")
 @OVERRIDES
 def config(config: str, overrides: tuple[str, ...]) -> None:
     """Print every key of a preset (default: paper) or a file. Shows value, meaning, default and allowed values."""
@@ -26,7 +26,7 @@ def config(config: str, overrides: tuple[str, ...]) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("config")
+@click.argument("config", type=PATH)
 @OVERRIDES
 @click.option("--ranks", type=int, help="processes that the run will have (default: those that are started here)")
 @click.option("--content", is_flag=True, help="read all shards and compare their fingerprints")
@@ -48,7 +48,7 @@ def doctor(config: str, overrides: tuple[str, ...], ranks: int | None, content: 
 
 
 @click.command(cls=Command)
-@click.argument("config")
+@click.argument("config", type=PATH)
 @OVERRIDES
 def train(config: str, overrides: tuple[str, ...]) -> None:
     """Train from a config, or resume a run. A run resumes from the newest complete checkpoint of run.dir."""
@@ -76,11 +76,17 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("run")
+@click.argument("run", type=PATH)
 @OVERRIDES
-@click.option("--baseline", help="run of plain CLIP on the same poison, whose success decides whether an attack took")
 @click.option(
-    "--unpoisoned", multiple=True, metavar="RUN...", help="runs on the same data without poison; reports their mean"
+    "--baseline", type=PATH, help="run of plain CLIP on the same poison, whose success decides whether an attack took"
+)
+@click.option(
+    "--unpoisoned",
+    type=PATH,
+    multiple=True,
+    metavar="RUN...",
+    help="runs on the same data without poison; reports their mean",
 )
 def evaluate(run: str, overrides: tuple[str, ...], baseline: str | None, unpoisoned: tuple[str, ...]) -> None:
     """Measure clean accuracy and attack success of a run's model. Writes RUN/eval.json."""
@@ -90,9 +96,9 @@ def evaluate(run: str, overrides: tuple[str, ...], baseline: str | None, unpoiso
 
 
 @click.command(cls=Command)
-@click.argument("clip_run")
-@click.argument("safeclip_run")
-@click.option("--out", required=True)
+@click.argument("clip_run", type=PATH)
+@click.argument("safeclip_run", type=PATH)
+@click.option("--out", type=PATH, required=True)
 def compare(clip_run: str, safeclip_run: str, out: str) -> None:
     """Compare a plain CLIP run and a SafeCLIP run. Prints a table; writes result.json and result.png."""
     from pipeline.evaluation.table import compare as compare_runs
@@ -101,8 +107,8 @@ def compare(clip_run: str, safeclip_run: str, out: str) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("run")
-@click.argument("out")
+@click.argument("run", type=PATH)
+@click.argument("out", type=PATH)
 def export(run: str, out: str) -> None:
     """Write a run's model as an open_clip local directory."""
     from pipeline.config.load import load_config

@@ -32,7 +32,12 @@ out of bounds are errors that name the key. `presets: {NAME: {...}}` in a file h
     train: {batch_size: 1024, precision: bf16}
     guards: {duplicates: {max_pairs: 2}, trigger_clusters: null}
 
-The last line sets a guard and switches another one off. `RUN/config.yaml` has the value of every key of a run."""
+In a path a leading `~` or `~USER`, `$NAME` and `${NAME}` are replaced when it is read, also in `a.b=value` words and in
+the options and arguments of commands; a variable that is not set is an error, and `$$` is a dollar sign. URLs and
+`pipe:` commands stay as they are. `run.dir: ~` alone is YAML's null; write `"~"`.
+
+The last line of the example sets a guard and switches another one off. `RUN/config.yaml` has the value of every key of
+a run."""
 
 
 def document() -> str:

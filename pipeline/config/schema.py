@@ -4,38 +4,46 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, JsonValue
 
-from pipeline.settings import FromMapping, Section
+from pipeline.settings import FromMapping, Place, Section
 from shards.samples.decode import Limits
 from shards.views.augment import Fraction, ImageAugment
 
+# Every number has both bounds: what is beyond them fails later, in the middle of a run.
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, le=100)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Epochs = Annotated[int, Field(ge=0, le=10**6)]
+Batch = Annotated[int, Field(gt=0, le=10**7)]
+Amount = Annotated[float, Field(ge=0, le=1e9)]
+PositiveAmount = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class Source(Section):
-    index: str
+    index: Place
     """Folder written by `safeclip index`."""
-    weight: PositiveInt = 1
+    weight: Annotated[int, Field(gt=0, le=10**6)] = 1
     """How often each of its samples is seen in an epoch."""
 
 
 class Run(Section):
     """The run directory, saving and resuming."""
 
-    dir: str = ""
+    dir: Place = ""
     """Run directory: everything the run writes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the weights, the order and the augmentation."""
-    timeout: PositiveFloat = 600.0
+    timeout: PositiveAmount = 600.0
     """Seconds after which a collective that waits for a dead rank gives up."""
-    save_steps: NonNegativeInt = 0
+    save_steps: Count = 0
     """Save after every so many steps, and at every epoch's end; 0 = only there."""
-    save_minutes: NonNegativeFloat = 0.0
+    save_minutes: Amount = 0.0
     """Save also when the last save is so many minutes ago; 0 = never."""
-    keep: PositiveInt = 2
+    keep: Positive = 2
     """Newest complete checkpoints to keep."""
-    keep_every: NonNegativeInt = 0
+    keep_every: Count = 0
     """Keep also the checkpoint at the end of every n-th epoch; 0 = none."""
     restart: bool = False
     """Delete the state of the run directory and start from the beginning."""
@@ -46,27 +54,27 @@ class Run(Section):
 class Data(Section):
     """What is read, and how it is augmented."""
 
-    index: str = ""
+    index: Place = ""
     """Folder written by `safeclip index`."""
     sources: dict[str, Source] | None = None
     """Or several: {NAME: {index: FOLDER, weight: 2}, ...}. A weight of 2: each of its samples is seen twice an epoch.
     Default 1."""
-    cache: str | None = None
+    cache: Place | None = None
     """Folder for copies of shards from behind URLs, on a disk of the host's own; null: one in the folder for temporary
     files."""
-    cache_gb: PositiveFloat = 100.0
+    cache_gb: PositiveAmount = 100.0
     """Size of that folder in GB (1e9 bytes), at most."""
-    remote_timeout: PositiveFloat = 120.0
+    remote_timeout: PositiveAmount = 120.0
     """Seconds without data after which a server is an error; requests are retried until then."""
     allow_pipe: bool = False
     """Run the shell commands of shards that are named `pipe:COMMAND`."""
-    overlay: str | None = None
+    overlay: Place | None = None
     """Folder written by `safeclip attack`: poison applied while reading, or null."""
-    workers: NonNegativeInt = 2
+    workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Reading processes of each rank; 0 reads in the training process."""
-    streams: PositiveInt = 8
+    streams: Batch = 8
     """Parts of the data that a batch is drawn from. Must divide train.batch_size; not tied to the number of ranks."""
-    window: PositiveInt = 4096
+    window: Positive = 4096
     """Samples among which a stream is shuffled."""
     limits: Annotated[Limits, FromMapping()] = Limits()
     """A sample above one of these limits is bad: max_bytes, max_pixels, max_caption."""
@@ -90,7 +98,7 @@ class Data(Section):
     """EDA gives lower-case captions without punctuation."""
     eda_once: bool = True
     """The variants of a caption are drawn once for the whole run; false: in every epoch."""
-    mask: str | None = None
+    mask: Place | None = None
     """Folder of a saved mask: the run trains only on its safe pairs, and each epoch is filled up with them. Not for
     train.method safeclip."""
 
@@ -102,7 +110,7 @@ class Model(Section):
     """An open_clip architecture: RN50, ViT-B-32, ViT-B-16 ..."""
     config: dict[str, JsonValue] | None = None
     """Or an open_clip model config: embed_dim, vision_cfg, text_cfg."""
-    pretrained: str | None = None
+    pretrained: Place | None = None
     """Start from the weights of this run directory (its newest checkpoint) or .safetensors file; null: from random
     weights."""
 
@@ -113,39 +121,39 @@ class Train(Section):
     method: Literal["safeclip", "clip", "roclip", "cleanclip"] = "safeclip"
     """safeclip; clip: plain CLIP on all pairs; roclip or cleanclip: other published defences
     (pipeline/training/curriculum.py)."""
-    epochs: PositiveInt = 32
+    epochs: Annotated[int, Field(gt=0, le=10**6)] = 32
     """All epochs, warm-up included."""
-    unimodal_epochs: NonNegativeInt = 5
+    unimodal_epochs: Epochs = 5
     """Epochs of unimodal warm-up."""
-    low_rate_epochs: NonNegativeInt = 1
+    low_rate_epochs: Epochs = 1
     """Epochs of the CLIP loss at low_rate_lr, on all pairs."""
-    steps_before_selection: NonNegativeInt | None = 0
+    steps_before_selection: Count | None = 0
     """Steps of plain CLIP on all pairs before the first selection round, at the rates of the warm-up to the middle and
     back; null: 8 * sqrt(warmup_steps), whose rates add up to those of 16 steps at the full rate. At most a quarter of
     the run."""
-    batch_size: PositiveInt = 128
+    batch_size: Batch = 128
     """Pairs of a global batch, over all ranks."""
     clip_views: int = Field(default=2, ge=1, le=2)
     """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view
     2; or 1."""
-    lr: NonNegativeFloat = 5e-4
+    lr: Rate = 5e-4
     """Highest learning rate."""
-    low_rate_lr: NonNegativeFloat = 5e-6
+    low_rate_lr: Rate = 5e-6
     """Learning rate of the low-rate CLIP epochs."""
-    warmup_steps: NonNegativeInt = 10_000
+    warmup_steps: Count = 10_000
     """Steps of linear warm-up to lr."""
     schedule: Literal["per_loss", "run"] = "per_loss"
     """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine
     of its own."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Rate = 0.1
     """Weight decay of AdamW."""
     beta1: Beta = 0.9
     """Decay of AdamW's mean of the gradient."""
     beta2: Beta = 0.999
     """Decay of AdamW's mean of the squared gradient."""
-    eps: NonNegativeFloat = 1e-8
+    eps: Annotated[float, Field(ge=0, le=1)] = 1e-8
     """Added to the denominator of AdamW."""
-    clip: NonNegativeFloat = 0.0
+    clip: Amount = 0.0
     """Gradient norm above which gradients are clipped; 0 = off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass."""
@@ -153,9 +161,9 @@ class Train(Section):
     """DeepSpeed ZeRO stage."""
     on_nan: Literal["stop", "skip"] = "stop"
     """If a gradient is infinite or NaN: stop, or skip the step and count it."""
-    support_queue: PositiveInt = 256
+    support_queue: Batch = 256
     """Size of the support queue of each modality: past embeddings that are searched for the nearest neighbour."""
-    match_every: PositiveInt = 2
+    match_every: Positive = 2
     """roclip: in every n-th epoch a picture is matched with the nearest caption of the support queue."""
 
     @property
@@ -183,30 +191,30 @@ class Selection(Section):
     """Growth of the safe fraction with each later epoch."""
     max_fraction: Fraction = 0.85
     """Largest safe fraction after the first round. All fractions are of the pairs that no guard excludes."""
-    negative_controls: NonNegativeInt = 500
+    negative_controls: Count = 500
     """Number of mismatched pairs that are scored in every round and never trained on; 0 = none."""
-    every: PositiveInt | None = 1
+    every: Positive | None = 1
     """Selection round before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long as at
     least as many epochs follow as were before. The safe fraction grows with the epochs, also between rounds."""
     risky: Literal["unimodal", "skip"] = "unimodal"
     """Loss of risky pairs: unimodal, or skip (not trained on)."""
     refill: bool = False
     """Repeat passes over the safe set until the epoch has as many steps as one over all pairs."""
-    batch_size: PositiveInt = 512
+    batch_size: Batch = 512
     """Pairs that one rank scores at a time."""
 
 
 class Evaluation(Section):
     """What is evaluated, and when."""
 
-    test: str | None = None
+    test: Place | None = None
     """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null."""
-    index: str | None = None
+    index: Place | None = None
     """Index of the shards of that folder (text="cls")."""
-    labels: str | None = None
+    labels: Place | None = None
     """Index of the training shards with text="cls", for the linear probe; null: the folder `labels` beside data.index,
     where it is there."""
-    every: NonNegativeInt = 1
+    every: Count = 1
     """Evaluate after every n-th epoch; 0 = only at the end."""
 
 

@@ -6,15 +6,19 @@ torchrun or srun it also checks what only the job itself can see: every host's v
 and the network.
 """
 
+import math
 import os
 import shutil
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
@@ -27,9 +31,12 @@ from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.round import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
+from pipeline.training.lease import holder_of
+from pipeline.training.model import pretrained_file
 from pipeline.training.start import inspect, steps_per_epoch
 from shards.errors import BadSample, ChangedShard, UserError
-from shards.index.scan import fingerprint_of
+from shards.index import scan
+from shards.index.scan import Finding, fingerprint_of
 from shards.index.shard_index import Shard, ShardIndex
 from shards.samples.samples import Samples
 
@@ -49,6 +56,7 @@ def examine(config: Config, ranks: int | None = None, content: bool = False) -> 
     if any(level == "fatal" for level, *_ in found):
         return found + check_network()
     index = open_index(config.data)
+    found += comm.on_rank0(lambda: check_bad_samples(config.data, index))
     found += comm.on_rank0(lambda: check_config(config, index, ranks))
     found += comm.on_rank0(lambda: check_run_dir(config, index, ranks))
     found += check_shared(config)
@@ -117,6 +125,36 @@ def check_shards(config: Config, content: bool = False) -> Findings:
     return found
 
 
+def check_bad_samples(data: Data, index: ShardIndex) -> Findings:
+    """Whether the samples that the index found to be unusable are more than the run allows."""
+    with ThreadPoolExecutor(8) as pool:
+        bad = list(pool.map(lambda shard: unusable(shard.table), index.shards))
+    views = sum(len(reasons) * int(times) for reasons, times in zip(bad, index.repetitions))
+    if not views:
+        return []
+    fraction, limit = views / index.views, data.max_bad_fraction
+    kinds = Counter(reason for reasons in bad for reason in reasons.values()).most_common(3)
+    text = (
+        f"{sum(map(len, bad)):,} samples, {fraction:.2%} of an epoch, cannot be used "
+        f"({', '.join(f'{count:,} x {reason}' for reason, count in kinds)}); data.max_bad_fraction is {limit:g}"
+    )
+    if fraction <= limit:
+        return [("ok", "data", text)]
+    enough = min(1.0, math.ceil(110 * fraction) / 100)
+    text += f", and the run stops there; mend or leave out their shards, or set data.max_bad_fraction={enough:g}"
+    return [("warning" if data.mask else "fatal", "data", text)]
+
+
+def unusable(table: str) -> dict[int, str]:
+    """{position: reason} of the samples of a shard that its index found to be unusable."""
+    sizes = pq.read_table(table, columns=["image_size", "text_size"])
+    image_N, text_N = (sizes[name].to_numpy() for name in ("image_size", "text_size"))
+    found = {int(position): "no picture" for position in np.flatnonzero(image_N <= 0)}
+    found |= {int(position): "no caption" for position in np.flatnonzero(text_N <= 0)}
+    listed = (Finding(**one) for one in (scan.saved(Path(table)) or {"findings": []})["findings"])
+    return found | {one.position: one.kind for one in listed if one.position is not None and not one.damage}
+
+
 def changed_shards(index: ShardIndex, data: Data) -> list[str]:
     """Paths of the shards whose bytes are not those that were indexed."""
 
@@ -160,6 +198,10 @@ def check_config(config: Config, index: ShardIndex, ranks: int) -> Findings:
         epochs = curriculum(config.train, config.selection.every, steps)
         if config.evaluation.test:
             TestSet(config.evaluation)
+        if config.evaluation.labels:
+            ShardIndex.load(config.evaluation.labels)
+        if config.model.pretrained:
+            pretrained_file(config.model.pretrained)
     except UserError as error:
         return [("fatal", "config", str(error))]
     rounds = sum(epoch.round is not None for epoch in epochs)
@@ -191,6 +233,8 @@ def check_run_dir(config: Config, index: ShardIndex, ranks: int) -> Findings:
     if not config.run.dir:
         return [("warning", "run.dir", "none named; name the run's directory with run.dir=DIR to have it checked")]
     run_dir = Path(config.run.dir).absolute()
+    if in_use := holder_of(run_dir):
+        return [("fatal", "run.dir", f"{run_dir} {in_use}")]
     if config.run.restart:
         return [("warning", "run.dir", f"run.restart=true: all state in {run_dir} will be deleted")]
     try:

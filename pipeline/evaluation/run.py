@@ -64,7 +64,7 @@ from pipeline.training.start import make_views
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
-from shards.storage.files import write_json
+from shards.storage.files import read_json, write_json
 
 
 def evaluate_run(
@@ -238,7 +238,7 @@ def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
 def read_eval(run_dir: str | Path) -> dict:
     """The eval.json of a run directory. Raises UserError."""
     try:
-        return json.loads((Path(run_dir) / "eval.json").read_text())
+        return read_json(Path(run_dir) / "eval.json")
     except (OSError, ValueError) as error:
         raise UserError(
             f"run {run_dir}: cannot read eval.json ({error}); run `safeclip evaluate {run_dir}` first"

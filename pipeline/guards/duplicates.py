@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field
 
 from pipeline.guards.base import Guard
 
@@ -22,7 +22,7 @@ class Duplicates(Guard):
     reason = "its picture occurs in too many pairs"
 
     class Settings(Guard.Settings):
-        max_pairs: PositiveInt = 2
+        max_pairs: int = Field(default=2, gt=0, le=10**9)
         """A picture that occurs in more pairs than this is excluded from all of them."""
 
     settings: Settings

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field
 
 from pipeline.distributed import comm
 from pipeline.guards.base import Guard, Pairs
@@ -50,13 +50,13 @@ class TriggerClusters(Guard):
     class Settings(Guard.Settings):
         low: float = Field(default=0.1, ge=0.001, le=0.5)
         """Fraction of the pairs whose scores are low. Those above the median are high."""
-        sample: int = Field(default=8_192, ge=64)
+        sample: int = Field(default=8_192, ge=64, le=10**7)
         """Pairs with low scores, and twice as many with high ones, whose pictures are compared, at most."""
-        near: NonNegativeFloat = 6.0
+        near: float = Field(default=6.0, ge=0, le=1e6)
         """Robust deviations of the cosines of random pictures, beyond which two are near."""
-        least: int = Field(default=8, ge=2)
+        least: int = Field(default=8, ge=2, le=10**7)
         """Smallest number of near pictures of a seed, and of pictures with a trigger."""
-        ratio: float = Field(default=6.0, ge=1)
+        ratio: float = Field(default=6.0, ge=1, le=1e6)
         """Times that a trigger is more frequent among low scores than among high ones."""
         alike: float = Field(default=0.35, ge=-1, le=1)
         """Largest median cosine of members with their nearest member, after their mean is subtracted."""

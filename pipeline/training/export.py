@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from pipeline.config.schema import Config
 from pipeline.training import checkpoint
@@ -22,8 +22,7 @@ def export_run(run_dir: Path | str, config: Config, out: Path | str) -> None:
     weights["logit_scale"] = weights["logit_scale"].reshape(())  # 1-d for DeepSpeed, 0-d in open_clip's files
     mean, std = pixel_stats()
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / "open_clip_model.safetensors")
+    write_bytes(out / "open_clip_model.safetensors", save(weights))
     described = {
         "model_cfg": open_clip_config(config.model.model_dump()),
         "preprocess_cfg": {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "shortest"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ from pipeline.training.batchnorm import share_batch_norm
 from pipeline.training.tokens import Tokenizer
 from shards.errors import UserError
 
+MAX_SIZE = 10**6  # of whatever a model's config counts, such as pixels, words and layers
 MAX_LOG_SCALE = math.log(100)  # CLIP's clamp of the logit scale
 ALIGNED = 64  # numbers: more than any kernel reads at once
 
@@ -41,7 +42,24 @@ def open_clip_config(model: dict) -> dict:
                 f"model.config: {key} is missing; "
                 "expected embed_dim, vision_cfg and text_cfg as in open_clip's model configs"
             )
+    check_sizes(config)
     return config
+
+
+def check_sizes(config: dict) -> None:
+    """Raise UserError for numbers that no model has. open_clip checks none of them, and builds layers until it is
+    killed."""
+    sizes: list[tuple[str, object, int]] = [("embed_dim", config["embed_dim"], 1)]  # key, value, least
+    for section, key, usual in (("vision_cfg", "image_size", 224), ("text_cfg", "context_length", 77)):
+        values = config[section]
+        if not isinstance(values, dict):
+            raise UserError(f"model.config.{section}: got {values!r}, expected a mapping")
+        size = values.get(key, usual)
+        sizes += [(f"{section}.{key}", side, 1) for side in (size if isinstance(size, list) and size else [size])]
+        sizes += [(f"{section}.{name}", value, 0) for name, value in values.items() if type(value) is int]
+    for key, size, least in sizes:
+        if type(size) is not int or not least <= size <= MAX_SIZE:
+            raise UserError(f"model.config.{key}: got {size!r}, expected a whole number from {least} to {MAX_SIZE}")
 
 
 def build_model(model: dict) -> open_clip.CLIP:
@@ -55,13 +73,25 @@ def build_model(model: dict) -> open_clip.CLIP:
     try:
         # One element, not none: DeepSpeed cannot store a 0-d parameter.
         return open_clip.CLIP(**config, nonscalar_logit_scale=True)
-    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model.config: open_clip refuses it: {' '.join(str(error).split())}") from None
+    except Exception as error:  # open_clip checks nothing itself: a division by zero, a missing key
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"model.config: open_clip refuses it: {words[:300]}") from None
 
 
 def load_pretrained(clip: nn.Module, source: str) -> None:
     """Load into `clip` the weights of a run directory's newest complete checkpoint, or of a .safetensors file. Raises
     UserError."""
+    try:
+        clip.load_state_dict(load_file(pretrained_file(source)))
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        raise UserError(
+            f"model.pretrained: {source}: does not fit the model ({words[:300]}); use the model it was trained with"
+        ) from None
+
+
+def pretrained_file(source: str) -> Path:
+    """The .safetensors file of model.pretrained, of which the header is read. Raises UserError."""
     from pipeline.training.checkpoint import newest_complete
 
     path, where = Path(source), f"model.pretrained: {source}"
@@ -71,12 +101,10 @@ def load_pretrained(clip: nn.Module, source: str) -> None:
             raise UserError(f"{where}: no complete checkpoint in it; name a run directory or a .safetensors file")
         path = folder / "model.safetensors"
     try:
-        clip.load_state_dict(load_file(path))
+        with safe_open(path, "pt"):
+            return path
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: cannot be read ({error}); name a run directory or a .safetensors file") from None
-    except RuntimeError as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"{where}: does not fit the model ({words[:300]}); use the model it was trained with") from None
 
 
 def tokenizer_for(model: dict) -> Callable[[list[str]], torch.Tensor]:

@@ -166,11 +166,13 @@ def save_now(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) ->
     if step % signals.AGREE_EVERY == 0:
         minutes = (time.monotonic() - clock.saved) / 60
         here = comm.is_rank0() and 0 < settings.save_minutes <= minutes
-        asked, late, failed = comm.all_reduce_max(stop.received, here, run.saver.error is not None)
+        asked, late, failed, lost = comm.all_reduce_max(
+            stop.received, here, run.saver.error is not None, run.lease.lost
+        )
         if failed:
             run.saver.wait()  # raises on every rank
         bad_rows, limit = bad_so_far(run, len(bad))
-        due = bool(due or asked or late or bad_rows > limit)
+        due = bool(due or asked or late or lost or bad_rows > limit)
     return due
 
 
@@ -178,8 +180,9 @@ def save(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) -> lis
     """Record bad samples, save the state, and exit if a rank was signalled; returns an empty list of bad samples.
 
     bad: (shard, position, key, reason) of this rank's bad samples since the last call. All ranks call. Raises UserError
-    when too many samples are bad, Preempted when a rank was signalled.
+    when too many samples are bad or another run has taken over the run directory, Preempted when a rank was signalled.
     """
+    comm.on_rank0(run.lease.check)
     run.state["bad_rows"] += record(run, bad)
     now = time.monotonic()
     run.state.update(seconds=run.state["seconds"] + now - clock.counted, metrics_bytes=run.logger.length())

@@ -98,8 +98,12 @@ def each_round(run: Run, epoch: Epoch, what: str, stop: StopSignal, meter: Meter
 
     def report(done: int, rounds: int) -> None:
         run.logger.progress(f"  epoch {epoch.number:3d} {what:9s} {done}/{rounds} batches, {meter.seconds:.0f} s")
-        if done % signals.AGREE_EVERY == 0 and any(comm.all_reduce_max(stop.received)):
-            run.exit_preempted()
+        if done % signals.AGREE_EVERY == 0:
+            asked, lost = comm.all_reduce_max(stop.received, run.lease.lost)
+            if lost:
+                comm.on_rank0(run.lease.check)
+            if asked:
+                run.exit_preempted()
 
     return report
 

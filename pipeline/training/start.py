@@ -13,6 +13,7 @@ import yaml
 
 from pipeline import logs
 from pipeline.config.data import describe, open_index, open_samples
+from pipeline.config.load import read_yaml
 from pipeline.config.schema import Config, differences
 from pipeline.distributed import comm
 from pipeline.guards import REGISTRY
@@ -20,6 +21,7 @@ from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
+from pipeline.training.lease import Lease
 from pipeline.training.metrics import MetricsLogger
 from pipeline.training.model import (
     Towers,
@@ -59,9 +61,9 @@ FRESH: dict = {
 
 class Run:
     """State of a run: config, run_dir, device, samples, index, mask, excluded, views, engine, queues, state,
-    logger, bad_samples, saver.
+    logger, bad_samples, saver, lease.
 
-    A context manager that closes the run's files.
+    A context manager that closes the run's files and releases its lease.
     """
 
     mask: SafeMask | None
@@ -88,6 +90,8 @@ class Run:
             load_pretrained(towers.clip, config.model.pretrained)
         # After all checks of the input: a start that fails must not claim the directory.
         self.run_dir = Path(config.run.dir).absolute()
+        self.lease = Lease(self.run_dir)
+        self.lease.acquire()
         found, warnings = comm.on_rank0(claim, config, self.run_dir, data)
         logs.open_file(self.run_dir / "logs")
         synonyms = synonyms_of(config)
@@ -123,6 +127,7 @@ class Run:
             self.logger.close()
             error = None
         logs.close_file(error)
+        self.lease.release()
 
     def exit_preempted(self) -> NoReturn:
         """Wait until the state is on disk, say so, and raise Preempted on every rank."""
@@ -188,7 +193,7 @@ def steps_per_epoch(config: Config, index: ShardIndex, world: int) -> int:
 
 
 def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
-    """(newest complete checkpoint or None, warnings); writes config.yaml, which claims the directory. Rank 0 calls.
+    """(newest complete checkpoint or None, warnings); writes config.yaml. Rank 0 calls.
 
     Raises UserError as `inspect` does, unless a fresh start is asked for.
     """
@@ -205,7 +210,7 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
     else:
         found, warnings = inspect(config, run_dir, fingerprint)
     path = run_dir / "config.yaml"
-    if not path.exists() or restart or config.run.accept_changes:
+    if not found or not path.exists() or config.run.accept_changes:
         values = {"hash": config.hash(), **config.model_dump()}
         values["guards"] = dict.fromkeys(REGISTRY) | values["guards"]  # null: off, also where a preset has it
         values["run"].update(restart=False, accept_changes=False)
@@ -216,17 +221,19 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
 def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
     """(newest complete checkpoint or None, warnings) of a run directory, which is only read.
 
-    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint.
+    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint. The
+    config of a start that did not reach its first checkpoint binds nobody.
     """
-    if (run_dir / "config.yaml").exists():
-        check_config(config, run_dir)
     found, warnings = checkpoint.newest_complete(run_dir)
     metrics = run_dir / "metrics.jsonl"
-    if not found and metrics.exists() and metrics.stat().st_size:
+    first = [folder.name for folder in checkpoint.checkpoints(run_dir)] == ["step_00000000"]
+    if not found and not first and metrics.exists() and metrics.stat().st_size:
         raise UserError(
             f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); "
             "bring one back, or start it anew with run.restart=true"
         )
+    if found and (run_dir / "config.yaml").exists():
+        check_config(config, run_dir)
     if found and checkpoint.load_state(found)["data"] != fingerprint:
         raise UserError(
             f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
@@ -237,7 +244,7 @@ def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | Non
 
 def check_config(config: Config, run_dir: Path) -> None:
     """Raise UserError, naming the keys, if the run directory has a config with another hash."""
-    there = yaml.safe_load((run_dir / "config.yaml").read_text())
+    there = read_yaml(run_dir / "config.yaml")
     if there.pop("hash", None) == config.hash() or config.run.accept_changes:
         return
     changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(there, config.model_dump()))

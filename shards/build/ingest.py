@@ -260,6 +260,8 @@ def read_rows(
     with open(file, "rb") as lines:
         records = read_records(lines, separator)
         _, header, separator = next(records, (1, [], separator))
+        if header is None:
+            raise UserError(f"file {file}: the header is not UTF-8 text ({first_bytes(file)}); save the list as UTF-8")
         header = [name.strip() for name in header]
         places = []
         for option, wanted, known in (("--path", path, PATHS), ("--caption", caption, CAPTIONS)):
@@ -277,6 +279,14 @@ def read_rows(
                 yield line, None, None, wrong
             else:
                 yield line, fields[places[0]], fields[places[1]], None
+
+
+def first_bytes(file: str | Path) -> str:
+    """What a file that is no UTF-8 text begins with."""
+    with open(file, "rb") as opened:
+        data = opened.read(2)
+    known = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip file or a workbook"}
+    return f"it is {known[data]}" if data in known else f"it begins with {data!r}"
 
 
 def read_records(

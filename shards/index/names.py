@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from braceexpand import braceexpand
-
 from shards.errors import UserError
+from shards.storage.paths import braces
 from shards.storage.remote import is_remote
 
 WORD = re.compile(r"[a-z0-9]+")  # of fsspec's chained URLs: simplecache::s3://...
@@ -45,13 +44,6 @@ def joined(pattern: str) -> list[str]:
         else:
             parts.append(part)
     return parts
-
-
-def braces(pattern: str) -> list[str]:
-    try:
-        return list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"shard {pattern}: {error}; write ranges as {{00000..00331}}, lists as {{a,b}}") from None
 
 
 def wildcards(path: str) -> list[str]:

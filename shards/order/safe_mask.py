@@ -17,7 +17,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.index.tar import key_text
-from shards.storage.files import write_bytes, write_json
+from shards.storage.files import read_json, write_bytes, write_json
 from shards.storage.protocols import StoredShard
 
 if TYPE_CHECKING:
@@ -122,10 +122,10 @@ class SafeMask:
         names."""
         folder = Path(folder)
         try:
-            meta = json.loads((folder / "mask.json").read_text())
+            meta = read_json(folder / "mask.json")
             mask = cls(meta["counts"], read_bits(folder / "safe.npy"))
             whole = len(mask.bits) == mask.starts[-1] and mask.counts("safe").tolist() == meta["safe_counts"]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise UserError(f"mask {folder}: cannot be read ({error}); expected safe.npy and mask.json") from None
         if not whole:
             raise UserError(f"mask {folder}: safe.npy does not hold what mask.json counts; it was changed or damaged")

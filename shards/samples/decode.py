@@ -5,10 +5,11 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
-from pydantic import PositiveInt
+from pydantic import Field
 
 from shards.errors import BadSample
 from shards.storage.captions import read_caption
@@ -50,15 +51,18 @@ TURNS = {
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and damaged EXIF, one a sample
 
 
+Most = Annotated[int, Field(gt=0, le=10**12)]
+
+
 @dataclass
 class Limits:
     """What a sample may be at most; what is more is a bad sample."""
 
-    max_bytes: PositiveInt = 20_000_000
+    max_bytes: Most = 20_000_000
     """Bytes of an encoded picture."""
-    max_pixels: PositiveInt = 50_000_000
+    max_pixels: Most = 50_000_000
     """Width x height of a picture."""
-    max_caption: PositiveInt = 10_000
+    max_caption: Most = 10_000
     """Characters of a caption."""
 
 

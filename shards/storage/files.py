@@ -40,6 +40,14 @@ def write_json(path: str | Path, value: object) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. Raises OSError, ValueError."""
+    value = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{Path(path).name} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
 def sync_folder(path: str | Path) -> None:
     """Make renames inside the folder `path` survive a power loss."""
     folder = os.open(path, os.O_RDONLY)

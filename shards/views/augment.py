@@ -10,12 +10,13 @@ from typing import Annotated
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field
 
 LARGE = (
     128  # pixels of the shorter side from which on a picture is cropped at whole pixels, and a JPEG may come smaller
 )
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=10)]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -30,11 +31,11 @@ class ImageAugment:
     """Probability of a mirror image."""
     jitter: Fraction = 0.8
     """Probability of a colour jitter, of the four strengths below."""
-    brightness: NonNegativeFloat = 0.5
+    brightness: Strength = 0.5
     """Strength of the change of brightness."""
-    contrast: NonNegativeFloat = 0.5
+    contrast: Strength = 0.5
     """Strength of the change of contrast."""
-    saturation: NonNegativeFloat = 0.5
+    saturation: Strength = 0.5
     """Strength of the change of saturation."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Strength of the change of hue, in turns."""

@@ -19,6 +19,7 @@ from pipeline.evaluation.comparison.protocol import SEEDS
 from pipeline.evaluation.comparison.run import compare
 from pipeline.training.signals import EXIT_CODE
 from shards.errors import UserError
+from shards.storage.paths import expanded
 
 logger = logging.getLogger(__package__)
 
@@ -34,9 +35,27 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default: 0 1 2")
     add("--rates", nargs="+", type=int, default=(), metavar="N", help="instead: curves over so many poisoned pairs")
     add("--jobs", type=int, help="processes at a time (default: one a core; with GPUs four a GPU)")
-    add("--definition", default="configs/comparison.yaml", metavar="FILE", help="of the sets (default: %(default)s)")
-    add("--work", default="runs/comparison", metavar="DIR", help="runs, masks, logs (default: %(default)s)")
-    add("--results", default="tests/benchmarks/results.jsonl", metavar="FILE", help="default: %(default)s")
+    add(
+        "--definition",
+        type=expanded,
+        default="configs/comparison.yaml",
+        metavar="FILE",
+        help="of the sets (default: %(default)s)",
+    )
+    add(
+        "--work",
+        type=expanded,
+        default="runs/comparison",
+        metavar="DIR",
+        help="runs, masks, logs (default: %(default)s)",
+    )
+    add(
+        "--results",
+        type=expanded,
+        default="tests/benchmarks/results.jsonl",
+        metavar="FILE",
+        help="default: %(default)s",
+    )
     add("--keep", action="store_true", help="keep the checkpoints of finished runs")
     text = "run no cell again that has a row, though its config, data or attack may have changed since"
     add("--trust-rows", action="store_true", help=text)

@@ -12,6 +12,7 @@ from pipeline.config.load import load_config, override, read_yaml
 from pipeline.config.schema import Config
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
+from shards.storage.paths import expanded
 
 RATE = re.compile(r"rate(\d+)")  # the name of a group of a rate curve: so many poisoned pairs
 KEYS = ("config", "data", "attacks", "rates", "overrides")
@@ -90,18 +91,18 @@ def read_sets(path: str | Path, names: Sequence[str] | None, rates: Sequence[int
                 f"{path}: {name} has {', '.join(entry)}; "
                 "expected config, attacks, and of the rest data, rates, overrides"
             )
-        attacks = {str(group): Attack(config) for group, config in entry["attacks"].items()}
+        attacks = {str(group): Attack(expanded(config)) for group, config in entry["attacks"].items()}
         for group in attacks:
             if RATE.fullmatch(group):
                 raise UserError(
                     f"{path}: {name}: attacks: got a group {group}, the name of a rate curve's; name it otherwise"
                 )
         words = [tuple(map(str, entry.get(key) or ())) for key in ("data", "overrides")]
-        found[name] = DataSet(name, entry["config"], words[0], attacks, words[1])
+        found[name] = DataSet(name, expanded(entry["config"]), words[0], attacks, words[1])
         if rates:
             if "rates" not in entry:
                 raise UserError(f"--rates: {name} has no attack config for it; add `rates: FILE` to {path}")
-            found[name] = found[name].with_rates(rates, entry["rates"])
+            found[name] = found[name].with_rates(rates, expanded(entry["rates"]))
     return found
 
 

@@ -187,3 +187,13 @@ def one_class(folder, caption, settings, classes="cat\n"):
         build_index(paths, folder / name, text=text)
     (folder / "classnames.txt").write_text(classes)
     return attack_config(folder, folder / "out", {"one": settings})
+
+
+def test_paths_of_an_attack_config_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("UNSET", raising=False)
+    made = attack_config(tmp_path, "~/out", {"badnets": {"attack": "badnets", "pairs": 5}})
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}/names.txt"):
+        make_attack({**made, "classnames": "~/names.txt"})
+    with pytest.raises(UserError, match="^attack config: labels: got '.UNSET/l', but .UNSET is not set"):
+        make_attack({**made, "labels": "$UNSET/l"})

@@ -73,6 +73,42 @@ def test_a_mistake_in_the_words_is_one_line(words, capsys):
     assert not out and error.count("\n") == 1
 
 
+def parameters(group=safeclip, words=()):
+    """(words of the command, parameter) of every command."""
+    for name, one in group.commands.items():
+        if isinstance(one, click.Group):
+            yield from parameters(one, (*words, name))
+        else:
+            yield from (((*words, name), param) for param in one.params)
+
+
+# Of the words of the command line those that are no path.
+OTHER = {"overrides", "name", "path", "caption", "separator", "text", "detectors", "form", "keep", "by"}
+
+
+def test_every_word_that_is_no_choice_or_number_is_a_path():
+    for words, param in parameters():
+        if isinstance(param.type, (click.types.StringParamType, click.Choice)):
+            assert param.name in OTHER, (words, param.name)
+
+
+def test_home_and_variables_are_replaced_in_words(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", "data")
+    monkeypatch.delenv("UNSET", raising=False)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pairs.csv").write_text("path,caption\n")
+    for words in ("index ~/$DATA/{0..1}.tar --out=~/x", "score --data a.tar ~/$DATA/0.tar --model ~/m --out x"):
+        with pytest.raises(SystemExit, match="2"):
+            main(words.split())
+        assert str(tmp_path) in capsys.readouterr().err
+    for words, name in {"export $UNSET x": "run", "index a --out=$UNSET/x": "--out"}.items():
+        with pytest.raises(SystemExit, match="2"):
+            main(words.split())
+        error = capsys.readouterr().err
+        assert error.startswith(f"safeclip: {name}: got '$UNSET") and error.count("\n") == 1
+
+
 def test_two_rules_for_a_mask_exclude_each_other(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["mask", "replay", "mask", "--posterior", "0.5", "--fraction", "0.5", "--out", "x"])

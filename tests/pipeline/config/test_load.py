@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pipeline.attacks  # noqa: F401  its sections too
 from pipeline.cli.main import main
 from pipeline.config.load import load_config, make_config
 from pipeline.config.renamed import RENAMED
 from pipeline.config.schema import PRESETS, Config
 from pipeline.guards import REGISTRY
-from pipeline.settings import keys
+from pipeline.settings import Section, keys
 from shards.errors import UserError
 
 BASE = "data: {index: here, streams: 2}\nmodel: {name: RN50}\ntrain: {batch_size: 8}\n"
@@ -91,9 +92,9 @@ def test_the_configs_of_large_sets_leave_a_preset_whole(name):
         ("run.save_steps=-3", "run.save_steps"),
         ("run.timeout=-1", "run.timeout"),
         ("run.timeout=0", "run.timeout"),
-        ("run.timeout=.inf", "run.timeout: got inf, expected a finite number > 0"),
+        ("run.timeout=.inf", "run.timeout: got inf, expected a finite number > 0 and <= 1000000000"),
         ("train.lr=nan", "train.lr"),
-        ("train.lr=.nan", "train.lr: got nan, expected a finite number >= 0"),
+        ("train.lr=.nan", "train.lr: got nan, expected a finite number >= 0 and <= 100"),
         ("train.lr=-0.1", "train.lr"),
         ("train.lr=1e309", "train.lr"),
         ("train.beta2=1", "train.beta2"),
@@ -121,7 +122,7 @@ def test_a_former_key_is_refused_with_its_new_name(file, old, new):
 @pytest.mark.parametrize("weight", ["1.5", "0", "-1", "true", "'2'", "null"])
 def test_a_weight_is_a_whole_number(file, weight):
     sources = f"data.sources={{cc: {{index: x}}, laion: {{index: y, weight: {weight}}}}}"
-    with pytest.raises(UserError, match="data.sources.laion.weight: got .*, expected a whole number > 0"):
+    with pytest.raises(UserError, match="data.sources.laion.weight: got .*, expected a whole number > 0 and <= "):
         load_config(file(BASE), ['data.index=""', sources])
 
 
@@ -170,6 +171,65 @@ def test_any_value_is_within_bounds_or_refused_by_name(name, value):
         assert found == type(found)(value)  # a float of a whole number
         for sign, bound in re.findall(r"(>=|>|<=|<) (\S+)", KEYS[name].allowed):
             assert eval(f"{found} {sign} {bound}")
+
+
+def beyond(allowed):
+    """Values that a key's `allowed` excludes: beyond each bound, infinite, and of other types."""
+    found = [{"a": 1}, [1]]
+    if "number" in allowed:
+        found += [math.nan, math.inf, -math.inf, 10**400, -(10**400), "1", True]
+    for sign, bound in re.findall(r"(>=|>|<=|<) (\S+)", allowed):
+        step = 0 if sign in "<>" else 1 if "whole" in allowed else 1e-3 * max(1.0, abs(float(bound)))
+        found.append(float(bound) - step if sign[0] == ">" else float(bound) + step)
+        if "whole" in allowed:
+            found[-1] = int(found[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_a_value_out_of_range_is_one_line_that_names_the_key(name):
+    for value in beyond(KEYS[name].allowed):
+        if KEYS[name].allowed.startswith("a mapping") and isinstance(value, dict):
+            continue
+        values = value
+        for part in reversed(name.split(".")):
+            values = {part: values}
+        with pytest.raises(UserError, match=f"^{name}: ") as error:
+            make_config(values)
+        assert "\n" not in str(error.value) and "expected" in str(error.value)
+
+
+def sections(kind=Section):
+    return {kind}.union(*map(sections, kind.__subclasses__()))
+
+
+@pytest.mark.parametrize("kind", sections(), ids=lambda kind: kind.__qualname__)
+def test_every_number_has_both_bounds(kind):
+    for key in keys(kind) if kind.model_fields else ():
+        if "number" in key.allowed:
+            assert re.search(">=? ", key.allowed) and re.search("<=? ", key.allowed), key
+
+
+PATHS = ["run.dir", "data.index", "data.sources", "data.cache", "data.overlay", "data.mask", "model.pretrained"]
+PATHS += ["evaluation.test", "evaluation.index", "evaluation.labels"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_home_and_variables_are_replaced_in_a_path_once(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/a")
+    monkeypatch.setenv("DATA", "/data/5$DATA")
+
+    def made(path):
+        values = {"a": {"index": path}} if name == "data.sources" else path
+        for part in reversed(name.split(".")):
+            values = {part: values}
+        return make_config(values).model_dump()
+
+    saved = made("~/$DATA")  # as a run directory keeps it
+    assert "/home/a//data/5$$DATA" in str(saved)
+    assert make_config(saved).model_dump() == saved
+    with pytest.raises(UserError, match=f"^{name}.*: got '/x/.UNSET', but .UNSET is not set"):
+        made("/x/$UNSET")
 
 
 def test_the_presets_have_one_list_of_names():

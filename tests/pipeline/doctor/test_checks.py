@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from pipeline.config.schema import Data
 from pipeline.doctor import checks as doctor
 from pipeline.doctor import footprint
 from pipeline.training import checkpoint
@@ -16,9 +17,11 @@ from pipeline.training import run as running
 from shards.build.shapes import shapes
 from shards.index.shard_index import ShardIndex, build_index
 from tests.helpers.models import MODEL
+from tests.helpers.pictures import picture
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config, safeclip
 from tests.helpers.servers import flaky
+from tests.helpers.tars import write_tar
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,22 @@ def test_a_checkpoint_is_as_large_as_was_said(folder, name):
     said = footprint.checkpoint_bytes(made, footprint.measure(made))
     found = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     assert said == pytest.approx(found, rel=0.05)
+
+
+def test_what_the_index_counted_is_compared_with_what_the_run_allows(tmp_path):
+    members = []
+    for i in range(40):
+        members += [(f"{i:02d}.png", picture(i))] if i != 3 else []
+        members += [(f"{i:02d}.txt", b"a red star" if i != 7 else b"")] if i != 3 else [("03.json", b"{}")]
+    build_index([str(write_tar(tmp_path / "a.tar", members))], tmp_path / "index")
+    index, data = ShardIndex.load(tmp_path / "index"), Data()
+    ((level, about, text),) = doctor.check_bad_samples(data, index)
+    assert (level, about) == ("fatal", "data") and "2 samples, 5.00% of an epoch, cannot be used" in text
+    assert "1 x empty caption" in text and text.endswith("or set data.max_bad_fraction=0.06")
+    data.max_bad_fraction = 0.06
+    assert doctor.check_bad_samples(data, index)[0][0] == "ok"
+    data.max_bad_fraction, data.mask = 0.01, "mask"  # which may leave them out
+    assert doctor.check_bad_samples(data, index)[0][0] == "warning"
 
 
 def test_the_command_tells_by_its_exit_code(world):

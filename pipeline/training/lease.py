@@ -1,0 +1,200 @@
+"""Lease of a run directory: one run at a time writes it, also between hosts that share the disk.
+
+RUN/lease.json says which process holds the directory; a thread of rank 0 renews the file's time every BEAT seconds. A
+start that finds a lease
+  of a process of this host: takes it over at once if that process is dead, and is refused if it lives;
+  of another host: is refused when it sees the lease renewed, and takes it over when it was not renewed for STALE
+  seconds, by the clock of the disk's server.
+A holder that finds another's name in the file stops before it writes anything else.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from pipeline.distributed import comm
+from shards.errors import UserError
+from shards.storage.files import write_bytes
+
+logger = logging.getLogger(__name__)
+
+NAME = "lease.json"
+BEAT = 10.0  # seconds between renewals
+STALE = 60.0  # seconds without a renewal after which the holder is taken for dead
+SETTLE = 0.5  # seconds in which another start may have taken over the same stale lease
+
+
+class Lease:
+    """The lease of the run directory `folder`. lost: whether another process has taken it over."""
+
+    def __init__(self, folder: Path):
+        self.path, self.lost = folder / NAME, False
+        self.seen: tuple[tuple, float] | None = None  # of another's lease (token, renewed), and time.monotonic()
+        self.ended = threading.Event()
+        self.mine = {
+            "token": uuid.uuid4().hex,
+            "host": comm.host(),
+            "machine": machine(),
+            "pid": os.getpid(),
+            "started": started(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+
+    def acquire(self) -> None:
+        """Take the lease. All ranks call, and wait for up to STALE seconds where its holder may be dead. Raises
+        UserError on all while another run holds it."""
+        while not comm.on_rank0(self.attempt):
+            time.sleep(BEAT / 20)
+        if comm.is_rank0():
+            atexit.register(self.release)
+            threading.Thread(target=self.renew, daemon=True).start()
+
+    def attempt(self) -> bool:
+        """Whether the lease is taken; False where that cannot be told yet. Rank 0 calls. Raises UserError."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.create()
+            except FileExistsError:
+                return self.take_over()
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {self.path.parent} cannot be written ({error.strerror}); take another run.dir, or mend that"
+            ) from None
+        return True
+
+    def create(self) -> None:
+        """Raises FileExistsError where there is a lease."""
+        with open(self.path, "xb") as file:
+            file.write(json.dumps(self.mine).encode())
+
+    def take_over(self) -> bool:
+        """Whether the lease of another process, which has to be dead, is taken; False where that cannot be told yet."""
+        found, now = look(self.path), time.monotonic()
+        if found is None:  # released in this moment
+            return False
+        holder, renewed, age = found
+        alive, seen = is_alive(holder), (holder.get("token"), renewed)
+        if alive or alive is None and self.seen and self.seen[0] != seen:
+            raise UserError(f"run.dir: {self.path.parent} {in_use(holder, age)}")
+        if self.seen is None:
+            self.seen = seen, now
+            if alive is None and 2 * BEAT < age < STALE:
+                text = f"its lease is taken over when it was not renewed for {STALE:.0f} s"
+                logger.info(f"{self.path.parent}: {named(holder)} was last seen {age:.0f} s ago; {text}")
+        if alive is None and max(age, now - self.seen[1]) < STALE:
+            return False
+        write_bytes(self.path, json.dumps(self.mine).encode())
+        time.sleep(SETTLE)
+        return self.is_mine()
+
+    def is_mine(self) -> bool:
+        found = look(self.path)
+        return bool(found) and found[0].get("token") == self.mine["token"]
+
+    def renew(self) -> None:
+        """Thread: renew the lease until it is released or lost. A disk that does not answer is tried again."""
+        renewed = time.monotonic()
+        while not self.ended.wait(BEAT) and not self.lost:
+            with contextlib.suppress(OSError):
+                if self.is_mine():
+                    os.utime(self.path)
+                elif time.monotonic() - renewed < STALE and not self.path.exists():  # deleted by hand
+                    self.create()
+                else:
+                    self.lost = True
+                renewed = time.monotonic()
+
+    def check(self) -> None:
+        """Raise UserError if another run has taken the lease over. Rank 0 calls, before it writes a checkpoint."""
+        found = look(self.path)
+        self.lost = self.lost or found is not None and found[0].get("token") != self.mine["token"]
+        if self.lost:
+            by = in_use(found[0], found[2]) if found else "was in use by another run"
+            raise UserError(
+                f"run.dir: {self.path.parent} {by}; this run had not renewed its lease for {STALE:.0f} s, and stops"
+            )
+
+    def release(self) -> None:
+        """Let go of the lease, so that the next start need not wait."""
+        self.ended.set()
+        atexit.unregister(self.release)
+        with contextlib.suppress(OSError):
+            if self.is_mine():
+                self.path.unlink()
+
+
+def holder_of(folder: Path) -> str | None:
+    """Who holds the run directory, in words; None where nobody does, or a process that is dead."""
+    found = look(folder / NAME)
+    if not found or is_alive(found[0]) is False or is_alive(found[0]) is None and found[2] >= STALE:
+        return None
+    return in_use(found[0], found[2])
+
+
+def look(path: Path) -> tuple[dict, float, float] | None:
+    """(holder, time of the last renewal, seconds since then by the disk's own clock); None where there is no lease."""
+    try:
+        with open(path, "rb") as file:  # opening it makes a network file system ask its server
+            data, renewed = file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return {}, 0.0, 0.0
+    try:
+        holder = json.loads(data)
+    except ValueError:  # not written whole yet
+        holder = {}
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".clock_", dir=path.parent) as file:
+            os.utime(file.name)
+            now = os.stat(file.name).st_mtime
+    except OSError:
+        now = time.time()
+    return holder if isinstance(holder, dict) else {}, renewed, now - renewed
+
+
+def is_alive(holder: dict) -> bool | None:
+    """Whether the holder lives; None where it is on another host, or in another container, and cannot be asked."""
+    if holder.get("machine") != machine() or not machine():
+        return None
+    pid = holder.get("pid")
+    # Its own: a run that ended in this process without letting go.
+    return pid != os.getpid() and started(pid) is not None and started(pid) == holder.get("started")
+
+
+def machine() -> str:
+    """What tells this host's processes: its boot, and the namespace of its process numbers."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def started(pid: object) -> str | None:
+    """When a process of this host started, in ticks since its boot; None for one that is dead."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
+
+
+def named(holder: dict) -> str:
+    job = f" (SLURM job {holder['job']})" if holder.get("job") else ""
+    return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}{job}"
+
+
+def in_use(holder: dict, age: float) -> str:
+    return (
+        f"is in use by {named(holder)} since {holder.get('since', '?')}, last seen {max(0.0, age):.0f} s ago; "
+        f"stop that run or wait for its end, or take another run.dir. If it died, start again in {STALE:.0f} s"
+    )
