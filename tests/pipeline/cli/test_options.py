@@ -83,7 +83,7 @@ def parameters(group=safeclip, words=()):
 
 
 # Of the words of the command line those that are no path.
-OTHER = {"overrides", "name", "path", "caption", "separator", "text", "detectors", "form", "keep", "by"}
+OTHER = {"image", "overrides", "name", "path", "caption", "separator", "text", "detectors", "form", "keep", "by"}
 
 
 def test_every_word_that_is_no_choice_or_number_is_a_path():

@@ -203,7 +203,10 @@ def sections(kind=Section):
     return {kind}.union(*map(sections, kind.__subclasses__()))
 
 
-@pytest.mark.parametrize("kind", sections(), ids=lambda kind: kind.__qualname__)
+SECTIONS = sorted(sections(), key=lambda kind: (kind.__module__, kind.__qualname__))
+
+
+@pytest.mark.parametrize("kind", SECTIONS, ids=lambda kind: kind.__qualname__)
 def test_every_number_has_both_bounds(kind):
     for key in keys(kind) if kind.model_fields else ():
         if "number" in key.allowed:
