@@ -7,5 +7,5 @@ install test
 ruff check --quiet pipeline shards tests
 ruff format --quiet --check pipeline shards tests
 mypy
-# Two files at a time: many tests start processes that wait for each other.
-exec python -m pytest --numprocesses 2 --dist loadfile "$@"
+# Three files at a time on two cores: many tests start processes that wait for each other.
+exec python -m pytest --numprocesses 3 --dist loadfile "$@"

@@ -17,6 +17,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 gpus.hide()  # the suite runs on CPUs, two to four processes on any host; tests/gpu gives its processes the GPUs back
 
 
+# Files that take minutes come first, so that no worker ends with one of them.
+LONG = ("slurm", "launch", "test_resume", "test_defence", "test_methods", "test_comparison", "test_main")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return next((n for n, name in enumerate(LONG) if name in item.nodeid.partition("::")[0]), len(LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
     """What a command, or a fixture of a whole module, set up in this process ends with the test that used it."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import PATH, Command
+from pipeline.cli.options import COUNT, FRACTION, PATH, Command
 
 
 @click.command(cls=Command)
@@ -18,8 +18,8 @@ from pipeline.cli.options import PATH, Command
     "--embeddings", type=PATH, metavar="DIR", help="instead: embeddings that exist, as clip-retrieval writes them"
 )
 @click.option("--lean", is_flag=True, help="keep cosines and captions only: no embeddings, no picture hashes")
-@click.option("--batch-size", type=int, default=256)
-@click.option("--workers", type=int, default=2, help="reading processes of each rank")
+@click.option("--batch-size", type=COUNT, default=256)
+@click.option("--workers", type=click.IntRange(min=0), default=2, help="reading processes of each rank")
 @click.option("--out", type=PATH, required=True, metavar="DIR")
 def score(**options: Any) -> None:
     """Score every pair with any CLIP. Writes cosines and a mask by posterior. Also runs under torchrun; resumes."""
@@ -41,8 +41,10 @@ def score(**options: Any) -> None:
     "--truth", type=PATH, metavar="DIR", help="an attack manifest to judge by (default: that of the run or the scores)"
 )
 @click.option("--detectors", multiple=True, metavar="NAME...", help="only these (default: all that the data allow)")
-@click.option("--worst", type=float, default=0.01, help="fraction of the pairs that a ranking detector flags (0.01)")
-@click.option("--sample", type=int, default=1024, metavar="N", help="random pictures to look for neighbours in (1024)")
+@click.option("--worst", type=FRACTION, default=0.01, help="fraction of the pairs that a ranking detector flags (0.01)")
+@click.option(
+    "--sample", type=COUNT, default=1024, metavar="N", help="random pictures to look for neighbours in (1024)"
+)
 @click.option("--out", type=PATH, required=True, metavar="DIR")
 def audit(**options: Any) -> None:
     """Find what is wrong with the data of a run or of scores.

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import OVERRIDES, PATH, Command, Group
+from pipeline.cli.options import COUNT, OVERRIDES, PATH, POSITIVE, Command, Group
 from shards.errors import UserError
 
 
@@ -13,7 +13,7 @@ from shards.errors import UserError
 @click.argument("name", type=click.Choice(["shapes", "emoji", "photos", "wordnet"]))
 @click.argument("out", type=PATH)
 @click.option("--pairs", type=int, help="training pairs (shapes: default 18000; photos: default and at most 50000)")
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
 def data(name: str, out: str, pairs: int | None, seed: int) -> None:
     """Build demo data as shards.
 
@@ -55,7 +55,7 @@ def shards() -> None:
 @click.option("--path", metavar="COLUMN", help="default: path, filepath or image")
 @click.option("--caption", metavar="COLUMN", help="default: caption or title")
 @click.option("--separator", help="default: a TAB if the header has one, else a comma")
-@click.option("--per-shard", type=int, default=10_000)
+@click.option("--per-shard", type=COUNT, default=10_000)
 def from_csv(**options: Any) -> None:
     """Take a CSV or TSV of paths and captions, as published for SafeCLIP and open_clip."""
     from shards.build import ingest
@@ -67,7 +67,7 @@ def from_csv(**options: Any) -> None:
 @click.argument("folder", type=PATH)
 @click.option("--out", type=PATH, required=True, metavar="DIR")
 @click.option("--classes", is_flag=True, help="the name of a picture's folder is its class, and its caption")
-@click.option("--per-shard", type=int, default=10_000)
+@click.option("--per-shard", type=COUNT, default=10_000)
 def from_folder(**options: Any) -> None:
     """Take pictures with KEY.txt beside, or a folder a class."""
     from shards.build import ingest
@@ -83,8 +83,10 @@ def from_folder(**options: Any) -> None:
 @click.option(
     "--report", type=PATH, metavar="FILE", help="index what is intact, and list all damage and loss as JSON lines"
 )
-@click.option("--workers", type=int, help="processes (default: one a core)")
-@click.option("--remote-timeout", "timeout", type=float, default=120, help="seconds to wait for a server (default 120)")
+@click.option("--workers", type=COUNT, help="processes (default: one a core)")
+@click.option(
+    "--remote-timeout", "timeout", type=POSITIVE, default=120, help="seconds to wait for a server (default 120)"
+)
 @click.option("--allow-pipe", is_flag=True, help="run the commands of shards named pipe:COMMAND")
 def index(out: str, report: str | None, **options: Any) -> None:
     """Index shards: what each holds, and where. SHARDS are paths and URLs with braces and

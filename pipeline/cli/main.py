@@ -51,6 +51,16 @@ def own_words(error: Exception) -> str:
     return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
 
 
+def says(error: Exception) -> bool:
+    """Whether this process prints the error: rank 0, and of another host its first process what rank 0 may not find.
+
+    Any process prints that a server is lost or that a shard has changed.
+    """
+    first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    alone = isinstance(error, UserError) and not error.everywhere and first
+    return logs.rank() == 0 or alone or isinstance(error, (Unreachable, ChangedShard))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes: 0 done, 2 a user's mistake (one line on stderr), 75 asked to stop, 1 else."""
     try:
@@ -60,10 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as end:  # --help
         sys.exit(end.exit_code)
     except (UserError, click.UsageError) as error:
-        # What all ranks find one of them says; but one host alone may lose a server or read a changed shard.
-        alone = isinstance(error, (Unreachable, ChangedShard))
-        if alone or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"safeclip: {own_words(error)}", file=sys.stderr)
+        if says(error):
+            print(f"safeclip: {logs.origin() if logs.rank() else ''}{own_words(error)}", file=sys.stderr)
         sys.exit(2)
     except RunFailed as error:
         print(f"safeclip: {error}", file=sys.stderr)

@@ -107,7 +107,7 @@ def filter_by(scores: str, by: str, remove: float, out: str) -> None:
 @click.argument("overlay", type=PATH)
 @click.option("--index", type=PATH, required=True, metavar="DIR", help="the index that it was made for")
 @click.option("--fraction", type=float, default=1.0, help="keep only so many random ones of all pairs (default 1)")
-@click.option("--seed", type=int, default=0, help="of these random ones")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="of these random ones")
 @click.option("--out", type=PATH, required=True, metavar="DIR")
 def oracle(overlay: str, index: str, fraction: float, seed: int, out: str) -> None:
     """Make a mask of all pairs but those that an attack poisons. OVERLAY is a folder of `safeclip attack`."""

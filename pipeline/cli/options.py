@@ -1,5 +1,7 @@
 """What the commands share: how their options are read, and the overrides of a config."""
 
+import re
+
 import click
 
 from shards.errors import UserError
@@ -18,7 +20,8 @@ class Path(click.ParamType):
             raise UserError(f"{param.opts[0]}: {error}") from None
 
 
-PATH = Path()
+PATH, COUNT, FRACTION = Path(), click.IntRange(min=1), click.FloatRange(0, 1)
+POSITIVE = click.FloatRange(min=0, min_open=True)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
 
 
@@ -38,6 +41,8 @@ class Command(click.Command):
                 raise click.BadOptionUsage(word, f"Option {word!r} requires an argument.", ctx)
             if word.startswith("-"):
                 current = word if multiple.get(word) else None
+            elif re.match(r"\w+(\.\w+)+=", word):  # an override
+                current = None
             elif current and words[-1] != current:
                 words.append(current)
             words.append(word)

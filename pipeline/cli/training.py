@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from pipeline.cli.options import OVERRIDES, PATH, Command
+from pipeline.cli.options import COUNT, OVERRIDES, PATH, Command
 
 
 @click.command(cls=Command)
@@ -28,7 +28,7 @@ def config(config: str, overrides: tuple[str, ...]) -> None:
 @click.command(cls=Command)
 @click.argument("config", type=PATH)
 @OVERRIDES
-@click.option("--ranks", type=int, help="processes that the run will have (default: those that are started here)")
+@click.option("--ranks", type=COUNT, help="processes of the run (default: those that are started here)")
 @click.option("--content", is_flag=True, help="read all shards and compare their fingerprints")
 def doctor(config: str, overrides: tuple[str, ...], ranks: int | None, content: bool) -> None:
     """Check what a run needs; train nothing. Checks data, config, run directory, disk, memory and network."""

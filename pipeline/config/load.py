@@ -69,7 +69,7 @@ def read_yaml(path: str | Path) -> dict:
         values = yaml.load(Path(path).read_text(), Loader)
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror or error}; give the path of a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such day
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such day
         raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"config {path}: got {type(values).__name__}, expected a mapping of sections")
@@ -90,7 +90,7 @@ def override(values: dict, words: Iterable[str]) -> None:
                 raise UserError(f"command line: {key}: {parent} is not a section")
         try:
             section[last] = yaml.load(value, Loader) if value else None
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"command line: {word}: not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -151,6 +151,7 @@ def on_rank0(function: Callable[..., Found], *args: object) -> Found:
             error = found
     result, error = broadcast_object((result, error))
     if error:
+        error.everywhere = True
         raise error
     return result
 

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
@@ -29,7 +29,7 @@ class MetricsLogger:
             return
         path = run_dir / "metrics.jsonl"
         self.file = open(path, "ab")
-        self.file.truncate(length)
+        keep_whole_lines(self.file, length)
         if config.wandb.mode != "disabled":
             import wandb
 
@@ -83,6 +83,14 @@ class MetricsLogger:
             self.wandb.finish()
 
 
+def keep_whole_lines(file: BinaryIO, length: int) -> None:
+    """Cut the file to its whole lines within the first `length` bytes; a crash of the host may have lost some."""
+    kept = Path(file.name).read_bytes()[:length]
+    if len(kept) < length:
+        logger.warning(f"{file.name}: lines are lost: {len(kept):,} of {length:,} bytes are there")
+    file.truncate(kept.rfind(b"\n") + 1)
+
+
 def flat(figures: dict, where: str = "") -> Iterator[tuple[str, Any]]:
     """(name, value) of all figures; those of a mapping are named `a/b`."""
     for key, value in figures.items():
@@ -103,8 +111,13 @@ def table(rounds: list[dict[str, Any]]) -> "wandb.Table":
 def commit() -> str | None:
     """The commit of this code, with "-dirty" where files differ from it; None outside of git."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or None
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():  # installed as a package, perhaps inside of another repository
+        return None
+    try:
+        return subprocess.run(words, cwd=folder, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git
+        return None
 
 
 class Meter:

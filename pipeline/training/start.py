@@ -94,6 +94,15 @@ class Run:
         self.lease.acquire()
         found, warnings = comm.on_rank0(claim, config, self.run_dir, data)
         logs.open_file(self.run_dir / "logs")
+        try:
+            self.open_state(found, warnings, towers, data)
+        except BaseException as error:
+            logs.close_file(error)
+            raise
+
+    def open_state(self, found: Path | None, warnings: list[str], towers: Towers, data: str) -> None:
+        """Open the checkpoint `found`, or begin without one, and the files that the run writes. All ranks call."""
+        config = self.config
         synonyms = synonyms_of(config)
         self.state = copy.deepcopy(FRESH) | {"data": data, "synonyms": synonyms}
         universal = False

@@ -1,5 +1,7 @@
 """How the command line is read: options with several values, mistakes in one line, help."""
 
+import re
+
 import click
 import pytest
 
@@ -119,9 +121,18 @@ def test_two_rules_for_a_mask_exclude_each_other(capsys):
 @pytest.mark.parametrize("words", ["train", "train nowhere.yaml"])
 def test_one_rank_alone_says_what_is_wrong(words, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit, match="2"):
         main(words.split())
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_another_host_alone_lacks_is_said_by_its_first_process(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "nowhere.yaml"])
+    assert re.fullmatch(r"safeclip: rank 8 \S+: config nowhere.yaml: .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])

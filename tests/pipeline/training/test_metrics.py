@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.config.schema import Config
-from pipeline.training.metrics import MetricsLogger, flat
+from pipeline.training.metrics import MetricsLogger, commit, flat, keep_whole_lines
 
 BLOCK = 32_768
 
@@ -68,3 +68,16 @@ def test_selection_rounds_are_numbers_and_a_table_also_after_a_resume(logged):
 
 def test_flat_names_of_nested_figures():
     assert dict(flat({"a": 1, "b": {"c": {"d": 2}, "e": 3}})) == {"a": 1, "b/c/d": 2, "b/e": 3}
+
+
+@pytest.mark.parametrize("length, expected", [(0, b""), (4, b"one\n"), (6, b"one\n"), (99, b"one\ntwo\n")])
+def test_whole_lines_before_the_checkpoint_are_kept(tmp_path, length, expected):
+    (tmp_path / "metrics.jsonl").write_bytes(b"one\ntwo\nthr")
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        keep_whole_lines(file, length)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
+
+
+def test_the_commit_is_this_projects_or_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git there
+    assert commit() is None

@@ -7,6 +7,7 @@ import yaml
 
 from pipeline.training import checkpoint, start
 from pipeline.training.model import build_model, picture_size, tokenizer_for
+from shards.build.shapes import shapes
 from shards.errors import UserError
 from tests.helpers.models import MODEL
 from tests.helpers.runs import config
@@ -58,3 +59,15 @@ def test_a_wrong_value_of_a_model_config_is_one_line(key):
             for function in (tokenizer_for, picture_size, build_model):
                 function({"config": made})
         assert "\n" not in str(error.value)
+
+
+def test_an_error_of_a_start_is_in_the_log_file_of_its_rank(tmp_path, monkeypatch):
+    shapes(tmp_path / "shapes", pairs=24, test=4)
+
+    def fails(*args):
+        raise ValueError("of the engine")
+
+    monkeypatch.setattr(start, "start_engine", fails)
+    with pytest.raises(ValueError):
+        start.Run(config(tmp_path, "run"))
+    assert "ValueError: of the engine" in (tmp_path / "run/logs/rank_0.log").read_text()
