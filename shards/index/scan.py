@@ -45,7 +45,7 @@ class Finding:
     @property
     def kind(self) -> str:
         """The reason without its names and numbers, to be counted."""
-        return re.sub(r"'.*'|\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
+        return re.sub(r"'.*'|(?<!UTF-)\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
 
 
 def scan_shard(

@@ -224,6 +224,18 @@ def test_captions_from_a_field_of_json(tmp_path):
     assert other.fingerprint != index.fingerprint and len(other.findings) == len(bad)
 
 
+def test_a_lone_surrogate_in_json_does_not_cost_the_caption(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("a.json", b'{"c": "cat\\ud800"}')])
+    index = build_index([str(path)], tmp_path / "index", text="json:c")
+    assert contents_of(index, 0) == b"cat?" and not index.findings
+
+
+def test_reasons_are_counted_without_their_numbers(tmp_path):
+    members = [("a.png", b"1"), ("a.txt", b"cat\xff"), ("b.png", b"1"), ("b.txt", b"text")]
+    (finding,) = build_index([str(write_tar(tmp_path / "a.tar", members))], tmp_path / "index").findings
+    assert finding.kind == "caption is not UTF-8 (byte ...)"
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [
