@@ -12,7 +12,9 @@ from shards.errors import UserError
 @click.command(cls=Command)
 @click.argument("name", type=click.Choice(["shapes", "emoji", "photos", "wordnet"]))
 @click.argument("out", type=PATH)
-@click.option("--pairs", type=int, help="training pairs (shapes: default 18000; photos: default and at most 50000)")
+@click.option(
+    "--pairs", type=click.IntRange(1), help="training pairs (shapes: default 18000; photos: default and at most 50000)"
+)
 @click.option("--seed", type=int, default=0)
 def data(name: str, out: str, pairs: int | None, seed: int) -> None:
     """Build demo data as shards.
