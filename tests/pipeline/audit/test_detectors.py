@@ -58,8 +58,11 @@ def test_rows_without_a_direction_are_no_harm(tmp_path, name, wrong):
         rows[:] = 0
     else:
         rows[4], rows[7, 0] = np.nan, np.inf
-    found = REGISTRY[name]().find(Data(tmp_path, rows), 0.1)
-    assert np.isfinite(found.score_N).all() and found.issue_N.sum() == 6
+    for sample in (20, 60):
+        data = Data(tmp_path, rows)
+        data.sample = sample
+        found = REGISTRY[name]().find(data, 0.1)
+        assert np.isfinite(found.score_N).all() and found.issue_N.sum() == 6
 
 
 @pytest.mark.parametrize("scored", [0, 1, 2, 3])
