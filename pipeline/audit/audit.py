@@ -1,6 +1,7 @@
 """The audit: detectors over a run or over scores, their findings in files, and a report that a person can use."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.audit.data import AuditData
@@ -9,6 +10,8 @@ from pipeline.audit.report import write_report
 from pipeline.audit.truth import against_truth
 from shards.errors import UserError
 from shards.storage.files import write_json
+
+logger = logging.getLogger(__name__)
 
 
 def audit(
@@ -19,7 +22,6 @@ def audit(
     detectors: Sequence[str] | None = None,
     worst: float = 0.01,
     sample: int = 1024,
-    say: Callable[[str], None] = print,
 ) -> str:
     """Write OUT/findings.parquet, findings.csv, audit.json and report.html; returns a line. Raises UserError.
 
@@ -36,8 +38,8 @@ def audit(
         raise UserError(f"--out {out}: is a file; name a folder")
     data = AuditData(source, scores, truth, sample)
     out.mkdir(parents=True, exist_ok=True)
-    say(f"{source}: {data.N:,} pairs in {len(data.counts_S)} shards, {len(data.rounds)} rounds")
-    found, about = run_detectors(data, worst, detectors, say)
+    logger.info("%s: %s pairs in %d shards, %d rounds", source, f"{data.N:,}", len(data.counts_S), len(data.rounds))
+    found, about = run_detectors(data, worst, detectors)
     if not found:
         raise UserError(f"--detectors: none of {', '.join(about)} can run on {source}; see the reasons above")
     suspect = combined(found, worst)

@@ -1,7 +1,8 @@
 """Findings: what every detector says of every pair, in one table by (shard, position, key)."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from pipeline.audit.export import write_csv
 from pipeline.audit.files import output
 from shards.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 LEAD = 2  # families of detectors, the worst of which make the combined score
 
 
 def run_detectors(
-    data: AuditData, worst: float, names: Sequence[str] | None = None, say: Callable[[str], None] = print
+    data: AuditData, worst: float, names: Sequence[str] | None = None
 ) -> tuple[dict[str, Finding], dict[str, dict]]:
     """({name: Finding}, {name: {"seconds" | "skipped"}}) of all detectors in the registry, or of those named. Raises
     UserError."""
@@ -32,12 +35,12 @@ def run_detectors(
         why = lacking(REGISTRY[name], data)
         if why:
             about[name] = {"skipped": why}
-            say(f"  {name:18s} skipped: {why}")
+            logger.info("%-18s skipped: %s", name, why)
             continue
         start = time.monotonic()
         found[name] = REGISTRY[name]().find(data, worst)
         about[name] = {"seconds": round(time.monotonic() - start, 3), "issues": int(found[name].issue_N.sum())}
-        say(f"  {name:18s} {about[name]['issues']:,} pairs, {about[name]['seconds']:.1f} s")
+        logger.info("%-18s %s pairs, %.1f s", name, f"{about[name]['issues']:,}", about[name]["seconds"])
     return found, about
 
 

@@ -134,7 +134,7 @@ def cosine_histogram(score_N: np.ndarray) -> tuple[list[int], float, float]:
     """(counts, low, high): BINS equal bins over the range of the scores."""
     there = score_N[~np.isnan(score_N)]
     low, high = (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
-    high = high if high > low else low + 1e-3
+    high = max(high, low + 1e-3)  # scores that are nearly equal leave no room for the bins
     return np.histogram(there, BINS, (low, high))[0].tolist(), low, high
 
 

@@ -12,7 +12,7 @@ from shards.errors import UserError
 @click.command(cls=Command)
 @click.argument("name", type=click.Choice(["shapes", "emoji", "photos", "wordnet"]))
 @click.argument("out", type=PATH)
-@click.option("--pairs", type=int, help="training pairs (shapes: default 18000; photos: default and at most 50000)")
+@click.option("--pairs", type=COUNT, help="training pairs (shapes: default 18000; photos: default and at most 50000)")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 def data(name: str, out: str, pairs: int | None, seed: int) -> None:
     """Build demo data as shards.

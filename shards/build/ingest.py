@@ -18,6 +18,7 @@ from pathlib import Path
 import webdataset
 
 from shards.errors import BadSample, UserError
+from shards.index.tar import key_text
 from shards.order.safe_mask import fingerprint
 from shards.samples.decode import decode_caption, name_format
 from shards.storage.files import whole_file, write_bytes, write_json
@@ -46,6 +47,8 @@ def from_csv(
     default those of the published SafeCLIP lists (path, caption) or of open_clip's (filepath, title). Raises UserError.
     """
     file = Path(file)
+    if separator and (len(separator) > 1 or separator in '"\r\n'):
+        raise UserError(f"--separator: got {separator!r}, expected one character, such as ';' or $'\\t' for a TAB")
     try:
         rows = read_rows(file, path, caption, separator)
         header = next(rows)
@@ -70,8 +73,8 @@ def from_folder(
     line.
 
     The caption is in KEY.txt beside KEY.jpg. With `classes` it is the name of the folder below `folder` that the
-    picture is in, whose number is the sample's .cls member; OUT/classnames.txt has the names. Links are followed.
-    Hidden files and folders are left out. Raises UserError.
+    picture is in, whose number is the sample's .cls member; OUT/classnames.txt has the names (bytes that are not UTF-8
+    as in keys). Links are followed. Hidden files and folders are left out. Raises UserError.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -85,6 +88,7 @@ def from_folder(
     if not classes and not any((folder / name).with_suffix(".txt").exists() for name in names):
         raise UserError(f"folder {folder}: no KEY.txt beside any picture; write captions there, or say --classes")
     number = {name: place for place, name in enumerate(below)}
+    said = [key_text(name.replace("_", " ")) for name in below]
 
     def rows() -> Iterator[Row]:
         for line, name in enumerate(names, 1):
@@ -92,7 +96,7 @@ def from_folder(
             if not classes:
                 yield line, str(folder / name), (folder / name).with_suffix(".txt"), None
             elif slash:
-                yield line, str(folder / name), (top.replace("_", " "), number[top]), None
+                yield line, str(folder / name), (said[number[top]], number[top]), None
             else:
                 yield line, str(folder / name), None, "picture in no class's folder"
 
@@ -100,7 +104,7 @@ def from_folder(
     settings = {"folder": str(folder), "content": listing, "classes": classes, "per_shard": per_shard}
     made = make_shards(rows(), out, settings, workers, hidden)
     if classes:
-        write_bytes(Path(out) / "classnames.txt", ("\n".join(name.replace("_", " ") for name in below) + "\n").encode())
+        write_bytes(Path(out) / "classnames.txt", ("\n".join(said) + "\n").encode())
     return made
 
 

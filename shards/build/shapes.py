@@ -75,6 +75,8 @@ def shapes(out: str | Path, pairs: int = 18_000, test: int = 1_080, seed: int = 
 
     A finished one with the same arguments is used again. Raises UserError when OUT holds something else.
     """
+    if pairs < 1:
+        raise UserError(f"--pairs: got {pairs}, expected 1 or more")
     build(
         out,
         {"data": "shapes", "pairs": pairs, "test": test, "seed": seed},

@@ -47,10 +47,10 @@ def joined(pattern: str) -> list[str]:
 
 
 def wildcards(path: str) -> list[str]:
-    """The files that a local path with wildcards matches, in order."""
-    if is_remote(path) or not glob.has_magic(path) or os.path.exists(path):
+    """The files that a local path with the wildcards *, ? and ** matches, in order. Brackets are none."""
+    if is_remote(path) or not re.search("[*?]", path) or os.path.exists(path):
         return [path]
-    found = sorted(glob.glob(path, recursive=True))
+    found = sorted(glob.glob(path.replace("[", "[[]"), recursive=True))
     if not found:
         raise UserError(f"shard {path}: matches no file; check the path")
     return found

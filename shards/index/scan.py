@@ -45,7 +45,7 @@ class Finding:
     @property
     def kind(self) -> str:
         """The reason without its names and numbers, to be counted."""
-        return re.sub(r"'.*'|\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
+        return re.sub(r"'.*'|(?<!UTF-)\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
 
 
 def scan_shard(
@@ -89,13 +89,15 @@ def about(path: str, timeout: float) -> tuple[int | None, str | int | None]:
         return remote.about(path, timeout)
     try:
         found = os.stat(path)
-        if not stat.S_ISDIR(found.st_mode):
+        if stat.S_ISREG(found.st_mode):
             open(path, "rb").close()
     except OSError as error:
         what = "missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise UserError(f"shard {path}: {what} ({error.strerror}); check the path") from None
     if stat.S_ISDIR(found.st_mode):
         raise UserError(f"shard {path}: a folder; name the shards in it, such as '{path}/{{00000..00009}}.tar'")
+    if not stat.S_ISREG(found.st_mode):  # a pipe that nobody writes to is waited for without end
+        raise UserError(f"shard {path}: no regular file (a pipe, socket or device); name a tar")
     return found.st_size, found.st_mtime_ns
 
 
@@ -105,9 +107,11 @@ def table_name(*parts: str | int | None) -> str:
 
 
 def saved(path: Path) -> dict | None:
-    """What `scan_shard` found when it wrote this table; None where there is none."""
+    """What `scan_shard` found when it wrote this table; None where there is none, or it is damaged."""
     try:
-        return json.loads(pq.read_schema(path).metadata[b"scan"])
+        about_it = pq.read_metadata(path)
+        found = json.loads(about_it.metadata[b"scan"])
+        return found if found["shard"]["samples"] == about_it.num_rows else None
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return None
 

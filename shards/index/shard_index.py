@@ -6,12 +6,14 @@ shards/index/scan.py), and DIR/index.json, written last.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -19,9 +21,10 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.errors import UserError
+from shards.errors import ChangedShard, UserError
 from shards.index.names import named
 from shards.index.scan import PICTURES, Finding, fingerprint_of, saved, scan_shard, table_name
 from shards.index.tar import NO_TAR
@@ -32,6 +35,8 @@ from shards.storage.files import write_bytes, write_json
 VERSION = 3
 SHOWN = 3  # shards that a message names
 MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the key
+OWN_TABLE = re.compile(r"[0-9a-f]{32}\.parquet")  # names of tables; other files in their folder are the user's
+KEPT = 24 * 60 * 60  # seconds that a table stays which no index names any more: who has the old one open reads it
 REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
 
 
@@ -132,11 +137,12 @@ class ShardIndex:
         return cls(shards, repetitions)
 
     def table(self, shard: int) -> ShardTable:
-        """ShardTable of shard number `shard`; the last few are kept in memory."""
-        return read_table(self.shards[shard].table)
+        """ShardTable of shard number `shard`; the last few are kept in memory. Raises ChangedShard where it cannot be
+        read."""
+        return read_table(self.shards[shard].table, self.shards[shard].samples)
 
     def verify(self, timeout: float = remote.TIMEOUT) -> None:
-        """Raise UserError if a shard is missing or does not hold what was indexed.
+        """Raise UserError if a table is missing or damaged, or a shard is missing or does not hold what was indexed.
 
         Size and time of change of local shards are compared. Where only the time differs the shard is read, and its
         fingerprint decides; the result is kept beside the index if that can be written. Of shards behind URLs the sizes
@@ -146,6 +152,8 @@ class ShardIndex:
         far = [shard for shard in self.shards if shard.remote and not shard.path.startswith("pipe:")]
         tried = far[:: -(-len(far) // REMOTE_TRIED) or 1]
         with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(check_table, self.shards):
+                pass
             found = list(pool.map(difference, local + tried, repeat(timeout)))
         wrong = [f"shard {shard.path}: {what}" for shard, what in zip(local + tried, found) if what]
         if wrong:
@@ -182,13 +190,63 @@ def difference(shard: Shard, timeout: float) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def named_table(path: str) -> Iterator[None]:
+    """What goes wrong in the block is said of the table at `path`. Raises ChangedShard."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:
+            why = os.strerror(error.errno)
+        else:
+            why = str(error).partition("\n")[0] or "damaged"
+        raise ChangedShard(
+            f"index table {path}: cannot be read ({why}); make it again with `safeclip index SHARDS... --out INDEX`"
+        ) from None
+
+
+def check_rows(found: int, expected: int) -> None:
+    """Raises ValueError."""
+    if found != expected:
+        raise ValueError(f"{found} samples, but the index has {expected}")
+
+
+def check_table(shard: Shard) -> None:
+    """Read the end of a shard's table, which says how long it is. Raises ChangedShard."""
+    with named_table(shard.table):
+        check_rows(pq.read_metadata(shard.table).num_rows, shard.samples)
+
+
 @lru_cache(maxsize=64)
-def read_table(path: str) -> ShardTable:
-    columns = pq.read_table(path)
-    return ShardTable(
-        columns["key"].to_pylist(),
-        *(columns[f"{kind}_{part}"].to_numpy() for kind in ("image", "text") for part in ("offset", "size", "crc")),
-    )
+def read_table(path: str, samples: int) -> ShardTable:
+    """The table at `path`, of so many samples. Raises ChangedShard."""
+    with named_table(path):
+        columns = pq.read_table(path)
+        check_rows(len(columns), samples)
+        names = (f"{kind}_{part}" for kind in ("image", "text") for part in ("offset", "size", "crc"))
+        return ShardTable(columns["key"].to_pylist(), *(columns[name].to_numpy() for name in names))
+
+
+@contextlib.contextmanager
+def turn(out: Path) -> Iterator[None]:
+    """Only one process at a time is in the block of the folder `out`; others wait."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "ab") as file:
+        # Of this process alone: workers that outlive it do not hold the lock, as they would that of flock().
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def remove_old_tables(folder: Path, used: set[str], before: set[str]) -> None:
+    """Remove the tables in `folder` that are not in `used` and that no index has named for a while. `before`: tables of
+    the index that was just replaced."""
+    for path in folder.iterdir():
+        if not OWN_TABLE.fullmatch(path.name) or path.name in used:
+            continue
+        if path.name in before:
+            os.utime(path)
+        elif time.time() - path.stat().st_mtime > KEPT:
+            path.unlink()
 
 
 def build_index(
@@ -211,7 +269,11 @@ def build_index(
     One pass over each shard, shards in parallel; a shard that `out` holds already and that has not changed is not read
     again (scan.scan_shard). A sample without picture or text keeps its position. Raises UserError naming the first
     damaged shard; with `report`, a file, all that was found is listed there and what is intact is indexed.
+
+    Another process that indexes into `out` is waited for.
     """
+    if not str(out):
+        raise UserError("--out: got an empty path, expected a folder for the index")
     if not re.fullmatch(f"{MEMBERS}|json:.+", text):
         raise UserError(
             f"--text: got {text!r}, expected names of members behind the key, in lower case and joined by commas "
@@ -222,8 +284,24 @@ def build_index(
             f"--image: got {image!r}, expected other names of members behind the key than those of --text, in lower "
             "case and joined by commas (input.png)"
         )
-    out, shards, findings = Path(out), [], []
     urls = expand(paths)
+    with turn(Path(out)):
+        return scan_all(urls, paths, Path(out), text, workers, report, timeout, allow_pipe, image)
+
+
+def scan_all(
+    urls: list[str],
+    paths: Sequence[str],
+    out: Path,
+    text: str,
+    workers: int | None,
+    report: str | Path | None,
+    timeout: float,
+    allow_pipe: bool,
+    image: str,
+) -> ShardIndex:
+    """`build_index` of the shards `urls`, which `paths` name, while nobody else writes to `out`."""
+    shards, findings = [], []
     scan = partial(scan_shard, text=text, image=image, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
     workers = min(workers or os.cpu_count(), len(urls))
     with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
@@ -254,11 +332,11 @@ def build_index(
             f"members KEY.({picture.replace(',', '|')}) and KEY.({caption.replace(',', '|')}), the key without a dot"
         )
     entries = [{key: value for key, value in asdict(shard).items() if key not in ("text", "image")} for shard in shards]
+    before: set[str] = set()
+    with contextlib.suppress(UserError):
+        before = {Path(shard.table).name for shard in ShardIndex.load(out).shards}
     write_json(out / "index.json", {"version": VERSION, "text": text, "image": image, "shards": entries})
-    used = {shard.table for shard in shards}
-    for path in (out / "tables").glob("*.parquet"):
-        if path.name not in used:  # of a shard that has changed, or is not named any more
-            path.unlink()
+    remove_old_tables(out / "tables", {shard.table for shard in shards}, before)
     index = ShardIndex.load(out)
     index.findings = findings
     return index

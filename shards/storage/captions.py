@@ -9,7 +9,8 @@ from shards.errors import BadSample
 
 MAX_TEXT = 1 << 20  # bytes of a caption or a .json member; more is not read
 # A letter or a digit that no normalising removes: not of an entity, a terminal escape or a tokenizer's own word.
-CERTAIN = re.compile(r"[^&<\x1b]*[0-9A-Za-z][^&<\x1b]*")
+# U+FF06 and U+FF1C are the fullwidth & and <, which become the plain ones.
+CERTAIN = re.compile(r"[^&<\x1b\uff06\uff1c]*[0-9A-Za-z][^&<\x1b\uff06\uff1c]*")
 OWN_WORDS = re.compile("<(start|end)_of_text>", re.IGNORECASE)
 SHOWN = 8  # fields of a .json that a reason names
 TYPES = {
@@ -40,17 +41,29 @@ def read_caption(data: bytes) -> str:
 
 def is_usable(caption: str) -> bool:
     """Whether a caption has at least one token besides start and end: after the tokenizer's normalising there is a
-    letter, digit, punctuation mark or symbol in it."""
+    visible character in it."""
     if CERTAIN.fullmatch(caption):
         return True
     import ftfy  # it takes a while, and most captions do not need it
 
     text = html.unescape(html.unescape(ftfy.fix_text(caption)))  # as open_clip's tokenizer
-    return any(unicodedata.category(character)[0] in "LNPS" for character in OWN_WORDS.sub("", text))
+    return any(map(is_visible, OWN_WORDS.sub("", text)))
+
+
+def is_visible(character: str) -> bool:
+    """Whether it is a letter, digit, punctuation mark or symbol, of private use, or not assigned yet.
+
+    What is assigned depends on the version of Python; so the newest emoji are visible to all of them.
+    """
+    category, number = unicodedata.category(character), ord(character)
+    if category == "Cn":
+        return not (0xFDD0 <= number <= 0xFDEF or number & 0xFFFE == 0xFFFE)  # these are never assigned
+    return category[0] in "LNPS" or category == "Co"
 
 
 def json_field(data: bytes, field: str) -> bytes:
-    """The text (UTF-8) in a field of a JSON object. Raises BadSample."""
+    """The text (UTF-8) in a field of a JSON object; a lone surrogate in it becomes a question mark. Raises
+    BadSample."""
     if len(data) > MAX_TEXT:
         raise BadSample(f"caption: .json of more than {MAX_TEXT} bytes")
     try:
@@ -65,4 +78,4 @@ def json_field(data: bytes, field: str) -> bytes:
     text = found[field]
     if not isinstance(text, str):
         raise BadSample(f"caption: field {field!r} is {TYPES[type(text)]}, expected a text")
-    return text.encode("utf-8", "surrogatepass")
+    return text.encode("utf-8", "replace")

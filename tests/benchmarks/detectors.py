@@ -32,7 +32,7 @@ def section(run, out):
         print(score(folder / "scores", model=run, workers=0), flush=True)
         masks = any(Path(run).glob("masks/epoch_*/mask.json"))
         source = {"source": run, "scores": folder / "scores"} if masks else {"source": folder / "scores"}
-        print(audit(out=folder / "audit", **source, say=lambda line: None), flush=True)
+        print(audit(out=folder / "audit", **source), flush=True)
     found = json.loads((folder / "audit/audit.json").read_text())
     kinds = sorted(found["truth"]["poison"])
     poison = ", ".join(f"{found['truth']['poison'][kind]} {kind}" for kind in kinds)

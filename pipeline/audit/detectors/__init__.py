@@ -50,7 +50,7 @@ class Finding:
 
 class Detector(ABC):
     """name: of its columns. title, text: for people. source: paper. needs: attributes of AuditData that must not be
-    None or empty.
+    None or empty. least: scored pairs below which it is skipped.
 
     ranks: whether its score orders pairs, so that it counts in the combined score; family: those that look at the same
     thing.
@@ -58,6 +58,7 @@ class Detector(ABC):
 
     name = title = text = source = family = ""
     needs: tuple[str, ...] = ()
+    least = 0
     ranks = True
 
     @abstractmethod
@@ -80,7 +81,10 @@ LACKS = {
 def lacking(kind: type[Detector], data: AuditData) -> str | None:
     """Why a detector cannot run on this data, as a line; None if it can."""
     name = next((name for name in kind.needs if getattr(data, name) is None or not len(getattr(data, name))), None)
-    return LACKS[name] if name else None
+    if name:
+        return LACKS[name]
+    scored = int((~np.isnan(data.score_N)).sum()) if kind.least else 0
+    return f"{scored} scored pairs, at least {kind.least} are needed" if scored < kind.least else None
 
 
 def lowest(score_N: np.ndarray, fraction: float) -> np.ndarray:

@@ -14,12 +14,14 @@ from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Detector, Finding, detector, lowest
 
 NEIGHBOURS = 16
+NONE = -2  # number of a row that is not in the index; faiss answers -1 where it finds nothing
 EXACT = 1 << 16  # references up to this size are searched exactly, larger ones by IVF
 
 
 def unit(rows_BD: np.ndarray) -> np.ndarray:
-    """float32 rows of unit length; a row without direction stays zero."""
+    """float32 rows of unit length; a row without direction stays zero, and one that is not finite becomes zero."""
     rows_BD = np.ascontiguousarray(rows_BD, np.float32)
+    rows_BD = np.where(np.isfinite(rows_BD).all(1, keepdims=True), rows_BD, np.float32(0))
     return rows_BD / np.maximum(np.linalg.norm(rows_BD, axis=1, keepdims=True), 1e-12)
 
 
@@ -40,7 +42,7 @@ def build_index(rows_RD: np.ndarray) -> faiss.Index:
 
 
 def search(index: faiss.Index, rows_BD: np.ndarray, own_B: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(distances, numbers), both (B, k): the k nearest of the index, without the number own_B (-1: none); Euclid's
+    """(distances, numbers), both (B, k): the k nearest of the index, without the number own_B (or NONE); Euclid's
     distance."""
     similarity_BK, number_BK = index.search(rows_BD, k + 1)
     keep_BK = number_BK != own_B[:, None]
@@ -60,7 +62,7 @@ def neighbourhoods(data: AuditData) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         reference_R = np.sort(np.random.default_rng(0).choice(usable, size, replace=False))
         rows_RD = unit(data.images.take(reference_R))
         index = build_index(rows_RD)
-        own_N = np.full(data.N, -1, np.int64)
+        own_N = np.full(data.N, NONE, np.int64)
         own_N[reference_R] = np.arange(len(reference_R))
         found = [search(index, unit(rows), own_N[at : at + len(rows)], k) for at, rows in data.images.blocks()]
         distance_NK, number_NK = (np.concatenate(part) for part in zip(*found))
@@ -72,6 +74,7 @@ class Neighbourhood(Detector):
     """An outlier factor in 0..inf, higher = worse; the score is the fraction of pictures with a higher one."""
 
     needs = ("images",)
+    least = 3
     family = "neighbourhood"
 
     @staticmethod

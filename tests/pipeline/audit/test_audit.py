@@ -13,7 +13,7 @@ import pytest
 from pipeline.audit.apply import apply_mask
 from pipeline.audit.audit import audit
 from pipeline.audit.detectors import REGISTRY, neighbourhood
-from pipeline.audit.report import render
+from pipeline.audit.report import cosine_histogram, render
 from pipeline.audit.score import score
 from shards.errors import UserError
 from shards.order.safe_mask import SavedMask
@@ -76,7 +76,7 @@ def audited(tmp_path_factory):
         "rows": rows,
     }
     (attack / "manifest.json").write_text(json.dumps(manifest))
-    audit(folder / "scores", folder / "audit", truth=attack, worst=0.2, say=lambda line: None)
+    audit(folder / "scores", folder / "audit", truth=attack, worst=0.2)
     return folder, captions, paths
 
 
@@ -112,7 +112,7 @@ def test_nothing_but_the_scores_is_needed(audited, tmp_path):
     about = json.loads((tmp_path / "scores/score.json").read_text())
     gone = {"embeddings": None, "data": {"index": str(tmp_path / "gone")}}
     (tmp_path / "scores/score.json").write_text(json.dumps({**about, **gone}))
-    audit(tmp_path / "scores", tmp_path / "out", say=lambda line: None)
+    audit(tmp_path / "scores", tmp_path / "out")
     page = (tmp_path / "out/report.html").read_text()
     found = json.loads((tmp_path / "out/audit.json").read_text())["detectors"]
     assert "no embeddings" in found["dao"]["skipped"] and found["mismatch"]["issues"] <= 1 and "webp" not in page
@@ -122,10 +122,22 @@ def test_a_large_sample_of_neighbours_is_searched_by_ivf(audited, tmp_path, monk
     made, build_index = [], neighbourhood.build_index
     monkeypatch.setattr(neighbourhood, "EXACT", 20)
     monkeypatch.setattr(neighbourhood, "build_index", lambda rows: made.append(build_index(rows)) or made[-1])
-    audit(audited[0] / "scores", tmp_path / "out", detectors=["slof"], sample=60, say=lambda line: None)
+    audit(audited[0] / "scores", tmp_path / "out", detectors=["slof"], sample=60)
     score_N = pq.read_table(tmp_path / "out/findings.parquet")["slof_score"].to_numpy()
     assert [(type(index).__name__, index.ntotal) for index in made] == [("IndexIVFFlat", 59)]
     assert np.isnan(score_N).sum() == 1 and len(np.unique(score_N[~np.isnan(score_N)])) == 59
+
+
+def test_progress_is_logged_and_not_printed(audited, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", "pipeline")
+    audit(audited[0] / "scores", tmp_path / "out", detectors=["slof"])
+    assert capsys.readouterr().out == "" and "60 pairs in 3 shards" in caplog.text and "slof" in caplog.text
+
+
+@pytest.mark.parametrize("score_N", [[0.3, 0.3 + 1e-7], [0.3, 0.3], []])
+def test_scores_that_are_nearly_equal_make_a_histogram(score_N):
+    counts, low, high = cosine_histogram(np.array(score_N, np.float32))
+    assert sum(counts) == len(score_N) and high > low
 
 
 @pytest.mark.parametrize(
@@ -139,7 +151,7 @@ def test_a_large_sample_of_neighbours_is_searched_by_ivf(audited, tmp_path, monk
 )
 def test_mistakes_are_named(audited, tmp_path, options, words):
     with pytest.raises(UserError, match=words):
-        audit(audited[0] / "scores", tmp_path / "out", say=lambda line: None, **options)
+        audit(audited[0] / "scores", tmp_path / "out", **options)
 
 
 def test_data_cannot_leave_its_element(audited):

@@ -61,7 +61,7 @@ def column(folder, name):
 def test_the_history_is_told_over_all_rounds(pairs):
     folder, index, cos_N = pairs
     run = make_run(folder / "run", index, cos_N, np.zeros(PAIRS, bool))
-    audit(run, folder / "out", worst=0.05, say=lambda line: None)
+    audit(run, folder / "out", worst=0.05)
     found = json.loads((folder / "out/audit.json").read_text())["detectors"]
     assert "no run whose guards" in found["excluded"]["skipped"]
     assert np.nanargmin(column(folder / "out", "history_score")) == 9
@@ -72,7 +72,7 @@ def test_the_history_is_told_over_all_rounds(pairs):
 def test_what_a_guard_excludes_is_judged_by_its_cosine_besides(pairs):
     folder, index, cos_N = pairs
     run = make_run(folder / "run", index, cos_N, np.isin(np.arange(PAIRS), [9, 20, 21]))
-    audit(run, folder / "out", worst=0.05, say=lambda line: None)
+    audit(run, folder / "out", worst=0.05)
     assert np.flatnonzero(column(folder / "out", "is_excluded_issue")).tolist() == [9, 20, 21]
     assert np.flatnonzero(column(folder / "out", "is_broken_issue")).tolist() == [TORN]
     score_N = column(folder / "out", "mismatch_score")
@@ -91,7 +91,7 @@ def test_what_the_guards_of_a_run_excluded_is_a_finding(tmp_path):
     make_attack({**attack, "out": str(tmp_path / "attack")})
     changes = {"train__epochs": 2, "train__unimodal_epochs": 0, "data__overlay": str(tmp_path / "attack")}
     run_ranks(running.train, 1, config(tmp_path, "run", **changes))
-    audit(tmp_path / "run", tmp_path / "out", say=lambda line: None)
+    audit(tmp_path / "run", tmp_path / "out")
     data = AuditData(tmp_path / "run")
     (rows,) = data.truth().values()
     duplicates = [row for row, reason in data.excluded.items() if reason == Duplicates.reason]

@@ -50,6 +50,34 @@ def test_outlier_factors_are_those_of_their_papers(tmp_path):
         assert found.issue_N.sum() == 6 and factor[found.issue_N].min() >= factor[~found.issue_N].max() * 0.9999
 
 
+@pytest.mark.parametrize("name", ["kdistance", "slof", "dao"])
+@pytest.mark.parametrize("wrong", ["not finite", "zero"])
+def test_rows_without_a_direction_are_no_harm(tmp_path, name, wrong):
+    rows = np.random.default_rng(0).normal(size=(60, 8))
+    if wrong == "zero":
+        rows[:] = 0
+    else:
+        rows[4], rows[7, 0] = np.nan, np.inf
+    for sample in (20, 60):
+        data = Data(tmp_path, rows)
+        data.sample = sample
+        found = REGISTRY[name]().find(data, 0.1)
+        assert np.isfinite(found.score_N).all() and found.issue_N.sum() == 6
+
+
+@pytest.mark.parametrize("scored", [0, 1, 2, 3])
+def test_neighbours_are_looked_for_among_three_pairs_or_more(tmp_path, scored):
+    score_N = np.full(9, np.nan, np.float32)
+    score_N[:scored] = 0
+    data = Data(tmp_path, np.random.default_rng(0).normal(size=(9, 8)), score_N)
+    for name in ("kdistance", "slof", "dao"):
+        why = lacking(REGISTRY[name], data)
+        if scored < 3:
+            assert why == f"{scored} scored pairs, at least 3 are needed"
+        else:
+            assert why is None and not np.isnan(REGISTRY[name]().find(data, 0.1).score_N[:3]).any()
+
+
 def test_unreadable_pairs_are_not_judged_and_no_reference(tmp_path):
     score_N = np.zeros(60, np.float32)
     score_N[5] = np.nan

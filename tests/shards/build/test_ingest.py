@@ -114,6 +114,9 @@ def test_mistakes_are_named(folder):
         from_folder(folder / "pictures", folder / "out")
     with pytest.raises(UserError, match="missing"):
         from_folder(folder / "nothing", folder / "out")
+    for separator in ("ab", '"', "\n"):
+        with pytest.raises(UserError, match="^--separator: got .*expected one character"):
+            from_csv(folder / "list.csv", folder / "out", separator=separator)
     assert not (folder / "out").exists()
 
 
@@ -136,6 +139,15 @@ def test_a_folder_a_class(folder):
     assert (folder / "out" / "classnames.txt").read_text() == "red fox\nsub.dir\n"
     labels = build_index([str(folder / "out" / "00000.tar")], folder / "labels", text="cls")
     assert [text for *_, text in contents(labels)] == [b"0", b"1", b"1", b"1"]
+
+
+def test_a_class_whose_name_is_not_utf8(tmp_path):
+    place = tmp_path / "pictures" / os.fsdecode(b"f\xfcchse_\xe4")
+    place.mkdir(parents=True)
+    (place / "x.png").write_bytes(picture(1))
+    from_folder(tmp_path / "pictures", tmp_path / "out", classes=True, workers=1)
+    assert [caption for _, caption in made(tmp_path / "out")[0]] == [r"f\xfcchse \xe4"]
+    assert (tmp_path / "out" / "classnames.txt").read_text() == "f\\xfcchse \\xe4\n"
 
 
 @settings(max_examples=300)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.cli.main import main
 from shards.build.emoji import list_pictures
 from shards.build.shapes import CLASSES, SHAPES, draw_shape, render, shapes
 from shards.errors import UserError
@@ -109,3 +110,12 @@ def test_of_some_emoji_one_vendors_drawings_are_held_out():
     for number, vendors in held_out.items():
         assert len(vendors) == 1 and trained[number] == {"google", "twitter"} - vendors
     assert any("with light skin" in row["caption"] for row in rows)
+
+
+@pytest.mark.parametrize("pairs", [0, -5])
+def test_a_data_set_of_no_pairs_is_refused(tmp_path, pairs, capsys):
+    with pytest.raises(UserError, match=f"^--pairs: got {pairs}, expected 1 or more"):
+        shapes(tmp_path / "out", pairs=pairs)
+    with pytest.raises(SystemExit):
+        main(["data", "shapes", str(tmp_path / "out"), "--pairs", str(pairs)])
+    assert "--pairs" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -8,10 +8,11 @@ from shards.index.names import named
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The working directory, with a/0.tar to a/3.tar and [b].tar."""
+    """The working directory, with a/0.tar to a/3.tar, [b].tar and d[1]/0.tar."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
-    for name in (*(f"a/{number}.tar" for number in range(4)), "[b].tar"):
+    (tmp_path / "d[1]").mkdir()
+    for name in (*(f"a/{number}.tar" for number in range(4)), "[b].tar", "d[1]/0.tar"):
         (tmp_path / name).touch()
     return tmp_path
 
@@ -21,7 +22,9 @@ def here(tmp_path, monkeypatch):
     [
         (["a/{1..2}.tar"], ["a/1.tar", "a/2.tar"]),
         (["a/*.tar"], ["a/0.tar", "a/1.tar", "a/2.tar", "a/3.tar"]),
-        (["**/[13].tar"], ["a/1.tar", "a/3.tar"]),
+        (["**/1.tar", "a/?.tar"], ["a/1.tar", "a/0.tar", "a/1.tar", "a/2.tar", "a/3.tar"]),
+        (["d[1]/*.tar"], ["d[1]/0.tar"]),
+        (["d[1]/{0..1}.tar"], ["d[1]/0.tar", "d[1]/1.tar"]),
         (["[b].tar"], ["[b].tar"]),
         (
             ["a/{3..2}.tar::a/0.tar", "http://h/{0..1}.tar"],
@@ -35,7 +38,7 @@ def here(tmp_path, monkeypatch):
     ],
 )
 def test_shards_are_named_in_many_ways(here, patterns, wanted):
-    (here / "list.txt").write_text("\ufeff# ours\ns3://b/0.tar\n\n a/{1..2}.tar::a/[0].tar\r\n")
+    (here / "list.txt").write_text("\ufeff# ours\ns3://b/0.tar\n\n a/{1..2}.tar::a/0*.tar\r\n")
     (here / "other").write_text("a/0.tar")
     assert named(patterns) == wanted
 

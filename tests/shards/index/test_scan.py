@@ -224,6 +224,18 @@ def test_captions_from_a_field_of_json(tmp_path):
     assert other.fingerprint != index.fingerprint and len(other.findings) == len(bad)
 
 
+def test_a_lone_surrogate_in_json_does_not_cost_the_caption(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("a.json", b'{"c": "cat\\ud800"}')])
+    index = build_index([str(path)], tmp_path / "index", text="json:c")
+    assert contents_of(index, 0) == b"cat?" and not index.findings
+
+
+def test_reasons_are_counted_without_their_numbers(tmp_path):
+    members = [("a.png", b"1"), ("a.txt", b"cat\xff"), ("b.png", b"1"), ("b.txt", b"text")]
+    (finding,) = build_index([str(write_tar(tmp_path / "a.tar", members))], tmp_path / "index").findings
+    assert finding.kind == "caption is not UTF-8 (byte ...)"
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [
@@ -336,7 +348,12 @@ def test_only_new_and_changed_shards_are_read(make_shards, tmp_path, monkeypatch
     os.utime(paths[1], ns=(0, 0))
     again, seen = index(paths[:3])
     assert seen == [paths[1]] and again.fingerprint == first.fingerprint
-    assert len(list((tmp_path / "index" / "tables").iterdir())) == 3  # what is named no more is gone
+    tables = list((tmp_path / "index" / "tables").iterdir())
+    assert len(tables) == 5  # what was named until now may still be read
+    for table in tables:
+        os.utime(table, (0, 0))
+    assert index(paths[:3])[1] == []
+    assert len(list((tmp_path / "index" / "tables").iterdir())) == 3
     shutil.copyfile(paths[3], paths[2])
     changed, seen = index(paths[:3])
     assert seen == [paths[2]] and changed.fingerprint != first.fingerprint and changed.counts.tolist() == [2, 3, 4]

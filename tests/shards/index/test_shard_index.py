@@ -1,9 +1,12 @@
 """The index finds every sample, reads what webdataset reads, and notices every damage."""
 
 import errno
+import multiprocessing
 import os
 import tarfile
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from hypothesis import given, settings
@@ -195,3 +198,64 @@ def test_braces_are_expanded(make_shards, tmp_path):
     make_shards([2, 3, 1])
     index = build_index([f"{tmp_path}/tars/{{0..2}}/00000.tar"], tmp_path / "index")
     assert index.counts.tolist() == [2, 3, 1]
+
+
+def test_files_of_the_user_beside_the_tables_stay(make_shards, tmp_path):
+    mine = tmp_path / "index" / "tables" / "mydata.parquet"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    os.utime(mine, (0, 0))
+    build_index([str(path) for path in make_shards([1])], tmp_path / "index")
+    assert mine.read_bytes() == b"mine"
+    with pytest.raises(UserError, match="^--out: got an empty path"):
+        build_index([str(tmp_path / "tars/0/00000.tar")], "")
+
+
+def test_tables_of_the_old_index_stay_for_who_has_it_open(make_shards, tmp_path):
+    paths = [str(path) for path in make_shards([1, 2])]
+    old = build_index(paths, tmp_path / "index")
+    for shard in old.shards:
+        os.utime(shard.table, (0, 0))
+    build_index(paths[:1], tmp_path / "index")
+    assert len(contents(old)) == 3
+    os.utime(old.shards[1].table, (0, 0))
+    build_index(paths[:1], tmp_path / "index")
+    assert [os.path.exists(shard.table) for shard in old.shards] == [True, False]
+
+
+def test_processes_that_index_into_one_folder_wait_for_each_other(make_shards, tmp_path):
+    paths = [str(path) for path in make_shards([1, 2])]
+    build_index(paths[:1], tmp_path / "index")
+    context = multiprocessing.get_context("fork")
+    with shard_index.turn(tmp_path / "index"):
+        other = context.Process(target=build_index, args=(paths, tmp_path / "index"), kwargs={"workers": 1})
+        other.start()
+        other.join(1)
+        assert other.is_alive() and ShardIndex.load(tmp_path / "index").samples == 1
+    other.join(60)
+    assert other.exitcode == 0 and ShardIndex.load(tmp_path / "index").samples == 3
+
+
+@pytest.mark.parametrize("damage", ["gone", "truncated", "short"])
+def test_a_table_that_cannot_be_used_is_named(make_shards, tmp_path, damage):
+    built = build_index([str(path) for path in make_shards([3])], tmp_path / "index")
+    table = Path(built.shards[0].table)
+    if damage == "gone":
+        table.unlink()
+    elif damage == "truncated":
+        table.write_bytes(table.read_bytes()[:-40])
+    else:
+        pq.write_table(pq.read_table(table).slice(0, 2), table)
+    index = ShardIndex.load(tmp_path / "index")
+    shard_index.read_table.cache_clear()
+    for use in (index.verify, lambda: index.table(0)):
+        with pytest.raises(UserError, match=f"index table {table}: .*`safeclip index") as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert len(contents(build_index([shard.path for shard in index.shards], tmp_path / "index"))) == 3
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/null", path)])
+def test_what_is_no_regular_file_is_refused(tmp_path, make):
+    make(tmp_path / "a.tar")
+    refused([tmp_path / "a.tar"], tmp_path, "a.tar: no regular file")

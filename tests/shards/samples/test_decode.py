@@ -288,7 +288,7 @@ def test_a_refusal_says_what_was_found(data, reason):
 
 
 INVISIBLE = ["\ufeff", "\0", "\u200b\u2060", "\u200d\u200e\ufe0f", "\x07\x1b", "\xad", "&nbsp; &#8203;", "\x1b[31m"]
-INVISIBLE += ["\u202e\u3000", "<start_of_text><END_OF_TEXT>"]
+INVISIBLE += ["\u202e\u3000", "<start_of_text><END_OF_TEXT>", "\uff06nbsp;", "\uff1cstart_of_text>", "\ufdd0\U0001ffff"]
 
 
 @pytest.mark.parametrize(
@@ -310,3 +310,8 @@ def test_captions_that_are_none(data, reason):
 def test_a_caption_is_stripped():
     assert decode_caption(" ein Bär \n".encode()) == "ein Bär"
     assert decode_caption("\ufeff a dog\ufeff".encode()) == "a dog"
+
+
+@pytest.mark.parametrize("caption", ["\U0001fae8", "\U000e0fff", "\ue000", "\uff06amp;"])  # of some Python no letters
+def test_a_caption_is_visible_to_every_version_of_python(caption):
+    assert decode_caption(caption.encode()) == caption
