@@ -30,6 +30,7 @@ from shards.index.scan import PICTURES, Finding, fingerprint_of, saved, scan_sha
 from shards.index.tar import NO_TAR
 from shards.progress import progress
 from shards.storage import remote
+from shards.storage.cache import is_same
 from shards.storage.files import write_bytes, write_json
 
 VERSION = 3
@@ -231,10 +232,18 @@ def read_table(path: str, samples: int) -> ShardTable:
 def turn(out: Path) -> Iterator[None]:
     """Only one process at a time is in the block of the folder `out`; others wait."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "ab") as file:
-        # Of this process alone: workers that outlive it do not hold the lock, as they would that of flock().
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+    path = out / ".lock"
+    while True:
+        with open(path, "ab") as file:
+            # Of this process alone: workers that outlive it do not hold the lock, as they would that of flock().
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            if not is_same(file.fileno(), path):  # who held it has removed it
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def remove_old_tables(folder: Path, used: set[str], before: set[str]) -> None:

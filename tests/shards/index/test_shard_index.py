@@ -234,6 +234,7 @@ def test_processes_that_index_into_one_folder_wait_for_each_other(make_shards, t
         assert other.is_alive() and ShardIndex.load(tmp_path / "index").samples == 1
     other.join(60)
     assert other.exitcode == 0 and ShardIndex.load(tmp_path / "index").samples == 3
+    assert not (tmp_path / "index" / ".lock").exists()
 
 
 @pytest.mark.parametrize("damage", ["gone", "truncated", "short"])
