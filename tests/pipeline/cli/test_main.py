@@ -3,6 +3,7 @@ wrong."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -300,10 +301,11 @@ def test_what_one_rank_alone_may_find_is_said_by_any_rank(monkeypatch, capsys, e
         )
 
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(main.safeclip, "invoke", invoke)
     with pytest.raises(SystemExit, match="2"):
         main.main(["config"])
-    assert capsys.readouterr().err == ("safeclip: shard a\n" if said else "")
+    assert re.fullmatch(r"safeclip: rank 1 \S+: shard a\n" if said else "", capsys.readouterr().err)
 
 
 def test_help_needs_no_heavy_package():
