@@ -71,7 +71,8 @@ def main():
                     key = f"{name} {preset} {processes}"
                     run_dir = folder / key.replace(" ", "_")
                     own = [f"preset={preset}", f"run.dir={run_dir}", "run.keep=1", "evaluation.test=null"]
-                    run(["train", config, *own, "data.workers=0", *words], processes)
+                    # A batch that the smallest safe set of these few pairs fills.
+                    run(["train", config, *own, "data.workers=0", "train.batch_size=64", *words], processes)
                     found[key] = learnt(run_dir)
                     print(key, found[key]["weights"][:12], flush=True)
                     args.out.write_text(json.dumps(found, indent=1) + "\n")
