@@ -138,7 +138,7 @@ def on_the_gpu(folder):
     running.train(config(folder, "moved", train__zero_stage=0))
 
 
-def test_a_run_begun_on_the_cpu_goes_on_on_the_gpu(data, monkeypatch):
+def test_a_run_begun_on_the_cpu_resumes_on_the_gpu(data, monkeypatch):
     with monkeypatch.context() as hidden:
         hidden.setenv("CUDA_VISIBLE_DEVICES", "")
         run_ranks(on_the_cpu, WORLD, data)

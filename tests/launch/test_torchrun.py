@@ -97,7 +97,7 @@ def test_two_nodes_start_again_by_themselves_when_a_process_is_killed(folder):
     assert weights(folder, "killed") == weights(folder, "whole")
 
 
-def test_a_signal_to_the_script_saves_and_the_same_command_goes_on(folder):
+def test_a_signal_to_the_script_saves_and_the_same_command_resumes(folder):
     for number, at in ((signal.SIGUSR1, None), (signal.SIGUSR1, 10), (signal.SIGTERM, 40)):
         script = launch(folder, "stopped", PROCESSES=2)
         if at is None:  # while it still imports

@@ -150,7 +150,7 @@ def test_a_job_that_nears_its_time_limit_saves_and_goes_back_into_the_queue(whol
     assert job.weights() == whole.weights()
 
 
-def test_a_job_that_is_preempted_saves_makes_way_and_goes_on(whole):
+def test_a_preempted_job_saves_makes_way_and_resumes(whole):
     whole.end()  # it would be pre-empted too
     job = Training(whole.folder, "preempted")
     job.wait_for_step(10)
@@ -162,7 +162,7 @@ def test_a_job_that_is_preempted_saves_makes_way_and_goes_on(whole):
     assert job.weights() == whole.weights()
 
 
-def test_a_requeued_job_goes_on_and_so_does_one_that_lost_a_process(whole):
+def test_a_requeued_job_resumes_and_so_does_one_that_lost_a_process(whole):
     job = Training(whole.folder, "requeued")
     job.wait_for_step(10)
     job.slurm("scontrol", "requeue", job.number)

@@ -45,7 +45,7 @@ def test_apply_keeps_every_member_of_the_kept_samples(here, capsys, keep):
     assert sizes == {f"0000{n}.tar": len(samples([here / f"out/a/0000{n}.tar"])) for n in range(3)}
 
 
-def test_apply_goes_on_with_the_shards_that_lack(here, capsys):
+def test_apply_resumes_with_the_shards_that_are_missing(here, capsys):
     run(capsys, "mask", "apply", "masks/one", ALL[0], "--out", "out")
     first = Path("out/a/00000.tar").stat()
     run(capsys, "mask", "apply", "masks/one", *ALL, "--out", "out")

@@ -68,7 +68,7 @@ def test_two_processes_give_the_same_files(scored, tmp_path):
     np.testing.assert_array_equal(cosines(tmp_path / "two"), cosines(folder / "scores"))
 
 
-def test_goes_on_with_the_shards_that_are_missing(scored, tmp_path):
+def test_scoring_resumes_with_the_shards_that_are_missing(scored, tmp_path):
     folder, paths, model = scored
     out = tmp_path / "scores"
     shutil.copytree(folder / "scores", out)

@@ -249,7 +249,7 @@ def test_a_batch_that_the_processes_do_not_divide_is_named_once(world):
     )
 
 
-def test_bad_samples_are_noted_and_the_run_goes_on(world, tmp_path):
+def test_bad_samples_are_recorded_and_the_run_continues(world, tmp_path):
     from tests.helpers.pictures import picture
 
     members = []

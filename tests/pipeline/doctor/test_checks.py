@@ -66,7 +66,7 @@ def fatal(made, **words):
     return "; ".join(f"{about}: {text}" for level, about, text in found if level == "fatal")
 
 
-def test_a_run_that_can_start_or_go_on_is_called_sound_and_nothing_is_written(world):
+def test_a_run_that_can_start_or_resume_is_sound_and_nothing_is_written(world):
     before = sorted(world.rglob("*"))
     for name in ("run", "new"):
         assert fatal(config(world, name)) == ""

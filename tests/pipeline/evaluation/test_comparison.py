@@ -53,7 +53,7 @@ def words(folder, *more):
     return [*places, "--jobs", "1", "--seeds", "0", *more]
 
 
-def test_what_was_cut_off_goes_on_and_what_is_finished_is_not_run_again(folder, capfd):
+def test_what_was_interrupted_resumes_and_what_is_finished_is_not_run_again(folder, capfd):
     """Group b cannot be made, which costs group a nothing."""
     asked = words(folder, "--attacks", "a", "b", "--defences", "none")
     process = subprocess.Popen([sys.executable, "-m", "pipeline.evaluation.comparison", *asked], cwd=ROOT)

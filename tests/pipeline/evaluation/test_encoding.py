@@ -142,7 +142,7 @@ def test_a_probe_of_one_class_has_no_figure(test_set):
     assert linear_probe(encoder, image_ND, evaluator.test, labels, labels, 0) is None
 
 
-def test_a_model_in_training_is_evaluated_in_eval_mode_and_goes_on_training(test_set):
+def test_a_model_is_evaluated_in_eval_mode_and_then_in_training_mode_again(test_set):
     evaluator, model = Evaluator(Evaluation(test=str(test_set))), towers()
     model.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
     seen = []

@@ -173,6 +173,6 @@ def save_and_load_all(folder):
     return {stage: save_and_load(folder, stage) for stage in (0, 1, 2, 3)}
 
 
-def test_what_is_saved_goes_on_bit_for_bit_at_every_stage(tmp_path):
+def test_what_is_saved_resumes_bit_for_bit_at_every_stage(tmp_path):
     for stage, (whole, resumed) in run_ranks(save_and_load_all, 2, str(tmp_path))[0].items():
         assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole), stage

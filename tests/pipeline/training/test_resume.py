@@ -117,7 +117,7 @@ def start_on_two(folder, stages):
         )  # in the first epoch with a selection round, after its step 4
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(data):
+def test_a_run_resumes_with_another_number_of_ranks(data):
     """Saved by 2 ranks in mid-epoch, it continues with 1, 2 and 4: the same masks, and losses within 1e-4."""
     stages = (0, 1, 2, 3)
     run_ranks(start_on_two, 2, data, stages)

@@ -76,7 +76,7 @@ def test_a_list(folder, name):
     assert "1 columns, the header has 2" in reasons[6]
 
 
-def test_it_goes_on_where_it_was_cut_off_and_is_the_same(folder, monkeypatch):
+def test_it_resumes_where_it_was_interrupted_and_is_the_same(folder, monkeypatch):
     lines = "".join(f"pictures/sub.dir/{i % 3}.v1.{('png', 'jpeg', 'webp')[i % 3]},caption {i}\n" for i in range(10))
     (folder / "list.csv").write_text("path,caption\n" + lines + "pictures/none.jpg,x\n")
     whole = from_csv(folder / "list.csv", folder / "whole", per_shard=3, workers=1)
