@@ -259,7 +259,7 @@ def check_config(config: Config, run_dir: Path) -> None:
     changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(there, config.model_dump()))
     raise UserError(
         f"run.dir: {run_dir} holds a run with another config ({changed}); "
-        "use the same config to continue it, another run.dir, or run.accept_changes=true to continue with the new values"
+        "use the same config, another run.dir, or run.accept_changes=true to continue with the new values"
     )
 
 
