@@ -55,8 +55,8 @@ def curriculum(train: Train, every: int | None, steps_per_epoch: int) -> list[Ep
     """The epochs of a run, of `steps_per_epoch` steps each.
 
     After the warm-up come steps_before_selection of plain CLIP on all pairs; the epoch in which they end continues as
-    the first SafeCLIP epoch. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0, 2,
-    6, 14, ... of them, so that each mask holds twice as long as the one before, as long as at least as many epochs
+    the first SafeCLIP epoch. Before every `every`-th SafeCLIP epoch the pairs are selected anew. None: before number 0,
+    2, 6, 14, ... of them, so that each mask holds twice as long as the one before, as long as at least as many epochs
     follow as were before.
     """
     if train.method == "roclip":
