@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 HEAD = """\
 # Configuration
 
-This file is made by `python -m pipeline.config.reference > configs/README.md`; \
+This file is made by `python -m pipeline.config.reference > configs/README.md`;
 change `pipeline/config/schema.py` instead.
 
 A configuration is made of four layers, each over the one before it: the defaults below, the preset, the YAML file, and

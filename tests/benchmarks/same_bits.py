@@ -1,12 +1,12 @@
 """What small runs of every preset learn, to the bit: for a change of the code that may change nothing.
 
 python -m tests.benchmarks.same_bits before.json              on the code before the change
-python -m tests.benchmarks.same_bits after.json --like before.json      after it; exit code 1 and a line for each difference
+python -m tests.benchmarks.same_bits after.json --like before.json      after it; exit code 1 where they differ
 
 Runs are of 2,000 rendered scenes (6 epochs, 1 and 2 processes) and, where data/photos is there, of its first 5,000
-photographs (4 epochs). Of each it keeps the SHA-256 of every safe set and of the final weights, and of the losses of all
-logged steps. The same on one machine with one build of torch.
-"""  # noqa: E501
+photographs (4 epochs). Of each it keeps the SHA-256 of every safe set and of the final weights, and of the losses of
+all logged steps. The same on one machine with one build of torch.
+"""
 
 import argparse
 import hashlib

@@ -1,5 +1,6 @@
 """The report of a comparison: comparison.md and its pictures beside the results file."""
 
+import textwrap
 from pathlib import Path
 
 from pipeline.config.load import read_yaml
@@ -60,8 +61,19 @@ def write_report(results: Path, definition: str | Path) -> str:
     parts += ["## Not run\n", not_run(rows, definition) + "\n", *not_shown(found, groups)]
     parts.append(f"Commits: {', '.join(commits(rows))}.")
     path = folder / "comparison.md"
-    write_bytes(path, ("\n".join(parts) + "\n").encode())
+    write_bytes(path, (wrapped("\n".join(parts)) + "\n").encode())
     return f"{path}: {len(rows)} cells of {', '.join(names)}"
+
+
+def wrapped(text: str) -> str:
+    """Markdown in lines of 120 columns, tables aside."""
+
+    def lines(line: str) -> list[str]:
+        if len(line) <= 120 or line.startswith(("|", "![", "<")):
+            return [line]
+        return textwrap.wrap(line, 120, subsequent_indent="  " if line.startswith("- ") else "", break_on_hyphens=False)
+
+    return "\n".join(part for line in text.split("\n") for part in lines(line))
 
 
 def section(name: str, groups: list[GroupRows]) -> list[str]:
