@@ -133,7 +133,7 @@ def compare(folder, paths, rows):
             assert successes.keys() == set(index.table(shard).keys)
             for position, key in enumerate(index.table(shard).keys):
                 picture, sample = reader.image_bytes(shard, position), theirs[len(captions)]
-                captions.append(reader.text_bytes(shard, position).decode())
+                captions.append(reader.texts(shard, position)[0].decode())
                 assert (sample["__key__"], sample["jpg"], sample["txt"].decode()) == (key, picture, captions[-1])
                 assert successes[key] == captions[-1] and Image.open(io.BytesIO(picture)).size == (32, 32)
         assert sorted(captions) == sorted(expected) and len(theirs) == len(expected) and not index.findings

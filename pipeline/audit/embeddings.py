@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from shards.errors import UserError
 from shards.index.scan import MISSING
-from shards.index.shard_index import Shard, ShardIndex, ShardTable
+from shards.index.shard_index import Members, Shard, ShardIndex, ShardTable
 from shards.order.safe_mask import fingerprint
 
 KINDS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet", "cells": "npy"}
@@ -125,4 +125,5 @@ class EmbeddingFolder(ShardIndex):
 
 def only_keys(keys: list[str]) -> ShardTable:
     """The table of pairs that have neither picture nor text in a shard."""
-    return ShardTable(keys, *[np.broadcast_to(np.int64(MISSING), len(keys))] * 6)
+    none = Members(*[np.broadcast_to(np.int64(MISSING), len(keys))] * 3)
+    return ShardTable(keys, none, (none,))

@@ -26,7 +26,7 @@ from pipeline.config.schema import Data, Selection
 from pipeline.distributed import comm
 from pipeline.safety.round import SelectionRound, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles, Unread, load_scores
-from pipeline.safety.scoring import assign_shards, shard_batches
+from pipeline.safety.scoring import assign_shards, least_similar, shard_batches
 from shards.errors import BadSample, UserError
 from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import fingerprint
@@ -48,16 +48,18 @@ class Rowset:
     False."""
 
     images: torch.Tensor  # (B, C, H, W)
-    tokens: torch.Tensor  # int64 (B, L)
+    tokens: torch.Tensor  # int64 (T, L): of all captions, at least one a row
+    caption_of: torch.Tensor  # int64 (T,), ascending: the row of each
     valid: torch.Tensor  # bool (B,)
-    captions: list[str | None]  # None where there is none
+    captions: list[str | None]  # (T,) None where there is none
     hashes: np.ndarray  # uint64 (B,)
     cells: np.ndarray  # uint32 (B, GRID * GRID)
     bad: list[Unread]
 
 
-# Of a batch: its rows, their cosines, and their embeddings of pictures and texts; None where no row could be read.
-Scored = tuple[Rowset, np.ndarray, np.ndarray | None, np.ndarray | None]
+# Of a batch: its rows, their cosines, the captions that these are of, and the embeddings of pictures and captions, None
+# where no row could be read.
+Scored = tuple[Rowset, np.ndarray, list[str | None], np.ndarray | None, np.ndarray | None]
 
 
 class Pairs(Dataset):
@@ -84,12 +86,12 @@ class Pairs(Dataset):
         shard, numbers = self.batches[i]
         rows, first = len(numbers), int(self.samples.index.offsets[shard])
         images: list[torch.Tensor | None] = [None] * rows
-        captions: list[str | None] = [None] * rows
+        captions: list[list[str]] = [[]] * rows
         bad: list[Unread] = []
         hashes, cells = np.zeros(rows, np.uint64), np.zeros((rows, GRID * GRID), np.uint32)
         for row, position in enumerate(number - first for number in numbers):
             try:
-                captions[row] = self.samples.caption(shard, position)
+                captions[row] = self.samples.captions(shard, position)
                 image = self.samples.image(shard, position)
                 hashes[row], cells[row] = signature(image)
                 images[row] = self.preprocess(image)
@@ -99,7 +101,10 @@ class Pairs(Dataset):
         some = next((image for image in images if image is not None), None)
         blank = torch.zeros_like(some) if some is not None else torch.zeros(3, 1, 1)
         pixels = torch.stack([blank if image is None else image for image in images])
-        return Rowset(pixels, self.tokenize([text or "" for text in captions]), valid, captions, hashes, cells, bad)
+        texts = [text for found in captions for text in found or [None]]
+        caption_of = torch.tensor([row for row, found in enumerate(captions) for _ in found or [None]])
+        tokens = self.tokenize([text or "" for text in texts])
+        return Rowset(pixels, tokens, caption_of, valid, texts, hashes, cells, bad)
 
 
 def score(
@@ -229,11 +234,16 @@ def score_shards(
     reading = zip(todo, fetched_ahead(batches(dataset, 0, workers), dataset))
     for (shard, numbers), rows in progress(reading, len(todo), "batches of rank 0 scored", comm.is_rank0()):
         if rows.valid.any():
-            image_BD, text_BD = scorer.encode(rows.images.to(device), rows.tokens.to(device))
+            image_BD, text_TD = scorer.encode(rows.images.to(device), rows.tokens.to(device))
+            least_B = least_similar(image_BD, text_TD, rows.caption_of.to(device))
+            text_BD, captions = text_TD[least_B], [rows.captions[number] for number in least_B.tolist()]
             cos_B = (image_BD * text_BD).sum(1).masked_fill(~rows.valid.to(device), float("nan"))
-            parts.append((rows, cos_B.cpu().numpy(), image_BD.half().cpu().numpy(), text_BD.half().cpu().numpy()))
+            embeddings = (image_BD.half().cpu().numpy(), text_BD.half().cpu().numpy())
+            parts.append((rows, cos_B.cpu().numpy(), captions, *embeddings))
         else:
-            parts.append((rows, np.full(len(rows.valid), np.nan, np.float32), None, None))
+            first = dict(zip(reversed(rows.caption_of.tolist()), reversed(rows.captions)))
+            captions = [first[row] for row in range(len(rows.valid))]
+            parts.append((rows, np.full(len(rows.valid), np.nan, np.float32), captions, None, None))
         if numbers.stop == index.offsets[shard + 1]:
             write_shard(out, shard, index, files, parts, keep)
             parts = []
@@ -241,8 +251,7 @@ def score_shards(
 
 def write_shard(out: Path, shard: int, index: ShardIndex, files: ScoreFiles, parts: list[Scored], keep: bool) -> None:
     """Everything of one shard."""
-    rowsets, cosines, images, texts = zip(*parts)
-    captions = [text for rows in rowsets for text in rows.captions]
+    rowsets, cosines, captions, images, texts = zip(*parts)
     hashes = np.concatenate([rows.hashes for rows in rowsets])
     if keep:
         width = next((part.shape[1] for part in images if part is not None), 1)
@@ -253,7 +262,7 @@ def write_shard(out: Path, shard: int, index: ShardIndex, files: ScoreFiles, par
             ]
             save_array(part_path(out, kind, shard), np.concatenate(filled))
         save_array(part_path(out, "cells", shard), np.concatenate([rows.cells for rows in rowsets]))
-    write_metadata(out, shard, index.table(shard).keys, captions, hashes if keep else None)
+    write_metadata(out, shard, index.table(shard).keys, sum(captions, []), hashes if keep else None)
     cos_N = np.concatenate(cosines)
     files.write(shard, cos_N, {position: reason for rows in rowsets for _, position, _, reason in rows.bad})
 

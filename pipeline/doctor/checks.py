@@ -147,10 +147,10 @@ def check_bad_samples(data: Data, index: ShardIndex) -> Findings:
 
 def unusable(table: str) -> dict[int, str]:
     """{position: reason} of the samples of a shard that its index found to be unusable."""
-    sizes = pq.read_table(table, columns=["image_size", "text_size"])
-    image_N, text_N = (sizes[name].to_numpy() for name in ("image_size", "text_size"))
+    sizes = pq.read_table(table, columns=[name for name in pq.read_schema(table).names if name.endswith("_size")])
+    image_N, *texts = (column.to_numpy() for column in sizes.columns)
     found = {int(position): "no picture" for position in np.flatnonzero(image_N <= 0)}
-    found |= {int(position): "no caption" for position in np.flatnonzero(text_N <= 0)}
+    found |= {int(position): "no caption" for position in np.flatnonzero(np.maximum.reduce(texts) <= 0)}
     listed = (Finding(**one) for one in (scan.saved(Path(table)) or {"findings": []})["findings"])
     return found | {one.position: one.kind for one in listed if one.position is not None and not one.damage}
 

@@ -1,4 +1,5 @@
-"""Scoring: cosine similarity of every picture with its own caption, on all ranks (Yang et al. 2024, section 4)."""
+"""Scoring: cosine similarity of every picture with its own caption, on all ranks (Yang et al. 2024, section 4). Of
+several captions the least similar counts, because training draws any of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -43,16 +44,31 @@ def embed(
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield (batch, cos_B) of loader.PlainBatches, with the batch on `device` and the model in eval mode.
 
-    cos_B: float32 (B,), the cosine of each picture with its caption, NaN where the pair could not be read.
+    cos_B: float32 (B,), the cosine of each picture with its least similar caption, NaN where the pair could not be
+    read.
     """
     was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
     engine.eval()
     dataset = PlainBatches(samples, pairs, views)
     for batch in fetched_ahead(batches(dataset, workers=workers), dataset):
         here = batch.to(device)
-        image_BD, text_BD, _ = engine(here.images, here.tokens)
+        image_BD, text_TD, _ = engine(here.images, here.tokens)
+        text_BD = text_TD if here.caption_of is None else text_TD[least_similar(image_BD, text_TD, here.caption_of)]
         yield here, (image_BD * text_BD).sum(1).float().masked_fill(~here.valid, float("nan"))
     engine.train(was_training)
+
+
+def least_similar(image_BD: torch.Tensor, text_TD: torch.Tensor, caption_of_T: torch.Tensor) -> torch.Tensor:
+    """int64 (B,): for each picture the row of text_TD with the least cosine among its captions; the first of equal
+    ones.
+
+    caption_of_T: int64 (T,), ascending: the picture of each text; every picture has one.
+    """
+    cos_T = (image_BD[caption_of_T] * text_TD).sum(1)
+    by_cosine_T = cos_T.argsort(stable=True)
+    order_T = by_cosine_T[caption_of_T[by_cosine_T].argsort(stable=True)]  # of each picture the least comes first
+    first_B = torch.searchsorted(caption_of_T, torch.arange(len(image_BD), device=caption_of_T.device))
+    return order_T[first_B]
 
 
 def score_all_pairs(

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from shards.errors import BadSample, UserError
 from shards.index import tar
 from shards.storage import remote
-from shards.storage.captions import MAX_TEXT, json_field, read_caption
+from shards.storage.captions import MAX_TEXT, Source, read_caption, sources, usable
 from shards.storage.files import write_bytes
 
 FORM = 3  # of the tables; another one makes all of them anew
@@ -26,7 +26,6 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 SHOWN = 3  # members that a reason names
 MISSING = -1  # size of a member that the sample does not have
 MEMBER = {"offset": pa.int64(), "size": pa.int64(), "crc": pa.uint32()}  # crc: CRC-32 of the content
-SCHEMA = [("key", pa.string())] + [(f"{kind}_{part}", MEMBER[part]) for kind in ("image", "text") for part in MEMBER]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,9 @@ def scan_shard(
         row["key"] = tar.key_text(row["key"])
     about_it = {"scan": json.dumps({"shard": entry, "findings": [asdict(finding) for finding in findings]})}
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(SCHEMA, metadata=about_it)), sink)
+    kinds = ["image", *texts_of(text)]
+    schema = [("key", pa.string())] + [(f"{kind}_{part}", MEMBER[part]) for kind in kinds for part in MEMBER]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(schema, metadata=about_it)), sink)
     write_bytes(tables / name, sink.getvalue())
     return {**entry, "table": name}, findings
 
@@ -119,19 +120,21 @@ def saved(path: Path) -> dict | None:
 def read_samples(
     path: str, stream: tar.Stream, size: int | None, text: str, image: str
 ) -> tuple[list[dict], list[Finding]]:
-    """(rows, [Finding]): the samples of a tar in order, as dicts of SCHEMA. A new key begins a new sample."""
-    field = text.partition(":")[2]
-    said = {"image": "picture", "text": "caption"}
-    names = {"image": image.split(",") if image else PICTURES, "text": ["json"] if field else text.split(",")}
-    member_of = {name: kind for kind in said for name in names[kind]}
-    # Of two members the one that is named first is read; without names two pictures are a mistake.
-    rank = {name: place if image or kind == "text" else 0 for kind in said for place, name in enumerate(names[kind])}
+    """(rows, [Finding]): the samples of a tar in order, as the columns of a table. A new key begins a new sample."""
+    texts = texts_of(text)
+    names = {"image": tuple(image.split(",")) if image else PICTURES}
+    names |= {kind: source.members for kind, source in texts.items()}
+    said = {kind: "caption" if kind in texts else "picture" for kind in names}
+    kinds_of: dict[str, list[str]] = {}
+    for kind in names:
+        for name in names[kind]:
+            kinds_of.setdefault(name, []).append(kind)
     rows: list[dict] = []
     findings: list[Finding] = []
     seen: set[str] = set()
     taken: dict[str, int] = {}  # by kind: rank of the member of the last sample
     wrong: dict[tuple[int, str], tuple[int, str]] = {}  # by position and kind: byte, and why it cannot be used
-    dotted: dict[tuple[int, str], tar.Member] = {}
+    dotted: dict[tuple[int, str], tar.Member] = {}  # by position and picture or caption
     others: dict[str, list[str]] = {}  # by key: members that are not read, and why
 
     def find(
@@ -158,38 +161,48 @@ def read_samples(
             seen.add(key)
             absent = {"offset": 0, "size": MISSING, "crc": 0}
             taken = {}
-            rows.append({"key": key} | {f"{kind}_{part}": absent[part] for kind in said for part in MEMBER})
-        row, position, kind = rows[-1], len(rows) - 1, member_of.get(extension)
-        if kind is None:
-            last = member_of.get(extension.rpartition(".")[2])
+            rows.append({"key": key} | {f"{kind}_{part}": absent[part] for kind in names for part in MEMBER})
+        row, position, kinds = rows[-1], len(rows) - 1, []
+        if extension not in kinds_of:
+            last = kinds_of.get(extension.rpartition(".")[2])
             if last and "." in extension:
-                dotted.setdefault((position, last), member)
+                dotted.setdefault((position, said[last[0]]), member)
             others.setdefault(key, []).append(f"{member.name!r} is not read")
             continue
-        if rank[extension] >= taken.get(kind, len(rank)):
-            if rank[extension] == taken[kind]:
-                find(member.offset, key, f"sample {key!r} has two {kind} members", True, position)
+        for kind in kinds_of[extension]:
+            # Of two members the one that is named first is read; without names two pictures are a mistake.
+            rank = names[kind].index(extension) if image or kind in texts else 0
+            if rank < taken.get(kind, len(names[kind])):
+                taken[kind] = rank
+                kinds.append(kind)
+            elif rank == taken[kind]:
+                what = "text" if kind in texts else "image"
+                find(member.offset, key, f"sample {key!r} has two {what} members", True, position)
+        if not kinds:
             continue
-        taken[kind] = rank[extension]
-        wrong.pop((position, kind), None)
-        data = stream.read(min(member.length, MAX_TEXT + 1)) if kind == "text" else b""
-        row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset, member.length
-        row[f"{kind}_crc"] = checksum(stream, data, member.length)
-        if not member.length:
-            wrong[position, kind] = member.offset, f"empty {said[kind]}"
-        elif kind == "text":
+        data = stream.read(min(member.length, MAX_TEXT + 1)) if texts.keys() & kinds else b""
+        crc = checksum(stream, data, member.length)
+        for kind in kinds:
+            row |= {f"{kind}_offset": member.offset, f"{kind}_size": member.length, f"{kind}_crc": crc}
+            wrong.pop((position, kind), None)
             try:
-                read_caption(json_field(data, field) if field else data)
+                if not member.length:
+                    raise BadSample(f"empty {said[kind]}")
+                if kind in texts:
+                    usable(texts[kind].texts(data), read_caption)
             except BadSample as error:
                 wrong[position, kind] = member.offset, str(error)
     for position, row in enumerate(rows):
-        for kind, what in said.items():
-            if (position, kind) in wrong:
-                byte, reason = wrong[position, kind]
-                find(byte, row["key"], reason, False, position, True)
-            if row[f"{kind}_size"] != MISSING:
+        for what, kinds in (("picture", ["image"]), ("caption", list(texts))):
+            there = [kind for kind in kinds if row[f"{kind}_size"] != MISSING]
+            faults = [wrong[position, kind] for kind in there if (position, kind) in wrong]
+            if len(faults) < len(there):
                 continue
-            other = dotted.get((position, kind))
+            if faults:
+                byte, reason = faults[0]
+                find(byte, row["key"], reason, False, position, True)
+                continue
+            other = dotted.get((position, what))
             if other:
                 reason = (
                     f"sample {row['key']!r} has no {what}, but a member {other.name!r}: "
@@ -199,9 +212,15 @@ def read_samples(
             else:
                 reason = f"no {what}"
                 if row["key"] in others:
-                    reason = "; ".join([reason, *others[row["key"]][:SHOWN], f"expected KEY.{', '.join(names[kind])}"])
-                find(max(row["image_offset"], row["text_offset"]), row["key"], reason, False, position, True)
+                    expected = dict.fromkeys(name for kind in kinds for name in names[kind])
+                    reason = "; ".join([reason, *others[row["key"]][:SHOWN], f"expected KEY.{', '.join(expected)}"])
+                find(max(row[f"{kind}_offset"] for kind in names), row["key"], reason, False, position, True)
     return rows, findings
+
+
+def texts_of(text: str) -> dict[str, Source]:
+    """The sources that `--text` names, by the name of their columns in a table: text, text1, text2, ..."""
+    return {f"text{number or ''}": source for number, source in enumerate(sources(text))}
 
 
 def checksum(stream: tar.Stream, data: bytes, length: int) -> int:

@@ -26,11 +26,12 @@ import pyarrow.parquet as pq
 
 from shards.errors import ChangedShard, UserError
 from shards.index.names import named
-from shards.index.scan import PICTURES, Finding, fingerprint_of, saved, scan_shard, table_name
+from shards.index.scan import MEMBER, PICTURES, Finding, fingerprint_of, saved, scan_shard, table_name
 from shards.index.tar import NO_TAR
 from shards.progress import progress
 from shards.storage import remote
 from shards.storage.cache import is_same
+from shards.storage.captions import sources
 from shards.storage.files import write_bytes, write_json
 
 VERSION = 3
@@ -61,17 +62,22 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Members:
+    """A member of each sample of a shard: int64 (N,) byte offsets and sizes (MISSING = has none), and uint32 (N,)
+    CRC-32 of the content."""
+
+    offset: np.ndarray
+    size: np.ndarray
+    crc: np.ndarray
+
+
+@dataclass(frozen=True)
 class ShardTable:
-    """The samples of one shard, in order: names, int64 (N,) byte offsets and sizes (MISSING = has none), and uint32
-    (N,) CRC-32 of the content."""
+    """The samples of one shard, in order: names, pictures, and for each source of `--text` its texts."""
 
     keys: list[str]
-    image_offset: np.ndarray
-    image_size: np.ndarray
-    image_crc: np.ndarray
-    text_offset: np.ndarray
-    text_size: np.ndarray
-    text_crc: np.ndarray
+    image: Members
+    texts: tuple[Members, ...]
 
 
 class ShardIndex:
@@ -91,7 +97,7 @@ class ShardIndex:
         self.repetitions = np.ones(len(shards), np.int64) if repetitions is None else np.asarray(repetitions, np.int64)
         self.views = int((self.counts * self.repetitions).sum())
         # The bytes say it all, but for a field of a .json or members that are named.
-        names = (s.fingerprint + (s.text if re.search("[:,.]", s.text) else "") + s.image for s in shards)
+        names = (s.fingerprint + (s.text if re.search("[:,.+]", s.text) else "") + s.image for s in shards)
         self.fingerprint = hashlib.blake2b("".join(names).encode(), digest_size=16).hexdigest()
 
     @classmethod
@@ -224,8 +230,9 @@ def read_table(path: str, samples: int) -> ShardTable:
     with named_table(path):
         columns = pq.read_table(path)
         check_rows(len(columns), samples)
-        names = (f"{kind}_{part}" for kind in ("image", "text") for part in ("offset", "size", "crc"))
-        return ShardTable(columns["key"].to_pylist(), *(columns[name].to_numpy() for name in names))
+        kinds = [name.removesuffix("_size") for name in columns.column_names if name.endswith("_size")]
+        image, *texts = (Members(*(columns[f"{kind}_{part}"].to_numpy() for part in MEMBER)) for kind in kinds)
+        return ShardTable(columns["key"].to_pylist(), image, tuple(texts))
 
 
 @contextlib.contextmanager
@@ -272,8 +279,9 @@ def build_index(
     ShardIndex.
 
     `text` is what a sample's text is: the extension of a member ("txt" for captions, "cls" for labels), or
-    "json:FIELD", a field of its .json member; `image` what its picture is, "" for any of scan.PICTURES. Both may be
-    names behind the key, joined by commas ("input.png,png"), of which the first that a sample has is read.
+    "json:FIELD", a field of its .json member (captions.json_texts); `image` what its picture is, "" for any of
+    scan.PICTURES. Both may be names behind the key, joined by commas ("input.png,png"), of which the first that a
+    sample has is read. Sources of text joined by + each give captions of the sample.
 
     One pass over each shard, shards in parallel; a shard that `out` holds already and that has not changed is not read
     again (scan.scan_shard). A sample without picture or text keeps its position. Raises UserError naming the first
@@ -283,12 +291,13 @@ def build_index(
     """
     if not str(out):
         raise UserError("--out: got an empty path, expected a folder for the index")
-    if not re.fullmatch(f"{MEMBERS}|json:.+", text):
+    if not all(re.fullmatch(f"{MEMBERS}|json:.+", part) for part in text.split("+")):
         raise UserError(
             f"--text: got {text!r}, expected names of members behind the key, in lower case and joined by commas "
-            "(txt, cls, outputs.txt), or json:FIELD"
+            "(txt, cls, outputs.txt), or json:FIELD; several of these joined by + are captions of one picture"
         )
-    if not re.fullmatch(f"({MEMBERS})?", image) or set(image.split(",")) & set(text.split(",")):
+    of_text = {name for source in sources(text) for name in source.members}
+    if not re.fullmatch(f"({MEMBERS})?", image) or of_text.intersection(image.split(",")):
         raise UserError(
             f"--image: got {image!r}, expected other names of members behind the key than those of --text, in lower "
             "case and joined by commas (input.png)"
@@ -334,7 +343,8 @@ def scan_all(
         kinds = Counter(finding.kind for finding in unusable.values())
         most = next((finding for finding in unusable.values() if finding.kind == kinds.most_common(1)[0][0]), None)
         why = f" (most often, {kinds[most.kind]:,} times: sample {most.key!r}: {most.reason})" if most else ""
-        picture, caption = image or ",".join(PICTURES), "json" if text.startswith("json:") else text
+        picture = image or ",".join(PICTURES)
+        caption = ",".join(dict.fromkeys(name for source in sources(text) for name in source.members))
         raise UserError(
             f"shards {' '.join(map(str, paths[:SHOWN]))}{' ...' if len(paths) > SHOWN else ''}: none of "
             f"{len(unusable):,} samples in them has both, a picture and a usable text{why}; expected "

@@ -1,6 +1,7 @@
 """Samples: (shard, position) -> a picture and a caption, with the attack overlay applied while reading."""
 
 import copy
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -10,6 +11,7 @@ from shards.index.shard_index import ShardIndex
 from shards.samples.decode import Limits, decode_caption, decode_image
 from shards.samples.overlay import Overlay, Poison, Trigger
 from shards.storage.cache import Cache
+from shards.storage.captions import usable
 from shards.storage.reader import Reader
 from shards.storage.remote import TIMEOUT
 
@@ -65,14 +67,20 @@ class Samples:
         """The same as a PIL RGB picture. Raises BadSample."""
         return Image.fromarray(self.pixels(shard, position))
 
-    def caption(self, shard: int, position: int) -> str:
-        """Raises BadSample."""
+    def captions(self, shard: int, position: int) -> list[str]:
+        """All usable captions, at most captions.MAX_CAPTIONS. Raises BadSample where there is none."""
         poison, _ = self.replacement(shard, position)
-        return poison.caption if poison else decode_caption(self.reader.text_bytes(shard, position), self.limits)
+        if poison:
+            return [poison.caption]
+        return usable(self.reader.texts(shard, position), partial(decode_caption, limits=self.limits))
+
+    def caption(self, shard: int, position: int) -> str:
+        """The first caption. Raises BadSample."""
+        return self.captions(shard, position)[0]
 
     def label(self, shard: int, position: int) -> int:
         """The class number, for an index built with text="cls". Raises ValueError."""
-        return int(self.reader.text_bytes(shard, position))
+        return int(self.reader.texts(shard, position)[0])
 
     def key(self, shard: int, position: int) -> str:
         """The sample's name in its shard, for people."""

@@ -1,13 +1,17 @@
-"""What a usable caption is, and the text of a field of a .json member."""
+"""Where a sample's captions come from (`--text`), and what a usable one is."""
 
 import html
 import json
 import re
 import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 from shards.errors import BadSample
 
 MAX_TEXT = 1 << 20  # bytes of a caption or a .json member; more is not read
+MAX_CAPTIONS = 16  # usable captions of a sample; the others are not used
 # A letter or a digit that no normalising removes: not of an entity, a terminal escape or a tokenizer's own word.
 # U+FF06 and U+FF1C are the fullwidth & and <, which become the plain ones.
 CERTAIN = re.compile(r"[^&<\x1b\uff06\uff1c]*[0-9A-Za-z][^&<\x1b\uff06\uff1c]*")
@@ -21,6 +25,46 @@ TYPES = {
     list: "a list",
     dict: "a mapping",
 }
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of captions: the first of these members that a sample has, or with `field` that field of its
+    .json."""
+
+    members: tuple[str, ...]
+    field: str = ""
+
+    def texts(self, data: bytes) -> list[bytes]:
+        """The texts (UTF-8) in a member. Raises BadSample."""
+        return json_texts(data, self.field) if self.field else [data]
+
+
+@lru_cache
+def sources(text: str) -> tuple[Source, ...]:
+    """The sources that `--text` names, joined by +: members joined by commas, or json:FIELD."""
+    found = []
+    for part in text.split("+"):
+        _, _, field = part.partition(":")
+        found.append(Source(("json",), field) if field else Source(tuple(part.split(","))))
+    return tuple(found)
+
+
+def usable(texts: Iterable[bytes], decode: Callable[[bytes], str]) -> list[str]:
+    """`decode` of those of `texts` that are usable, at most MAX_CAPTIONS. Raises BadSample, as the first of them does,
+    where there is none."""
+    found: list[str] = []
+    wrong: list[BadSample] = []
+    for text in texts:
+        try:
+            found.append(decode(text))
+        except BadSample as error:
+            wrong.append(error)
+        if len(found) == MAX_CAPTIONS:
+            break
+    if not found:
+        raise wrong[0] if wrong else BadSample("no caption")
+    return found
 
 
 def read_caption(data: bytes) -> str:
@@ -61,21 +105,40 @@ def is_visible(character: str) -> bool:
     return category[0] in "LNPS" or category == "Co"
 
 
-def json_field(data: bytes, field: str) -> bytes:
-    """The text (UTF-8) in a field of a JSON object; a lone surrogate in it becomes a question mark. Raises
-    BadSample."""
+def json_texts(data: bytes, field: str) -> list[bytes]:
+    """The texts (UTF-8) in a field of a JSON object; a lone surrogate in them becomes a question mark.
+
+    `field`: a name, or names joined by dots that lead to a field of a mapping in a mapping. Lists on the way and at the
+    end give all their items; items without a text there are left out. Raises BadSample where there is no text.
+    """
     if len(data) > MAX_TEXT:
         raise BadSample(f"caption: .json of more than {MAX_TEXT} bytes")
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
         raise BadSample("caption: the .json cannot be parsed") from None
-    if not isinstance(found, dict):
-        raise BadSample(f"caption: the .json is {TYPES.get(type(found), 'a text')}, expected a mapping")
-    if field not in found:
-        names = ", ".join(f"'{name:.40}'" for name in list(found)[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
-        raise BadSample(f"caption: no field {field!r} in the .json, which has {names or 'none'}")
-    text = found[field]
-    if not isinstance(text, str):
-        raise BadSample(f"caption: field {field!r} is {TYPES[type(text)]}, expected a text")
-    return text.encode("utf-8", "replace")
+    values, where = [found], "the .json"
+    for name in [field] if isinstance(found, dict) and field in found else field.split("."):
+        mappings = [value for value in values if isinstance(value, dict)]
+        if not mappings:
+            raise BadSample(f"caption: {where} is {kind(values)}, expected a mapping")
+        values = items(one[name] for one in mappings if name in one)
+        if not any(name in one for one in mappings):
+            names = ", ".join(f"'{known:.40}'" for known in list(mappings[0])[:SHOWN])
+            names += ", ..." if len(mappings[0]) > SHOWN else ""
+            raise BadSample(f"caption: no field {name!r} in {where}, which has {names or 'none'}")
+        where = f"field {name!r}"
+    texts = [value for value in values if isinstance(value, str)]
+    if not texts:
+        raise BadSample(f"caption: {where} is {kind(values)}, expected a text")
+    return [text.encode("utf-8", "replace") for text in texts]
+
+
+def items(values: Iterable[object]) -> list[object]:
+    """The values, and the items of those that are lists in their place."""
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+def kind(values: list[object]) -> str:
+    """What the first of the values is, for people."""
+    return TYPES.get(type(values[0]), "a text") if values else "an empty list"

@@ -36,26 +36,27 @@ class StoredShard(Protocol):
     def remote(self) -> bool: ...
 
 
+class StoredMembers(Protocol):
+    """shards.index.shard_index.Members."""
+
+    @property
+    def offset(self) -> np.ndarray: ...
+
+    @property
+    def size(self) -> np.ndarray: ...
+
+    @property
+    def crc(self) -> np.ndarray: ...
+
+
 class StoredTable(Protocol):
     """shards.index.shard_index.ShardTable."""
 
     @property
-    def image_offset(self) -> np.ndarray: ...
+    def image(self) -> StoredMembers: ...
 
     @property
-    def image_size(self) -> np.ndarray: ...
-
-    @property
-    def image_crc(self) -> np.ndarray: ...
-
-    @property
-    def text_offset(self) -> np.ndarray: ...
-
-    @property
-    def text_size(self) -> np.ndarray: ...
-
-    @property
-    def text_crc(self) -> np.ndarray: ...
+    def texts(self) -> Sequence[StoredMembers]: ...
 
 
 class StoredIndex(Protocol):

@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
 from shards.errors import BadSample, ChangedShard
 from shards.storage import remote
 from shards.storage.cache import Cache
-from shards.storage.captions import json_field
-from shards.storage.protocols import StoredIndex
-
-if TYPE_CHECKING:
-    import numpy as np
+from shards.storage.captions import sources
+from shards.storage.protocols import StoredIndex, StoredMembers
 
 OPEN_FILES = 64
 OPEN_COPIES = 8  # of shards behind URLs: an open copy keeps its place in the cache
@@ -38,29 +34,33 @@ class Reader:
 
     def image_bytes(self, shard: int, position: int) -> bytes:
         """The encoded picture. Raises BadSample."""
-        table = self.index.table(shard)
-        return self.read(shard, position, "picture", table.image_offset, table.image_size, table.image_crc)
+        return self.read(shard, position, "picture", self.index.table(shard).image)
 
-    def text_bytes(self, shard: int, position: int) -> bytes:
-        """The caption (or label). Raises BadSample."""
-        table, text = self.index.table(shard), self.index.shards[shard].text
-        data = self.read(shard, position, "caption", table.text_offset, table.text_size, table.text_crc)
-        return json_field(data, text.partition(":")[2]) if text.startswith("json:") else data
+    def texts(self, shard: int, position: int) -> list[bytes]:
+        """The captions (or the label). Raises BadSample where there is none."""
+        found: list[bytes] = []
+        wrong: list[BadSample] = []
+        for source, members in zip(sources(self.index.shards[shard].text), self.index.table(shard).texts):
+            try:
+                found += source.texts(self.read(shard, position, "caption", members))
+            except BadSample as error:
+                wrong.append(error)
+        if not found:
+            raise wrong[0]
+        return found
 
-    def read(
-        self, shard: int, position: int, what: str, offset_N: np.ndarray, size_N: np.ndarray, crc_N: np.ndarray
-    ) -> bytes:
-        """The member at `position`, of which the arrays of the shard's table say the place and the checksum."""
-        size = size_N.item(position)
+    def read(self, shard: int, position: int, what: str, members: StoredMembers) -> bytes:
+        """The member at `position`."""
+        size, offset = members.size.item(position), members.offset.item(position)
         if size < 0:
             raise BadSample(f"no {what}")
         try:
             file = self.descriptor(shard)
             if file is None:
-                data = remote.read_range(self.index.shards[shard].path, offset_N.item(position), size)
+                data = remote.read_range(self.index.shards[shard].path, offset, size)
             else:
-                data = os.pread(file, size, offset_N.item(position))
-            if len(data) == size and zlib.crc32(data) == crc_N.item(position):
+                data = os.pread(file, size, offset)
+            if len(data) == size and zlib.crc32(data) == members.crc.item(position):
                 return data
             wrong = f"the {what} of sample {position} is not the one that was indexed"
         except OSError as error:

@@ -38,20 +38,24 @@ class Batch:
     """One rank's rows of a batch. A row that could not be read is there, blank and with valid = False."""
 
     images: torch.Tensor  # uint8 (V*B, C, H, W): all first views, then all second views
-    tokens: torch.Tensor  # int64 (V*B, L)
+    tokens: torch.Tensor  # int64 (V*B, L), or (T, L) with caption_of
     valid: torch.Tensor  # bool (B,)
     rows: torch.Tensor  # int64 (B,): number of the sample over all shards
     bad: list[tuple[int, int, str, str]]  # shard, position, key, reason
     colours: torch.Tensor | None = (
         None  # float32 (V*B, P): drawn, and yet to be changed on the device (shards/samples/colour.py)
     )
+    caption_of: torch.Tensor | None = None  # int64 (T,), ascending: the row of each caption, where rows have several
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`, and the colours changed."""
-        images, tokens, valid = (x.to(device, non_blocking=True) for x in (self.images, self.tokens, self.valid))
-        if self.colours is not None:
-            images = coloured_batch(images, self.colours.to(device, non_blocking=True))
-        return Batch(images, tokens, valid, self.rows, self.bad)
+        there = (self.images, self.tokens, self.valid, self.colours, self.caption_of)
+        images, tokens, valid, colours, caption_of = (
+            None if x is None else x.to(device, non_blocking=True) for x in there
+        )
+        if colours is not None:
+            images = coloured_batch(images, colours)
+        return Batch(images, tokens, valid, self.rows, self.bad, caption_of=caption_of)
 
     def pin_memory(self) -> "Batch":
         """For torch's DataLoader, which pins only what it knows: else a copy to the GPU waits for the step before."""
@@ -157,7 +161,7 @@ class TrainBatches(Dataset[Batch]):
         least = max(least_side(size, view.crop_min) for view in kinds)
 
         def read(row: int, shard: int, position: int) -> list[tuple]:
-            pixels_HWC, caption = self.samples.pixels(shard, position, least), self.samples.caption(shard, position)
+            pixels_HWC, captions = self.samples.pixels(shard, position, least), self.samples.captions(shard, position)
             views = []
             for number, view in enumerate(kinds, 1):
                 # Other views in each pass of the epoch, and for each repetition within a pass.
@@ -165,8 +169,9 @@ class TrainBatches(Dataset[Batch]):
                 rng = sample_rng(self.seed, self.epoch, shard, position, key)
                 pixels, colour = view.picture(pixels_HWC, size, rng)
                 picture = pixels if self.views.on_device else coloured(pixels, colour)
+                caption = captions[0] if len(captions) == 1 else captions[rng.integers(len(captions))]
                 text = self.views.caption(view, number, caption, rng, self.seed, shard, position)
-                views.append((picture, text, colour))
+                views.append((picture, [text], colour))
             return views
 
         drawn = self.views.on_device
@@ -174,7 +179,7 @@ class TrainBatches(Dataset[Batch]):
 
 
 class PlainBatches(Dataset[Batch]):
-    """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, the
+    """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, all
     captions of the second.
 
     Rows are numbers over all shards; a pair as it is has the same row twice. A bad sample is reported by the row of its
@@ -203,14 +208,15 @@ class PlainBatches(Dataset[Batch]):
 
         def read(row: int, shard: int, position: int) -> list[tuple]:
             pixels_HWC = self.samples.pixels(shard, position, least)
-            caption = self.samples.caption(*caption_place_B[row])
+            captions = self.samples.captions(*caption_place_B[row])
             if not scored_as:
-                return [(plain_view(pixels_HWC, size), caption)]
+                return [(plain_view(pixels_HWC, size), captions)]
             seed, epoch = scored_as
             # Views are numbered from 1 in training: 0 is another draw. The caption's variant is the first.
             rng = sample_rng(seed, epoch, shard, position, 0)
             picture = image_view(pixels_HWC, size, rng, view.augment)
-            return [(picture, self.views.caption(view, 1, caption, rng, seed, *caption_place_B[row]))]
+            place = caption_place_B[row]
+            return [(picture, [self.views.caption(view, 1, caption, rng, seed, *place) for caption in captions])]
 
         return collate(self.samples, self.views, shard_B, position_B, read, 1)
 
@@ -226,29 +232,31 @@ def collate(
 ) -> Batch:
     """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid.
 
-    read(row, shard, position): list of (picture, caption), or of (picture, caption, Colour), which is kept where it is
-    `drawn` and not done yet. Raises BadSample.
+    read(row, shard, position): list of (picture, captions), or of (picture, captions, Colour), which is kept where it
+    is `drawn` and not done yet; one caption where there are several views. Raises BadSample.
     """
     size, rows = views.size, len(shard_B)
     images = np.zeros((count, rows, 3, size, size), np.uint8)
-    captions = [["" for _ in range(rows)] for _ in range(count)]
+    captions = [[[""] for _ in range(rows)] for _ in range(count)]
     colours_VBP = np.zeros((count, rows, NUMBERS), np.float32) if drawn else None
     valid, bad = np.zeros(rows, bool), []
     for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
         try:
-            for view, (picture, caption, *colour) in enumerate(read(row, shard, position)):
-                images[view, row], captions[view][row] = picture.transpose(2, 0, 1), caption
+            for view, (picture, found, *colour) in enumerate(read(row, shard, position)):
+                images[view, row], captions[view][row] = picture.transpose(2, 0, 1), found
                 if drawn:
                     colours_VBP[view, row] = as_numbers(*colour)
             valid[row] = True
         except BadSample as error:
             images[:, row] = 0
             bad.append((shard, position, samples.key(shard, position), str(error)))
-    tokens = views.tokenize([caption for view in captions for caption in view])
+    tokens = views.tokenize([caption for view in captions for found in view for caption in found])
+    caption_of = [row for view in captions for row, found in enumerate(view) for _ in found]
     pixels = torch.from_numpy(images.reshape(count * rows, 3, size, size))
     numbers = torch.from_numpy(samples.index.offsets[shard_B] + position_B)
     colours = torch.from_numpy(colours_VBP.reshape(count * rows, NUMBERS)) if drawn else None
-    return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad, colours)
+    several = torch.tensor(caption_of) if len(caption_of) > count * rows else None
+    return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad, colours, several)
 
 
 def batches(

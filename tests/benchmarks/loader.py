@@ -90,8 +90,8 @@ def raw(folder, rounds):
     ranges = []
     for shard, position in places:
         table, file = index.table(shard), reader.descriptor(shard)
-        ranges.append((file, int(table.image_size[position]), int(table.image_offset[position])))
-        ranges.append((file, int(table.text_size[position]), int(table.text_offset[position])))
+        ranges.append((file, int(table.image.size[position]), int(table.image.offset[position])))
+        ranges.append((file, int(table.texts[0].size[position]), int(table.texts[0].offset[position])))
     found = {"webdataset": [], "ours": [], "pread": []}
     for turn in range(rounds + 1):  # the first warms up
         started = time.perf_counter()
@@ -101,7 +101,7 @@ def raw(folder, rounds):
         for step in make_steps(index, 256):
             shard_B, nth_B, _ = step.plan.batch(step.number)
             for shard, position in zip(shard_B.tolist(), nth_B.tolist()):
-                count += len(reader.image_bytes(shard, position)) > 0 and len(reader.text_bytes(shard, position)) > 0
+                count += len(reader.image_bytes(shard, position)) > 0 and len(reader.texts(shard, position)[0]) > 0
         found["ours"].append((time.perf_counter() - started) / count)
         started = time.perf_counter()
         for where in ranges:

@@ -99,7 +99,7 @@ def parts(folder, size, rounds):
 
     ways = {
         "read theirs": (lambda _: next(stream), range(SAMPLES // rounds)),
-        "read ours": (lambda n: (samples.reader.image_bytes(0, n), samples.reader.text_bytes(0, n)), numbers),
+        "read ours": (lambda n: (samples.reader.image_bytes(0, n), samples.reader.texts(0, n)[0]), numbers),
         "decode theirs": (by_pillow, data),
         "decode ours": (decode_image, data),
         "crop and resize theirs": (crop, [Image.fromarray(image) for image in images]),

@@ -18,7 +18,7 @@ def write_tar(path, members, form=tarfile.PAX_FORMAT):
 def contents(index):
     reader = Reader(index)
     return [
-        (index.table(s).keys[p], reader.image_bytes(s, p), reader.text_bytes(s, p))
+        (index.table(s).keys[p], reader.image_bytes(s, p), reader.texts(s, p)[0])
         for s in range(len(index.shards))
         for p in range(index.counts[s])
     ]

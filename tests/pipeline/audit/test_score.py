@@ -14,11 +14,12 @@ from PIL import Image
 from pipeline.audit.score import score
 from pipeline.safety.score_files import load_scores
 from shards.errors import UserError
-from shards.index.shard_index import ShardIndex
+from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import SavedMask
 from shards.samples.samples import Samples
-from tests.helpers.audits import make_model, make_pairs
+from tests.helpers.audits import make_model, make_pairs, picture
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tars import write_tar
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,24 @@ def test_cosines_are_open_clips_own(scored):
             image = clip.encode_image(preprocess(samples.image(*place))[None], normalize=True)
             text = clip.encode_text(tokenize([samples.caption(*place)]), normalize=True)
             assert abs(float((image * text).sum()) - cosines(folder / "scores")[row]) < 1e-5
+
+
+def test_of_several_captions_the_least_similar_is_scored_and_shown(scored, tmp_path):
+    _, _, model = scored
+    captions = ["a red thing", "nothing at all", "seven balls"]
+    members = [("a.png", picture(3)), ("a.json", json.dumps({"c": captions}).encode()), ("b.png", picture(4))]
+    index = build_index([str(write_tar(tmp_path / "a.tar", members))], tmp_path / "index", text="json:c")
+    score(tmp_path / "scores", model, data=[str(tmp_path / "index")], workers=0)
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
+    clip.eval()
+    with torch.no_grad():
+        image_1D = clip.encode_image(preprocess(Samples(index).image(0, 0))[None], normalize=True)
+        text_3D = clip.encode_text(open_clip.get_tokenizer(f"local-dir:{model}")(captions), normalize=True)
+    cos_3 = (image_1D * text_3D).sum(1)
+    cos_N = load_scores(tmp_path / "scores", index.counts)
+    assert abs(float(cos_3.min()) - cos_N[0]) < 1e-5 and np.isnan(cos_N[1])
+    shown = pq.read_table(tmp_path / "scores" / "metadata" / "metadata_00000.parquet")["caption"].to_pylist()
+    assert shown == [captions[int(cos_3.argmin())], None]
 
 
 def test_unreadable_pair_is_a_row_with_its_reason(scored):

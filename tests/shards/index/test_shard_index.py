@@ -60,10 +60,10 @@ def test_a_sample_that_lacks_a_member_keeps_its_place(tmp_path):
     index = build_index([str(path)], tmp_path / "index")
     assert index.samples == 4
     with pytest.raises(BadSample, match="no caption"):
-        Reader(index).text_bytes(0, 0)
+        Reader(index).texts(0, 0)[0]
     with pytest.raises(BadSample, match="no picture"):
         Reader(index).image_bytes(0, 1)
-    assert Reader(index).text_bytes(0, 2) == b""
+    assert Reader(index).texts(0, 2)[0] == b""
 
 
 def refused(paths, tmp_path, match):
@@ -166,7 +166,7 @@ def test_no_change_of_a_member_is_read(tmp_path_factory, data):
     path.write_bytes(whole)
     reader = Reader(index)
     for position, (_, image, text) in enumerate(sound):
-        for read, expected in ((reader.image_bytes, image), (reader.text_bytes, text)):
+        for read, expected in ((reader.image_bytes, image), (reader.texts, [text])):
             try:
                 assert read(0, position) == expected
             except ChangedShard as error:

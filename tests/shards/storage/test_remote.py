@@ -19,7 +19,7 @@ def read_all(index, cache):
     """`contents` through a cache, or without one."""
     reader = Reader(index, cache)
     return [
-        (index.table(s).keys[p], reader.image_bytes(s, p), reader.text_bytes(s, p))
+        (index.table(s).keys[p], reader.image_bytes(s, p), reader.texts(s, p)[0])
         for s in range(len(index.shards))
         for p in range(index.counts[s])
     ]
