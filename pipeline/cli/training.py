@@ -109,10 +109,18 @@ def compare(clip_run: str, safeclip_run: str, out: str) -> None:
 @click.command(cls=Command)
 @click.argument("run", type=PATH)
 @click.argument("out", type=PATH)
-def export(run: str, out: str) -> None:
-    """Write a run's model as an open_clip local directory."""
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["open_clip", "transformers"]),
+    default="open_clip",
+    help="an open_clip local directory (default), or transformers' CLIPModel with tokenizer and preprocessor",
+)
+def export(run: str, out: str, form: str) -> None:
+    """Write a run's model for open_clip or transformers."""
     from pipeline.config.load import load_config
     from pipeline.training.export import export_run
 
-    export_run(run, load_config(f"{run}/config.yaml"), out)
-    print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
+    export_run(run, load_config(f"{run}/config.yaml"), out, form)
+    loads = f'open_clip.create_model_and_transforms("local-dir:{out}")'
+    print(f"{out}: {loads if form == 'open_clip' else f'transformers.CLIPModel.from_pretrained({out!r})'}")

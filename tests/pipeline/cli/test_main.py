@@ -208,6 +208,8 @@ def test_the_export_is_the_runs_model_in_open_clip(world):
     tokens = open_clip.get_tokenizer(f"local-dir:{world}/exported")(["a red star"])
     torch.testing.assert_close(model.eval().encode_text(tokens, normalize=True), towers(None, tokens)[1])
     assert preprocess is not None and model.logit_scale.shape == ()
+    assert "CLIPModel" in safeclip("export", "whole", "hf", "--format", "transformers", cwd=world).stdout
+    assert {path.name for path in (world / "hf").iterdir()} >= {"config.json", "model.safetensors", "vocab.json"}
 
 
 @pytest.mark.parametrize(
