@@ -11,6 +11,7 @@ safeclip export RUN OUT                                   an open_clip local dir
 import errno
 import multiprocessing
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -61,12 +62,23 @@ def says(error: Exception) -> bool:
     return logs.rank() == 0 or alone or isinstance(error, (Unreachable, ChangedShard))
 
 
+def nobody_reads() -> bool:
+    """Whether who read stdout has gone, as in `safeclip config | head`; what is left of the output is dropped then."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    gone = bool(poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes: 0 done, 2 a user's mistake (one line on stderr), 75 asked to stop, 1 else."""
     try:
         # Not safeclip.main(): it hides broken pipes and interrupts.
         with safeclip.make_context("safeclip", list(sys.argv[1:] if argv is None else argv)) as context:
             safeclip.invoke(context)
+        sys.stdout.flush()
     except click.exceptions.Exit as end:  # --help
         sys.exit(end.exit_code)
     except (UserError, click.UsageError) as error:
@@ -77,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"safeclip: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            sys.exit(1)
         if error.errno not in REFUSED or error.errno != errno.ENOSPC and not error.filename:
             raise
         place = error.filename2 or error.filename or "disk"

@@ -46,6 +46,13 @@ def test_other_ranks_have_warnings_with_their_origin(capsys, monkeypatch):
     assert re.fullmatch(f"{TIME} WARNING {origin}a line of warning", warning) and "another package" in other
 
 
+def test_without_torchrun_slurm_says_the_rank(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert logs.rank() == 3 and len(said(capsys)) == 2
+    assert said(capsys, level="ERROR") == []
+
+
 def test_the_level_is_that_of_the_argument_or_of_the_variable(capsys, monkeypatch):
     monkeypatch.setenv(logs.VARIABLE, "error")
     assert said(capsys) == []

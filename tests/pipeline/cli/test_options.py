@@ -1,6 +1,9 @@
 """How the command line is read: options with several values, mistakes in one line, help."""
 
+import os
 import re
+import subprocess
+import sys
 
 import click
 import pytest
@@ -109,6 +112,15 @@ def test_home_and_variables_are_replaced_in_words(monkeypatch, capsys, tmp_path)
             main(words.split())
         error = capsys.readouterr().err
         assert error.startswith(f"safeclip: {name}: got '$UNSET") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["config"], ["--help"]])
+def test_output_that_nobody_reads_is_no_traceback(words):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", *words], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 1 and not done.stderr
 
 
 def test_two_rules_for_a_mask_exclude_each_other(capsys):

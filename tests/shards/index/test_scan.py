@@ -145,16 +145,17 @@ def test_dots_in_keys_are_never_merged_silently(tmp_path):
 def test_members_are_named_in_order_of_preference(tmp_path):
     members = [(f"a.{name}", name.encode()) for name in ("png", "input.png", "mask.png", "txt", "outputs.txt")]
     members += [("b.png", b"png"), ("b.txt", b"txt"), ("c.outputs.txt", b""), ("c.txt", b"\xff"), ("c.png", b"1")]
+    members += [("d.txt", b"\xff"), ("d.outputs.txt", b"sound"), ("d.png", b"2")]
     path = str(write_tar(tmp_path / "a.tar", members))
     index = build_index([path], tmp_path / "index", image="input.png,png", text="outputs.txt,txt")
     reader = Reader(ShardIndex.load(tmp_path / "index"))
-    found = [(reader.image_bytes(0, position), reader.texts(0, position)[0]) for position in range(3)]
-    assert found == [(b"input.png", b"outputs.txt"), (b"png", b"txt"), (b"1", b"")]
+    found = [(reader.image_bytes(0, position), reader.texts(0, position)[0]) for position in range(4)]
+    assert found == [(b"input.png", b"outputs.txt"), (b"png", b"txt"), (b"1", b""), (b"2", b"sound")]
     assert [(finding.position, finding.reason) for finding in index.findings] == [(2, "empty caption")]
     other = build_index([path], tmp_path / "other", image="png", text="txt")
     assert contents(other)[0] == ("a", b"png", b"txt") and other.fingerprint != index.fingerprint
     only = build_index([path], tmp_path / "only", image="input.png", text="outputs.txt")
-    assert [finding.position for finding in only.findings] == [1, 1, 2, 2]
+    assert [finding.position for finding in only.findings] == [1, 1, 2, 2, 3]
     only.verify()
 
 
