@@ -207,6 +207,20 @@ def gather_objects(value: Found) -> list[Found]:
     return box
 
 
+def exchange(parts_R: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What each rank sent to this one, in rank order. parts_R[r]: 1-d, sent to rank r; of one dtype on all ranks, one
+    that torch has. All ranks call."""
+    if world() == 1:
+        return list(parts_R)
+    sizes = torch.tensor([len(part) for part in parts_R])
+    coming = torch.empty_like(sizes)
+    dist.all_to_all_single(coming, sizes, group=_control)
+    sent = torch.from_numpy(np.concatenate(parts_R))
+    found = sent.new_empty(int(coming.sum()))
+    dist.all_to_all_single(found, sent, coming.tolist(), sizes.tolist(), group=_control)
+    return [part.numpy() for part in found.split(coming.tolist())]
+
+
 def first_ranks() -> list[int]:
     """For every rank the lowest rank on its host. All ranks call."""
     hosts = gather_objects(host())

@@ -5,7 +5,7 @@ To add one: a class with a Settings and a name in a module of this package, and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,7 @@ class Guard(ABC):
         """dtype (B,): one number per picture, of unaugmented pictures uint8 (B, C, H, W) on the device."""
 
     @abstractmethod
-    def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield bool (n,) for each shard: pairs that are not excluded. number_N: of all pairs; valid_N: False for pairs
-        that cannot be read."""
+    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray) -> np.ndarray:
+        """bool (M,): which of this rank's pairs are excluded. All ranks call.
+
+        number_M: `numbers` of this rank's pairs; valid_M: False for pairs that cannot be read."""

@@ -6,10 +6,10 @@ import numpy as np
 
 from pipeline.distributed import comm
 from pipeline.guards.base import Guard, Pairs
-from pipeline.safety.round import broadcast_mask
 from pipeline.safety.score_files import ScoreFiles
 from pipeline.safety.scoring import assign_shards, shard_batches
-from shards.order.safe_mask import SafeMask
+from shards.index.shard_index import ShardIndex
+from shards.order.safe_mask import SafeMask, byte_starts
 from shards.storage.prefetch import fetched_ahead
 from shards.views.loader import PlainBatches, batches
 
@@ -72,23 +72,30 @@ def picture_pass(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
     """SafeMask of each guard, the same on every rank, in one pass that decodes every picture once. All ranks call."""
     index = pairs.samples.index
     owned = assign_shards(index.counts, comm.world())
-    numbers = [comm.host_array(index.samples, guard.dtype) for guard in guards]
-    valid_N = comm.host_array(index.samples, np.bool_)
+    shards = owned[comm.rank()]
+    first, last = index.offsets[[shards.start, shards.stop]]
+    numbers, valid_M = [np.zeros(last - first, guard.dtype) for guard in guards], np.zeros(last - first, bool)
     todo = [shard_batches(index.offsets, shards, pairs.batch_size) for shards in owned]
     dataset = PlainBatches(pairs.samples, [(rows, rows) for _, rows in todo[comm.rank()]], pairs.views)
     reading, rounds = fetched_ahead(batches(dataset, workers=pairs.workers), dataset), max(map(len, todo))
     for number in range(rounds):
         if number < len(dataset):
             batch = next(reading)
-            row_B, images_BCHW = batch.rows.numpy(), batch.images.to(pairs.device)
-            valid_N[row_B] = batch.valid.numpy()
-            for number_N, guard in zip(numbers, guards):
-                number_N[row_B] = guard.numbers(images_BCHW)
+            row_B, images_BCHW = batch.rows.numpy() - first, batch.images.to(pairs.device)
+            valid_M[row_B] = batch.valid.numpy()
+            for number_M, guard in zip(numbers, guards):
+                number_M[row_B] = guard.numbers(images_BCHW)
         pairs.each_round(number + 1, rounds)
-    for array in [*numbers, valid_N]:
-        comm.share_between_hosts(array, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
+    return [gathered(~guard.excluded(number_M, valid_M), owned, index) for guard, number_M in zip(guards, numbers)]
 
-    def kept(guard: Guard, number_N: np.ndarray) -> SafeMask:
-        return broadcast_mask(guard.kept(number_N, valid_N, index.offsets) if comm.is_rank0() else (), index.counts)
 
-    return [kept(guard, number_N) for guard, number_N in zip(guards, numbers)]
+def gathered(kept_M: np.ndarray, owned: list[range], index: ShardIndex) -> SafeMask:
+    """The mask of all ranks' flags, one copy of the bits per host. kept_M: of the shards owned[rank]. All ranks
+    call."""
+    starts, shards = byte_starts(index.counts), owned[comm.rank()]
+    mask = SafeMask(index.counts, comm.host_array(int(starts[-1]), np.uint8))
+    for shard in shards:
+        start, stop = index.offsets[[shard, shard + 1]] - index.offsets[shards.start]
+        mask.shard_bits(shard)[:] = np.packbits(kept_M[start:stop])
+    comm.share_between_hosts(mask.bits, [(starts[some.start], starts[some.stop]) for some in owned])
+    return mask

@@ -116,9 +116,8 @@ class TriggerClusters(Guard):
             excluded_B |= seen[name] @ filter_D > threshold
         return excluded_B.cpu().numpy()
 
-    def kept(self, number_N: np.ndarray, valid_N: np.ndarray, offsets_S: np.ndarray) -> Iterator[np.ndarray]:
-        for start, stop in zip(offsets_S, offsets_S[1:]):
-            yield ~(number_N[start:stop] & valid_N[start:stop])
+    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray) -> np.ndarray:
+        return number_M & valid_M
 
 
 def clusters_of_seeds(

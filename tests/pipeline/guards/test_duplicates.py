@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import Config, Selection
 from pipeline.distributed import comm
-from pipeline.guards import make_guards
+from pipeline.guards import duplicates, make_guards
 from pipeline.guards.base import Pairs
 from pipeline.guards.excluded import find_excluded, load_excluded
 from pipeline.safety.round import select_pairs
@@ -104,12 +104,46 @@ def test_a_duplicate_keeps_its_cosine_but_is_never_safe_and_no_bad_sample(tmp_pa
     np.testing.assert_array_equal(selected.mask.flags(), ~np.isnan(score_N))
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 4))
-def test_kept_are_those_whose_number_comes_at_most_so_often(numbers, limit):
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.booleans()), max_size=30),
+    st.integers(1, 4),
+    st.sampled_from([3, 1 << 22]),
+)
+def test_excluded_are_those_whose_number_comes_more_often(pairs, limit, at_once):
     (guard,) = make_guards({"duplicates": {"max_pairs": limit}})
-    number_N, valid_N = np.array(numbers, np.int64), np.ones(len(numbers), bool)
-    flags = np.concatenate(list(guard.kept(number_N, valid_N, [0, len(numbers) // 2, len(numbers)])))
-    assert flags.tolist() == [numbers.count(number) <= limit for number in numbers]
+    number_M, valid_M = np.array([n for n, _ in pairs], np.int64), np.array([valid for _, valid in pairs], bool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "AT_ONCE", at_once)
+        flags = guard.excluded(number_M, valid_M)
+    assert flags.tolist() == [valid and pairs.count((number, True)) > limit for number, valid in pairs]
+
+
+def shared_out(numbers, valid):
+    """What each rank finds of its own numbers, in several rounds, and the most numbers that another rank sent it."""
+    duplicates.AT_ONCE, most, exchange = 1_000, 0, comm.exchange
+
+    def watched(parts):
+        nonlocal most
+        found = exchange(parts)
+        most = max(most, sum(map(len, found)))
+        return found
+
+    comm.exchange = watched
+    (guard,) = make_guards({"duplicates": {"max_pairs": 2}})
+    start, stop = ((0, 7_000), (7_000, 7_000), (7_000, 10_000))[comm.rank()]  # one rank has none
+    return guard.excluded(numbers[start:stop], valid[start:stop]), most
+
+
+def test_ranks_count_together_and_none_holds_all(tmp_path):
+    rng = np.random.default_rng(0)
+    numbers = np.concatenate([rng.integers(-(2**63), 2**63, 4_000).repeat(2), np.full(500, 7), np.arange(1_500)])
+    numbers, valid = rng.permutation(numbers), rng.random(10_000) < 0.9
+    numbers[:300] = np.arange(100).repeat(3)
+    found = run_ranks(shared_out, 3, numbers, valid)
+    flags = np.concatenate([flags for flags, _ in found])
+    known, count = np.unique(numbers[valid], return_counts=True)
+    np.testing.assert_array_equal(flags, valid & np.isin(numbers, known[count > 2]))
+    assert flags.sum() > 500 and max(most for _, most in found) < 1_500
 
 
 def test_one_pixel_or_its_place_makes_another_number():

@@ -287,7 +287,17 @@ def test_a_refusal_says_what_was_found(data, reason):
     assert "Error" not in str(error.value) and "\n" not in str(error.value)
 
 
-INVISIBLE = ["\ufeff", "\0", "\u200b\u2060", "\u200d\u200e\ufe0f", "\x07\x1b", "\xad", "&nbsp; &#8203;", "&amp;nbsp;", "\x1b[31m"]
+INVISIBLE = [
+    "\ufeff",
+    "\0",
+    "\u200b\u2060",
+    "\u200d\u200e\ufe0f",
+    "\x07\x1b",
+    "\xad",
+    "&nbsp; &#8203;",
+    "&amp;nbsp;",
+    "\x1b[31m",
+]
 INVISIBLE += ["\u202e\u3000", "<start_of_text><END_OF_TEXT>", "\uff06nbsp;", "\uff1cstart_of_text>", "\ufdd0\U0001ffff"]
 
 
