@@ -5,21 +5,15 @@ import contextlib
 import datetime
 import os
 import socket
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import DTypeLike
 
 from shards.errors import RunFailed, UserError
-
-PIECE = 1 << 24  # elements that are sent at a time
 
 Found = TypeVar("Found")
 
@@ -79,7 +73,7 @@ def own_gpu(local_rank: int, count: int, env: Mapping[str, str]) -> int:
         return 0
     if local_rank >= count:
         raise UserError(
-            f"LOCAL_RANK: got {local_rank} on {host()}, where {count} GPU(s) can be seen; "
+            f"LOCAL_RANK: got {local_rank} on {socket.gethostname()}, where {count} GPU(s) can be seen; "
             "start no more processes a host than it has GPUs (--nproc-per-node, --ntasks-per-node), "
             "or hide them with CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
@@ -219,66 +213,6 @@ def exchange(parts_R: Sequence[np.ndarray]) -> list[np.ndarray]:
     found = sent.new_empty(int(coming.sum()))
     dist.all_to_all_single(found, sent, coming.tolist(), sizes.tolist(), group=_control)
     return [part.numpy() for part in found.split(coming.tolist())]
-
-
-def first_ranks() -> list[int]:
-    """For every rank the lowest rank on its host. All ranks call."""
-    hosts = gather_objects(host())
-    return [hosts.index(one) for one in hosts]
-
-
-def host() -> str:
-    """Name of this host."""
-    return socket.gethostname()
-
-
-def host_array(count: int, dtype: DTypeLike) -> np.ndarray:
-    """(count,) zeros that the ranks of a host share: a file without a name in the temporary folder (TMPDIR), mapped by
-    all.
-
-    One copy a host, whatever the number of its ranks. All ranks call. Raises UserError on all when it does not fit on
-    one.
-    """
-    dtype = np.dtype(dtype)
-    if not count:
-        return np.zeros(0, dtype)
-    first, name = first_ranks()[rank()], broadcast_object(uuid.uuid4().hex)
-    path, wrong = Path(tempfile.gettempdir()) / f"safeclip_{name}_{first}", None
-    if rank() == first:
-        try:
-            with open(path, "wb") as file:
-                os.posix_fallocate(
-                    file.fileno(), 0, count * dtype.itemsize
-                )  # a full disk must not show later, as SIGBUS
-        except OSError as error:
-            wrong = f"{socket.gethostname()}: {path.parent}: {error.strerror}"
-    faults = [text for text in gather_objects(wrong) if text]
-    if not faults:
-        array = np.memmap(path, dtype, "r+", shape=(count,))
-        barrier()
-    if rank() == first:
-        path.unlink(missing_ok=True)
-    if faults:
-        raise UserError(
-            f"{faults[0]}; {count * dtype.itemsize:,} bytes are needed there; free some, or set TMPDIR to a larger disk"
-        )
-    return array
-
-
-def share_between_hosts(array: np.ndarray, ranges_R: Sequence[tuple[int, int]]) -> None:
-    """Make a `host_array` the same on every host. ranges_R[r]: (start, stop), what rank r has written of it. All ranks
-    call."""
-    barrier()
-    firsts = first_ranks()
-    leaders = sorted(set(firsts))
-    if len(leaders) > 1:
-        group = dist.new_group(leaders, backend="gloo")
-        if isinstance(group, dist.ProcessGroup):  # this rank is a member
-            for first, (start, stop) in zip(firsts, ranges_R):
-                for at in range(start, stop, PIECE):
-                    dist.broadcast(torch.from_numpy(array[at : min(at + PIECE, stop)]), src=first, group=group)
-            dist.destroy_process_group(group)
-    barrier()
 
 
 def all_gather_rows(local_ND: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.distributed import comm
+from pipeline.distributed import comm, hosts
 from pipeline.guards.base import Guard, Pairs
 from pipeline.safety.score_files import ScoreFiles
 from pipeline.safety.scoring import assign_shards, shard_batches
@@ -93,9 +93,9 @@ def gathered(kept_M: np.ndarray, owned: list[range], index: ShardIndex) -> SafeM
     """The mask of all ranks' flags, one copy of the bits per host. kept_M: of the shards owned[rank]. All ranks
     call."""
     starts, shards = byte_starts(index.counts), owned[comm.rank()]
-    mask = SafeMask(index.counts, comm.host_array(int(starts[-1]), np.uint8))
+    mask = SafeMask(index.counts, hosts.host_array(int(starts[-1]), np.uint8))
     for shard in shards:
         start, stop = index.offsets[[shard, shard + 1]] - index.offsets[shards.start]
         mask.shard_bits(shard)[:] = np.packbits(kept_M[start:stop])
-    comm.share_between_hosts(mask.bits, [(starts[some.start], starts[some.stop]) for some in owned])
+    hosts.share_between_hosts(mask.bits, [(starts[some.start], starts[some.stop]) for some in owned])
     return mask

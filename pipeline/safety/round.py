@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.distributed import comm
+from pipeline.distributed import comm, hosts
 from pipeline.safety.diagnosis import change, separation
 from pipeline.safety.mixture import DegenerateFit, Mixture, fit_mixture, fit_sklearn, histogram, posterior_threshold
 from pipeline.safety.negative_controls import passing
@@ -194,11 +194,11 @@ def lowest_safe(score_N: np.ndarray, mask: SafeMask) -> float:
 def broadcast_mask(safe_S: Iterable[np.ndarray], counts_S: np.ndarray) -> SafeMask:
     """The mask of rank 0's flags (one bool array per shard, in order) on every rank; one copy of the bits per host."""
     starts = byte_starts(counts_S)
-    mask = SafeMask(counts_S, comm.host_array(int(starts[-1]), np.uint8))
+    mask = SafeMask(counts_S, hosts.host_array(int(starts[-1]), np.uint8))
     if comm.is_rank0():
         for shard, flags in enumerate(safe_S):
             mask.shard_bits(shard)[:] = np.packbits(flags)
-    comm.share_between_hosts(mask.bits, [(0, len(mask.bits) if rank == 0 else 0) for rank in range(comm.world())])
+    hosts.share_between_hosts(mask.bits, [(0, len(mask.bits) if rank == 0 else 0) for rank in range(comm.world())])
     return mask
 
 

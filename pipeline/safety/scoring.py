@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from pipeline.distributed import comm
+from pipeline.distributed import comm, hosts
 from pipeline.safety.score_files import ScoreFiles, Unread
 from shards.samples.samples import Samples
 from shards.storage.prefetch import fetched_ahead
@@ -90,7 +90,7 @@ def score_all_pairs(
     forward pass.
     """
     index, world = samples.index, comm.world()
-    score_N, bad = comm.host_array(index.samples, np.float32), []
+    score_N, bad = hosts.host_array(index.samples, np.float32), []
     done = set(comm.broadcast_object(files.done() if files and comm.is_rank0() else []))
     owned = assign_shards(index.counts, world, done)
     for shard in done.intersection(owned[comm.rank()]):
@@ -117,5 +117,5 @@ def score_all_pairs(
                 parts, found = [], []
         if each_round:
             each_round(number + 1, rounds)
-    comm.share_between_hosts(score_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
+    hosts.share_between_hosts(score_N, [(index.offsets[s.start], index.offsets[s.stop]) for s in owned])
     return score_N, bad

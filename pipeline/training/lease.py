@@ -19,7 +19,7 @@ import time
 import uuid
 from pathlib import Path
 
-from pipeline.distributed import comm
+from pipeline.distributed import comm, hosts
 from shards.errors import UserError
 from shards.storage.files import write_bytes
 
@@ -40,7 +40,7 @@ class Lease:
         self.ended = threading.Event()
         self.mine = {
             "token": uuid.uuid4().hex,
-            "host": comm.host(),
+            "host": hosts.host(),
             "machine": machine(),
             "pid": os.getpid(),
             "started": started(os.getpid()),

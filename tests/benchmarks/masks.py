@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from pipeline.distributed import comm
+from pipeline.distributed import comm, hosts
 from pipeline.safety.round import broadcast_mask
 from pipeline.safety.selection import kth_largest, top_by_shard
 
@@ -25,7 +25,7 @@ def main():
     args = parser.parse_args()
     comm.init()
     if not args.one_host:
-        comm.host = lambda: f"host {comm.rank()}"
+        hosts.host = lambda: f"host {comm.rank()}"
     counts_S = np.full(int(args.pairs) // args.shard, args.shard, np.int64)
     cos_S = np.random.default_rng(0).normal(0.25, 0.08, args.shard).astype(np.float32)
 

@@ -1,7 +1,5 @@
-"""Arrays that the ranks of a host share: one copy a host, the same on all hosts after they were shared, one line on a
-full disk. And the groups' end."""
+"""The process group: how it begins and ends, and what ranks send each other."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -12,46 +10,6 @@ import pytest
 from pipeline.distributed import comm
 from shards.errors import RunFailed, UserError
 from tests.helpers.ranks import run_ranks
-
-COUNT, BOUNDS = 11, [0, 4, 4, 11]
-
-
-def two_hosts():
-    """Ranks 0 and 2 as if on one host, rank 1 on another: hosts need not hold neighbouring ranks."""
-    comm.host, comm.PIECE = (lambda: "b" if comm.rank() == 1 else "a"), 3
-    array = comm.host_array(COUNT, np.float32)
-    mine = slice(*BOUNDS[comm.rank() : comm.rank() + 2])
-    array[mine] = np.arange(COUNT)[mine] + 1
-    comm.barrier()
-    before = array.copy()
-    comm.share_between_hosts(array, list(zip(BOUNDS, BOUNDS[1:])))
-    return before, np.array(array)
-
-
-def test_a_host_has_one_copy_and_all_hosts_end_with_the_same():
-    whole = np.arange(COUNT, dtype=np.float32) + 1
-    (first, *after0), (second, *after1), (third, *after2) = run_ranks(two_hosts, 3)
-    assert np.array_equal(first, whole) and np.array_equal(third, whole) and not second.any()
-    for (after,) in (after0, after1, after2):
-        assert np.array_equal(after, whole)
-
-
-def full_on_the_second():
-    comm.host = lambda: str(comm.rank())
-
-    def posix_fallocate(file, start, size):
-        if comm.rank() == 1:
-            raise OSError(28, "No space left on device")
-
-    os.posix_fallocate = posix_fallocate
-    with pytest.raises(UserError) as error:
-        comm.host_array(1000, np.int64)
-    return str(error.value)
-
-
-def test_a_full_temporary_folder_on_one_host_is_said_on_all():
-    first, second = run_ranks(full_on_the_second, 2)
-    assert first == second and "No space left" in first and "8,000 bytes" in first and "TMPDIR" in first
 
 
 def test_a_rank_0_that_never_comes_is_named_within_the_timeout(monkeypatch):
@@ -67,10 +25,23 @@ def test_a_rank_0_that_never_comes_is_named_within_the_timeout(monkeypatch):
     assert f"rank 0 does not listen at 127.0.0.1:{port} after run.timeout = 0.5 s" in str(error.value)
 
 
-def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(comm.tempfile, "tempdir", str(tmp_path))
-    assert not comm.host_array(5, np.uint8).any() and len(comm.host_array(0, np.uint8)) == 0
-    assert not list(tmp_path.iterdir())
+def exchanged():
+    """Rank r sends (r + to) numbers to each rank; of several types."""
+    me = comm.rank()
+    sent = [np.arange(me + to) + 10 * me for to in range(3)]
+    return [
+        [
+            [part.tolist() for part in comm.exchange([part.astype(kind) for part in sent])]
+            for kind in (np.int64, np.float32)
+        ],
+        [part.tolist() for part in comm.exchange([part > 15 for part in sent])],
+    ]
+
+
+def test_each_rank_gets_what_the_others_sent_it():
+    for to, (numbers, flags) in enumerate(run_ranks(exchanged, 3)):
+        expected = [[10 * rank + n for n in range(rank + to)] for rank in range(3)]
+        assert numbers == [expected, expected] and flags == [[n > 15 for n in part] for part in expected]
 
 
 ENDS = """

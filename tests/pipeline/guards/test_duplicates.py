@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import Config, Selection
-from pipeline.distributed import comm
+from pipeline.distributed import comm, hosts
 from pipeline.guards import duplicates, make_guards
 from pipeline.guards.base import Pairs
 from pipeline.guards.excluded import find_excluded, load_excluded
@@ -69,7 +69,7 @@ def test_every_rank_finds_the_same_pairs_and_a_torn_picture_is_no_duplicate(tmp_
 
 
 def apply(folder):
-    index, score_N = ShardIndex.load(folder / "index"), comm.host_array(18, np.float32)
+    index, score_N = ShardIndex.load(folder / "index"), hosts.host_array(18, np.float32)
     excluded(folder).apply(score_N, ScoreFiles(folder / "scores", index, 0))
     return np.flatnonzero(np.isnan(score_N))
 

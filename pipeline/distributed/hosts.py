@@ -1,0 +1,103 @@
+"""What the ranks of a host hold once: arrays in shared memory, made the same on all hosts."""
+
+import os
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import DTypeLike
+
+from pipeline.distributed import comm
+from shards.errors import UserError
+
+PIECE = 1 << 22  # elements of each host that are sent at a time
+
+
+def host() -> str:
+    """Name of this host."""
+    return socket.gethostname()
+
+
+def first_ranks() -> list[int]:
+    """For every rank the lowest rank on its host. All ranks call."""
+    hosts = comm.gather_objects(host())
+    return [hosts.index(one) for one in hosts]
+
+
+def host_array(count: int, dtype: DTypeLike) -> np.ndarray:
+    """(count,) zeros that the ranks of a host share: a file without a name in the temporary folder (TMPDIR), mapped by
+    all.
+
+    One copy a host, whatever the number of its ranks. All ranks call. Raises UserError on all when it does not fit on
+    one.
+    """
+    dtype = np.dtype(dtype)
+    if not count:
+        return np.zeros(0, dtype)
+    first, name = first_ranks()[comm.rank()], comm.broadcast_object(uuid.uuid4().hex)
+    path, wrong = Path(tempfile.gettempdir()) / f"safeclip_{name}_{first}", None
+    if comm.rank() == first:
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(
+                    file.fileno(), 0, count * dtype.itemsize
+                )  # a full disk must not show later, as SIGBUS
+        except OSError as error:
+            wrong = f"{socket.gethostname()}: {path.parent}: {error.strerror}"
+    faults = [text for text in comm.gather_objects(wrong) if text]
+    if not faults:
+        array = np.memmap(path, dtype, "r+", shape=(count,))
+        comm.barrier()
+    if comm.rank() == first:
+        path.unlink(missing_ok=True)
+    if faults:
+        raise UserError(
+            f"{faults[0]}; {count * dtype.itemsize:,} bytes are needed there; free some, or set TMPDIR to a larger disk"
+        )
+    return array
+
+
+def share_between_hosts(array: np.ndarray, ranges_R: Sequence[tuple[int, int]]) -> None:
+    """Make a `host_array` the same on every host. ranges_R[r]: (start, stop), what rank r has written of it. All ranks
+    call.
+
+    The first rank of each host sends for its host; all hosts send at the same time.
+    """
+    comm.barrier()
+    firsts = first_ranks()
+    leaders = sorted(set(firsts))
+    if len(leaders) > 1:
+        group = dist.new_group(leaders, backend="gloo")
+        if isinstance(group, dist.ProcessGroup):  # this rank is a member
+            parts = [pieces(some for first, some in zip(firsts, ranges_R) if first == leader) for leader in leaders]
+            for slices in zip_longest(*parts, fillvalue=slice(0, 0)):
+                send(array, slices, leaders, group)
+            dist.destroy_process_group(group)
+    comm.barrier()
+
+
+def pieces(ranges: Iterable[tuple[int, int]]) -> list[slice]:
+    """Slices of at most PIECE elements that cover the ranges."""
+    return [slice(at, min(at + PIECE, stop)) for start, stop in ranges for at in range(start, stop, PIECE)]
+
+
+def send(array: np.ndarray, slices: Sequence[slice], leaders: Sequence[int], group: dist.ProcessGroup) -> None:
+    """slices[h] of `array` from host h, whose first rank is leaders[h], to all others."""
+    sizes = [some.stop - some.start for some in slices]
+    if sum(map(bool, sizes)) == 1:  # the others would send as much of nothing
+        sender = int(np.argmax(sizes))
+        dist.broadcast(torch.from_numpy(array[slices[sender]]), src=leaders[sender], group=group)
+        return
+    own = torch.from_numpy(array[:0]).new_zeros(max(sizes))
+    mine = slices[leaders.index(comm.rank())]
+    own[: mine.stop - mine.start] = torch.from_numpy(array[mine])
+    everyone = [torch.empty_like(own) for _ in leaders]
+    dist.all_gather(everyone, own, group=group)
+    for some, size, found in zip(slices, sizes, everyone):
+        array[some] = found[:size].numpy()
