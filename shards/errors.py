@@ -20,7 +20,7 @@ class ChangedShard(UserError):
 
 
 class BadSample(Exception):
-    """One sample that cannot be used. It stays in its batch as an invalid row and is listed in bad_samples.jsonl with
+    """One sample that cannot be used. It stays in its batch as an invalid row and is listed in bad_samples/ with
     this reason."""
 
 

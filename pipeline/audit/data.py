@@ -18,6 +18,7 @@ from pipeline.safety.selection import RANGES
 from pipeline.settings import read
 from shards.errors import BadSample, UserError
 from shards.order.safe_mask import SavedMask
+from shards.samples.bad_samples import read_bad_samples
 from shards.samples.samples import Samples
 from shards.storage.files import read_json
 
@@ -92,11 +93,8 @@ class AuditData:
                 reasons[first + position] = table["reason"][position].as_py() or "the model gave no number"
             for position in np.flatnonzero(np.isnan(score_N) & ~unread_N).tolist():
                 excluded[first + position] = table["reason"][position].as_py() or "it was not ranked"
-        listed = self.run_dir / "bad_samples.jsonl" if self.run_dir else None
-        if listed and listed.exists():
-            for line in listed.read_text().splitlines():
-                row = json.loads(line)
-                reasons[int(self.offsets[row["shard"]] + row["position"])] = row["reason"]
+        for row in read_bad_samples(self.run_dir / "bad_samples") if self.run_dir else ():
+            reasons[int(self.offsets[row["shard"]] + row["position"])] = row["reason"]
         return np.concatenate(cos), np.concatenate(score), reasons, excluded
 
     def open_embeddings(self, folder: Path) -> None:

@@ -37,7 +37,7 @@ from pipeline.training.support_queue import SupportQueue
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, fingerprint
-from shards.samples.bad_samples import BadSamplesFile
+from shards.samples.bad_samples import PARTS, BadSamplesFiles
 from shards.storage.files import write_bytes
 from shards.views.eda import Eda, synonym_source
 from shards.views.loader import View, Views
@@ -118,7 +118,7 @@ class Run:
         if found:
             checkpoint.load_checkpoint(found, self.engine, self.queues)
         self.logger = MetricsLogger(self.run_dir, config, self.state["metrics_bytes"])
-        self.bad_samples = BadSamplesFile(self.run_dir / "bad_samples.jsonl") if comm.is_rank0() else None
+        self.bad_samples = BadSamplesFiles(self.run_dir / "bad_samples", range(comm.rank(), PARTS, comm.world()))
         self.saver = checkpoint.Saver(self.run_dir, self.engine, self.queues, config.run.keep, config.run.keep_every)
         for warning in warnings if comm.is_rank0() else ():
             logger.warning(f"{self.run_dir}: {warning}")
@@ -212,9 +212,9 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
     found: Path | None = None
     warnings: list[str] = []
     if restart:
-        shutil.rmtree(run_dir / "masks", ignore_errors=True)
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-        for name in ("bad_samples.jsonl", "eval.json", "wandb_id"):
+        for name in ("masks", "checkpoints", "bad_samples"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for name in ("eval.json", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
     else:
         found, warnings = inspect(config, run_dir, fingerprint)

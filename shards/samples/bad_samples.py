@@ -1,40 +1,74 @@
-"""RUN/bad_samples.jsonl: one line for each sample that cannot be used and each reason, without repetitions."""
+"""RUN/bad_samples/: one line for each sample that cannot be used and each reason, without repetitions.
+
+Samples are shared out over PARTS files by their shard, whatever the number of processes; each process writes some of
+the files and knows their lines only.
+"""
 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+PARTS = 64  # files
+SHOWN = 8  # reasons of a summary
 
-class BadSamplesFile:
-    """Appends {"shard", "position", "key", "reason"} to a file of JSON lines, which may exist already."""
+Bad = tuple[int, int, str, str]  # shard, position, key, reason
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.seen: set[tuple[int, int, str]] = set()
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith(b"\n")]  # the last line may be incomplete after a failure
-            if len(whole) != len(lines):
-                self.path.write_bytes(b"".join(whole))
-            for line in whole:
-                row = json.loads(line)
-                self.seen.add((row["shard"], row["position"], row["reason"]))
 
-    def add(self, shard: int, position: int, key: str, reason: str) -> None:
-        """Record that a sample could not be used."""
-        if (shard, position, reason) in self.seen:
-            return
-        self.seen.add((shard, position, reason))
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"shard": shard, "position": position, "key": key, "reason": reason}) + "\n")
+def part_of(shard: int) -> int:
+    """Number of the file that has the samples of a shard."""
+    return shard % PARTS
+
+
+class BadSamplesFiles:
+    """FOLDER/00.jsonl ...: {"shard", "position", "key", "reason"} a line. Made when the first sample is recorded."""
+
+    def __init__(self, folder: str | Path, parts: Iterable[int] = range(PARTS)):
+        """`parts`: those that this process writes; no other process may."""
+        self.folder = Path(folder)
+        self.seen: dict[int, set[tuple[int, int, str]]] = {part: set() for part in parts}
+        for part, seen in self.seen.items():
+            path = self.path(part)
+            if path.exists():
+                lines = path.read_bytes().splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith(b"\n")]  # the last may be incomplete after a failure
+                if len(whole) != len(lines):
+                    path.write_bytes(b"".join(whole))
+                seen.update((row["shard"], row["position"], row["reason"]) for row in map(json.loads, whole))
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"{part:02d}.jsonl"
+
+    def add(self, bad: Iterable[Bad]) -> int:
+        """Record samples of this process's parts; returns how many are new."""
+        new: dict[int, list[str]] = {}
+        for shard, position, key, reason in sorted(set(bad)):
+            seen = self.seen[part_of(shard)]
+            if (shard, position, reason) not in seen:
+                seen.add((shard, position, reason))
+                line = json.dumps({"shard": shard, "position": position, "key": key, "reason": reason})
+                new.setdefault(part_of(shard), []).append(f"{line}\n")
+        for part, lines in new.items():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path(part), "a") as file:
+                file.writelines(lines)
+        return sum(map(len, new.values()))
 
     def reasons(self) -> Counter[str]:
-        """How often each reason comes; those that differ only in their numbers are one."""
-        return Counter(re.sub(r"(?<![-\w])\d+", "N", reason) for _, _, reason in self.seen)
+        """How often each reason comes in this process's parts; those that differ only in their numbers are one."""
+        return Counter(re.sub(r"(?<![-\w])\d+", "N", reason) for seen in self.seen.values() for _, _, reason in seen)
 
-    def summary(self, limit: int = 8) -> str:
-        """One line: the reasons by count, the most frequent ones first."""
-        counts = self.reasons().most_common()
-        rest = f", {len(counts) - limit} other reasons" if len(counts) > limit else ""
-        return ", ".join(f"{reason} {count:,}" for reason, count in counts[:limit]) + rest
+
+def read_bad_samples(folder: str | Path) -> Iterator[dict]:
+    """The lines of all files in a folder, which may be missing."""
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        with open(path) as file:
+            yield from map(json.loads, file)
+
+
+def summary(reasons: Counter[str]) -> str:
+    """One line: the reasons by count, the most frequent ones first."""
+    counts = reasons.most_common()
+    rest = f", {len(counts) - SHOWN} other reasons" if len(counts) > SHOWN else ""
+    return ", ".join(f"{reason} {count:,}" for reason, count in counts[:SHOWN]) + rest

@@ -16,6 +16,7 @@ from pipeline.cli import main
 from shards.errors import ChangedShard, Unreachable, UserError
 from shards.index.shard_index import ShardIndex, build_index
 from shards.order.safe_mask import SafeMask
+from shards.samples.bad_samples import read_bad_samples
 from shards.samples.samples import Samples
 from tests.helpers.models import MODEL
 from tests.helpers.runs import safeclip
@@ -90,7 +91,7 @@ def test_a_run_leaves_what_it_promises(world):
     assert excluded.counts("risky").sum() == meta["diagnosis"]["excluded"] == 6  # two targets, each in three pairs
     assert about["settings"] == {"max_pairs": 2} and not (mask.bits & ~excluded.bits).any()
     assert list((run / "wandb").glob("offline-run-*"))
-    assert not (run / "bad_samples.jsonl").exists()
+    assert not (run / "bad_samples").exists()
 
 
 def test_the_mask_is_the_top_of_the_saved_scores(world):
@@ -266,7 +267,7 @@ def test_bad_samples_are_recorded_and_the_run_continues(world, tmp_path):
     words += ["evaluation.test=", "selection.first_fraction=0.5"]
     words += ["wandb.mode=disabled", "data.max_bad_fraction=0.3"]
     done = safeclip("train", "config.yaml", *words, processes=2, cwd=world)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    rows = list(read_bad_samples(tmp_path / "run" / "bad_samples"))
     assert {(r["position"], r["reason"]) for r in rows} == {
         (3, "picture is of no known format, expected JPEG, PNG, WebP, GIF"),
         (5, "caption is not UTF-8 (byte 0)"),

@@ -8,6 +8,7 @@ import pytest
 from pipeline.training import run as running
 from shards.errors import UserError
 from shards.index.shard_index import build_index
+from shards.samples.bad_samples import read_bad_samples
 from tests.helpers.pictures import picture
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config
@@ -50,10 +51,13 @@ def test_too_many_bad_samples_stop_all_ranks_and_lose_nothing(data):
     first, second = ranks[0]
     assert first == second and "\n" not in first
     assert first.startswith("data.max_bad_fraction: more than 1.00% of the samples")
-    assert "picture is of no known format, expected JPEG, PNG, WebP, GIF 2" in first and "bad_samples.jsonl" in first
+    assert (
+        "picture is of no known format, expected JPEG, PNG, WebP, GIF 2" in first
+        and "stopped/bad_samples names them" in first
+    )
     stopped, whole = ((data / name / "checkpoints/step_00000020/model.safetensors") for name in ("stopped", "whole"))
     assert stopped.read_bytes() == whole.read_bytes()
-    assert len((data / "whole" / "bad_samples.jsonl").read_text().splitlines()) == len(BAD)
+    assert len(list(read_bad_samples(data / "whole" / "bad_samples"))) == len(BAD)
     for rank in range(2):  # each has a log of its own, of all three starts, with why the first two ended
         text = (data / "stopped" / "logs" / f"rank_{rank}.log").read_text()
         assert text.count("240 pairs") == 3 and text.count(": done, ") == 1

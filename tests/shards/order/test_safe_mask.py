@@ -1,4 +1,4 @@
-"""SafeMask and bad_samples.jsonl: what is saved is what is loaded, or it is refused."""
+"""SafeMask: what is saved is what is loaded, or it is refused."""
 
 import json
 
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.order.safe_mask import SafeMask
-from shards.samples.bad_samples import BadSamplesFile
 
 counts = st.lists(st.integers(0, 40), min_size=1, max_size=8)
 
@@ -65,18 +64,3 @@ def test_damage_is_refused(saved, damage):
     damage(saved)
     with pytest.raises(UserError, match="mask"):
         SafeMask.load(saved)
-
-
-def test_the_file_has_each_sample_and_reason_once_even_after_a_death(tmp_path):
-    path = tmp_path / "bad_samples.jsonl"
-    bad_samples = BadSamplesFile(path)
-    bad_samples.add(0, 3, "k", "no caption")
-    bad_samples.add(0, 3, "k", "no caption")
-    with open(path, "a") as file:
-        file.write('{"shard": 0, "posi')  # a death in mid-line
-    bad_samples = BadSamplesFile(path)
-    bad_samples.add(0, 3, "k", "no caption")
-    bad_samples.add(1, 0, "l", "no picture")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(r["shard"], r["position"], r["key"]) for r in rows] == [(0, 3, "k"), (1, 0, "l")]
-    assert bad_samples.reasons() == {"no caption": 1, "no picture": 1}
