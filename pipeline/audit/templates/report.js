@@ -748,7 +748,7 @@ main.replaceChildren(
   el(
     "p",
     { class: "soft" },
-    `The ${whole(D.gallery.length)} worst pairs of all detectors together.${D.no_pictures ? " No pictures: " + D.no_pictures : ""}`,
+    `The ${whole(D.gallery.length)} worst pairs of all detectors together${D.map ? "; of one detector also those on the map" : ""}.${D.no_pictures ? " No pictures: " + D.no_pictures : ""}`,
   ),
   el("div", { id: "gallery" }),
   el("h2", {}, "More suspects"),

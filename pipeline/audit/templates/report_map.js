@@ -68,7 +68,7 @@ function drawMap() {
   let here = -1; // of `shown`, for the keyboard
   const pointAt = (point) => {
     ring.setAttribute("visibility", point ? "visible" : "hidden");
-    if (!point) return said.replaceChildren();
+    if (!point) return said.replaceChildren(el("span", { class: "soft" }, "Point at a picture, or use the arrow keys."));
     ring.setAttribute("cx", point.x);
     ring.setAttribute("cy", point.y);
     const name = point.item.flags ? mainFinding(point.item) : null;
@@ -116,6 +116,7 @@ function drawMap() {
     box,
     said,
   );
+  pointAt(null);
   node.replaceChildren(area, el("div", { class: "legend" }, ...tally(shown, state.detector).map(entry)));
 }
 const mapSection = () => [

@@ -88,8 +88,9 @@ def test_scores_are_those_of_cleanvision_on_files(audited, tmp_path):
 
     table = audited[1]
     rows = [row for row in range(30) if row not in (5, GREY[1], BROKEN)]
+    pictures = planted()
     for row in rows:
-        planted()[row].save(tmp_path / f"{row:02d}.png")
+        pictures[row].save(tmp_path / f"{row:02d}.png")
     lab = Imagelab(data_path=str(tmp_path), verbose=False)
     lab.find_issues(n_jobs=1, verbose=False)
     theirs = lab.issues.sort_index()
