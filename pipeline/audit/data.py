@@ -4,13 +4,14 @@ required."""
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.audit.embeddings import EmbeddingFolder, Rows, parts
 from pipeline.audit.mask_commands import require_same_shards
-from pipeline.config.data import open_index, open_overlay
+from pipeline.config.data import open_index, open_overlay, open_samples
 from pipeline.config.load import load_config
 from pipeline.config.schema import Data
 from pipeline.safety.mixture import DegenerateFit, Mixture, posterior_threshold
@@ -40,7 +41,7 @@ class AuditData:
     ):
         """`source`: run directory, folder of `safeclip score`, or a mask's folder. Raises UserError."""
         self.source, self.sample = Path(source), sample
-        self.cache: dict[str, tuple] = {}
+        self.cache: dict[str, Any] = {}
         self.run_dir = self.source if (self.source / "masks").is_dir() else None
         self.scores = Path(scores) if scores else self.source if (self.source / "score.json").exists() else None
         self.rounds = []
@@ -127,9 +128,14 @@ class AuditData:
             self.samples = Samples(
                 found, open_overlay(data, found), limits=data.limits
             )  # a few: whole shards are not fetched
+            self.shards = data
             self.overlay = open_overlay(data, found, truth)
         elif truth:
             raise UserError(f"--truth: an attack manifest is of shards, and {self.source} names none")
+
+    def all_samples(self) -> Samples:
+        """`samples` for who reads all pictures: shards behind URLs are fetched whole."""
+        return open_samples(self.shards, self.samples.index)
 
     @cached_property
     def metadata(self) -> dict[int, Path]:

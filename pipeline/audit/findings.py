@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 from scipy.stats import rankdata
 
 from pipeline.audit.data import AuditData
-from pipeline.audit.detectors import REGISTRY, Finding, lacking, lowest
+from pipeline.audit.detectors import REGISTRY, Finding, chosen, lacking, lowest
 from pipeline.audit.export import write_csv
 from pipeline.audit.files import output
-from shards.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +23,11 @@ LEAD = 2  # families of detectors, the worst of which make the combined score
 def run_detectors(
     data: AuditData, worst: float, names: Sequence[str] | None = None
 ) -> tuple[dict[str, Finding], dict[str, dict]]:
-    """({name: Finding}, {name: {"seconds" | "skipped"}}) of all detectors in the registry, or of those named. Raises
+    """({name: Finding}, {name: {"seconds" | "skipped"}}) of the detectors that `names` means (detectors.chosen). Raises
     UserError."""
-    unknown = next((name for name in names or () if name not in REGISTRY), None)
-    if unknown:
-        raise UserError(f"--detectors: got {unknown!r}, expected some of {', '.join(REGISTRY)}")
     found: dict[str, Finding] = {}
     about: dict[str, dict] = {}
-    for name in names or REGISTRY:
+    for name in chosen(names):
         why = lacking(REGISTRY[name], data)
         if why:
             about[name] = {"skipped": why}
@@ -51,7 +47,8 @@ def combined(found: dict[str, Finding], worst: float) -> Finding:
     A detector's rank as a fraction of the pairs stands for a p-value; ties take the highest, so where a detector has
     nothing to say it says nothing. Those of a family are averaged first, for they look at the same thing. A pair is
     suspect that is bad in two ways, or very bad in one. The score is the rank of the product as a fraction of the
-    pairs.
+    pairs. Where no detector ranks, it is the fraction of the detectors that do not flag the pair, and any flag is an
+    issue.
     """
     families: dict[str, list[np.ndarray]] = {}
     unread_N = None
@@ -61,7 +58,8 @@ def combined(found: dict[str, Finding], worst: float) -> Finding:
             families.setdefault(REGISTRY[name].family or name, []).append(np.log(rank_N).astype(np.float32))
             unread_N = np.isnan(finding.score_N) if unread_N is None else unread_N & np.isnan(finding.score_N)
     if not families:
-        return next(iter(found.values()))
+        fine_N = 1 - np.stack([finding.issue_N for finding in found.values()]).mean(0, np.float32)
+        return Finding(fine_N, fine_N < 1)
     log_FN = np.sort(np.stack([np.mean(one, 0) for one in families.values()]), 0)
     product_N = log_FN[:LEAD].sum(0)
     score_N = np.empty(len(product_N), np.float32)
@@ -82,6 +80,7 @@ def tables(data: AuditData, found: dict[str, Finding], suspect: Finding) -> Iter
             "cosine": pa.array(data.cos_N[rows], from_pandas=True),
             "is_suspect_issue": pa.array(suspect.issue_N[rows]),
             "suspect_score": pa.array(suspect.score_N[rows], from_pandas=True),
+            "reasons": pa.array(reasons(found, rows), pa.string()),
         }
         for kind, finding in found.items():
             columns[f"is_{kind}_issue"] = pa.array(finding.issue_N[rows])
@@ -89,6 +88,15 @@ def tables(data: AuditData, found: dict[str, Finding], suspect: Finding) -> Iter
             for more, values in finding.more.items():
                 columns[more] = pa.array(values[rows])
         yield pa.table(columns)
+
+
+def reasons(found: dict[str, Finding], rows: slice) -> list[str]:
+    """Of each pair the detectors that flag it, with their scores: "dark: score 0.12; blurry: score 0.20"."""
+    lines: list[list[str]] = [[] for _ in range(rows.stop - rows.start)]
+    for name, finding in found.items():
+        for place in np.flatnonzero(finding.issue_N[rows]).tolist():
+            lines[place].append(f"{name}: score {finding.score_N[rows.start + place]:.2f}")
+    return ["; ".join(line) for line in lines]
 
 
 def write_findings(data: AuditData, found: dict[str, Finding], suspect: Finding, out: Path) -> None:

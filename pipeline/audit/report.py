@@ -15,6 +15,7 @@ from markupsafe import Markup
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, Finding, Group
 from pipeline.audit.report_items import Items, nearest_pictures
+from pipeline.audit.report_map import embedding_map
 from shards.storage.files import write_bytes
 
 GALLERY, GROUPS, TABLE = 240, 60, 3000  # pairs with pictures, groups, rows of the table
@@ -45,7 +46,10 @@ def render(content: dict) -> bytes:
     """
     pages = Environment(loader=PackageLoader("pipeline.audit"), autoescape=True)
     pages.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    style, script = (pages.loader.get_source(pages, f"report.{kind}")[0] for kind in ("css", "js"))
+    style, map_script, script = (
+        pages.loader.get_source(pages, name)[0] for name in ("report.css", "report_map.js", "report.js")
+    )
+    script = map_script + script
     policy = (
         f"default-src 'none'; img-src data:; style-src '{content_hash(style)}'; script-src '{content_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -121,6 +125,7 @@ def contents(
         }
         for name, group in groups
     ]
+    content["map"] = embedding_map(data, items, suspect)
     content["table"] = items.plain(table)
     content["items"] = items.finish()
     return content

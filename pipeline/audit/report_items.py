@@ -46,6 +46,8 @@ class Items:
         for item, row, path in zip(items, self.rows, paths):
             ranks = {name: self.rank(name, row) for name in self.sorted if not np.isnan(self.found[name].score_N[row])}
             item["r"] = ranks
+            said = {name: REGISTRY[name].reason(self.found[name].score_N[row]) for name in item["flags"]}
+            item["said"] = {name: text for name, text in said.items() if text}
             item["worst"] = min(ranks, key=ranks.get) if ranks else None
             item["path"] = path
             item["near"] = self.near.get(row, [])

@@ -40,7 +40,9 @@ def score(**options: Any) -> None:
 @click.option(
     "--truth", type=PATH, metavar="DIR", help="an attack manifest to judge by (default: that of the run or the scores)"
 )
-@click.option("--detectors", multiple=True, metavar="NAME...", help="only these (default: all that the data allow)")
+@click.option(
+    "--detectors", multiple=True, metavar="NAME...", help="only these, families or `default` (all without a package)"
+)
 @click.option("--worst", type=FRACTION, default=0.01, help="fraction of the pairs that a ranking detector flags (0.01)")
 @click.option(
     "--sample", type=COUNT, default=1024, metavar="N", help="random pictures to look for neighbours in (1024)"

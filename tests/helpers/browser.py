@@ -10,6 +10,8 @@ import tempfile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
+KEYS = {"Escape": 27}  # what the browser itself answers needs its number
+
 
 class Browser:
     """`with Browser() as page: page.open(path); page.run("document.title")`. problems: what the console and the policy
@@ -91,7 +93,17 @@ class Browser:
 
     def press(self, key):
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, text=key if kind == "keyDown" else "")
+            text = key if kind == "keyDown" and len(key) == 1 else ""
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, text=text, windowsVirtualKeyCode=KEYS.get(key, 0))
+
+    def move(self, x, y):
+        """The pointer to a place in the window."""
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def click(self, x, y):
+        self.move(x, y)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path):
         """PNG of what is in sight."""

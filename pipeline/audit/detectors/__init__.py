@@ -6,14 +6,17 @@ is_<name>_issue and <name>_score.
 """
 
 import importlib
+import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
 from pipeline.audit.data import AuditData
+from shards.errors import UserError
 
 REGISTRY: dict[str, type["Detector"]] = {}
 Kind = TypeVar("Kind", bound=type["Detector"])
@@ -53,10 +56,11 @@ class Detector(ABC):
     None or empty. least: scored pairs below which it is skipped.
 
     ranks: whether its score orders pairs, so that it counts in the combined score; family: those that look at the same
-    thing.
+    thing. package: an optional one that it needs, which `pip install` knows by this name; with one it runs only where
+    it is named.
     """
 
-    name = title = text = source = family = ""
+    name = title = text = source = family = package = ""
     needs: tuple[str, ...] = ()
     least = 0
     ranks = True
@@ -66,6 +70,11 @@ class Detector(ABC):
         """What it says of `data`. worst: the fraction of the pairs that a detector without a threshold of its own
         flags."""
 
+    @staticmethod
+    def reason(score: float) -> str:
+        """What the report says of a flagged pair with this score, beside the title; "" = nothing."""
+        return ""
+
 
 LACKS = {
     "images": "no embeddings: make them with `safeclip score`, without --lean",
@@ -74,17 +83,39 @@ LACKS = {
     "hash_N": "no picture hashes: `safeclip score` makes them where it reads the pictures itself",
     "captions": "no captions: the shards are not where they were",
     "rounds": "no run: scores alone have no history",
+    "samples": "no pictures: the shards are not where they were, or the scores name none",
     "excluded": "no run whose guards excluded pairs (config key guards)",
 }
 
 
 def lacking(kind: type[Detector], data: AuditData) -> str | None:
     """Why a detector cannot run on this data, as a line; None if it can."""
-    name = next((name for name in kind.needs if getattr(data, name) is None or not len(getattr(data, name))), None)
-    if name:
-        return LACKS[name]
+    for name in kind.needs:
+        value = getattr(data, name)
+        if value is None or (isinstance(value, Sized) and not len(value)):
+            return LACKS[name]
     scored = int((~np.isnan(data.score_N)).sum()) if kind.least else 0
     return f"{scored} scored pairs, at least {kind.least} are needed" if scored < kind.least else None
+
+
+def chosen(names: Sequence[str] | None) -> list[str]:
+    """Names of the detectors that --detectors means: a detector, a family, or "default", which is all that need no
+    optional package. Raises UserError."""
+    default = [name for name, kind in REGISTRY.items() if not kind.package]
+    found: dict[str, None] = {}  # in order, each once
+    for word in names or ["default"]:
+        family = [name for name, kind in REGISTRY.items() if word in (name, kind.family)]
+        if word != "default" and not family:
+            families = {kind.family: None for kind in REGISTRY.values() if kind.family}
+            raise UserError(
+                f"--detectors: got {word!r}, expected some of {', '.join(['default', *families, *REGISTRY])}"
+            )
+        found.update(dict.fromkeys(default if word == "default" else family))
+    for name in found:
+        package = REGISTRY[name].package
+        if package and not importlib.util.find_spec(package):
+            raise UserError(f"--detectors: {name} needs the package {package}, which is missing; pip install {package}")
+    return list(found)
 
 
 def lowest(score_N: np.ndarray, fraction: float) -> np.ndarray:

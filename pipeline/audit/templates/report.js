@@ -1,4 +1,3 @@
-"use strict";
 const D = JSON.parse(document.getElementById("data").textContent);
 const main = document.getElementById("main");
 const whole = (n) => n.toLocaleString("en-US");
@@ -428,7 +427,9 @@ function pairCard(item) {
             {},
             el("b", {}, titles[name] || name),
             item.r[name] === undefined
-              ? ""
+              ? item.said[name]
+                ? `: ${item.said[name]}`
+                : ""
               : item.r[name] * D.pairs < 1
                 ? ": the worst of all pairs"
                 : `: among the worst ${percent(item.r[name], item.r[name] < 0.001 ? 3 : 2)}`,
@@ -514,7 +515,11 @@ const lists = {
         (state.shard === "" || g.members.some(([s]) => s === +state.shard)) &&
         (!state.words || g.ids.some((id) => (D.items[id].c || "").toLowerCase().includes(state.words))),
     ),
-  gallery: () => D.gallery.map((id) => D.items[id]).filter(fits),
+  // Of one detector, also its findings that are on the map only.
+  gallery: () =>
+    [...new Set([...D.gallery, ...(state.detector && D.map ? D.map.suspects.map((point) => point[2]) : [])])]
+      .map((id) => D.items[id])
+      .filter(fits),
   table: () => D.table.filter(fits),
 };
 const tableRow = (item) =>
@@ -585,6 +590,7 @@ const drawAll = () => {
     state.page[name] = 0;
     draw(name);
   }
+  drawMap();
 };
 let waiting = 0;
 const select = (name, label, options) =>
@@ -607,7 +613,7 @@ function theme() {
 }
 document.addEventListener("keydown", (event) => {
   if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
-  const cards = [...document.querySelectorAll("article[tabindex]")],
+  const cards = [...(document.querySelector("dialog[open]") || document).querySelectorAll("article[tabindex]")],
     here = cards.indexOf(event.target.closest("article"));
   const step = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[event.key],
     verdict = { p: "poison", f: "fine", u: null }[event.key];
@@ -734,6 +740,7 @@ main.replaceChildren(
     el("button", { class: "main", id: "export", onclick: save }, ""),
     el("span", { id: "ticked", class: "small soft", "aria-live": "polite" }, ""),
   ),
+  ...(D.map ? mapSection() : []),
   el("h2", {}, "Groups"),
   el("p", { class: "soft" }, "Pairs that belong together, the worst first. A tick counts for every member."),
   el("div", { id: "groups" }),
@@ -741,7 +748,7 @@ main.replaceChildren(
   el(
     "p",
     { class: "soft" },
-    `The ${whole(D.gallery.length)} worst pairs of all detectors together.${D.no_pictures ? " No pictures: " + D.no_pictures : ""}`,
+    `The ${whole(D.gallery.length)} worst pairs of all detectors together${D.map ? "; of one detector also those on the map" : ""}.${D.no_pictures ? " No pictures: " + D.no_pictures : ""}`,
   ),
   el("div", { id: "gallery" }),
   el("h2", {}, "More suspects"),

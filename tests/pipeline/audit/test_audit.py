@@ -4,16 +4,21 @@ import csv
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline.audit.apply import apply_mask
 from pipeline.audit.audit import audit
 from pipeline.audit.detectors import REGISTRY, neighbourhood
 from pipeline.audit.report import cosine_histogram, render
+from pipeline.audit.report_map import SIDE, places
 from pipeline.audit.score import score
 from shards.errors import UserError
 from shards.order.safe_mask import SavedMask
@@ -21,6 +26,7 @@ from shards.samples.overlay import VERSION
 from tests.helpers.audits import make_model, make_pairs, picture
 from tests.helpers.browser import CHROMIUM, Browser
 
+ROOT = Path(__file__).parents[3]
 HOSTILE = [
     "<script>document.title = 'owned'</script>",
     "</script><script>document.title = 'owned'</script><!--",
@@ -84,7 +90,8 @@ def test_findings_are_cleanlabs_columns_for_every_pair(audited):
     folder, _, _ = audited
     table = pq.read_table(folder / "audit/findings.parquet")
     assert len(table) == 60 and table["position"].to_pylist()[20:22] == [0, 1]
-    for name in [*(set(REGISTRY) - {"history", "excluded"}), "suspect"]:
+    ran = {name for name, kind in REGISTRY.items() if not kind.package} - {"history", "excluded"}
+    for name in [*ran, "suspect"]:
         issue_N, score_N = table[f"is_{name}_issue"].to_numpy(), table[f"{name}_score"].to_numpy()
         known = score_N[~np.isnan(score_N)]
         assert issue_N.dtype == bool and known.min() >= 0 and known.max() <= 1
@@ -92,6 +99,8 @@ def test_findings_are_cleanlabs_columns_for_every_pair(audited):
             assert known[issue_N[~np.isnan(score_N)]].max() <= known[~issue_N[~np.isnan(score_N)]].min()
     assert np.flatnonzero(table["is_broken_issue"].to_numpy()).tolist() == [20]
     assert set(np.flatnonzero(table["is_common_patch_issue"].to_numpy())) == set(range(3, 60, 5))
+    patched = table["reasons"].to_pylist()[3].split("; ")
+    assert f"common_patch: score {table['common_patch_score'][3].as_py():.2f}" in patched
     assert pyarrow.csv.read_csv(folder / "audit/findings.csv").column_names == table.column_names
 
 
@@ -227,6 +236,107 @@ def test_ticks_by_keyboard_go_back_into_the_mask(audited, page, tmp_path):
         flags[saved.find(row["shard"]) * 20 + int(row["position"])] = row["verdict"] == "fine"
     sizes = json.loads((tmp_path / "safe/sizes.json").read_text())
     assert [sizes[f"{number:05d}.tar"] for number in range(3)] == flags.reshape(3, 20).sum(1).tolist()
+
+
+MAPPED = "D.map.suspects.map(([x, y, id]) => [x, y, D.items[id].k, D.items[id].c, D.items[id].flags])"
+
+
+def shown_map(page, folder):
+    """Open the report at its map; (suspects of it, a function from a point to the middle of its place in the
+    window)."""
+    page.open(folder / "audit/report.html")
+    page.run("document.getElementById('map').scrollIntoView()")
+    left, top, scale = page.run(
+        "(() => { const box = document.querySelector('#map svg'), r = box.getBoundingClientRect(); "
+        "return [r.left, r.top, r.width / box.viewBox.baseVal.width]; })()"
+    )
+    return page.run(MAPPED), lambda x, y: (left + (x + 20) * scale, top + (y + 20) * scale)
+
+
+@needs_chromium
+def test_a_click_on_the_map_opens_the_card(audited, page):
+    suspects, spot = shown_map(page, audited[0])
+    flagged = set(np.flatnonzero(pq.read_table(audited[0] / "audit/findings.parquet")["reasons"].to_numpy() != ""))
+    assert {int(key) for _, _, key, _, _ in suspects} == flagged - {20} and len(flagged) > 10  # 20 cannot be read
+    assert len(suspects) + page.run("D.map.others.length") == 59
+    x, y, *_ = suspects[0]
+    same = {one[2] for one in suspects if abs(one[0] - x) < 18 and abs(one[1] - y) < 18}
+    page.move(*spot(x, y))
+    said = page.run("document.querySelector('#map .said').innerText.split('\\n')[0]")
+    assert said in same and page.run("document.querySelector('dialog')") is None
+    page.click(*spot(x, y))
+    card = page.run("document.querySelector('dialog[open] article').innerText")
+    assert f"· {said}" in card and page.run("document.activeElement.closest('dialog').open")
+    page.press("p")
+    assert page.run("document.querySelector('dialog article').dataset.verdict") == "poison"
+    page.press("u")
+    page.press("Escape")
+    assert page.run("document.querySelector('dialog')") is None and page.problems == []
+    page.click(*spot(-19, -19))  # a corner without a point
+    assert page.run("document.querySelector('dialog')") is None
+
+
+@needs_chromium
+def test_the_map_is_walked_by_keyboard_and_hostile_captions_are_text_there(audited, page):
+    suspects, _ = shown_map(page, audited[0])
+    page.run("document.querySelector('#map .area').focus()")
+    seen = {}
+    for _, _, key, *_ in suspects:
+        page.press("ArrowRight")
+        seen[key] = page.run("document.querySelector('#map .said').innerText")
+        assert seen[key].startswith(key)
+    hostile = [key for key in seen if int(key) < 6]
+    assert hostile and all(HOSTILE[int(key)] in seen[key] for key in hostile)
+    assert page.run("document.title") == "Audit of image-caption pairs" and page.problems == []
+    page.press("Enter")
+    assert page.run("document.querySelector('dialog[open] article').innerText").find(key) >= 0
+
+
+@needs_chromium
+def test_a_filter_leaves_its_suspects_on_the_map(audited, page):
+    suspects, _ = shown_map(page, audited[0])
+    page.run(
+        "(() => { const box = document.querySelector('select'); box.value = 'common_patch'; "
+        "box.dispatchEvent(new Event('change')); })()"
+    )
+    wanted = [one for one in suspects if "common_patch" in one[4]]
+    assert page.run("document.querySelectorAll('#map .area svg path').length") == len(wanted) + 1  # one for all others
+    assert (
+        page.run("document.querySelector('#map .legend').innerText")
+        == f"the same patch at the same place ({len(wanted)})"
+    )
+    assert page.run("lists.gallery().length") == len(wanted)
+
+
+def test_the_same_rows_have_the_same_places_and_odd_ones_are_no_harm():
+    row_MD = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    first = places(row_MD)
+    np.testing.assert_array_equal(first, places(row_MD))
+    assert first.min() == 0 and first[:, 0].max() == SIDE and len(np.unique(first, axis=0)) > 50
+    for odd in (np.zeros((30, 8)), row_MD[:2], row_MD[:, :1], np.repeat(row_MD[:2], 20, 0)):
+        found = places(odd.astype(np.float32))
+        assert found.shape == (len(odd), 2) and found.min() >= 0 and found.max() <= SIDE
+
+
+def test_the_recipe_for_fiftyone_opens_what_was_found(audited, tmp_path, monkeypatch):
+    """The code in the README, with a stand-in for FiftyOne, which keeps its samples in a MongoDB."""
+    recipe = (ROOT / "pipeline/audit/README.md").read_text().split("### FiftyOne\n")[1].split("Then `fiftyone")[0]
+    code = [line[4:] for line in recipe.splitlines() if line.startswith("    ") or not line]
+    made = []
+    dataset = SimpleNamespace(add_samples=made.extend)
+    stand_in = SimpleNamespace(Sample=lambda path, **fields: (path, fields), Dataset=lambda *_, **__: dataset)
+    monkeypatch.setitem(sys.modules, "fiftyone", stand_in)
+    monkeypatch.chdir(tmp_path)
+    for name in ("scores", "audit"):
+        (tmp_path / name).symlink_to(audited[0] / name)
+    (tmp_path / "pictures").mkdir()
+    exec("\n".join(code), {})
+    rows = [fields["position"] + 20 * int(fields["shard"][:5]) for _, fields in made]
+    reasons = pq.read_table(audited[0] / "audit/findings.parquet")["reasons"].to_numpy()
+    assert rows == [row for row in np.flatnonzero(reasons != "") if row != 20]
+    for row, (path, fields) in zip(rows, made):
+        assert Image.open(path).size == (64, 64) and fields["caption"] == audited[1][row]
+        assert {reason.split(":")[0] for reason in fields["reasons"].split("; ")} == set(fields["tags"]) - {"suspect"}
 
 
 @needs_chromium
