@@ -18,14 +18,18 @@ KS = (1, 5, 10)
 
 
 def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]]) -> dict:
-    """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: fractions of 1 of the pictures and of the captions.
-
-    image_ND: float32, unit length; captions: those of each picture. Equal captions are
-    encoded once.
-    """
+    """`recalls` of pictures and texts. image_ND: float32, unit length; captions: those of each picture. Equal captions
+    are encoded once."""
     number = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
     text_of_image = [[number[text] for text in texts] for texts in captions]
-    text_UD = encoder.texts(list(number))
+    return recalls(image_ND, encoder.texts(list(number)), text_of_image)
+
+
+def recalls(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]]) -> dict:
+    """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: fractions of 1 of the pictures and of the captions.
+
+    image_ND, text_UD: float32, unit length; text_of_image[n] lists the numbers of picture n's captions in text_UD.
+    """
     return {
         "image_to_text": image_to_text(image_ND, text_UD, text_of_image),
         "text_to_image": text_to_image(image_ND, text_UD, text_of_image),
