@@ -15,6 +15,8 @@ from scipy.stats import hypergeom
 from pipeline.evaluation.encoding import Encoder
 
 KS = (1, 5, 10)
+BLOCK = 512  # queries at a time
+CELLS = 1 << 23  # of queries x candidates at a time, at most
 
 
 def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]]) -> dict:
@@ -30,14 +32,15 @@ def recalls(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[l
 
     image_ND, text_UD: float32, unit length; text_of_image[n] lists the numbers of picture n's captions in text_UD.
     """
+    block = max(1, min(BLOCK, CELLS // max(len(image_ND), len(text_UD))))
     return {
-        "image_to_text": image_to_text(image_ND, text_UD, text_of_image),
-        "text_to_image": text_to_image(image_ND, text_UD, text_of_image),
+        "image_to_text": image_to_text(image_ND, text_UD, text_of_image, block),
+        "text_to_image": text_to_image(image_ND, text_UD, text_of_image, block),
     }
 
 
 def image_to_text(
-    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = 512
+    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = BLOCK
 ) -> dict:
     """{"r1", ...}: text_of_image[n] lists the numbers of picture n's captions in text_UD; one that several pictures
     have counts as often."""
@@ -61,7 +64,7 @@ def image_to_text(
 
 
 def text_to_image(
-    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = 512
+    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = BLOCK
 ) -> dict:
     """{"r1", ...}: every caption of every picture is a query, whose positive is that picture."""
     pairs = [(u, n) for n, texts in enumerate(text_of_image) for u in texts]
