@@ -48,7 +48,8 @@ def image_to_text(
     copies_U = torch.bincount(torch.tensor([u for texts in text_of_image for u in texts]), minlength=len(text_UD))
     copies_U = copies_U.to(device)
     queries = [n for n, texts in enumerate(text_of_image) if texts]
-    above, tied, own = [], [], []
+    # Results are kept in one tensor: small ones that stay between large ones that go would fragment the memory.
+    counts_3Q = torch.zeros(3, len(queries), dtype=torch.long, device=device)
     for at in range(0, len(queries), block):
         some = queries[at : at + block]
         cos_BU = image_ND[some] @ text_UD.T
@@ -57,10 +58,10 @@ def image_to_text(
             for u, times in Counter(text_of_image[n]).items():
                 own_BU[row, u] = times
         best_B1 = cos_BU.masked_fill(own_BU == 0, -torch.inf).amax(1, keepdim=True)
-        above.append(((cos_BU > best_B1) * copies_U).sum(1))
-        tied.append(((cos_BU == best_B1) * copies_U).sum(1))
-        own.append(((cos_BU == best_B1) * own_BU).sum(1).long())
-    return recall(torch.cat(above), torch.cat(tied), torch.cat(own))
+        counts_3Q[0, at : at + block] = ((cos_BU > best_B1) * copies_U).sum(1)
+        counts_3Q[1, at : at + block] = ((cos_BU == best_B1) * copies_U).sum(1)
+        counts_3Q[2, at : at + block] = ((cos_BU == best_B1) * own_BU).sum(1).long()
+    return recall(*counts_3Q)
 
 
 def text_to_image(
@@ -68,14 +69,14 @@ def text_to_image(
 ) -> dict:
     """{"r1", ...}: every caption of every picture is a query, whose positive is that picture."""
     pairs = [(u, n) for n, texts in enumerate(text_of_image) for u in texts]
-    above, tied = [], []
+    counts_3Q = torch.ones(3, len(pairs), dtype=torch.long, device=image_ND.device)
     for at in range(0, len(pairs), block):
         text_B, image_B = torch.tensor(pairs[at : at + block], device=image_ND.device).T
         cos_BN = text_UD[text_B] @ image_ND.T
         own_B1 = cos_BN.gather(1, image_B[:, None])
-        above.append((cos_BN > own_B1).sum(1))
-        tied.append((cos_BN == own_B1).sum(1))
-    return recall(torch.cat(above), torch.cat(tied), torch.ones(len(pairs), dtype=torch.long))
+        counts_3Q[0, at : at + block] = (cos_BN > own_B1).sum(1)
+        counts_3Q[1, at : at + block] = (cos_BN == own_B1).sum(1)
+    return recall(*counts_3Q)
 
 
 def recall(above_Q: torch.Tensor, tied_Q: torch.Tensor, own_Q: torch.Tensor) -> dict:
