@@ -62,13 +62,14 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
             loaded = load_config(config, overrides)
             from pipeline.config.data import open_index, open_overlay
             from pipeline.distributed import comm
-            from pipeline.evaluation.evaluator import Evaluator
+            from pipeline.evaluation.evaluators import Evaluators
             from pipeline.training.run import train as train_run
 
-            evaluators = {}
-            if loaded.evaluation.test:
-                overlay = open_overlay(loaded.data, open_index(loaded.data))
-                evaluators["eval"] = Evaluator(loaded.evaluation, overlay)
+            evaluators, evaluation = {}, loaded.evaluation
+            if evaluation.test or evaluation.pairs or evaluation.evaluators:
+                index = open_index(loaded.data)
+                found = Evaluators(loaded, index, open_overlay(loaded.data, index))
+                evaluators = {"eval": found} if found.chosen else {}
             train_run(loaded, evaluators, stop)
             comm.shutdown()
     except Preempted:
@@ -89,8 +90,9 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     help="runs on the same data without poison; reports their mean",
 )
 def evaluate(run: str, overrides: tuple[str, ...], baseline: str | None, unpoisoned: tuple[str, ...]) -> None:
-    """Measure clean accuracy and attack success of a run's model. Writes RUN/eval.json."""
-    from pipeline.evaluation.run import evaluate_run, summary
+    """Run the evaluators on a run's model: loss, retrieval, zero_shot, attacks. Writes RUN/eval.json."""
+    from pipeline.evaluation.run import evaluate_run
+    from pipeline.evaluation.summary import summary
 
     print(f"{run}: {summary(evaluate_run(run, baseline, overrides, unpoisoned))}")
 

@@ -30,10 +30,10 @@ def open_overlay(data: Data, index: ShardIndex, folder: Path | str | None = None
     return Overlay.load(folder, index, load_trigger) if folder else None
 
 
-def open_samples(data: Data, index: ShardIndex) -> Samples:
-    """Samples of the index, poisoned by the overlay if there is one. Raises UserError."""
+def open_samples(data: Data, index: ShardIndex, poisoned: bool = True) -> Samples:
+    """Samples of the index, if `poisoned` by the overlay of the config, where there is one. Raises UserError."""
     cache = open_cache(data) if any(shard.remote for shard in index.shards) else None
-    return Samples(index, open_overlay(data, index), cache, data.limits)
+    return Samples(index, open_overlay(data, index) if poisoned else None, cache, data.limits)
 
 
 def open_cache(data: Data) -> Cache:

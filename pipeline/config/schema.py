@@ -207,8 +207,16 @@ class Selection(Section):
 class Evaluation(Section):
     """What is evaluated, and when."""
 
+    evaluators: list[str] | None = None
+    """Which of loss, retrieval, zero_shot and attacks are run; null: all for which there are data."""
+    pairs: Place | None = None
+    """Index of held-out shards with captions, for loss and retrieval. Labels are not needed. A training shard among
+    them is an error."""
+    max_pairs: Annotated[int, Field(gt=0, le=100_000)] = 20_000
+    """Only so many of them are used, the first ones. The time of retrieval grows with their square."""
     test: Place | None = None
-    """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null."""
+    """Folder with classnames.txt, zeroshot_classification_templates.txt and test/ (CLIP_benchmark layout), or null: for
+    zero_shot, attacks and, where it has captions, retrieval."""
     index: Place | None = None
     """Index of the shards of that folder (text="cls")."""
     labels: Place | None = None

@@ -26,7 +26,8 @@ from pipeline.config.data import describe, open_cache, open_index, open_overlay
 from pipeline.config.schema import Config, Data
 from pipeline.distributed import comm
 from pipeline.doctor.footprint import Findings, check_disk, check_memory, existing, human, measure
-from pipeline.evaluation.testset import TestSet
+from pipeline.doctor.held_out import check_evaluation
+from pipeline.doctor.samples import try_samples
 from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.round import mask_folder
 from pipeline.training import checkpoint
@@ -34,13 +35,12 @@ from pipeline.training.curriculum import curriculum
 from pipeline.training.lease import holder_of
 from pipeline.training.model import pretrained_file
 from pipeline.training.start import inspect, steps_per_epoch
-from shards.errors import BadSample, ChangedShard, UserError
+from shards.errors import UserError
 from shards.index import scan
 from shards.index.scan import Finding, fingerprint_of
 from shards.index.shard_index import Shard, ShardIndex
 from shards.samples.samples import Samples
 
-SPREAD = 32  # shards of which one sample is decoded
 NETWORK_MB = 64  # of the all-reduce that is timed
 
 
@@ -58,6 +58,7 @@ def examine(config: Config, ranks: int | None = None, content: bool = False) -> 
     index = open_index(config.data)
     found += comm.on_rank0(lambda: check_bad_samples(config.data, index))
     found += comm.on_rank0(lambda: check_config(config, index, ranks))
+    found += everywhere(lambda: check_evaluation(config, index))
     found += comm.on_rank0(lambda: check_run_dir(config, index, ranks))
     found += check_shared(config)
     try:
@@ -101,28 +102,7 @@ def check_shards(config: Config, content: bool = False) -> Findings:
             )
         else:
             found.append(("ok", "data", "every shard holds what was indexed, byte for byte"))
-    filled = [s for s, count in enumerate(index.counts) if count and not index.shards[s].path.startswith("pipe:")]
-    tried = filled[:: -(-len(filled) // SPREAD) or 1]
-    bad = []
-    for shard in tried:
-        position = int(index.counts[shard]) // 2
-        try:
-            samples.image(shard, position)
-            samples.caption(shard, position)
-        except ChangedShard as error:
-            return found + [("fatal", "data", str(error))]
-        except BadSample as error:
-            bad.append(f"{index.shards[shard].path}, sample {samples.key(shard, position)}: {error}")
-    if bad:
-        found.append(
-            (
-                "warning" if len(bad) < len(tried) else "fatal",
-                "data",
-                f"{len(bad)} of {len(tried)} samples that were tried cannot be read, the first: {bad[0]}; "
-                "if it is not that sample alone, index the shards again or mend them",
-            )
-        )
-    return found
+    return found + try_samples(samples, "data")
 
 
 def check_bad_samples(data: Data, index: ShardIndex) -> Findings:
@@ -192,14 +172,10 @@ def check_cache(config: Config, index: ShardIndex) -> Findings:
 
 
 def check_config(config: Config, index: ShardIndex, ranks: int) -> Findings:
-    """Batch, processes and pairs fit each other; the test set is there."""
+    """Batch, processes and pairs fit each other; the weights to start from are there."""
     try:
         steps = steps_per_epoch(config, index, ranks)
         epochs = curriculum(config.train, config.selection.every, steps)
-        if config.evaluation.test:
-            TestSet(config.evaluation)
-        if config.evaluation.labels:
-            ShardIndex.load(config.evaluation.labels)
         if config.model.pretrained:
             pretrained_file(config.model.pretrained)
     except UserError as error:

@@ -50,6 +50,11 @@ class Encoder:
         return self.shared(dataset, [len(part) for part in parts], lambda tokens: self.towers(None, tokens)[1])
 
     @torch.no_grad()
+    def scale(self) -> torch.Tensor:
+        """(1,): the model's logit scale, which under ZeRO-3 only a forward pass gives. All ranks call."""
+        return self.towers(None, self.views.tokenize([""]).to(self.device))[2]
+
+    @torch.no_grad()
     def shared(
         self, dataset: Dataset[tuple[torch.Tensor, ...]], sizes: list[int], encode: Callable[..., torch.Tensor]
     ) -> torch.Tensor:

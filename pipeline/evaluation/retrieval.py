@@ -15,25 +15,32 @@ from scipy.stats import hypergeom
 from pipeline.evaluation.encoding import Encoder
 
 KS = (1, 5, 10)
+BLOCK = 512  # queries at a time
+CELLS = 1 << 23  # of queries x candidates at a time, at most
 
 
 def retrieval(encoder: Encoder, image_ND: torch.Tensor, captions: list[list[str]]) -> dict:
-    """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: fractions of 1 of the pictures and of the captions.
-
-    image_ND: float32, unit length; captions: those of each picture. Equal captions are
-    encoded once.
-    """
+    """`recalls` of pictures and texts. image_ND: float32, unit length; captions: those of each picture. Equal captions
+    are encoded once."""
     number = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
     text_of_image = [[number[text] for text in texts] for texts in captions]
-    text_UD = encoder.texts(list(number))
+    return recalls(image_ND, encoder.texts(list(number)), text_of_image)
+
+
+def recalls(image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]]) -> dict:
+    """{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": ...}: fractions of 1 of the pictures and of the captions.
+
+    image_ND, text_UD: float32, unit length; text_of_image[n] lists the numbers of picture n's captions in text_UD.
+    """
+    block = max(1, min(BLOCK, CELLS // max(len(image_ND), len(text_UD))))
     return {
-        "image_to_text": image_to_text(image_ND, text_UD, text_of_image),
-        "text_to_image": text_to_image(image_ND, text_UD, text_of_image),
+        "image_to_text": image_to_text(image_ND, text_UD, text_of_image, block),
+        "text_to_image": text_to_image(image_ND, text_UD, text_of_image, block),
     }
 
 
 def image_to_text(
-    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = 512
+    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = BLOCK
 ) -> dict:
     """{"r1", ...}: text_of_image[n] lists the numbers of picture n's captions in text_UD; one that several pictures
     have counts as often."""
@@ -41,7 +48,8 @@ def image_to_text(
     copies_U = torch.bincount(torch.tensor([u for texts in text_of_image for u in texts]), minlength=len(text_UD))
     copies_U = copies_U.to(device)
     queries = [n for n, texts in enumerate(text_of_image) if texts]
-    above, tied, own = [], [], []
+    # Results are kept in one tensor: small ones that stay between large ones that go would fragment the memory.
+    counts_3Q = torch.zeros(3, len(queries), dtype=torch.long, device=device)
     for at in range(0, len(queries), block):
         some = queries[at : at + block]
         cos_BU = image_ND[some] @ text_UD.T
@@ -50,25 +58,25 @@ def image_to_text(
             for u, times in Counter(text_of_image[n]).items():
                 own_BU[row, u] = times
         best_B1 = cos_BU.masked_fill(own_BU == 0, -torch.inf).amax(1, keepdim=True)
-        above.append(((cos_BU > best_B1) * copies_U).sum(1))
-        tied.append(((cos_BU == best_B1) * copies_U).sum(1))
-        own.append(((cos_BU == best_B1) * own_BU).sum(1).long())
-    return recall(torch.cat(above), torch.cat(tied), torch.cat(own))
+        counts_3Q[0, at : at + block] = ((cos_BU > best_B1) * copies_U).sum(1)
+        counts_3Q[1, at : at + block] = ((cos_BU == best_B1) * copies_U).sum(1)
+        counts_3Q[2, at : at + block] = ((cos_BU == best_B1) * own_BU).sum(1).long()
+    return recall(*counts_3Q)
 
 
 def text_to_image(
-    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = 512
+    image_ND: torch.Tensor, text_UD: torch.Tensor, text_of_image: list[list[int]], block: int = BLOCK
 ) -> dict:
     """{"r1", ...}: every caption of every picture is a query, whose positive is that picture."""
     pairs = [(u, n) for n, texts in enumerate(text_of_image) for u in texts]
-    above, tied = [], []
+    counts_3Q = torch.ones(3, len(pairs), dtype=torch.long, device=image_ND.device)
     for at in range(0, len(pairs), block):
         text_B, image_B = torch.tensor(pairs[at : at + block], device=image_ND.device).T
         cos_BN = text_UD[text_B] @ image_ND.T
         own_B1 = cos_BN.gather(1, image_B[:, None])
-        above.append((cos_BN > own_B1).sum(1))
-        tied.append((cos_BN == own_B1).sum(1))
-    return recall(torch.cat(above), torch.cat(tied), torch.ones(len(pairs), dtype=torch.long))
+        counts_3Q[0, at : at + block] = (cos_BN > own_B1).sum(1)
+        counts_3Q[1, at : at + block] = (cos_BN == own_B1).sum(1)
+    return recall(*counts_3Q)
 
 
 def recall(above_Q: torch.Tensor, tied_Q: torch.Tensor, own_Q: torch.Tensor) -> dict:

@@ -1,14 +1,16 @@
-"""eval.json of a run: accuracy of its model, success of the attacks, and quality of its selection.
+"""eval.json of a run: figures of the evaluators on its model, success of the attacks, and quality of its selection.
 
 Rates are fractions, null where they are not known or there is nothing to measure.
 
 preset, seed, epochs, seconds, sample_views    of the run; sample_views: views of pairs that the losses saw
+pairs       {"count", "unreadable", "loss", "retrieval"}: of evaluation.pairs (evaluators/loss.py, retrieval.py);
+            unreadable pairs are in no figure; count: the others
 clean_top1, clean_top5                         zero-shot accuracy on the test pictures (zero_shot.py), without those
                                                that the attacks of data.overlay are about: targets, and pictures of
                                                class-to-class sources
 unreadable                                     number of the test pictures that cannot be read, which no figure counts
 retrieval                                      {"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}}
-                                               (retrieval.py)
+                                               (retrieval.py), of the test set's captions
 linear_probe                                   top-1 accuracy (linear_probe.py), on all test pictures
 attacks     {NAME: {
     judged, success, interval, count, base, true_class
@@ -32,7 +34,8 @@ poison_trained_on           of all poison, the fraction that the CLIP loss saw a
                             without an attack
 negative_controls           for every round, as in mask.json (pipeline/safety/negative_controls.py)
 
-A round is a selection round of the run; a run that trained with the mask of a filter (data.mask) has that one.
+Figures of other evaluators (evaluators/) stand beside these. A round is a selection round of the run; a run that
+trained with the mask of a filter (data.mask) has that one.
 """
 
 import json
@@ -48,8 +51,8 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.evaluation.attack_success import TOOK
-from pipeline.evaluation.encoding import Encoder
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.evaluators import Evaluators
+from pipeline.evaluation.held_out import Embedded
 from pipeline.evaluation.linear_probe import linear_probe, open_labels
 from pipeline.evaluation.selection_quality import (
     poison_fractions,
@@ -78,44 +81,55 @@ def evaluate_run(
     run_dir = Path(run_dir)
     config, folder, towers = load_run(run_dir, overrides)
     trained = load_config(run_dir / "config.yaml").data.overlay
-    if not config.evaluation.test:
-        raise UserError("evaluation.test: missing; name a folder in the CLIP_benchmark layout with evaluation.test=DIR")
     index = open_index(config.data)
     overlay = open_overlay(config.data, index)
     # Plain CLIP is its own baseline.
     plain = plain_attacks(baseline, config, overlay, index) if baseline and not is_undefended(config) else {}
-    evaluator = Evaluator(config.evaluation, overlay)
-    encoder = Encoder(towers, make_views(config), comm.device())
-    image_ND = evaluator.encode(encoder)
-    figures = evaluator.judge(encoder, image_ND)
-    labels, probe = open_labels(config, index), None
-    if labels:
-        probe = linear_probe(
-            encoder, image_ND, evaluator.test, open_samples(config.data, index), labels, config.run.seed
+    evaluators = Evaluators(config, index, overlay)
+    if not evaluators.chosen:
+        raise UserError(
+            "evaluation: nothing to evaluate; name held-out pairs with evaluation.pairs=INDEX, "
+            "or a folder in the CLIP_benchmark layout with evaluation.test=DIR"
         )
+    embedded = evaluators.embedded(towers, make_views(config), comm.device())
+    figures = evaluators.figures(embedded)
+    attacks = figures.pop("attacks", {})
     state = checkpoint.load_state(folder)
     result = {
         "preset": config.preset,
         "seed": config.run.seed,
-        "clean_top1": figures["clean_top1"],
-        "clean_top5": figures["clean_top5"],
-        "unreadable": figures["unreadable"],
-        "retrieval": figures["retrieval"],
-        "linear_probe": probe,
+        **dict.fromkeys(("clean_top1", "clean_top5", "unreadable", "retrieval", "pairs")),
+        **figures,
+        "linear_probe": probe(embedded, config, index),
         "epochs": state["epoch"],
         "seconds": round(state["seconds"], 1),
         "sample_views": state["sample_views"],
-        **selection_figures(run_dir, config, trained, overlay, index, figures["attacks"]),
+        **selection_figures(run_dir, config, trained, overlay, index, attacks),
     }
     if is_undefended(config):
-        plain = figures["attacks"]
-    innocent = [judge_innocent(run, evaluator) for run in unpoisoned]
-    for name, attack in result["attacks"].items():
-        attack["took"] = plain[name]["success"] >= TOOK if trained and name in plain else None
-        for key, rate in (("unpoisoned", "success"), ("unpoisoned_true_class", "true_class")):
-            attack[key] = float(np.mean([found[name][rate] for found in innocent])) if innocent else None
+        plain = attacks
+    innocent = [judge_innocent(run, evaluators) for run in unpoisoned]
+    compare_attacks(result["attacks"], plain if trained else {}, innocent)
     write_json(run_dir / "eval.json", result)
     return result
+
+
+def compare_attacks(attacks: dict, plain: dict, innocent: list[dict]) -> None:
+    """Add to `attacks` what other runs say of them: `plain`, attacks on a run of plain CLIP, and `innocent`, on runs
+    without poison."""
+    for name, attack in attacks.items():
+        attack["took"] = plain[name]["success"] >= TOOK if name in plain else None
+        for key, rate in (("unpoisoned", "success"), ("unpoisoned_true_class", "true_class")):
+            attack[key] = float(np.mean([found[name][rate] for found in innocent])) if innocent else None
+
+
+def probe(embedded: Embedded, config: Config, index: ShardIndex) -> float | None:
+    """Accuracy of the linear probe; None without a test set or training labels."""
+    labels = open_labels(config, index)
+    if not labels or not embedded.data.test:
+        return None
+    samples = open_samples(config.data, index)
+    return linear_probe(embedded.encoder, embedded.image_ND, embedded.data.test, samples, labels, config.run.seed)
 
 
 def selection_figures(
@@ -184,40 +198,16 @@ def plain_attacks(baseline: str, config: Config, overlay: Overlay | None, index:
     return read_eval(baseline)["attacks"]
 
 
-def summary(result: dict) -> str:
-    """eval.json as a few lines of text."""
-
-    def percent(fraction: float | None) -> str:
-        return "?" if fraction is None else f"{fraction:.1%}"
-
-    text = f"clean top-1 {percent(result['clean_top1'])}, top-5 {percent(result['clean_top5'])}"
-    if result["linear_probe"] is not None:
-        text += f", linear probe {percent(result['linear_probe'])}"
-    lines = [text]
-    for way, found in (result["retrieval"] or {}).items():
-        recall = ", ".join(f"R@{key[1:]} {percent(fraction)}" for key, fraction in found.items())
-        lines.append(f"  {way.replace('_', ' ')}: {recall}")
-    for name, attack in result["attacks"].items():
-        low, high = attack["interval"]
-        text = (
-            f"  {name}: success {percent(attack['success'])} "
-            f"({percent(low)} to {percent(high)}, of {attack['count']:,})"
-        )
-        text += f", base {percent(attack['base'])}, read as the true class {percent(attack['true_class'])}"
-        if attack["unpoisoned"] is not None:
-            text += f"; without poison {percent(attack['unpoisoned'])} and {percent(attack['unpoisoned_true_class'])}"
-        lines.append(text + ("  (the attack does not take undefended)" if attack["took"] is False else ""))
-    return "\n".join(lines)
-
-
-def judge_innocent(run_dir: str, evaluator: Evaluator) -> dict:
+def judge_innocent(run_dir: str, evaluators: Evaluators) -> dict:
     """Attacks on a run without poison, by name. Raises UserError."""
     config, _, towers = load_run(run_dir)
     if config.data.overlay:
         raise UserError(
             f"--unpoisoned {run_dir}: was trained with data.overlay={config.data.overlay}; name a run without"
         )
-    return evaluator(towers, make_views(config), comm.device())["attacks"]
+    embedded = evaluators.embedded(towers, make_views(config), comm.device())
+    attacks = evaluators.data.attacks
+    return attacks(embedded.encoder, embedded.image_ND, embedded.classes_KD) if attacks else {}
 
 
 def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Path, Towers]:

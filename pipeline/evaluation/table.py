@@ -56,19 +56,20 @@ def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path:
     kinds = list(result["clip"]["attacks"])
     colours = dict(zip(["clean", *kinds], ["#222222", "#d1495b", "#edae49", "#30638e", "#66a182"]))
     for axis, metrics, title in ((left, clip_metrics, "plain CLIP"), (middle, safe_metrics, "SafeCLIP")):
-        lines = [line for line in metrics if "eval" in line]
-        epochs = [line["epoch"] + 1 for line in lines]
+        found = [(line["epoch"] + 1, line["eval"]) for line in metrics if "eval" in line]
+        clean = [(epoch, figures["clean_top1"]) for epoch, figures in found if "clean_top1" in figures]
         axis.plot(
-            epochs,
-            [100 * line["eval"]["clean_top1"] for line in lines],
+            [epoch for epoch, _ in clean],
+            [100 * accuracy for _, accuracy in clean],
             color=colours["clean"],
             lw=2.5,
             label="clean accuracy",
         )
         for kind in kinds:
+            rates = [(epoch, figures["attacks"][kind]["success"]) for epoch, figures in found if "attacks" in figures]
             axis.plot(
-                epochs,
-                [100 * line["eval"]["attacks"][kind]["success"] for line in lines],
+                [epoch for epoch, _ in rates],
+                [100 * rate for _, rate in rates],
                 color=colours[kind],
                 lw=1.8,
                 marker="o",

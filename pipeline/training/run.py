@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -34,19 +34,24 @@ from shards.views.loader import Batch, TrainBatches, Views, batches
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-Evaluator = Callable[[torch.nn.Module, Views, torch.device], dict]
-
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 20  # steps between lines of metrics.jsonl
 
 
+class Evaluator(Protocol):
+    """Called by all ranks after an epoch: {NAME: figure}. line: the figures in one line of the log."""
+
+    def __call__(self, towers: torch.nn.Module, views: Views, device: torch.device, /) -> dict: ...
+
+    def line(self, figures: dict, /) -> str: ...
+
+
 def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, stop: StopSignal | None = None) -> dict:
     """Train to the end, from the newest complete checkpoint if there is one; returns the run's state.
 
-    evaluators: {name: function(engine, views, device) -> dict of figures}, called by all ranks after an epoch. stop: an
-    active StopSignal of the caller, else a new one. Raises UserError for mistakes in the input, and Preempted after a
-    stop signal, with the state saved.
+    evaluators: {name of their figures in metrics.jsonl: evaluator}. stop: an active StopSignal of the caller, else a
+    new one. Raises UserError for mistakes in the input, and Preempted after a stop signal, with the state saved.
     """
     with (
         nullcontext(stop) if stop else StopSignal() as stop,
@@ -219,7 +224,7 @@ def evaluate(run: Run, epoch: Epoch, evaluators: Mapping[str, Evaluator]) -> Non
         for name, evaluator in evaluators.items():
             figures = evaluator(run.engine, run.views, run.device)
             run.logger.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
-            logger.info(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + summary(figures))
+            logger.info(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + evaluator.line(figures))
 
 
 def report(
@@ -242,11 +247,4 @@ def report(
     run.logger.progress(
         f"  epoch {epoch.number:3d} {epoch.stage:9s} {meter.done:5d}/{meter.total}  loss {mean:7.4f}  "
         + meter.line(meter.total - meter.done + later)
-    )
-
-
-def summary(figures: dict) -> str:
-    """The evaluation in one line."""
-    return f"clean {figures['clean_top1']:.1%}" + "".join(
-        f", {kind} {attack['success']:.1%}" for kind, attack in figures["attacks"].items()
     )

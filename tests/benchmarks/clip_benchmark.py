@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.config.schema import Evaluation
+from pipeline.config.schema import Config, Evaluation
 from pipeline.distributed import comm
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.evaluators import Evaluators
 from pipeline.evaluation.run import load_run
 from pipeline.training.export import export_run
 from pipeline.training.start import make_views
@@ -65,21 +65,22 @@ def compared(run, program):
     """[(measure, ours, theirs, pictures)] of a run directory."""
     config, _, towers = load_run(run)
     arguments = towers, make_views(config), comm.device()
-    evaluator = Evaluator(config.evaluation)
+    evaluators = Evaluators(config)
+    test = evaluators.data.test
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         export_run(run, config, folder / "export")
-        root, count = evaluator.test.root.absolute(), len(evaluator.test.place_N)
+        root, count = test.root.absolute(), len(test.place_N)
         found = theirs(program, folder / "export", "zeroshot_classification", root, folder / "classification.json")
-        ours = evaluator(*arguments)
+        ours = evaluators(*arguments)
         rows = [(key, ours[key], found[name], count) for key, name in (("clean_top1", "acc1"), ("clean_top5", "acc5"))]
-        if not evaluator.test.captions:
+        if not test.captions:
             return rows
         root = folder / "distinct"
-        distinct_captions(evaluator.test, root)
-        evaluator = Evaluator(Evaluation(test=str(root)))
+        distinct_captions(test, root)
+        evaluators = Evaluators(Config(evaluation=Evaluation(test=str(root))))
         found = theirs(program, folder / "export", "zeroshot_retrieval", root, folder / "retrieval.json")
-        ours, count = evaluator(*arguments)["retrieval"], len(evaluator.test.place_N)
+        ours, count = evaluators(*arguments)["retrieval"], len(evaluators.data.test.place_N)
         for name, way in RETRIEVAL.items():
             rows += [(f"{way} R@{k}", ours[way][f"r{k}"], found[f"{name}{k}"], count) for k in (1, 5, 10)]
     return rows

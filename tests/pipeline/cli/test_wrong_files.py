@@ -86,7 +86,7 @@ GOOD = {
 }
 KEYS = {"data.index=": "shapes/index", "data.overlay=": "attack", "data.mask=": MASK, "model.pretrained=": "run"}
 KEYS |= {"evaluation.test=": "shapes", "evaluation.index=": "shapes/test_index", "evaluation.labels=": "shapes/labels"}
-KEYS |= {"run.dir=": "new"}
+KEYS |= {"evaluation.pairs=": "shapes/test_captions", "run.dir=": "new"}
 WRONG = {
     "utf16": lambda data: b"\xff\xfe" + data.decode("latin1").encode("utf-16-le"),
     "gzip": gzip.compress,

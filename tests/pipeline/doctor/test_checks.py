@@ -73,6 +73,18 @@ def test_a_run_that_can_start_or_resume_is_sound_and_nothing_is_written(world):
     assert sorted(world.rglob("*")) == before
 
 
+def test_what_evaluation_names_is_tried(world):
+    made = config(world, "new", evaluation__evaluators=["loss"])
+    assert "evaluation: evaluation.evaluators: loss needs held-out pairs" in fatal(made)
+    held_out = write_tar(world / "held_out.tar", [("0.png", picture(0)), ("0.txt", b"a red star")])
+    build_index([str(held_out)], world / "held_out", workers=1)
+    made.evaluation.pairs = str(world / "held_out")
+    found = [text for level, about, text in doctor.examine(made) if (level, about) == ("ok", "evaluation")]
+    assert found == ["loss after every epoch, on 1 of 1 held-out pairs"]
+    held_out.write_bytes(bytes(held_out.stat().st_size))
+    assert f"{held_out}: holds other bytes than were indexed" in fatal(made)
+
+
 def test_two_processes_try_the_network_and_agree(world):
     first, second = run_ranks(doctor.examine, 2, config(world, "run"))
     assert first == second

@@ -10,7 +10,7 @@ from pipeline.config.data import open_index, open_overlay
 from pipeline.config.load import check, make_config
 from pipeline.config.schema import Evaluation
 from pipeline.distributed import comm
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.evaluators import Evaluators
 from pipeline.evaluation.run import load_run
 from pipeline.evaluation.selection_quality import poison_rows
 from pipeline.training import run as running
@@ -50,8 +50,8 @@ def trained(folder):
         _, _, towers = load_run(made.run.dir)
         index = open_index(made.data)
         overlay = open_overlay(made.data, index)
-        evaluator = Evaluator(Evaluation(test=str(folder / "balls")), overlay)
-        figures, masks = evaluator(towers, make_views(made), comm.device()), []
+        made.evaluation = Evaluation(test=str(folder / "balls"))
+        figures, masks = Evaluators(made, index, overlay)(towers, make_views(made), comm.device()), []
         for path in sorted((folder / preset).glob("masks/epoch_*")):
             flags = SafeMask.load(path)[0].flags()
             masks.append((float(flags.mean()), float(flags[poison_rows(overlay, index)].mean())))

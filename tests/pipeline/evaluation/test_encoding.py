@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.schema import Evaluation
+from pipeline.config.schema import Config, Evaluation
 from pipeline.evaluation.encoding import Encoder
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.evaluators import Evaluators
+from pipeline.evaluation.held_out import Embedded
 from pipeline.evaluation.linear_probe import linear_probe
 from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.zero_shot import predicted_classes, zero_shot_classifier
@@ -42,14 +43,20 @@ def towers():
     return Towers(build_model({"config": MODEL}), *pixel_stats())
 
 
+def evaluators_of(folder, overlay=None):
+    config = Config(evaluation=Evaluation(test=str(folder)))
+    config.data.workers = 0
+    return Evaluators(config, overlay=overlay)
+
+
 def embeddings_and_figures(folder):
-    """Of 7 pictures in batches of 3, with and without a trigger, and of texts; and what the evaluator makes of them."""
-    evaluator = Evaluator(Evaluation(test=str(folder)))
+    """Of 7 pictures in batches of 3, with and without a trigger, and of texts; and what evaluators make of them."""
+    evaluators = evaluators_of(folder)
     encoder = Encoder(towers().eval(), views(), torch.device("cpu"), batch_size=3)
-    test = evaluator.test
+    test = evaluators.data.test
     found = [encoder.pictures(test.samples, test.place_N), encoder.pictures(test.samples, test.place_N[:1])]
     found.append(encoder.texts(["a cat", "a dog", "a bird"]))
-    figures = evaluator.judge(encoder, found[0])
+    figures = evaluators.figures(Embedded(encoder, evaluators.data))
     return [part.numpy() for part in found], figures
 
 
@@ -64,13 +71,13 @@ def test_ranks_share_the_batches_and_get_what_one_rank_gets(test_set, world):
 
 def test_embeddings_are_in_order_and_those_of_the_model(test_set):
     (image_ND, *_), figures = embeddings_and_figures(test_set)
-    test, model = Evaluator(Evaluation(test=str(test_set))).test, towers().eval()
+    test, model = evaluators_of(test_set).data.test, towers().eval()
     assert test.label_N.tolist() == [0, 1, 2, 0, 1, 2, 0][:4] + [0, 1, 2]
     assert test.captions[5] == ["caption 1 of shard 1"]
     for row, place in enumerate(test.place_N):
         image_BCHW = torch.from_numpy(test.samples.pixels(*place)).permute(2, 0, 1)[None]
         np.testing.assert_allclose(model(image_BCHW, None)[0][0].detach().numpy(), image_ND[row], atol=1e-6)
-    assert figures["clean_top5"] is None and figures["attacks"] == {}
+    assert figures["clean_top5"] is None and "attacks" not in figures
     assert set(figures["retrieval"]) == {"image_to_text", "text_to_image"}
 
 
@@ -94,13 +101,13 @@ def test_pictures_that_cannot_be_read_are_counted_and_in_no_figure(test_set):
     rest = [0, 2, 3, 4, 5]
     assert (found_ND[[1, 6]] == 0).all() and figures["unreadable"] == 2
     np.testing.assert_allclose(found_ND[rest], image_ND[rest], atol=1e-6)
-    evaluator = Evaluator(Evaluation(test=str(test_set)))
+    test = evaluators_of(test_set).data.test
     encoder = Encoder(towers().eval(), views(), torch.device("cpu"))
-    classes_KD = zero_shot_classifier(encoder, evaluator.test.classnames, evaluator.test.templates)
+    classes_KD = zero_shot_classifier(encoder, test.classnames, test.templates)
     read_N = predicted_classes(torch.from_numpy(found_ND), classes_KD)
     assert read_N[[1, 6]].tolist() == [-1, -1]
-    assert figures["clean_top1"] == pytest.approx((read_N == evaluator.test.label_N)[rest].mean())
-    captions = [evaluator.test.captions[row] for row in rest]
+    assert figures["clean_top1"] == pytest.approx((read_N == test.label_N)[rest].mean())
+    captions = [test.captions[row] for row in rest]
     assert figures["retrieval"] == retrieval(encoder, torch.from_numpy(found_ND[rest]), captions)
 
 
@@ -111,7 +118,7 @@ def test_without_any_picture_that_can_be_read_there_are_no_figures(test_set):
 
 
 def test_clean_accuracy_leaves_out_the_pictures_that_attacks_are_about(test_set):
-    index = Evaluator(Evaluation(test=str(test_set))).test.samples.index
+    index = evaluators_of(test_set).data.test.samples.index
 
     class Overlay:
         classes, source_fingerprint = ["cat", "dog", "bird"], index.fingerprint
@@ -120,31 +127,29 @@ def test_clean_accuracy_leaves_out_the_pictures_that_attacks_are_about(test_set)
         def trigger(self, name):
             return None
 
-    evaluator = Evaluator(Evaluation(test=str(test_set)), Overlay())
-    encoder = Encoder(towers().eval(), views(), torch.device("cpu"))
-    image_ND = evaluator.encode(encoder)
-    classes_KD = zero_shot_classifier(encoder, evaluator.test.classnames, evaluator.test.templates)
-    right_N = predicted_classes(image_ND, classes_KD) == evaluator.test.label_N
-    others = [row for row, label in enumerate(evaluator.test.label_N) if label != 0]
+    evaluators = evaluators_of(test_set, Overlay())
+    embedded = evaluators.embedded(towers().eval(), views(), torch.device("cpu"))
+    label_N = evaluators.data.test.label_N
+    right_N = predicted_classes(embedded.image_ND, embedded.classes_KD) == label_N
+    others = [row for row, label in enumerate(label_N) if label != 0]
     assert right_N.mean() != right_N[others].mean()
-    assert evaluator.judge(encoder, image_ND)["clean_top1"] == pytest.approx(right_N[others].mean())
+    assert evaluators.figures(embedded)["clean_top1"] == pytest.approx(right_N[others].mean())
 
 
 def test_a_probe_of_one_class_has_no_figure(test_set):
     paths = [str(path) for path in sorted(test_set.rglob("*.tar"))]
     labels = Samples(build_index(paths[1:], test_set / "labels", text="cls"))
-    evaluator = Evaluator(Evaluation(test=str(test_set)))
-    encoder = Encoder(towers().eval(), views(), torch.device("cpu"))
-    image_ND = evaluator.encode(encoder)
-    assert linear_probe(encoder, image_ND, evaluator.test, labels, labels, 0) is not None
+    embedded = evaluators_of(test_set).embedded(towers().eval(), views(), torch.device("cpu"))
+    given = embedded.encoder, embedded.image_ND, embedded.data.test
+    assert linear_probe(*given, labels, labels, 0) is not None
     damaged(test_set, {5, 6})  # of the second shard one picture is left
     labels = Samples(build_index(paths[1:], test_set / "labels", text="cls"))
-    assert linear_probe(encoder, image_ND, evaluator.test, labels, labels, 0) is None
+    assert linear_probe(*given, labels, labels, 0) is None
 
 
 def test_a_model_is_evaluated_in_eval_mode_and_then_in_training_mode_again(test_set):
-    evaluator, model = Evaluator(Evaluation(test=str(test_set))), towers()
+    evaluators, model = evaluators_of(test_set), towers()
     model.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
     seen = []
-    evaluator(model, views(), torch.device("cpu"))
+    evaluators(model, views(), torch.device("cpu"))
     assert model.training and seen and not any(seen)
