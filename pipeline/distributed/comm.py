@@ -17,6 +17,10 @@ from shards.errors import RunFailed, UserError
 
 Found = TypeVar("Found")
 
+# torch 2.14 renames these, and warns of the old names.
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 # On GPUs a gloo group of all ranks for messages between hosts; else the default group is gloo itself.
 _control: dist.ProcessGroup | None = None
 
@@ -223,9 +227,11 @@ def all_gather_rows(local_ND: torch.Tensor, counts: Sequence[int]) -> torch.Tens
     if min(counts) != max(counts):
         padded = local_ND.new_zeros((max(counts), *local_ND.shape[1:]))
         padded[: len(local_ND)] = local_ND
-    everyone = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded)
-    return torch.cat([rows[:count] for rows, count in zip(everyone, counts)])
+    everyone = padded.new_empty(len(counts) * len(padded), *padded.shape[1:])
+    ALL_GATHER(everyone, padded)
+    if min(counts) == max(counts):
+        return everyone
+    return torch.cat([rows[:count] for rows, count in zip(everyone.split(len(padded)), counts)])
 
 
 def mean(value: torch.Tensor) -> float:

@@ -71,7 +71,8 @@ def same_shards(index: ShardIndex, other: ShardIndex) -> bool:
 
 def read_captions(samples: Samples, shard: int, position: int) -> list[str]:
     try:
-        return [line.strip() for line in samples.caption(shard, position).splitlines() if line.strip()]
+        texts = samples.captions(shard, position)
+        return [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     except BadSample:
         return []
 

@@ -5,12 +5,14 @@ ranks; the scaling here makes that average the gradient of one rank with the who
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.distributed import comm
+
+LOGITS = 1 << 24  # that are held at a time: 64 MB in float32
 
 
 class GatherRows(torch.autograd.Function):
@@ -23,9 +25,9 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(context: BackwardCFunction, grad_GD: Tensor) -> Tensor:
-        grad_GD = grad_GD.contiguous()
-        dist.all_reduce(grad_GD)
-        return grad_GD.chunk(comm.world())[comm.rank()]
+        grad_BD = grad_GD.new_empty(len(grad_GD) // comm.world(), *grad_GD.shape[1:])
+        comm.REDUCE_SCATTER(grad_BD, grad_GD.contiguous())
+        return grad_BD
 
 
 def clip_loss(
@@ -47,6 +49,13 @@ def unimodal_loss(
     return (info_nce(image2_BD, near_image_BD, scale, valid_B) + info_nce(text2_BD, near_text_BD, scale, valid_B)) / 2
 
 
+def row_losses(row_BD: Tensor, column_GD: Tensor, scale: Tensor, valid_G: Tensor, target_B: Tensor) -> Tensor:
+    """(B,): cross-entropy of each row's logits over the valid columns."""
+    # A finite mask: a row without any valid column must give a number, not NaN.
+    logits_BG = scale * row_BD @ column_GD.T + torch.where(valid_G, 0.0, -1e9)
+    return F.cross_entropy(logits_BG, target_B, reduction="none")
+
+
 def info_nce(row_BD: Tensor, column_BD: Tensor, scale: Tensor, valid_B: Tensor) -> Tensor:
     """0-d: mean over the valid rows of all ranks of the cross-entropy of scale * row . column, the targets on the
     diagonal.
@@ -60,7 +69,15 @@ def info_nce(row_BD: Tensor, column_BD: Tensor, scale: Tensor, valid_B: Tensor) 
         column_GD = GatherRows.apply(column_BD)
         valid_G = comm.all_gather_rows(valid_B, [rows] * world)
     target_B = torch.arange(rank * rows, (rank + 1) * rows, device=row_BD.device)
-    # A finite mask: a row without any valid column must give a number, not NaN.
-    logits_BG = scale * row_BD @ column_GD.T + torch.where(valid_G, 0.0, -1e9)
-    loss_B = F.cross_entropy(logits_BG, target_B, reduction="none")
+    at_once = max(1, LOGITS // len(valid_G))
+    if rows <= at_once:
+        loss_B = row_losses(row_BD, column_GD, scale, valid_G, target_B)
+    else:  # the logits of some rows at a time, computed once more in the backward pass
+        parts = zip(row_BD.split(at_once), target_B.split(at_once))
+        loss_B = torch.cat(
+            [
+                checkpoint(row_losses, row, column_GD, scale, valid_G, target, use_reentrant=False)
+                for row, target in parts
+            ]
+        )
     return torch.where(valid_B, loss_B, loss_B.detach() * 0).sum() * world / valid_G.sum().clamp(min=1)

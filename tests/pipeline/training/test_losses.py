@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from pipeline.distributed import comm
+from pipeline.training import losses
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from tests.helpers.ranks import run_ranks
 
@@ -61,6 +62,22 @@ def test_each_loss_takes_the_embeddings_that_belong_together_by_hand():
     ):
         found = unimodal_loss(images2, texts2, near_images, near_texts, scale, valid)
         assert float(found) == pytest.approx(wanted, abs=1e-6)
+
+
+@given(st.integers(0, 99), st.integers(0, 4 * ROWS), st.sampled_from([clip_loss, unimodal_loss]))
+def test_logits_of_some_rows_at_a_time_are_the_same_loss_and_never_all_held(seed, logits, loss):
+    scale = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    leaves = unit(seed, 4)
+    wanted = loss(*leaves, scale, VALID)
+    grads = torch.autograd.grad(wanted, [*leaves, scale])
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "LOGITS", logits)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            found = loss(*leaves, scale, VALID)
+        again = torch.autograd.grad(found, [*leaves, scale])
+    assert max(sizes) < ROWS * ROWS
+    torch.testing.assert_close([found, *again], [wanted, *grads], rtol=1e-10, atol=1e-12)
 
 
 @given(st.integers(0, 99), st.floats(1, 100))
