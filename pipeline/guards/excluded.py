@@ -6,7 +6,6 @@ import numpy as np
 
 from pipeline.distributed import comm, hosts
 from pipeline.guards.base import Guard, Pairs
-from pipeline.safety.score_files import ScoreFiles
 from pipeline.safety.scoring import assign_shards, shard_batches
 from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, byte_starts
@@ -23,16 +22,13 @@ class Excluded:
         self.bits = np.bitwise_and.reduce([mask.bits for mask in masks.values()])
         self.count = int(SafeMask(self.counts_S, self.bits).counts("risky").sum())
 
-    def apply(self, score_N: np.ndarray, files: ScoreFiles) -> None:
-        """Remove the scores of excluded pairs: NaN in the shared vector, and NaN with the guard's reason in the score
-        files. All ranks call."""
+    def apply(self, score_N: np.ndarray) -> None:
+        """Remove the scores of excluded pairs from the shared vector: they become NaN. All ranks call."""
         kept, starts = SafeMask(self.counts_S, self.bits), np.concatenate([[0], np.cumsum(self.counts_S)])
         shards = np.flatnonzero(kept.counts("risky")).tolist()
         comm.barrier()  # until all have read the vector
         for shard in shards:
             score_N[starts[shard] : starts[shard + 1]][~kept.shard_flags(shard)] = np.nan
-        for shard in shards[comm.rank() :: comm.world()]:
-            files.exclude(shard, self.of_shard(shard))
         comm.barrier()
 
     def of_shard(self, shard: int) -> dict[int, str]:

@@ -1,25 +1,29 @@
-"""Score files: one Parquet file per shard, written by the rank that scored the shard as soon as it is done."""
+"""Score files: one Parquet file per shard, written by the rank that scored the shard as soon as it is done, and at the
+end of a round one per rank."""
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.distributed import comm
 from shards.index.shard_index import ShardIndex
-from shards.storage.files import write_bytes
+from shards.order.score_parts import ScoreParts, path_of
+from shards.storage.files import read_json, whole_file, write_bytes, write_json
 
 Unread = tuple[int, int, str, str]  # a pair that cannot be read: (shard, position, key, reason)
 
 
 class ScoreFiles:
-    """FOLDER/00000.parquet ... (none for an empty shard) with the columns position, key, cosine, score, and reason.
+    """Files in FOLDER (shards.order.score_parts) with the columns position, key, cosine, score, and reason.
 
     Pairs are ranked by the score: the cosine, or NaN for pairs that a guard excludes; reason says why a pair has no
-    score. Files of another step of the model or of another config are not used.
+    score. FOLDER/made.json says of which model and config they are; those of another are not used.
     """
 
     def __init__(self, folder: Path, index: ShardIndex, step: int | str, config: str = ""):
@@ -28,23 +32,27 @@ class ScoreFiles:
         self.made = {"step": step, "config": config}
 
     def path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}.parquet"
+        """File of a shard that was just scored."""
+        return path_of(self.folder, shard)
 
-    def done(self) -> list[int]:
-        """Numbers of the shards that are scored by the model of this step."""
-        return [shard for shard, count in enumerate(self.index.counts) if count and self.made_of(shard) == self.made]
+    def parts(self) -> ScoreParts:
+        return ScoreParts(self.folder, self.index.counts)
 
-    def made_of(self, shard: int) -> dict | None:
-        """{"step", "config"}: of the model that scored the shard; None where it is not scored."""
+    def claim(self) -> list[int]:
+        """Numbers of the shards that this model has scored already; files of another are removed. Rank 0 calls, before
+        anything is written."""
         try:
-            metadata = pq.read_schema(self.path(shard)).metadata
-            return {key: json.loads(metadata[key.encode()]) for key in self.made}
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError):
-            return None
+            same = read_json(self.folder / "made.json") == self.made
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_json(self.folder / "made.json", self.made)
+        return self.parts().done()
 
-    def read(self, shard: int) -> tuple[np.ndarray, list[Unread]]:
-        """(float32 cosines, what could not be read) of a shard that is done."""
-        table = pq.read_table(self.path(shard))
+    def read(self, shard: int, parts: ScoreParts | None = None) -> tuple[np.ndarray, list[Unread]]:
+        """(float32 cosines, what could not be read) of a shard that is done. parts: as listed before."""
+        table = (parts or self.parts()).read(shard)
         bad = [
             (shard, position, table["key"][position].as_py(), table["reason"][position].as_py())
             for position in np.flatnonzero(np.isnan(table["cosine"].to_numpy())).tolist()
@@ -52,33 +60,59 @@ class ScoreFiles:
         ]
         return table["cosine"].to_numpy().astype(np.float32), bad
 
-    def write(self, shard: int, cos_B: np.ndarray, reasons: Mapping[int, str], excluded: Iterable[int] = ()) -> None:
-        """Write the cosines of a whole shard, float32 (n,). reasons: {position: why it has no score}; excluded:
-        positions that have a cosine and no score."""
+    def table(self, shard: int, cos_B: np.ndarray, reasons: Mapping[int, str], excluded: Mapping[int, str]) -> pa.Table:
+        """The rows of a shard with the cosines cos_B, float32 (n,). reasons: {position: why it cannot be read};
+        excluded: {position: why it has no score}."""
         score_B = cos_B.copy()
         score_B[list(excluded)] = np.nan
+        why = {**excluded, **reasons}
         columns = {
             "position": np.arange(len(cos_B)),
             "key": self.index.table(shard).keys,
             "cosine": cos_B,
             "score": score_B,
-            "reason": pa.array([reasons.get(position) for position in range(len(cos_B))], pa.string()),
+            "reason": pa.array([why.get(position) for position in range(len(cos_B))], pa.string()),
         }
+        return pa.table(columns).replace_schema_metadata({key: json.dumps(value) for key, value in self.made.items()})
+
+    def write(self, shard: int, cos_B: np.ndarray, reasons: Mapping[int, str]) -> None:
+        """Write the cosines of a whole shard, as `table`."""
         file = io.BytesIO()
-        pq.write_table(
-            pa.table(columns).replace_schema_metadata({k: json.dumps(v) for k, v in self.made.items()}), file
-        )
+        pq.write_table(self.table(shard, cos_B, reasons, {}), file)
         write_bytes(self.path(shard), file.getbuffer())
 
-    def exclude(self, shard: int, reasons: Mapping[int, str]) -> None:
-        """Remove the scores of some pairs of a finished shard. reasons: {position: why}; a pair that cannot be read
-        keeps its own reason."""
-        cos_B, bad = self.read(shard)
-        self.write(shard, cos_B, {**reasons, **{position: reason for _, position, _, reason in bad}}, reasons)
+    def conclude(self, excluded: Callable[[int], Mapping[int, str]] = lambda shard: {}) -> None:
+        """Put the files of single shards into one of each rank, when all are scored. All ranks call.
+
+        excluded: shard -> {position: why this pair has no score}.
+        """
+        comm.barrier()
+        parts = self.parts()
+        shards = np.array_split(np.flatnonzero(self.index.counts), comm.world())[comm.rank()]
+        for some in neighbours([shard for shard in shards.tolist() if not parts.in_part(shard)], parts):
+            self.merge(some, parts, excluded)
+        comm.barrier()
+
+    def merge(self, shards: list[int], parts: ScoreParts, excluded: Callable[[int], Mapping[int, str]]) -> None:
+        """One file of these shards, between which there are only empty ones."""
+        path, writer = path_of(self.folder, shards[0], shards[-1]), None
+        with whole_file(path) as file:
+            for shard in shards:
+                cos_B, bad = self.read(shard, parts)
+                table = self.table(shard, cos_B, {position: why for _, position, _, why in bad}, excluded(shard))
+                writer = writer or pq.ParquetWriter(file, table.schema)
+                writer.write_table(table, row_group_size=len(table))
+            writer.close()
+        for shard in shards[len(shards) == 1 :]:
+            self.path(shard).unlink()
+
+
+def neighbours(shards: Sequence[int], parts: ScoreParts) -> list[list[int]]:
+    """The shards in runs between which no other shard has pairs."""
+    cuts = np.flatnonzero(np.diff(parts.filled_S[list(shards)]) > 1) + 1
+    return [some.tolist() for some in np.split(np.asarray(shards, np.int64), cuts) if len(some)]
 
 
 def load_scores(folder: Path, counts_S: np.ndarray | Sequence[int]) -> np.ndarray:
     """float32 (N,): the scores saved in `folder`/scores, in (shard, position) order."""
-    paths = [folder / "scores" / f"{shard:05d}.parquet" for shard, count in enumerate(counts_S) if count]
-    parts = [pq.read_table(path, columns=["score"])["score"].to_numpy() for path in paths]
-    return np.concatenate(parts).astype(np.float32)
+    return ScoreParts(folder / "scores", counts_S).column("score")

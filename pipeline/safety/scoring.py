@@ -91,10 +91,11 @@ def score_all_pairs(
     """
     index, world = samples.index, comm.world()
     score_N, bad = hosts.host_array(index.samples, np.float32), []
-    done = set(comm.broadcast_object(files.done() if files and comm.is_rank0() else []))
+    done = set(comm.broadcast_object(files.claim() if files and comm.is_rank0() else []))
     owned = assign_shards(index.counts, world, done)
+    listed = files.parts() if files else None
     for shard in done.intersection(owned[comm.rank()]):
-        score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard)
+        score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard, listed)
         bad += found
     todo = [shard_batches(index.offsets, [s for s in shards if s not in done], batch_size) for shards in owned]
     mine, rounds = todo[comm.rank()], max(len(batches) for batches in todo)

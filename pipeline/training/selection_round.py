@@ -46,7 +46,9 @@ def mask_for(run: Run, epoch: Epoch, stop: StopSignal) -> SafeMask | None:
         score_N, control_C = scores_for(run, epoch, folder, stop, meter)
         excluded = excluded_by_guards(run, epoch, score_N, stop, meter) if config.guards else None
         if excluded:
-            excluded.apply(score_N, ScoreFiles(folder / "scores", index, state["step"], config.hash()))
+            excluded.apply(score_N)
+        files = ScoreFiles(folder / "scores", index, state["step"], config.hash())
+        files.conclude(*([excluded.of_shard] if excluded else []))
         selected = select_pairs(
             score_N,
             index.counts,

@@ -6,6 +6,7 @@ shards/index/scan.py), and DIR/index.json, written last.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -40,6 +41,8 @@ MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the ke
 OWN_TABLE = re.compile(r"[0-9a-f]{32}\.parquet")  # names of tables; other files in their folder are the user's
 KEPT = 24 * 60 * 60  # seconds that a table stays which no index names any more: who has the old one open reads it
 REMOTE_TRIED = 32  # shards behind URLs of which `verify` asks the size
+TABLES_TRIED = 1_000  # tables that `verify` opens
+THREADS = 32  # of `verify`, which waits for the disk or the network
 
 
 @dataclass(frozen=True)
@@ -149,17 +152,19 @@ class ShardIndex:
         return read_table(self.shards[shard].table, self.shards[shard].samples)
 
     def verify(self, timeout: float = remote.TIMEOUT) -> None:
-        """Raise UserError if a table is missing or damaged, or a shard is missing or does not hold what was indexed.
+        """Raise UserError if a table is missing, or a shard is missing or does not hold what was indexed.
 
-        Size and time of change of local shards are compared. Where only the time differs the shard is read, and its
-        fingerprint decides; the result is kept beside the index if that can be written. Of shards behind URLs the sizes
-        of some are compared, from all over the index.
+        Of the tables some are opened, from all over the index; any that is damaged is told when it is read. Size and
+        time of change of local shards are compared. Where only the time differs the shard is read, and its fingerprint
+        decides; the result is kept beside the index if that can be written. Of shards behind URLs the sizes of some are
+        compared, from all over the index.
         """
         local = [shard for shard in self.shards if not shard.remote]
         far = [shard for shard in self.shards if shard.remote and not shard.path.startswith("pipe:")]
         tried = far[:: -(-len(far) // REMOTE_TRIED) or 1]
-        with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(check_table, self.shards):
+        check_names(shard.table for shard in self.shards)
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(check_table, self.shards[:: -(-len(self.shards) // TABLES_TRIED) or 1]):
                 pass
             found = list(pool.map(difference, local + tried, repeat(timeout)))
         wrong = [f"shard {shard.path}: {what}" for shard, what in zip(local + tried, found) if what]
@@ -216,6 +221,18 @@ def check_rows(found: int, expected: int) -> None:
     """Raises ValueError."""
     if found != expected:
         raise ValueError(f"{found} samples, but the index has {expected}")
+
+
+def check_names(paths: Iterable[str]) -> None:
+    """Raise ChangedShard if a file is missing; each folder is listed once."""
+    there: dict[str, set[str]] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in there:
+            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in there[folder]:
+            with named_table(path):
+                raise FileNotFoundError(errno.ENOENT, "missing")
 
 
 def check_table(shard: Shard) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.index.tar import key_text
+from shards.order.score_parts import ScoreParts
 from shards.storage.files import read_json, write_bytes, write_json
 from shards.storage.protocols import StoredShard
 
@@ -210,6 +212,11 @@ class SavedMask:
         alone = {PurePosixPath(name).name: number for name, number in names.items()}
         self.number = {**{base: number for base, number in alone.items() if bases[base] == 1}, **names}
 
+    @cached_property
+    def parts(self) -> ScoreParts:
+        """The score files."""
+        return ScoreParts(self.folder / "scores", self.mask.counts_S)
+
     def find(self, url: str) -> int:
         """Number of the shard that a path or URL names: the longest tail that is a shard's name, or its base name if no
         other shard has it. Raises UserError."""
@@ -227,14 +234,14 @@ class SavedMask:
         """One shard's pairs by position: key (str), cosine and score (float, NaN = unreadable), reason
         (str or null), or other columns of pipeline.safety.score_files.ScoreFiles."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        path, count = self.folder / "scores" / f"{shard:05d}.parquet", int(self.mask.counts_S[shard])
+        count = int(self.mask.counts_S[shard])
         if not count:  # an empty shard has no scores
             texts = ("key", "reason")
             return pa.table({name: pa.array([], pa.string() if name in texts else pa.float32()) for name in columns})
         try:
-            table = pq.read_table(path, columns=list(columns))
+            path, _ = self.parts.place(shard)
+            table = self.parts.read(shard, list(columns))
             step = json.loads((table.schema.metadata or {}).get(b"step", b"null"))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"scores {path}: cannot be read ({error}); bring the mask's scores/ back") from None

@@ -21,6 +21,7 @@ ALL = ["data/a/{00000..00002}.tar", "data/b/00000.tar"]  # the same, as one type
 def save_mask(folder, index, cos_N, fraction=0.5, step=30, bad=()):
     """A mask's folder as a run leaves it, from given cosines; `bad`: [(shard, position, key, reason)]."""
     files = ScoreFiles(folder / "scores", index, step)
+    files.claim()
     for shard, count in enumerate(index.counts):
         if count:
             here = cos_N[index.offsets[shard] : index.offsets[shard + 1]]

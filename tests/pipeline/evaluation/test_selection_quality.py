@@ -78,6 +78,7 @@ def test_rounds_are_counted_by_attack_and_in_all(tmp_path, index):
         kept(tmp_path / f"masks/epoch_00{epoch}", index, rows) for epoch, rows in ((2, [0, 1, 2, 4]), (3, [0, 2, 3]))
     ]
     files = ScoreFiles(tmp_path / "masks/epoch_002/scores", index, 1)
+    files.claim()
     for shard, scores in enumerate(([0.9, 0.5, 0.8, 0.4], [0.6, 0.7, 0.1])):
         files.write(shard, np.array(scores, np.float32), {})
     of_all, of_attack = selection_quality(selection_rounds(tmp_path, Config(), index), Poisoned, index)

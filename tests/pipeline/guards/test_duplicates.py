@@ -70,13 +70,16 @@ def test_every_rank_finds_the_same_pairs_and_a_torn_picture_is_no_duplicate(tmp_
 
 def apply(folder):
     index, score_N = ShardIndex.load(folder / "index"), hosts.host_array(18, np.float32)
-    excluded(folder).apply(score_N, ScoreFiles(folder / "scores", index, 0))
+    found = excluded(folder)
+    found.apply(score_N)
+    ScoreFiles(folder / "scores", index, 0).conclude(found.of_shard)
     return np.flatnonzero(np.isnan(score_N))
 
 
 def test_all_ranks_take_the_scores_of_excluded_pairs_away(tmp_path):
     index = make(tmp_path)
     files = ScoreFiles(tmp_path / "scores", index, 0)
+    files.claim()
     for shard in range(2):
         files.write(shard, np.full(9, 0.5, np.float32), {})
     for rows in run_ranks(apply, 2, tmp_path):
@@ -93,7 +96,8 @@ def test_a_duplicate_keeps_its_cosine_but_is_never_safe_and_no_bad_sample(tmp_pa
     files, found = ScoreFiles(tmp_path / "scores", index, 0), excluded(tmp_path)
     score_N, bad = score_all_pairs(*arguments, files=files)
     cosine_N = score_N.copy()
-    found.apply(score_N, files)
+    found.apply(score_N)
+    files.conclude(found.of_shard)
     assert {sample[:2] for sample in bad} == {(0, 8), (1, 8)} == {s[:2] for n in range(2) for s in files.read(n)[1]}
     again_N, again = score_all_pairs(*arguments, files=files)  # from the files
     np.testing.assert_array_equal(again_N, cosine_N)

@@ -1,10 +1,13 @@
 """Scores on disk: what is ranked by, the cosine beside it, and of which model they are."""
 
-import numpy as np
-import pyarrow.parquet as pq
-import pytest
+from types import SimpleNamespace
 
-from pipeline.safety.score_files import ScoreFiles, load_scores
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.safety.score_files import ScoreFiles, load_scores, neighbours
 from shards.index.shard_index import build_index
 
 
@@ -15,6 +18,7 @@ def index(make_shards, tmp_path):
 
 def write(folder, index, cos_N, **made):
     files = ScoreFiles(folder / "scores", index, **made)
+    files.claim()
     for shard in (0, 2):
         here = slice(index.offsets[shard], index.offsets[shard + 1])
         files.write(shard, cos_N[here], {1: "torn"} if shard == 2 else {})
@@ -27,19 +31,45 @@ def test_an_excluded_pair_keeps_its_cosine_and_has_no_score(index, tmp_path):
     files = write(tmp_path, index, cos_N, step=1)
     np.testing.assert_array_equal(load_scores(tmp_path, index.counts), cos_N)
     for _ in range(2):  # the second time changes nothing
-        files.exclude(2, {0: "copied", 1: "copied"})
-        assert files.done() == [0, 2]
+        files.conclude(lambda shard: {0: "copied", 1: "copied"} if shard == 2 else {})
+        assert files.claim() == [0, 2]
         expected_N = cos_N.copy()
         expected_N[5] = np.nan
         np.testing.assert_array_equal(load_scores(tmp_path, index.counts), expected_N)
         found, bad = files.read(2)
         np.testing.assert_array_equal(found, cos_N[5:])
         assert [(shard, position, reason) for shard, position, _, reason in bad] == [(2, 1, "torn")]
-        assert pq.read_table(files.path(2))["reason"].to_pylist() == ["copied", "torn", None]
+        assert files.parts().read(2)["reason"].to_pylist() == ["copied", "torn", None]
+    assert sorted(path.name for path in files.folder.iterdir()) == ["00000-00002.parquet", "made.json"]
 
 
 def test_scores_of_another_step_or_config_are_not_used(index, tmp_path):
     zero_N = np.zeros(8, np.float32)
-    assert write(tmp_path, index, zero_N, step=1, config="one").done() == [0, 2]
-    assert ScoreFiles(tmp_path / "scores", index, 2, "one").done() == []
-    assert ScoreFiles(tmp_path / "scores", index, 1, "two").done() == []
+    assert write(tmp_path, index, zero_N, step=1, config="one").claim() == [0, 2]
+    for made in ((2, "one"), (1, "two")):
+        write(tmp_path, index, zero_N, step=1, config="one")
+        assert ScoreFiles(tmp_path / "scores", index, *made).claim() == []
+
+
+COUNTS = [0, 2, 3, 0, 0, 1, 4, 0, 2]
+FILLED = [shard for shard, count in enumerate(COUNTS) if count]
+
+
+@given(st.lists(st.sets(st.sampled_from(FILLED)), max_size=3))
+def test_shards_are_found_in_any_files(tmp_path_factory, merged):
+    """Some shards are put together, later others: every shard, and the column of all, is read as before."""
+    folder = tmp_path_factory.mktemp("parts")
+    index = SimpleNamespace(counts=np.array(COUNTS), table=lambda shard: SimpleNamespace(keys=["k"] * COUNTS[shard]))
+    files, score_N = ScoreFiles(folder / "scores", index, 0), np.arange(sum(COUNTS), dtype=np.float32)
+    files.claim()
+    starts = np.cumsum([0, *COUNTS])
+    for shard in FILLED:
+        files.write(shard, score_N[starts[shard] : starts[shard + 1]], {})
+    for shards in merged:
+        parts = files.parts()
+        for some in neighbours([shard for shard in sorted(shards) if not parts.in_part(shard)], parts):
+            files.merge(some, parts, lambda shard: {})
+        assert files.claim() == FILLED
+        np.testing.assert_array_equal(load_scores(folder, COUNTS), score_N)
+        for shard in FILLED:
+            np.testing.assert_array_equal(files.read(shard)[0], score_N[starts[shard] : starts[shard + 1]])

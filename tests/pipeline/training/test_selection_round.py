@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 
 def interrupted_in_scoring(folder):
     """(cosines, those of a scoring that was interrupted and resumed, shards done when it was interrupted, passes after
-    it, shards done at another step)."""
+    it, files at the end)."""
     made = config(folder, "scoring", data__index=str(folder / "uneven"), train__batch_size=8)
     run = Run(made)
     files = ScoreFiles(folder / "scores", run.index, step=5)
@@ -46,19 +46,24 @@ def interrupted_in_scoring(folder):
     with pytest.raises(KeyboardInterrupt):
         score_all_pairs(*arguments, files, each_round)
     comm.barrier()
-    done = files.done()
+    done = files.parts().done()
     comm.barrier()
     resumed, _ = score_all_pairs(*arguments, files, each_round)
-    return whole, resumed, done, len(passes) - 5, ScoreFiles(folder / "scores", run.index, step=6).done()
+    files.conclude()
+    again, _ = score_all_pairs(*arguments, files, each_round)
+    np.testing.assert_array_equal(again, resumed)
+    comm.barrier()
+    names = sorted(path.name for path in (folder / "scores").iterdir())
+    return whole, resumed, done, len(passes) - 5, names
 
 
 def test_scoring_resumes_with_the_shards_that_are_not_scored_yet(tmp_path, make_shards):
     build_index([str(path) for path in make_shards([50, 0, 7, 33, 90])], tmp_path / "uneven")
-    for whole, resumed, done, passes, other_step in run_ranks(interrupted_in_scoring, 2, tmp_path):
+    for whole, resumed, done, passes, names in run_ranks(interrupted_in_scoring, 2, tmp_path):
         np.testing.assert_array_equal(whole, resumed)
         # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Interrupted after 5, it needs
         # no 8 more.
-        assert done == [0, 2] and passes == 6 and other_step == []
+        assert done == [0, 2] and passes == 6 and names == ["00000-00002.parquet", "00003-00004.parquet", "made.json"]
 
 
 def rounds_with_a_guard(folder):

@@ -1,0 +1,316 @@
+"""The control plane of one run at web scale: what each step takes on one rank, on simulated counts and scores.
+
+python -m tests.benchmarks.scale [--pairs 5e9] [--shards 500000] [--ranks 64] [--hosts 8] [--work DIR] [--steps A B]
+
+Code paths and files are the real ones; shards, their tables and score files are links to one file each. A step runs in
+a process of its own. Where a step is measured on a part, its figures are multiplied, and `part` says which. Columns:
+seconds; rank_bytes: growth of the peak memory of a process; host_bytes: shared by the ranks of a host; disk_bytes,
+files: what is written in all; wire_bytes: what one host receives. Last line: one JSON object {step: figures}.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.distributed import comm, hosts
+from pipeline.guards import make_guards
+from pipeline.safety.mixture import fit_mixture, histogram
+from pipeline.safety.round import broadcast_mask
+from pipeline.safety.score_files import ScoreFiles, load_scores
+from pipeline.safety.selection import RANGES, kth_largest, top_by_shard
+from pipeline.training.checkpoint import newest_complete
+from shards.index.scan import table_name
+from shards.index.shard_index import ShardIndex, build_index
+from shards.order.plan import EpochPlan
+from shards.order.safe_mask import SafeMask, SavedMask, byte_starts, shard_list
+from shards.samples.bad_samples import BadSamplesFiles
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tars import write_tar
+
+BAD = 0.005  # of the pairs
+META = {"epoch": 0, "step": 0, "config": "", "fraction": 0.5, "first_fraction": 0.5, "threshold": 0.2}
+META |= {"mixture": None, "note": ""}
+
+
+@dataclass
+class World:
+    """A run of `pairs` pairs in `shards` shards on `ranks` ranks of `hosts` hosts; its files are in `work`."""
+
+    pairs: int
+    shards: int
+    ranks: int
+    hosts: int
+    work: Path
+
+    @property
+    def counts_S(self):
+        return np.full(self.shards, self.pairs // self.shards, np.int64)
+
+    @property
+    def share(self):
+        """Pairs of a rank."""
+        return self.pairs // self.ranks
+
+    @cached_property
+    def index(self):
+        return ShardIndex.load(self.work / "index")
+
+    def scores(self, count):
+        """float32: two Gaussians."""
+        rng = np.random.default_rng(0)
+        score_N = rng.standard_normal(count, np.float32) * np.float32(0.05) + np.float32(0.25)
+        score_N[: count // 5] -= np.float32(0.2)
+        return score_N
+
+    def mask(self):
+        bits = np.full(byte_starts(self.counts_S)[-1], 0xF0, np.uint8)
+        return SafeMask(self.counts_S, bits)
+
+    def prepare(self):
+        """One shard with its table and its score file, and links to them under all names."""
+        count = self.pairs // self.shards
+        shutil.rmtree(self.work, ignore_errors=True)
+        for name in ("shards", "index/tables", "epoch_000/scores", "checkpoints"):
+            (self.work / name).mkdir(parents=True)
+        members = [(f"{i:09d}.{e}", b"x") for i in range(count) for e in ("jpg", "txt")]
+        one = write_tar(self.work / "one.tar", members)
+        index = build_index([str(one)], self.work / "one")
+        ScoreFiles(self.work / "epoch_000" / "scores", index, 0).write(0, self.scores(count), {})
+        (self.work / "epoch_000/scores/00000.parquet").rename(self.work / "one.parquet")
+        found, entries = os.stat(one), []
+        for shard in range(self.shards):
+            path = f"{self.work}/shards/{shard:06d}.tar"
+            table = table_name(path, found.st_size, found.st_mtime_ns, "txt", "")
+            os.symlink("../one.tar", path)
+            os.symlink(index.shards[0].table, self.work / "index" / "tables" / table)
+            os.symlink("../../one.parquet", self.work / "epoch_000" / "scores" / f"{shard:05d}.parquet")
+            entry = {"path": path, "size": found.st_size, "samples": count, "fingerprint": f"{shard:032x}"}
+            entries.append({**entry, "table": table})
+        about = {"version": 3, "text": "txt", "image": "", "shards": entries}
+        (self.work / "index" / "index.json").write_text(json.dumps(about))
+        mask = self.mask()
+        mask.save(self.work / "epoch_000", {"fingerprint": "", "shards": shard_list(self.index.shards), **META})
+
+
+def on_hosts(work, world, what):
+    """On each of two processes, as if on hosts of their own: seconds to make an array the same on both."""
+    hosts.host = lambda: str(comm.rank())
+    count, kind = {"scores": (world.pairs, np.float32), "mask": (world.pairs // 8, np.uint8)}[what]
+    count = min(count, 1 << 28)
+    array = hosts.host_array(count, kind)
+    array[comm.rank() :: 2] = 1
+    started = time.monotonic()
+    half = count // 2
+    ranges = [(0, half), (half, count)] if what == "scores" else [(0, count), (0, 0)]
+    hosts.share_between_hosts(array, ranges)
+    return time.monotonic() - started, array.nbytes
+
+
+def share(world, what, size):
+    (seconds, done), _ = run_ranks(on_hosts, 2, world.work, world, what, timeout=600)
+    return {"seconds": seconds, "part": done / size, "host_bytes": size, "wire_bytes": size}
+
+
+def open_index(world):
+    return {"then": lambda: world.index}
+
+
+def verify_shards(world):
+    index = world.index
+    return {"then": index.verify}
+
+
+def plan_epoch(world):
+    counts_S = world.index.counts
+    return {
+        "then": lambda: EpochPlan(counts_S, seed=0, epoch=0, view="all", batch_size=32_768, streams=64, window=8192)
+    }
+
+
+def first_batch(world):
+    mask, counts = world.mask(), world.mask().counts("safe")
+    plan = EpochPlan(counts, seed=0, epoch=0, view="safe", batch_size=32_768, streams=64, window=8192)
+    return {"then": lambda: mask.locate("safe", *plan.batch(0, 0, world.ranks)[:2])}
+
+
+def write_scores(world):
+    """A rank's shards."""
+    files = ScoreFiles(world.work / "written" / "scores", world.index, 0)
+    todo = min(world.shards // world.ranks, 300)
+    cos_B, size = world.scores(world.pairs // world.shards), os.path.getsize(world.work / "one.parquet")
+
+    def write():
+        for shard in range(todo):
+            files.write(shard, cos_B, {})
+
+    part = todo * world.ranks / world.shards
+    return {"then": write, "part": part, "disk_bytes": size * world.shards, "files": world.shards}
+
+
+def find_scored(world):
+    files = ScoreFiles(world.work / "epoch_000" / "scores", world.index, 0)
+    return {"then": files.done}
+
+
+def gather_scores(world):
+    return share(world, "scores", 4 * world.pairs)
+
+
+def count_histogram(world):
+    """Of a rank's scores."""
+    score_N = world.scores(world.share)
+    return {"then": lambda: histogram(score_N, *RANGES["cosine"])}
+
+
+def mixture(world):
+    counts_K = histogram(world.scores(1_000_000), *RANGES["cosine"]) * (world.pairs // 1_000_000)
+    return {"then": lambda: fit_mixture(counts_K, *RANGES["cosine"]), "wire_bytes": counts_K.nbytes}
+
+
+def selection(world):
+    """Threshold by a rank's scores, as if all ranks had the same."""
+    score_N = world.scores(world.share)
+    return {"then": lambda: kth_largest(score_N, world.pairs // 2, lambda counts_K: counts_K * world.ranks)}
+
+
+def make_mask(world):
+    """Rank 0, of all scores."""
+    score_n, counts_S = world.scores(world.pairs // world.shards), world.counts_S
+    key, ties = kth_largest(score_n, len(score_n) // 2)
+
+    class Repeated:
+        def __getitem__(self, _):
+            return score_n
+
+    def make():
+        broadcast_mask(top_by_shard(Repeated(), counts_S, key, ties * world.shards), counts_S)
+
+    return {"then": make, "host_bytes": world.pairs // 8}
+
+
+def send_mask(world):
+    return share(world, "mask", world.pairs // 8)
+
+
+def save_mask(world):
+    mask, shards, folder = world.mask(), world.index.shards, world.work / "saved"
+    return {
+        "then": lambda: mask.save(folder, {"fingerprint": "", "shards": shard_list(shards), **META}),
+        "wrote": folder,
+    }
+
+
+def open_mask(world):
+    return {"then": lambda: SavedMask(world.work / "epoch_000")}
+
+
+def record_bad_samples(world):
+    """A rank's part."""
+    count = int(world.share * BAD)
+    bad = [(n % 64 * 64, n, f"{n:09d}", "picture is of no known format") for n in range(count)]
+    files = BadSamplesFiles(world.work / "bad_samples", [0])
+    return {"then": lambda: files.add(bad), "wrote": world.work / "bad_samples", "times": world.ranks}
+
+
+def find_duplicates(world):
+    """A rank's part: a picture in a thousand comes three times."""
+    (guard,) = make_guards({"duplicates": {}})
+    rng = np.random.default_rng(0)
+    number_M = rng.integers(-(2**63), 2**63, world.share)
+    often = world.share // 1000
+    number_M[: 2 * often] = np.tile(number_M[-often:], 2)
+    valid_M = np.ones(len(number_M), bool)
+    return {"then": lambda: guard.excluded(number_M, valid_M), "wire_bytes": 16 * world.pairs // world.hosts}
+
+
+def find_checkpoint(world):
+    for step in range(3):
+        folder = world.work / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(exist_ok=True)
+        for rank in range(world.ranks):
+            (folder / f"receipt_{rank:05d}.json").write_text("{}")
+    return {"then": lambda: newest_complete(world.work)}
+
+
+def audit_scores(world):
+    """All scores in one process."""
+    part = min(1.0, 2e7 / world.pairs)
+    return {
+        "then": lambda: load_scores(world.work / "epoch_000", world.counts_S[: int(world.shards * part)]),
+        "part": part,
+    }
+
+
+STEPS = [open_index, verify_shards, plan_epoch, first_batch, write_scores, find_scored, gather_scores, count_histogram]
+STEPS += [mixture, selection, make_mask, send_mask, save_mask, open_mask, record_bad_samples, find_duplicates]
+STEPS += [find_checkpoint, audit_scores]
+COLUMNS = ("seconds", "rank_bytes", "host_bytes", "disk_bytes", "files", "wire_bytes")
+
+
+def memory(name):
+    """Bytes of this process: VmRSS, or VmHWM, the most since clear_refs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def measure(step, world):
+    """{column: figure} of one step, in this process."""
+    told = step(world)
+    found = {**dict.fromkeys(COLUMNS, 0), "part": 1.0} | {
+        k: v for k, v in told.items() if k not in ("then", "wrote", "times")
+    }
+    if "then" in told:
+        Path("/proc/self/clear_refs").write_text("5")
+        before, started = memory("VmRSS"), time.monotonic()
+        told["then"]()
+        found["seconds"], found["rank_bytes"] = time.monotonic() - started, max(0, memory("VmHWM") - before)
+    if "wrote" in told:
+        written = [path.stat().st_size for path in told["wrote"].rglob("*") if path.is_file()]
+        found["disk_bytes"], found["files"] = sum(written) * told.get("times", 1), len(written) * told.get("times", 1)
+    if found["part"] < 1:
+        found["seconds"] /= found["part"]
+        found["rank_bytes"] = int(found["rank_bytes"] / found["part"])
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=float, default=5e9)
+    parser.add_argument("--shards", type=int, default=500_000)
+    parser.add_argument("--ranks", type=int, default=64)
+    parser.add_argument("--hosts", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "scale")
+    parser.add_argument("--steps", nargs="*", choices=[step.__name__ for step in STEPS])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    pairs = int(args.pairs) // args.shards // 8 * 8 * args.shards  # whole bytes of a mask
+    world = World(pairs, args.shards, args.ranks, args.hosts, args.work.absolute())
+    if args.one:
+        return print(json.dumps(measure(globals()[args.one], world)))
+    world.prepare()
+    figures = {}
+    print(f"{'step':20s}" + "".join(f"{name:>18s}" for name in (*COLUMNS, "part")), flush=True)
+    for step in STEPS:
+        if args.steps and step.__name__ not in args.steps:
+            continue
+        words = [sys.executable, "-m", "tests.benchmarks.scale", "--one", step.__name__, *sys.argv[1:]]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        found = figures[step.__name__] = json.loads(done.stdout.splitlines()[-1])
+        cells = [f"{found['seconds']:18.2f}", *(f"{found[name]:18,}" for name in COLUMNS[1:]), f"{found['part']:18.3g}"]
+        print(f"{step.__name__:20s}" + "".join(cells), flush=True)
+    shutil.rmtree(world.work)
+    print(json.dumps({step: {name: found[name] for name in COLUMNS} for step, found in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
