@@ -3,7 +3,7 @@ class.
 
 Assumes    that the duplicates are equal pixel by pixel once decoded and resized; near-duplicates are not detected.
 Source     deduplication by content hash, as image-text datasets are cleaned; the attack is Carlini and Terzis 2022.
-Cost       one pass over all pictures; 8 bytes a pair, each on the rank that reads it; these numbers are sent once.
+Cost       one pass over all pictures; 8 bytes a pair, each on the rank that reads it; these numbers are sent twice.
 Evidence   tests/benchmarks/comparison.md.
 """
 
@@ -16,8 +16,9 @@ from pydantic import Field
 from pipeline.distributed import comm
 from pipeline.guards.base import Guard
 
-AT_ONCE = 1 << 22  # pairs of a rank whose numbers are compared at a time
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, 2**64 by the golden ratio (Knuth 1973, section 6.4)
+AT_ONCE = 1 << 24  # numbers that a rank counts at a time
+BLOCK = 1 << 22  # pairs of a rank whose numbers are sent at a time
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, 2**64 by the golden ratio
 
 
 class Duplicates(Guard):
@@ -37,35 +38,42 @@ class Duplicates(Guard):
         return np.array([(pixels_P * weight_P).sum() for pixels_P in flat_BP], np.int64)
 
     def excluded(self, number_M: np.ndarray, valid_M: np.ndarray) -> np.ndarray:
-        """Each picture's pairs are counted by the rank that its number names, in rounds of about AT_ONCE pairs of a
-        rank, so that no rank holds more than that of others. Pictures that cannot be read are kept."""
-        world = comm.world()
-        mixed_M = number_M.view(np.uint64) * MIX >> np.uint64(32)  # the high bits of a product depend on all of them
-        rounds = comm.all_reduce_max(-(-len(number_M) // AT_ONCE))[0]
-        found_M = np.zeros(len(number_M), bool)
-        for turn in range(rounds):
-            row_P = np.flatnonzero(valid_M & (mixed_M // np.uint64(world) % np.uint64(rounds) == turn))
-            number_U, unique_P, count_U = np.unique(number_M[row_P], return_inverse=True, return_counts=True)
-            owner_U = (number_U.view(np.uint64) * MIX >> np.uint64(32)) % np.uint64(world)
-            sent = [np.flatnonzero(owner_U == rank) for rank in range(world)]
-            asked = comm.exchange([number_U[some] for some in sent])
-            counts = comm.exchange([count_U[some] for some in sent])
-            often = comm.exchange(self.often(asked, counts))
-            often_U = np.zeros(len(number_U), bool)
-            for some, flags in zip(sent, often):
-                often_U[some] = flags
-            found_M[row_P] = often_U[unique_P]
+        """Each number is counted by the rank that it names, in turns of about AT_ONCE numbers a rank. Pictures that
+        cannot be read are kept."""
+        (longest,) = comm.all_reduce_max(len(number_M))
+        blocks = [slice(at, at + BLOCK) for at in range(0, longest, BLOCK)]
+        turns, found_M = -(-longest // AT_ONCE), np.zeros(len(number_M), bool)
+        for turn in range(turns):
+            sent = (self.by_owner(number_M[block][valid_M[block]], turn, turns) for block in blocks)
+            often = repeated(np.sort(np.concatenate(sum(map(comm.exchange, sent), []))), self.settings.max_pairs)
+            for block in blocks:
+                asked = self.by_owner(number_M[block][valid_M[block]], turn, turns)
+                flags = comm.exchange([among(part, often) for part in comm.exchange(asked)])
+                known = np.concatenate([part[flag] for part, flag in zip(asked, flags)])
+                found_M[block] |= valid_M[block] & among(number_M[block], np.unique(known))
         return found_M
 
-    def often(self, asked: list[np.ndarray], counts: list[np.ndarray]) -> list[np.ndarray]:
-        """bool, for each number of each rank: whether it comes in more than `max_pairs` pairs of all ranks.
+    def by_owner(self, number_B: np.ndarray, turn: int, turns: int) -> list[np.ndarray]:
+        """The numbers of this turn for each rank, sorted; of one that comes often no more than make it often."""
+        # The high bits of the product depend on all bits of the number (Knuth 1973, section 6.4).
+        bucket_B = (number_B.view(np.uint64) * MIX >> np.uint64(32)) * np.uint64(comm.world() * turns) >> np.uint64(32)
+        mine_B = bucket_B % np.uint64(turns) == turn
+        number_B, owner_B = number_B[mine_B], bucket_B[mine_B] // np.uint64(turns)
+        parts = [np.sort(number_B[owner_B == rank]) for rank in range(comm.world())]
+        most = self.settings.max_pairs + 1
+        return [np.concatenate([part[:most], part[most:][part[most:] != part[:-most]]]) for part in parts]
 
-        asked[r], counts[r]: int64, the numbers of rank r that belong here, each once, and how many pairs it has of
-        each."""
-        _, unique_K = np.unique(np.concatenate(asked), return_inverse=True)
-        total_U = np.bincount(unique_K, np.concatenate(counts))
-        often_K = total_U[unique_K] > self.settings.max_pairs
-        return np.split(often_K, np.cumsum([len(some) for some in asked])[:-1])
+
+def repeated(number_K: np.ndarray, times: int) -> np.ndarray:
+    """Those of the sorted numbers that come more than so many times, each once."""
+    return np.unique(number_K[times:][number_K[times:] == number_K[:-times]])
+
+
+def among(number_B: np.ndarray, often_U: np.ndarray) -> np.ndarray:
+    """bool (B,): which are among the sorted numbers often_U."""
+    if not len(often_U):
+        return np.zeros(len(number_B), bool)
+    return often_U[np.minimum(np.searchsorted(often_U, number_B), len(often_U) - 1)] == number_B
 
 
 @lru_cache(maxsize=1)

@@ -118,13 +118,14 @@ def test_excluded_are_those_whose_number_comes_more_often(pairs, limit, at_once)
     number_M, valid_M = np.array([n for n, _ in pairs], np.int64), np.array([valid for _, valid in pairs], bool)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "AT_ONCE", at_once)
+        patch.setattr(duplicates, "BLOCK", 7)
         flags = guard.excluded(number_M, valid_M)
     assert flags.tolist() == [valid and pairs.count((number, True)) > limit for number, valid in pairs]
 
 
 def shared_out(numbers, valid):
     """What each rank finds of its own numbers, in several rounds, and the most numbers that another rank sent it."""
-    duplicates.AT_ONCE, most, exchange = 1_000, 0, comm.exchange
+    duplicates.AT_ONCE, duplicates.BLOCK, most, exchange = 1_000, 700, 0, comm.exchange
 
     def watched(parts):
         nonlocal most
