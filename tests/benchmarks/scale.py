@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -38,6 +39,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tars import write_tar
 
 BAD = 0.005  # of the pairs
+SOME = 300  # shards of a rank that are written
 META = {"epoch": 0, "step": 0, "config": "", "fraction": 0.5, "first_fraction": 0.5, "threshold": 0.2}
 META |= {"mixture": None, "note": ""}
 
@@ -85,7 +87,9 @@ class World:
         members = [(f"{i:09d}.{e}", b"x") for i in range(count) for e in ("jpg", "txt")]
         one = write_tar(self.work / "one.tar", members)
         index = build_index([str(one)], self.work / "one")
-        ScoreFiles(self.work / "epoch_000" / "scores", index, 0).write(0, self.scores(count), {})
+        files = ScoreFiles(self.work / "epoch_000" / "scores", index, 0)
+        files.claim()
+        files.write(0, self.scores(count), {})
         (self.work / "epoch_000/scores/00000.parquet").rename(self.work / "one.parquet")
         found, entries = os.stat(one), []
         for shard in range(self.shards):
@@ -143,23 +147,39 @@ def first_batch(world):
     return {"then": lambda: mask.locate("safe", *plan.batch(0, 0, world.ranks)[:2])}
 
 
+def scored(world, name):
+    """(ScoreFiles of the first SOME shards of a rank in the folder `name`, their part of all shards, scores of one)."""
+    counts_S = world.counts_S.copy()
+    todo = min(world.shards // world.ranks, SOME)
+    counts_S[todo:] = 0
+    index = SimpleNamespace(counts=counts_S, table=world.index.table)
+    files = ScoreFiles(world.work / name / "scores", index, 0)
+    files.claim()
+    return files, todo / world.shards, world.scores(world.pairs // world.shards)
+
+
+def write(files, cos_B):
+    for shard in np.flatnonzero(files.index.counts).tolist():
+        files.write(shard, cos_B, {})
+
+
 def write_scores(world):
     """A rank's shards."""
-    files = ScoreFiles(world.work / "written" / "scores", world.index, 0)
-    todo = min(world.shards // world.ranks, 300)
-    cos_B, size = world.scores(world.pairs // world.shards), os.path.getsize(world.work / "one.parquet")
+    files, part, cos_B = scored(world, "written")
+    size = os.path.getsize(world.work / "one.parquet") * world.shards
+    return {"then": lambda: write(files, cos_B), "part": part * world.ranks, "disk_bytes": size, "files": world.shards}
 
-    def write():
-        for shard in range(todo):
-            files.write(shard, cos_B, {})
 
-    part = todo * world.ranks / world.shards
-    return {"then": write, "part": part, "disk_bytes": size * world.shards, "files": world.shards}
+def merge_scores(world):
+    """A rank's shards, at the end of a round."""
+    files, part, cos_B = scored(world, "merged")
+    write(files, cos_B)
+    return {"then": files.conclude, "part": part * world.ranks, "files": world.ranks}
 
 
 def find_scored(world):
     files = ScoreFiles(world.work / "epoch_000" / "scores", world.index, 0)
-    return {"then": files.done}
+    return {"then": files.claim}
 
 
 def gather_scores(world):
@@ -244,15 +264,24 @@ def find_checkpoint(world):
 
 def audit_scores(world):
     """All scores in one process."""
-    part = min(1.0, 2e7 / world.pairs)
-    return {
-        "then": lambda: load_scores(world.work / "epoch_000", world.counts_S[: int(world.shards * part)]),
-        "part": part,
-    }
+    files, part, cos_B = scored(world, "audited")
+    write(files, cos_B)
+    files.conclude()
+    return {"then": lambda: load_scores(files.folder.parent, files.index.counts), "part": part}
 
 
 STEPS = [open_index, verify_shards, plan_epoch, first_batch, write_scores, find_scored, gather_scores, count_histogram]
-STEPS += [mixture, selection, make_mask, send_mask, save_mask, open_mask, record_bad_samples, find_duplicates]
+STEPS += [
+    merge_scores,
+    mixture,
+    selection,
+    make_mask,
+    send_mask,
+    save_mask,
+    open_mask,
+    record_bad_samples,
+    find_duplicates,
+]
 STEPS += [find_checkpoint, audit_scores]
 COLUMNS = ("seconds", "rank_bytes", "host_bytes", "disk_bytes", "files", "wire_bytes")
 
