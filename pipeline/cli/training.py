@@ -90,7 +90,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     help="runs on the same data without poison; reports their mean",
 )
 def evaluate(run: str, overrides: tuple[str, ...], baseline: str | None, unpoisoned: tuple[str, ...]) -> None:
-    """Run the evaluators on a run's model: loss, retrieval, zero_shot, attacks. Writes RUN/eval.json."""
+    """Measure a run's model by the evaluators of its config. Writes RUN/eval.json."""
     from pipeline.evaluation.run import evaluate_run
     from pipeline.evaluation.summary import summary
 

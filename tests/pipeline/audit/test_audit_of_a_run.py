@@ -34,10 +34,11 @@ def make_run(folder, index, cos_N, excluded_N):
     for number in range(ROUNDS):
         where = mask_folder(folder, number)
         files = ScoreFiles(where / "scores", index, number)
-        for shard in range(len(index.counts)):
-            first, stop = index.offsets[shard : shard + 2].tolist()
-            files.write(shard, cos_N[first:stop], {TORN: "torn"} if shard == 0 else {})
-            files.exclude(shard, dict.fromkeys(np.flatnonzero(excluded_N[first:stop]).tolist(), Duplicates.reason))
+        files.claim()
+        parts = [slice(first, stop) for first, stop in zip(index.offsets, index.offsets[1:])]
+        for shard, part in enumerate(parts):
+            files.write(shard, cos_N[part], {TORN: "torn"} if shard == 0 else {})
+        files.conclude(lambda n: dict.fromkeys(np.flatnonzero(excluded_N[parts[n]]).tolist(), Duplicates.reason))
         selected = select_pairs(
             score_N, index.counts, Selection(first_fraction=0.5), number, excluded=int(excluded_N.sum())
         )
