@@ -59,8 +59,16 @@ def init(timeout: float = 600.0) -> None:
     patience = datetime.timedelta(seconds=timeout)
     if env["RANK"] != "0" and "TORCHELASTIC_RUN_ID" not in env:
         await_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout)
-    # Without its device NCCL guesses one from the rank, which hangs where ranks and GPUs are not in step.
-    dist.init_process_group(backend, timeout=patience, device_id=device() if backend == "nccl" else None)
+    try:
+        # Without its device NCCL guesses one from the rank, which hangs where ranks and GPUs are not in step.
+        dist.init_process_group(backend, timeout=patience, device_id=device() if backend == "nccl" else None)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT: got {env['MASTER_PORT']}, on which another process of {socket.gethostname()} listens; "
+            "set another one"
+        ) from None
     if backend != "gloo":
         # Every rank is a member, and gets no mark for those that are not.
         _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=patience))

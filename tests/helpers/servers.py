@@ -8,10 +8,12 @@ import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 class Flaky(BaseHTTPRequestHandler):
-    """Serves the files of a folder, and fails a fraction of the requests in each of the ways `kinds` in turn."""
+    """Serves the files of a folder, and fails a fraction of the requests in each of the ways `kinds` in turn. /moved/X
+    is redirected to /X."""
 
     protocol_version = "HTTP/1.1"
 
@@ -30,7 +32,13 @@ class Flaky(BaseHTTPRequestHandler):
         faults = sum(fault is not None for *_, fault in self.log)
         fails = int((len(self.log) + 1) * self.failing) > int(len(self.log) * self.failing)  # as often as that, evenly
         fault = self.kinds[faults % len(self.kinds)] if fails else None
-        path = self.folder / self.path.lstrip("/")
+        name = unquote(self.path.partition("?")[0]).lstrip("/")
+        if name.startswith("moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.replace("/moved/", "/", 1))
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        path = self.folder / name
         self.log.append((self.command, self.path, fault))
         if fault == "hang":
             time.sleep(self.seconds)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.audit.models import load_scorer
 from pipeline.audit.score import score
 from pipeline.safety.score_files import load_scores
 from shards.errors import UserError
@@ -65,6 +66,20 @@ def test_of_several_captions_the_least_similar_is_scored_and_shown(scored, tmp_p
     assert abs(float(cos_3.min()) - cos_N[0]) < 1e-5 and np.isnan(cos_N[1])
     shown = pq.read_table(tmp_path / "scores" / "metadata" / "metadata_00000.parquet")["caption"].to_pylist()
     assert shown == [captions[int(cos_3.argmin())], None]
+
+
+def test_a_checkpoint_as_open_clips_training_writes_it(tmp_path):
+    """Names with the prefix of DistributedDataParallel, below the key state_dict beside the optimizer's state."""
+    torch.manual_seed(3)
+    model = open_clip.create_model("RN50")
+    weights = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 1, "state_dict": weights, "optimizer": {}}, tmp_path / "epoch_1.pt")
+    scorer = load_scorer("RN50", str(tmp_path / "epoch_1.pt"))
+    tokens = scorer.tokenize(["a thing"])
+    with torch.no_grad():
+        expected = model.eval().encode_text(tokens, normalize=True)
+        found = scorer.encode(torch.zeros(1, 3, 224, 224), tokens)[1]
+    torch.testing.assert_close(found, expected)
 
 
 def test_unreadable_pair_is_a_row_with_its_reason(scored):

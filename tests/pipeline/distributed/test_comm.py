@@ -44,6 +44,19 @@ def test_each_rank_gets_what_the_others_sent_it():
         assert numbers == [expected, expected] and flags == [[n > 15 for n in part] for part in expected]
 
 
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        where = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in where.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        with pytest.raises(UserError, match=f"MASTER_PORT: got {port}, .* set another one"):
+            comm.init(timeout=5)
+
+
 ENDS = """
 import atexit, sys, torch.distributed as dist
 atexit.register(lambda: print(dist.is_initialized()))  # runs after what is registered later

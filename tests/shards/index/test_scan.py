@@ -195,6 +195,12 @@ def test_shards_made_by_hand(tmp_path, program, words):
     assert theirs == set(found)
 
 
+def test_what_macos_leaves_in_tars_is_no_sample(tmp_path):
+    names = ["._a.jpg", "a.jpg", "a.txt", "__MACOSX/._a.jpg", "._a.txt", ".DS_Store", "b.JPG", "b.TXT"]
+    index = build_index([str(write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names]))], tmp_path / "i")
+    assert contents(index) == [("a", b"a.jpg", b"a.txt"), ("b", b"b.JPG", b"b.TXT")] and not index.findings
+
+
 def test_members_of_a_sample_that_stand_apart_are_named(tmp_path):
     """As `tar -cf a.tar .` leaves them on many file systems; webdataset makes two samples of one."""
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("b.txt", b"4")])

@@ -110,6 +110,19 @@ def test_commands_are_run_only_where_they_are_allowed(make_shards, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "where", ["set%20of%20m%C3%BCller/00000.tar?version=2", "moved/set%20of%20m%C3%BCller/00000.tar"]
+)
+def test_escapes_queries_and_redirects_of_a_url(make_shards, tmp_path, where):
+    (path,) = make_shards([4])
+    (tmp_path / "set of müller").mkdir()
+    path.rename(tmp_path / "set of müller" / "00000.tar")
+    with flaky(tmp_path) as (address, _):
+        index = build_index([f"{address}/{where}"], tmp_path / "index")
+        found = read_all(index, Cache(tmp_path / "cache", 10**9))
+    assert found == contents(build_index([str(tmp_path / "set of müller" / "00000.tar")], tmp_path / "local"))
+
+
+@pytest.mark.parametrize(
     "url, names", [("nothing://a/b.tar", "nothing"), ("http://127.0.0.1:1/a.tar", "nothing came for 1 s")]
 )
 def test_a_url_that_nothing_opens_is_one_line(tmp_path, url, names):
