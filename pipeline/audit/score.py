@@ -25,7 +25,7 @@ from pipeline.config.data import open_index, open_samples
 from pipeline.config.schema import Data, Selection
 from pipeline.distributed import comm
 from pipeline.safety.round import SelectionRound, save_round, select_pairs
-from pipeline.safety.score_files import ScoreFiles, Unread, load_scores
+from pipeline.safety.score_files import ScoreFiles, Unread, shared_scores
 from pipeline.safety.scoring import assign_shards, least_similar, shard_batches
 from shards.errors import BadSample, UserError
 from shards.index.shard_index import ShardIndex, build_index
@@ -156,7 +156,7 @@ def score(
         comm.on_rank0(claim, out, files.made["step"])
         score_shards(scorer, samples, files, out, not lean, batch_size, workers)
     comm.barrier()
-    score_N = load_scores(out, index.counts)
+    score_N = shared_scores(out, index.counts)
     by_posterior = Selection(mixture="converged", rank_by="score", least_fraction=0.0, max_fraction=1.0)
     selected = select_pairs(score_N, index.counts, by_posterior, 0)
     return comm.on_rank0(conclude, out, index, selected, score_N, files.made["step"], about)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.distributed import comm
+from pipeline.distributed import comm, hosts
 from shards.index.shard_index import ShardIndex
 from shards.order.score_parts import ScoreParts, path_of
 from shards.storage.files import read_json, whole_file, write_bytes, write_json
@@ -116,3 +116,15 @@ def neighbours(shards: Sequence[int], parts: ScoreParts) -> list[list[int]]:
 def load_scores(folder: Path, counts_S: np.ndarray | Sequence[int]) -> np.ndarray:
     """float32 (N,): the scores saved in `folder`/scores, in (shard, position) order."""
     return ScoreParts(folder / "scores", counts_S).column("score")
+
+
+def shared_scores(folder: Path, counts_S: np.ndarray | Sequence[int]) -> np.ndarray:
+    """`load_scores`, one copy a host, of which each rank reads a part. All ranks call."""
+    starts, parts = np.concatenate([[0], np.cumsum(counts_S)]), ScoreParts(folder / "scores", counts_S)
+    score_N = hosts.host_array(int(starts[-1]), np.float32)
+    cuts = np.linspace(0, len(counts_S), comm.world() + 1).astype(int)
+    for shard in range(*cuts[comm.rank() : comm.rank() + 2]):
+        if counts_S[shard]:
+            score_N[starts[shard] : starts[shard + 1]] = parts.read(shard, ["score"])["score"].to_numpy()
+    hosts.share_between_hosts(score_N, list(zip(starts[cuts], starts[cuts[1:]])))
+    return score_N

@@ -274,5 +274,7 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         worker_init_fn=in_worker,
+        # Forked processes share masks and the index with this one; others would be sent a copy each.
+        multiprocessing_context="fork" if workers else None,
     )
     return iter(loader)

@@ -1,5 +1,7 @@
 """Batches are a pure function of their number: nothing of the batches before them is read."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
@@ -106,3 +108,15 @@ def test_colours_changed_on_the_device_are_those_of_the_worker(samples):
         assert moved.colours is None and (moved.tokens == worker.tokens).all()
         off.append((moved.images.int() - worker.images.int()).abs().float().mean())
     assert np.mean(off) < 2 < np.mean([(device.images.float() - worker.images).abs().mean()])
+
+
+def test_reading_processes_share_what_they_read_with(samples):
+    """Whatever the start method of the program: what cannot be sent to a process is there in it."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        views = Views(16, lambda captions: tokenize(captions), {})
+        found = list(batches(PlainBatches(samples, [(range(4), range(4))], views), workers=1))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert found[0].rows.tolist() == [0, 1, 2, 3]
