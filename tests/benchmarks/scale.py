@@ -40,6 +40,7 @@ from tests.helpers.tars import write_tar
 
 BAD = 0.005  # of the pairs
 SOME = 300  # shards of a rank that are written
+BATCH, WIDTH = 65_536, 512  # pairs of a step, numbers of an embedding
 META = {"epoch": 0, "step": 0, "config": "", "fraction": 0.5, "first_fraction": 0.5, "threshold": 0.2}
 META |= {"mixture": None, "note": ""}
 
@@ -253,6 +254,22 @@ def find_duplicates(world):
     return {"then": lambda: guard.excluded(number_M, valid_M), "wire_bytes": 16 * world.pairs // world.hosts}
 
 
+def loss_of_a_step(world):
+    """CLIP's loss of a batch of 65,536 pairs, forward and backward: a rank's rows, in torch's fake process group."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from pipeline.training.losses import clip_loss
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world.ranks)
+    rows = BATCH // world.ranks
+    views = [torch.nn.functional.normalize(torch.randn(rows, WIDTH), dim=1).requires_grad_() for _ in range(4)]
+    valid, scale = torch.ones(rows, dtype=torch.bool), torch.tensor([10.0], requires_grad=True)
+    received = 4 * (BATCH - rows) * WIDTH * 4 * world.ranks // world.hosts  # of two columns and their gradients
+    return {"then": lambda: clip_loss(*views, scale, valid).backward(), "wire_bytes": received}
+
+
 def find_checkpoint(world):
     for step in range(3):
         folder = world.work / "checkpoints" / f"step_{step:08d}"
@@ -271,18 +288,8 @@ def audit_scores(world):
 
 
 STEPS = [open_index, verify_shards, plan_epoch, first_batch, write_scores, find_scored, gather_scores, count_histogram]
-STEPS += [
-    merge_scores,
-    mixture,
-    selection,
-    make_mask,
-    send_mask,
-    save_mask,
-    open_mask,
-    record_bad_samples,
-    find_duplicates,
-]
-STEPS += [find_checkpoint, audit_scores]
+STEPS += [mixture, selection, make_mask, send_mask, merge_scores, save_mask, open_mask, record_bad_samples]
+STEPS += [find_duplicates, loss_of_a_step, find_checkpoint, audit_scores]
 COLUMNS = ("seconds", "rank_bytes", "host_bytes", "disk_bytes", "files", "wire_bytes")
 
 
