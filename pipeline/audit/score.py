@@ -202,7 +202,7 @@ def claim(out: Path, identity: str) -> None:
 
 def score_embeddings(index: EmbeddingFolder, out: Path, files: ScoreFiles) -> None:
     """Cosines of embeddings that exist, this rank's part of the shards that are not done."""
-    done = set(comm.broadcast_object(files.claim() if comm.is_rank0() else None))
+    done = set(comm.broadcast_object(files.claim().done() if comm.is_rank0() else None))
     for shard in range(comm.rank(), len(index.counts), comm.world()):
         if shard in done or not index.counts[shard]:
             continue
@@ -226,7 +226,7 @@ def score_shards(
 ) -> None:
     """Score this rank's part of the shards that are not done, each written as soon as it is whole, its scores last."""
     index = samples.index
-    done = set(comm.broadcast_object(files.claim() if comm.is_rank0() else None))
+    done = set(comm.broadcast_object(files.claim().done() if comm.is_rank0() else None))
     mine = [s for s in assign_shards(index.counts, comm.world(), done)[comm.rank()] if s not in done]
     todo = shard_batches(index.offsets, mine, batch_size)
     parts, device = [], comm.device()

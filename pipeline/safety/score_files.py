@@ -38,9 +38,9 @@ class ScoreFiles:
     def parts(self) -> ScoreParts:
         return ScoreParts(self.folder, self.index.counts)
 
-    def claim(self) -> list[int]:
-        """Numbers of the shards that this model has scored already; files of another are removed. Rank 0 calls, before
-        anything is written."""
+    def claim(self) -> ScoreParts:
+        """What this model has scored already; files of another are removed. Rank 0 calls, before anything is written,
+        and tells the others: on a shared file system new files may show late on other hosts."""
         try:
             same = read_json(self.folder / "made.json") == self.made
         except (OSError, ValueError):
@@ -48,7 +48,7 @@ class ScoreFiles:
         if not same:
             shutil.rmtree(self.folder, ignore_errors=True)
             write_json(self.folder / "made.json", self.made)
-        return self.parts().done()
+        return self.parts()
 
     def read(self, shard: int, parts: ScoreParts | None = None) -> tuple[np.ndarray, list[Unread]]:
         """(float32 cosines, what could not be read) of a shard that is done. parts: as listed before."""
@@ -87,11 +87,20 @@ class ScoreFiles:
         excluded: shard -> {position: why this pair has no score}.
         """
         comm.barrier()
-        parts = self.parts()
+        parts = comm.on_rank0(self.tidy)
         shards = np.array_split(np.flatnonzero(self.index.counts), comm.world())[comm.rank()]
         for some in neighbours([shard for shard in shards.tolist() if not parts.in_part(shard)], parts):
             self.merge(some, parts, excluded)
         comm.barrier()
+
+    def tidy(self) -> ScoreParts:
+        """All files, when those of single shards are removed that a file of many shards has too: a merge that was cut
+        off left them. Rank 0 calls."""
+        parts = self.parts()
+        for first, last in parts.parts:
+            for shard in parts.alone.intersection(range(first, last + 1)):
+                self.path(shard).unlink()
+        return self.parts()
 
     def merge(self, shards: list[int], parts: ScoreParts, excluded: Callable[[int], Mapping[int, str]]) -> None:
         """One file of these shards, between which there are only empty ones."""
@@ -104,7 +113,7 @@ class ScoreFiles:
                 writer.write_table(table, row_group_size=len(table))
             writer.close()
         for shard in shards[len(shards) == 1 :]:
-            self.path(shard).unlink()
+            self.path(shard).unlink(missing_ok=True)
 
 
 def neighbours(shards: Sequence[int], parts: ScoreParts) -> list[list[int]]:

@@ -91,9 +91,9 @@ def score_all_pairs(
     """
     index, world = samples.index, comm.world()
     score_N, bad = hosts.host_array(index.samples, np.float32), []
-    done = set(comm.broadcast_object(files.claim() if files and comm.is_rank0() else []))
+    listed = comm.broadcast_object(files.claim() if files and comm.is_rank0() else None)
+    done = set(listed.done() if listed else ())
     owned = assign_shards(index.counts, world, done)
-    listed = files.parts() if files else None
     for shard in done.intersection(owned[comm.rank()]):
         score_N[index.offsets[shard] : index.offsets[shard + 1]], found = files.read(shard, listed)
         bad += found

@@ -43,9 +43,9 @@ class ScoreParts:
         return np.flatnonzero(there_S & (self.counts_S > 0)).tolist()
 
     def place(self, shard: int) -> tuple[Path, int]:
-        """(file, row group) of a shard; where it has none, the file of its own that is missing."""
+        """(file, row group) of a shard: of many shards where there is one, else its own, which may be missing."""
         number = np.searchsorted([first for first, _ in self.parts], shard, "right") - 1
-        if shard in self.alone or number < 0 or shard > self.parts[number][1]:
+        if number < 0 or shard > self.parts[number][1]:
             return path_of(self.folder, shard), 0
         first, last = self.parts[number]
         return path_of(self.folder, first, last), int(self.filled_S[shard] - self.filled_S[first])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.safety.score_files import ScoreFiles, load_scores, neighbours
 from shards.index.shard_index import build_index
+from tests.helpers.ranks import run_ranks
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_an_excluded_pair_keeps_its_cosine_and_has_no_score(index, tmp_path):
     np.testing.assert_array_equal(load_scores(tmp_path, index.counts), cos_N)
     for _ in range(2):  # the second time changes nothing
         files.conclude(lambda shard: {0: "copied", 1: "copied"} if shard == 2 else {})
-        assert files.claim() == [0, 2]
+        assert files.claim().done() == [0, 2]
         expected_N = cos_N.copy()
         expected_N[5] = np.nan
         np.testing.assert_array_equal(load_scores(tmp_path, index.counts), expected_N)
@@ -45,10 +46,10 @@ def test_an_excluded_pair_keeps_its_cosine_and_has_no_score(index, tmp_path):
 
 def test_scores_of_another_step_or_config_are_not_used(index, tmp_path):
     zero_N = np.zeros(8, np.float32)
-    assert write(tmp_path, index, zero_N, step=1, config="one").claim() == [0, 2]
+    assert write(tmp_path, index, zero_N, step=1, config="one").claim().done() == [0, 2]
     for made in ((2, "one"), (1, "two")):
         write(tmp_path, index, zero_N, step=1, config="one")
-        assert ScoreFiles(tmp_path / "scores", index, *made).claim() == []
+        assert ScoreFiles(tmp_path / "scores", index, *made).claim().done() == []
 
 
 COUNTS = [0, 2, 3, 0, 0, 1, 4, 0, 2]
@@ -69,7 +70,25 @@ def test_shards_are_found_in_any_files(tmp_path_factory, merged):
         parts = files.parts()
         for some in neighbours([shard for shard in sorted(shards) if not parts.in_part(shard)], parts):
             files.merge(some, parts, lambda shard: {})
-        assert files.claim() == FILLED
+        assert files.claim().done() == FILLED
         np.testing.assert_array_equal(load_scores(folder, COUNTS), score_N)
         for shard in FILLED:
             np.testing.assert_array_equal(files.read(shard)[0], score_N[starts[shard] : starts[shard + 1]])
+
+
+def test_a_merge_that_was_cut_off_is_done_again_by_any_number_of_ranks(index, tmp_path):
+    score_N = np.arange(8, dtype=np.float32)
+    files = write(tmp_path, index, score_N, step=1)
+    saved = {shard: files.path(shard).read_bytes() for shard in (0, 2)}
+    files.conclude()
+    for shard, content in saved.items():  # dead before they were removed
+        files.path(shard).write_bytes(content)
+    for _ in range(2):
+        np.testing.assert_array_equal(load_scores(tmp_path, index.counts), score_N)
+        np.testing.assert_array_equal(files.read(2)[0], score_N[5:])
+        run_ranks(conclude, 2, files)
+    assert sorted(path.name for path in files.folder.iterdir()) == ["00000-00002.parquet", "made.json"]
+
+
+def conclude(files):
+    files.conclude()
