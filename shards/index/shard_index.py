@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
 
@@ -45,7 +45,7 @@ TABLES_TRIED = 1_000  # tables that `verify` opens
 THREADS = 32  # of `verify`, which waits for the disk or the network
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One tar: absolute path or URL, bytes, samples, BLAKE2b-128 of its content in hex, its table's file, and what are
     its text and picture."""
@@ -58,7 +58,7 @@ class Shard:
     text: str = "txt"
     image: str = ""
 
-    @cached_property
+    @property
     def remote(self) -> bool:
         """Whether it lies behind a URL."""
         return remote.is_remote(self.path)
