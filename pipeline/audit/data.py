@@ -162,6 +162,9 @@ class AuditData:
         return [self.caption(shard, position) for shard, count in enumerate(self.counts_S) for position in range(count)]
 
     def caption(self, shard: int, position: int) -> str | None:
+        """The one that was scored where the scores say it, else the first; None where there is none."""
+        if self.metadata:
+            return self.captions[int(self.offsets[shard]) + position]
         try:
             return self.samples.caption(shard, position)
         except BadSample:

@@ -65,6 +65,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
             from pipeline.evaluation.evaluators import Evaluators
             from pipeline.training.run import train as train_run
 
+            comm.init(loaded.run.timeout)
             evaluators, evaluation = {}, loaded.evaluation
             if evaluation.test or evaluation.pairs or evaluation.evaluators:
                 index = open_index(loaded.data)

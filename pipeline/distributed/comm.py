@@ -23,6 +23,7 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 
 # On GPUs a gloo group of all ranks for messages between hosts; else the default group is gloo itself.
 _control: dist.ProcessGroup | None = None
+patience = datetime.timedelta(minutes=10)  # for a rank that does not come
 
 
 def init(timeout: float = 600.0) -> None:
@@ -31,7 +32,7 @@ def init(timeout: float = 600.0) -> None:
     gloo on the CPU, NCCL on GPUs. `timeout`: seconds a collective waits for a rank that does not come. Raises
     UserError.
     """
-    global _control
+    global _control, patience
     if dist.is_initialized():
         return
     env = os.environ

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 from pipeline.distributed import comm
 from shards.errors import UserError
 
-PIECE = 1 << 22  # elements of each host that are sent at a time
+PIECE = 1 << 24  # elements of all hosts that are sent at a time
 
 
 def host() -> str:
@@ -73,18 +73,21 @@ def share_between_hosts(array: np.ndarray, ranges_R: Sequence[tuple[int, int]]) 
     firsts = first_ranks()
     leaders = sorted(set(firsts))
     if len(leaders) > 1:
-        group = dist.new_group(leaders, backend="gloo")
+        group = dist.new_group(leaders, backend="gloo", timeout=comm.patience)
         if isinstance(group, dist.ProcessGroup):  # this rank is a member
-            parts = [pieces(some for first, some in zip(firsts, ranges_R) if first == leader) for leader in leaders]
+            size = max(1, PIECE // len(leaders))
+            parts = [
+                pieces((some for first, some in zip(firsts, ranges_R) if first == leader), size) for leader in leaders
+            ]
             for slices in zip_longest(*parts, fillvalue=slice(0, 0)):
                 send(array, slices, leaders, group)
             dist.destroy_process_group(group)
     comm.barrier()
 
 
-def pieces(ranges: Iterable[tuple[int, int]]) -> list[slice]:
-    """Slices of at most PIECE elements that cover the ranges."""
-    return [slice(at, min(at + PIECE, stop)) for start, stop in ranges for at in range(start, stop, PIECE)]
+def pieces(ranges: Iterable[tuple[int, int]], size: int) -> list[slice]:
+    """Slices of at most `size` elements that cover the ranges."""
+    return [slice(at, min(at + size, stop)) for start, stop in ranges for at in range(start, stop, size)]
 
 
 def send(array: np.ndarray, slices: Sequence[slice], leaders: Sequence[int], group: dist.ProcessGroup) -> None:

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.config.schema import Config
@@ -74,8 +73,7 @@ def check_memory(config: Config, index: ShardIndex, size: dict[str, int], ranks:
 def check_host(config: Config, index: ShardIndex) -> Findings:
     """Whether what the ranks of a host share fits its temporary folder, and the sample of a guard their memory."""
     guards = make_guards(config.guards) if config.train.method == "safeclip" else []
-    # During the pass of the guards a pair has beside its score a number and a bit of each, and whether it can be read.
-    asked = sum(np.dtype(guard.dtype).itemsize + 1 / 8 for guard in guards) + 1 if guards else 0
+    asked = len(guards) / 8  # a bit a pair of each guard's mask
     host, temporary = int(index.samples * (HOST_BYTES + asked)), tempfile.gettempdir()
     free = shutil.disk_usage(temporary).free
     text = f"scores, masks and guards take {human(host)} in {temporary}, one copy a host, of {human(free)} free there"

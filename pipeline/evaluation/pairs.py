@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline.config.data import open_samples
 from pipeline.config.schema import Config
+from pipeline.distributed import comm
 from shards.errors import BadSample, UserError
 from shards.index.shard_index import ShardIndex
 from shards.storage.remote import refuse_pipe
@@ -33,7 +34,7 @@ class HeldOutPairs:
         for shard in index.shards:
             refuse_pipe(shard.path, config.data.allow_pipe)
         self.samples = open_samples(config.data, index, poisoned=False)
-        self.samples.verify(config.data.remote_timeout)
+        comm.on_rank0(self.samples.verify, config.data.remote_timeout)
         rows = np.arange(min(index.samples, config.evaluation.max_pairs))
         self.place_N = list(zip(*(part.tolist() for part in index.place(rows))))
 

@@ -14,10 +14,10 @@ from shards.views.loader import Batch, PlainBatches, Views, batches
 
 
 def assign_shards(counts_S: np.ndarray | Sequence[int], world: int, done: Iterable[int] = ()) -> list[range]:
-    """`world` consecutive ranges of shard numbers with about equal work. Shards that are `done` count as
-    none."""
-    work_S = np.array(counts_S, np.int64)
-    work_S[list(done)] = 0
+    """`world` consecutive ranges of shard numbers with about equal work. Shards that are `done`, and only read, count a
+    hundredth."""
+    work_S = 100 * np.array(counts_S, np.int64)
+    work_S[list(done)] //= 100
     # A shard is assigned to the rank whose part of the work contains the middle of the shard.
     rank_S = (2 * np.cumsum(work_S) - work_S) * world // (2 * max(1, work_S.sum()))
     bounds = np.searchsorted(np.minimum(rank_S, world - 1), np.arange(world + 1)).tolist()

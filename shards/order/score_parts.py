@@ -62,9 +62,11 @@ class ScoreParts:
 
         alone = [(shard, shard) for shard in np.flatnonzero(self.counts_S).tolist() if not self.in_part(shard)]
         paths = [path_of(self.folder, *some) for some in sorted([*self.parts, *alone])]
-        return np.concatenate(
-            [np.zeros(0, np.float32), *(pq.read_table(path, columns=[name])[name].to_numpy() for path in paths)]
-        ).astype(np.float32, copy=False)
+        found = [pq.read_table(path, columns=[name])[name].to_numpy() for path in paths]
+        value_N = np.concatenate([np.zeros(0, np.float32), *found]).astype(np.float32, copy=False)
+        if len(value_N) != self.counts_S.sum():
+            raise ValueError(f"{self.folder} has {len(value_N):,} pairs, expected {self.counts_S.sum():,}")
+        return value_N
 
     def in_part(self, shard: int) -> bool:
         return "-" in self.place(shard)[0].stem

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from shards.storage.files import write_bytes
+
 PARTS = 64  # files
 SHOWN = 8  # reasons of a summary
 
@@ -34,7 +36,7 @@ class BadSamplesFiles:
                 lines = path.read_bytes().splitlines(keepends=True)
                 whole = [line for line in lines if line.endswith(b"\n")]  # the last may be incomplete after a failure
                 if len(whole) != len(lines):
-                    path.write_bytes(b"".join(whole))
+                    write_bytes(path, b"".join(whole))
                 seen.update((row["shard"], row["position"], row["reason"]) for row in map(json.loads, whole))
 
     def path(self, part: int) -> Path:
@@ -61,10 +63,10 @@ class BadSamplesFiles:
 
 
 def read_bad_samples(folder: str | Path) -> Iterator[dict]:
-    """The lines of all files in a folder, which may be missing."""
+    """The whole lines of all files in a folder, which may be missing."""
     for path in sorted(Path(folder).glob("*.jsonl")):
         with open(path) as file:
-            yield from map(json.loads, file)
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def summary(reasons: Counter[str]) -> str:

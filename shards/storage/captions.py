@@ -7,11 +7,13 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 from shards.errors import BadSample
 
 MAX_TEXT = 1 << 20  # bytes of a caption or a .json member; more is not read
-MAX_CAPTIONS = 16  # usable captions of a sample; the others are not used
+MAX_CAPTIONS = 8  # usable captions of a sample, of the first MAX_TRIED; all are scored in one batch
+MAX_TRIED = 32
 # A letter or a digit that no normalising removes: not of an entity, a terminal escape or a tokenizer's own word.
 # U+FF06 and U+FF1C are the fullwidth & and <, which become the plain ones.
 CERTAIN = re.compile(r"[^&<\x1b\uff06\uff1c]*[0-9A-Za-z][^&<\x1b\uff06\uff1c]*")
@@ -51,19 +53,19 @@ def sources(text: str) -> tuple[Source, ...]:
 
 
 def usable(texts: Iterable[bytes], decode: Callable[[bytes], str]) -> list[str]:
-    """`decode` of those of `texts` that are usable, at most MAX_CAPTIONS. Raises BadSample, as the first of them does,
+    """`decode` of those of `texts` that are usable, at most MAX_CAPTIONS. Raises BadSample, as for the first of them,
     where there is none."""
     found: list[str] = []
-    wrong: list[BadSample] = []
-    for text in texts:
+    wrong = None
+    for text in islice(texts, MAX_TRIED):
         try:
             found.append(decode(text))
         except BadSample as error:
-            wrong.append(error)
+            wrong = wrong or error
         if len(found) == MAX_CAPTIONS:
             break
     if not found:
-        raise wrong[0] if wrong else BadSample("no caption")
+        raise wrong or BadSample("no caption")
     return found
 
 
@@ -124,7 +126,7 @@ def json_texts(data: bytes, field: str) -> list[bytes]:
             raise BadSample(f"caption: {where} is {kind(values)}, expected a mapping")
         values = items(one[name] for one in mappings if name in one)
         if not any(name in one for one in mappings):
-            names = ", ".join(f"'{known:.40}'" for known in list(mappings[0])[:SHOWN])
+            names = ", ".join(f"{known[:40]!r}" for known in list(mappings[0])[:SHOWN])
             names += ", ..." if len(mappings[0]) > SHOWN else ""
             raise BadSample(f"caption: no field {name!r} in {where}, which has {names or 'none'}")
         where = f"field {name!r}"

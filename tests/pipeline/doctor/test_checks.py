@@ -160,7 +160,7 @@ def test_a_temporary_folder_that_cannot_hold_the_scores_is_fatal(world, monkeypa
     made, usage = config(world, "run"), namedtuple("usage", "total used free")
     index, size = ShardIndex.load(made.data.index), footprint.measure(made)
     guards = {"duplicates": {}, "trigger_clusters": {}}
-    for made.guards, needed in (({}, 240 * 4.125), (guards, 240 * (4.125 + 8 + 1 + 1 + 2 / 8))):
+    for made.guards, needed in (({}, 240 * 4.125), (guards, 240 * (4.125 + 2 / 8))):
         for free, expected in ((needed - 1, "fatal"), (needed, "ok")):
             monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
             level, _, text = footprint.check_memory(made, index, size, 1)[1]

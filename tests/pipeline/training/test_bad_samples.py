@@ -28,7 +28,9 @@ def data(tmp_path_factory):
             (f"{i:03d}.txt", b"" if i in BAD[2:] else b"a red star"),
         )
     ]
-    build_index([str(write_tar(folder / "bad.tar", members))], folder / "shapes" / "index")
+    # The bad samples are in two shards, so that both ranks write some.
+    paths = [write_tar(folder / f"{n}.tar", part) for n, part in enumerate((members[:80], members[80:]))]
+    build_index(list(map(str, paths)), folder / "shapes" / "index")
     return folder
 
 
@@ -57,7 +59,9 @@ def test_too_many_bad_samples_stop_all_ranks_and_lose_nothing(data):
     )
     stopped, whole = ((data / name / "checkpoints/step_00000020/model.safetensors") for name in ("stopped", "whole"))
     assert stopped.read_bytes() == whole.read_bytes()
-    assert len(list(read_bad_samples(data / "whole" / "bad_samples"))) == len(BAD)
+    rows = list(read_bad_samples(data / "whole" / "bad_samples"))
+    assert sorted(40 * row["shard"] + row["position"] for row in rows) == sorted(BAD)
+    assert sorted(path.name for path in (data / "whole" / "bad_samples").iterdir()) == ["00.jsonl", "01.jsonl"]
     for rank in range(2):  # each has a log of its own, of all three starts, with why the first two ended
         text = (data / "stopped" / "logs" / f"rank_{rank}.log").read_text()
         assert text.count("240 pairs") == 3 and text.count(": done, ") == 1

@@ -10,7 +10,7 @@ from pipeline.config.schema import Selection
 from pipeline.distributed import comm
 from pipeline.safety.round import mask_folder, select_pairs
 from pipeline.safety.score_files import ScoreFiles, load_scores
-from pipeline.safety.scoring import score_all_pairs
+from pipeline.safety.scoring import assign_shards, score_all_pairs
 from pipeline.training import run as running
 from pipeline.training.start import Run
 from shards.build.shapes import shapes
@@ -64,6 +64,12 @@ def test_scoring_resumes_with_the_shards_that_are_not_scored_yet(tmp_path, make_
         # 8 passes in all: shard 4 on one rank (6), the others on the other (4 + 1 + 3). Interrupted after 5, it needs
         # no 8 more.
         assert done == [0, 2] and passes == 6 and names == ["00000-00002.parquet", "00003-00004.parquet", "made.json"]
+
+
+def test_shards_that_are_only_read_are_shared_out_too():
+    assert [len(some) for some in assign_shards([50] * 100, 4, range(100))] == [25] * 4
+    first, second = assign_shards([100] * 10, 2, range(8))
+    assert list(first) == list(range(9)) and list(second) == [9]
 
 
 def rounds_with_a_guard(folder):

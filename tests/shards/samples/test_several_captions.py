@@ -14,7 +14,7 @@ from shards.errors import BadSample, UserError
 from shards.index.shard_index import build_index
 from shards.order.plan import EpochPlan
 from shards.samples.samples import Samples
-from shards.storage.captions import MAX_CAPTIONS, json_texts
+from shards.storage.captions import MAX_CAPTIONS, MAX_TRIED, json_texts, usable
 from shards.views.loader import PlainBatches, TrainBatches, View, Views
 from tests.helpers.pictures import picture
 from tests.helpers.tars import write_tar
@@ -110,6 +110,33 @@ def test_a_sample_has_a_bounded_number_of_captions(tmp_path):
     captions = ["", *(f"caption {n}" for n in range(100))]
     samples = indexed(tmp_path, [{"json": as_json({"c": captions})}], "json:c")
     assert samples.captions(0, 0) == captions[1 : MAX_CAPTIONS + 1]
+
+
+def test_few_of_many_unusable_texts_are_tried():
+    tried = []
+
+    def decode(text):
+        tried.append(text)
+        raise BadSample(f"number {len(tried)}")
+
+    with pytest.raises(BadSample, match="number 1$"):
+        usable([b"x"] * 100_000, decode)
+    assert len(tried) == MAX_TRIED
+
+
+def test_a_reason_with_names_of_fields_is_one_line_without_escapes(tmp_path):
+    with pytest.raises(BadSample) as error:
+        json_texts(as_json({"x\n\x1b[31m": "y"}), "c")
+    assert str(error.value).isprintable()
+
+
+def test_other_members_are_another_index(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar", [(f"a.{e}", picture(0, 16) if e == "png" else b"one") for e in ("png", "txt", "alt")]
+    )
+    names = ("txt", "alt", "txt+alt", "alt+txt", "txt,alt")
+    prints = {build_index([str(path)], tmp_path / f"index{n}", text=text).fingerprint for n, text in enumerate(names)}
+    assert len(prints) == len(names)
 
 
 @pytest.mark.parametrize("text", ["+", "txt+", "+txt", "txt+json:", "txt+A"])
