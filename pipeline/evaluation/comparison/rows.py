@@ -10,6 +10,8 @@ from pipeline.evaluation.comparison.defences import DEFENCES
 from pipeline.evaluation.comparison.protocol import CHOSEN_SEEDS, TOOK, may_be_chosen_on
 from pipeline.evaluation.comparison.sets import RATE
 
+NEVER = "never poisoned"  # plain CLIP on data without poison
+
 
 class GroupRows:
     """The rows of one set and attack group, `rows` being `counted`.
@@ -63,14 +65,17 @@ def groups_of(rows: list[dict]) -> list[GroupRows]:
 
 
 def rate_rows(name: str, rows: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
-    """{(attack, defence, number of pairs): rows} of a set's rate curves, attacks and defences in their order. `rows`:
-    `counted`."""
-    rows = [row for row in rows if row["set"] == name and row["poisoned"] and RATE.fullmatch(row["group"])]
+    """{(attack, defence or NEVER, number of pairs): rows} of a set's rate curves, attacks and defences in their order.
+    `rows`: `counted`."""
+    curves = [row for row in rows if row["set"] == name and RATE.fullmatch(row["group"])]
+    groups = {row["group"] for row in curves if row["poisoned"]}
+    by = [(row["defence"] if row["poisoned"] else NEVER, row) for row in curves if row["group"] in groups]
+    by = [(defence, row) for defence, row in by if row["poisoned"] or row["defence"] == "none"]
     found: dict[tuple[str, str, int], list[dict]] = {}
-    for attack in dict.fromkeys(attack for row in rows for attack in row["attacks"]):
-        for defence in DEFENCES:
-            for row in rows:
-                if row["defence"] == defence and attack in row["attacks"]:
+    for attack in dict.fromkeys(attack for _, row in by for attack in row["attacks"]):
+        for wanted in [*DEFENCES, NEVER]:
+            for defence, row in by:
+                if defence == wanted and attack in row["attacks"]:
                     count = int(RATE.fullmatch(row["group"])[1])
                     found.setdefault((attack, defence, count), []).append(row)
     return found
