@@ -92,7 +92,8 @@ END
     slurmd -N 127.0.0.1
     slurmd -N 127.0.0.2
     for _ in $(seq 300); do
-        idle=$(timeout 10 sinfo --noheader --responding --states=idle --partition=normal --format=%D 2>/dev/null) || idle=0
+        idle=$(timeout 10 sinfo --noheader --responding --states=idle --partition=normal --format=%D \
+            2>/dev/null) || idle=0
         [ "$idle" != 2 ] || return 0
         sleep 0.1
     done
