@@ -71,7 +71,7 @@ def make_shards(tmp_path):
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """Two masks of the same shards, apart from any run: data/ with NAMES, masks/one and masks/two."""
-    from shards.index.shard_index import build_index
+    from shards.index.build_index import build_index
     from tests.helpers.saved_masks import NAMES, cosines, make_tar, save_mask
 
     folder = tmp_path_factory.mktemp("saved")

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import BadSample, UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.samples.decode import Limits, decode_caption, decode_image
 from shards.samples.samples import Samples
 from shards.views.augment import ImageAugment, image_view, plain_view, sample_rng

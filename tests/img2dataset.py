@@ -24,7 +24,7 @@ import webdataset
 from PIL import Image
 
 from shards.index import tar
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.storage.reader import Reader
 
 COUNT, PER_SHARD = 120, 40

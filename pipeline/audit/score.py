@@ -28,7 +28,8 @@ from pipeline.safety.round import SelectionRound, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles, Unread, shared_scores
 from pipeline.safety.scoring import assign_shards, least_similar, shard_batches
 from shards.errors import BadSample, UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import fingerprint
 from shards.progress import progress
 from shards.samples.samples import Samples

@@ -91,7 +91,7 @@ def from_folder(**options: Any) -> None:
 def index(out: str, report: str | None, **options: Any) -> None:
     """Index shards: what each holds, and where. SHARDS are paths and URLs with braces and
     wildcards, or lists of them, one a line (@FILE or FILE.txt)."""
-    from shards.index.shard_index import build_index
+    from shards.index.build_index import build_index
 
     built = build_index(out=out, report=report, **options)
     print(f"{out}: {built.samples:,} samples in {len(built.shards)} shards, fingerprint {built.fingerprint}")

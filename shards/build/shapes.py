@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from shards.build.write import write_shards, write_test_set
 from shards.errors import UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.storage.files import write_bytes, write_json
 
 Option = TypeVar("Option")

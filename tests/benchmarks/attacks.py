@@ -27,7 +27,8 @@ from pipeline.guards.excluded import guards_folder
 from pipeline.safety.diagnosis import LEAST_PAIRS
 from pipeline.training.run import train
 from pipeline.training.signals import Preempted, StopSignal
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask
 from shards.storage.files import write_json
 

@@ -29,7 +29,8 @@ from pipeline.config.schema import Selection
 from pipeline.safety.round import save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles
 from shards.build.write import write_shards
-from shards.index.shard_index import VERSION, ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import VERSION, ShardIndex
 from shards.storage.files import write_json
 
 SHARD = 10_000

@@ -23,7 +23,7 @@ from pipeline.evaluation.run import load_run
 from pipeline.training.export import export_run
 from pipeline.training.start import make_views
 from shards.build.write import write_test_set
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.storage.files import write_bytes
 
 RETRIEVAL = {"text_retrieval_recall@": "image_to_text", "image_retrieval_recall@": "text_to_image"}

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.build.write import write_shards
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from tests.benchmarks.cost import epochs
 from tests.benchmarks.loader_data import pairs, texture
 

@@ -7,9 +7,10 @@ runs/loader]
 --energon names the Python of a virtual environment in which `pip install megatron-energon==7.4.1 open_clip_torch` was
 run. Rounds are interleaved; figures are medians. Last line: one JSON object. Samples/s and ratios at 32 px (rendered
 PNG) and 224 px (textures as JPEG, 256 to 512 pixels a side), each with crops alone (open_clip's default) and with
-colour jitter; raw: bytes only (pread: the system's reads alone); start: seconds to the first batch at 90 % of an epoch
-of 100,000 over those at 0 %; view: bytes read by an epoch over 15 % of the samples over those of a whole one, all reads
-of the process counted; growth: of a reader's memory from its 2nd epoch of 1,280 samples to its 12th.
+colour jitter; raw: bytes only (pread: the system's reads alone; crc: their comparison with the index, part of ours,
+and its share of a sample's time); start: seconds to the first batch at 90 % of an epoch of 100,000 over those at 0 %;
+view: bytes read by an epoch over 15 % of the samples over those of a whole one, all reads of the process counted;
+growth: of a reader's memory from its 2nd epoch of 1,280 samples to its 12th.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +94,7 @@ def raw(folder, rounds):
         table, file = index.table(shard), reader.descriptor(shard)
         ranges.append((file, int(table.image.size[position]), int(table.image.offset[position])))
         ranges.append((file, int(table.texts[0].size[position]), int(table.texts[0].offset[position])))
-    found = {"webdataset": [], "ours": [], "pread": []}
+    found = {"webdataset": [], "ours": [], "pread": [], "crc": []}
     for turn in range(rounds + 1):  # the first warms up
         started = time.perf_counter()
         count = sum(len(sample["txt"]) > 0 for sample in webdataset.WebDataset(urls, shardshuffle=False))
@@ -107,6 +109,12 @@ def raw(folder, rounds):
         for where in ranges:
             os.pread(*where)
         found["pread"].append((time.perf_counter() - started) / len(places))
+        seconds = 0.0
+        for where in ranges:
+            data, started = os.pread(*where), time.perf_counter()
+            zlib.crc32(data)
+            seconds += time.perf_counter() - started
+        found["crc"].append(seconds / len(places))
     us = {name: round(statistics.median(values[1:]) * 1e6, 2) for name, values in found.items()}
     ratios = {f"{name}_over_webdataset": round(us["webdataset"] / us[name], 1) for name in ("ours", "pread")}
     return {"us_a_sample": us, "mean_bytes": sum(size for _, size, _ in ranges) // len(places), **ratios}
@@ -179,6 +187,10 @@ def main():
     index, views = ShardIndex.load(folders["large"] / "index"), Views(32, Tokenizer(), {"clip": (View(plain),)})
     if "raw" in args.only:
         figures["raw"] = {f"{size}_px": raw(folders[size], args.rounds) for size in (32, 224)}
+    if {"raw", "speed"} <= set(args.only):  # the part of a sample's time that its comparison with the index takes
+        for size in ("32_px", "224_px"):
+            seconds = figures["raw"][size]["us_a_sample"]["crc"] / 1e6
+            figures["raw"][size]["crc_share"] = round(seconds * figures[size]["samples_per_s"]["ours"], 4)
     if "start" in args.only:
         figures["start"] = start(index, views, args.rounds)
     if "view" in args.only:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shards.build.shapes import render
 from shards.build.write import write_shards
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 
 WORDS = (
     "a photo of the person in front blue sky and water at sunset with old stone bridge over river people walking dog "

@@ -30,8 +30,9 @@ from pipeline.safety.round import broadcast_mask
 from pipeline.safety.score_files import ScoreFiles, load_scores
 from pipeline.safety.selection import RANGES, kth_largest, top_by_shard
 from pipeline.training.checkpoint import newest_complete
+from shards.index.build_index import build_index
 from shards.index.scan import table_name
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask, SavedMask, byte_starts, shard_list
 from shards.samples.bad_samples import BadSamplesFiles

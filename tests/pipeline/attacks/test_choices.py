@@ -8,7 +8,8 @@ from pipeline.attacks import ATTACKS, TRIGGERS, load_trigger
 from pipeline.attacks.manifest import make_attack
 from shards.build.write import write_shards
 from shards.errors import UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
 from shards.samples.samples import Samples
 from tests.helpers.attacks import attack_config

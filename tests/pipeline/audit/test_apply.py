@@ -16,7 +16,7 @@ from pipeline.audit.apply import apply_mask, filter_shard
 from pipeline.audit.files import members, output
 from shards.errors import UserError
 from shards.index import tar
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.order.safe_mask import IsSafe, fingerprint
 from tests.helpers.saved_masks import (
     ALL,

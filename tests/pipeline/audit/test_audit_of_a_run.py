@@ -16,7 +16,7 @@ from pipeline.safety.round import mask_folder, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles
 from pipeline.training import run as running
 from shards.build.shapes import shapes
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from tests.helpers.audits import make_pairs
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config

@@ -10,7 +10,8 @@ from pipeline.audit.detectors.neighbourhood import DAO, SLOF, KDistance, neighbo
 from pipeline.audit.filter import filter_pairs, keep_unpoisoned
 from pipeline.audit.score import score
 from shards.errors import UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import IsSafe, SavedMask
 from shards.samples.overlay import VERSION
 from shards.storage.files import write_json

@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 
 from pipeline.audit.export import as_array, guarded, uid_of_key
 from pipeline.cli import main as cli
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask, SavedMask, shard_list
 from tests.helpers.saved_masks import ALL, NAMES, cosines, make_tar, refused, run, safe_samples, save_mask
 from tests.helpers.tars import write_tar

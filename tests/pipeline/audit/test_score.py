@@ -15,7 +15,8 @@ from pipeline.audit.models import load_scorer
 from pipeline.audit.score import score
 from pipeline.safety.score_files import load_scores
 from shards.errors import UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SavedMask
 from shards.samples.samples import Samples
 from tests.helpers.audits import make_model, make_pairs, picture

@@ -14,7 +14,8 @@ import yaml
 
 from pipeline.cli import main
 from shards.errors import ChangedShard, Unreachable, UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask
 from shards.samples.bad_samples import read_bad_samples
 from shards.samples.samples import Samples

@@ -12,7 +12,8 @@ from pipeline.config.data import describe, open_index, open_samples
 from pipeline.config.schema import Data, Selection
 from pipeline.safety.round import save_round, select_pairs
 from shards.errors import Unreachable, UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SavedMask
 from shards.views.loader import PlainBatches, Views, batches
 from tests.helpers.saved_masks import cosines
@@ -83,16 +84,16 @@ FAILS_WHILE_IT_READS = """
 from pipeline.cli.main import main
 from pipeline.training.signals import ignore_in_worker
 from shards.errors import UserError
-from shards.index import shard_index
+from shards.index import build_index
 from shards.views.loader import batches
 
 reading = batches(range(100), workers=1, in_worker=ignore_in_worker)
 
-def build_index(**options):
+def fail(**options):
     next(reading)
     raise UserError("wrong")
 
-shard_index.build_index = build_index
+build_index.build_index = fail
 main(["index", "x", "--out", "y"])
 """
 

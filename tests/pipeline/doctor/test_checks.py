@@ -15,7 +15,8 @@ from pipeline.doctor import footprint
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from shards.build.shapes import shapes
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from tests.helpers.models import MODEL
 from tests.helpers.pictures import picture
 from tests.helpers.ranks import run_ranks

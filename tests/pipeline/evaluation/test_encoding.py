@@ -15,7 +15,7 @@ from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.zero_shot import predicted_classes, zero_shot_classifier
 from pipeline.training.model import Towers, build_model, pixel_stats, tokenizer_for
 from shards.errors import UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.samples.samples import Samples
 from shards.views.loader import Views
 from tests.helpers.models import MODEL

@@ -17,7 +17,7 @@ from pipeline.evaluation.evaluators.loss import BATCH, contrastive_loss
 from pipeline.training.model import Towers, build_model, pixel_stats, tokenizer_for
 from shards.build.shapes import shapes
 from shards.errors import UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.views.loader import Views
 from tests.helpers.models import MODEL
 from tests.helpers.pictures import picture

@@ -14,7 +14,7 @@ from pipeline.evaluation.selection_quality import (
     trained_on,
 )
 from pipeline.safety.score_files import ScoreFiles
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask
 
 NAN = np.nan

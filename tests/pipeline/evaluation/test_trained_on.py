@@ -6,7 +6,7 @@ import yaml
 
 from pipeline.config.schema import Config
 from pipeline.evaluation.selection_quality import trained_on
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask
 
 

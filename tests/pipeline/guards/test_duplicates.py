@@ -17,7 +17,8 @@ from pipeline.safety.scoring import score_all_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.errors import UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.samples.samples import Samples
 from tests.helpers.models import MODEL
 from tests.helpers.pictures import picture

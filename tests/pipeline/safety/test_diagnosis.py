@@ -8,7 +8,7 @@ from pipeline.distributed import comm
 from pipeline.safety.diagnosis import LEAST_PAIRS, change, out_of_range, separation
 from pipeline.safety.mixture import Mixture, fit_mixture, histogram
 from pipeline.safety.round import load_round, save_round, select_pairs
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask
 from tests.helpers.embeddings import draw
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.safety.score_files import ScoreFiles, load_scores, neighbours
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from tests.helpers.ranks import run_ranks
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.training import run as running
 from shards.errors import UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.samples.bad_samples import read_bad_samples
 from tests.helpers.pictures import picture
 from tests.helpers.ranks import run_ranks

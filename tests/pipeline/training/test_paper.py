@@ -23,7 +23,7 @@ from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.run import train_step
 from pipeline.training.start import make_views
 from pipeline.training.support_queue import SupportQueue
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
 from shards.views.loader import Batch, PlainBatches, TrainBatches

@@ -15,7 +15,8 @@ from pipeline.training import run as running
 from pipeline.training.start import Run
 from shards.build.shapes import shapes
 from shards.errors import UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config

@@ -13,7 +13,8 @@ from pipeline.distributed import comm
 from pipeline.training import run as running
 from pipeline.training.start import make_views
 from shards.build.write import write_shards
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
 from shards.views.augment import ImageAugment, plain_view

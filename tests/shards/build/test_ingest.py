@@ -11,7 +11,7 @@ from PIL import Image
 from shards.build import ingest
 from shards.build.ingest import from_csv, from_folder, read_records
 from shards.errors import UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from tests.helpers.pictures import picture
 from tests.helpers.tars import contents
 

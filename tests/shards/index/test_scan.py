@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.index import scan, tar
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.storage.reader import Reader
 from tests.helpers.pictures import picture
 from tests.helpers.tars import contents, write_tar

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from shards.errors import BadSample, ChangedShard, UserError
 from shards.index import shard_index
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index, turn
+from shards.index.shard_index import ShardIndex
 from shards.storage.reader import Reader
 from tests.helpers.pictures import picture
 from tests.helpers.tars import contents, write_tar
@@ -227,7 +228,7 @@ def test_processes_that_index_into_one_folder_wait_for_each_other(make_shards, t
     paths = [str(path) for path in make_shards([1, 2])]
     build_index(paths[:1], tmp_path / "index")
     context = multiprocessing.get_context("fork")
-    with shard_index.turn(tmp_path / "index"):
+    with turn(tmp_path / "index"):
         other = context.Process(target=build_index, args=(paths, tmp_path / "index"), kwargs={"workers": 1})
         other.start()
         other.join(1)

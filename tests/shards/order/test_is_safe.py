@@ -17,7 +17,7 @@ import pytest
 import webdataset
 
 from shards.errors import UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.index.tar import key_of
 from shards.order.safe_mask import IsSafe, SavedMask
 from tests.helpers.saved_masks import changed, cosines, safe_samples, save_mask

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from shards.errors import UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import VERSION, Overlay
 from shards.samples.samples import Samples
 from shards.storage.files import write_json

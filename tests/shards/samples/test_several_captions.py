@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.safety.scoring import least_similar
 from pipeline.training.curriculum import Step
 from shards.errors import BadSample, UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.order.plan import EpochPlan
 from shards.samples.samples import Samples
 from shards.storage.captions import MAX_CAPTIONS, MAX_TRIED, json_texts, usable

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from shards.errors import Unreachable, UserError
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.storage.cache import Cache
 from shards.storage.prefetch import FetchAhead
 from tests.helpers.servers import flaky

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from shards.errors import Unreachable, UserError
-from shards.index.shard_index import ShardIndex, build_index
+from shards.index.build_index import build_index
+from shards.index.shard_index import ShardIndex
 from shards.storage import remote
 from shards.storage.cache import Cache
 from shards.storage.reader import Reader

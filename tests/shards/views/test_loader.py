@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.training.curriculum import Step
-from shards.index.shard_index import build_index
+from shards.index.build_index import build_index
 from shards.order.plan import EpochPlan
 from shards.samples import samples as samples_module
 from shards.samples.samples import Samples

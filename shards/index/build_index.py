@@ -1,0 +1,164 @@
+"""Make an index of shards: one pass over each shard, shards in parallel, what is known of unchanged shards is kept."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from shards.errors import UserError
+from shards.index.names import named
+from shards.index.scan import PICTURES, scan_shard
+from shards.index.shard_index import Shard, ShardIndex, write_index
+from shards.index.tar import NO_TAR
+from shards.progress import progress
+from shards.storage import remote
+from shards.storage.cache import is_same
+from shards.storage.captions import sources
+from shards.storage.files import write_bytes
+
+SHOWN = 3  # shards that a message names
+MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the key
+OWN_TABLE = re.compile(r"[0-9a-f]{32}\.parquet")  # names of tables; other files in their folder are the user's
+KEPT = 24 * 60 * 60  # seconds that a table stays which no index names any more: who has the old one open reads it
+
+
+@contextlib.contextmanager
+def turn(out: Path) -> Iterator[None]:
+    """Only one process at a time is in the block of the folder `out`; others wait."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ".lock"
+    while True:
+        with open(path, "ab") as file:
+            # Of this process alone: workers that outlive it do not hold the lock, as they would that of flock().
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            if not is_same(file.fileno(), path):  # who held it has removed it
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def remove_old_tables(folder: Path, used: set[str], before: set[str]) -> None:
+    """Remove the tables in `folder` that are not in `used` and that no index has named for a while. `before`: tables of
+    the index that was just replaced."""
+    for path in folder.iterdir():
+        if not OWN_TABLE.fullmatch(path.name) or path.name in used:
+            continue
+        if path.name in before:
+            os.utime(path)
+        elif time.time() - path.stat().st_mtime > KEPT:
+            path.unlink()
+
+
+def build_index(
+    paths: Sequence[str],
+    out: str | Path,
+    text: str = "txt",
+    workers: int | None = None,
+    report: str | Path | None = None,
+    timeout: float = remote.TIMEOUT,
+    allow_pipe: bool = False,
+    image: str = "",
+) -> ShardIndex:
+    """Index tars (`paths`: as shards.index.names; local ones or URLs) into the folder `out`; returns the
+    ShardIndex.
+
+    `text` is what a sample's text is: the extension of a member ("txt" for captions, "cls" for labels), or
+    "json:FIELD", a field of its .json member (captions.json_texts); `image` what its picture is, "" for any of
+    scan.PICTURES. Both may be names behind the key, joined by commas ("input.png,png"), of which the first that a
+    sample has is read. Sources of text joined by + each give captions of the sample.
+
+    One pass over each shard, shards in parallel; a shard that `out` holds already and that has not changed is not read
+    again (scan.scan_shard). A sample without picture or text keeps its position. Raises UserError naming the first
+    damaged shard; with `report`, a file, all that was found is listed there and what is intact is indexed.
+
+    Another process that indexes into `out` is waited for.
+    """
+    if not str(out):
+        raise UserError("--out: got an empty path, expected a folder for the index")
+    if not all(re.fullmatch(f"{MEMBERS}|json:.+", part) for part in text.split("+")):
+        raise UserError(
+            f"--text: got {text!r}, expected names of members behind the key, in lower case and joined by commas "
+            "(txt, cls, outputs.txt), or json:FIELD; several of these joined by + are captions of one picture"
+        )
+    of_text = {name for source in sources(text) for name in source.members}
+    if not re.fullmatch(f"({MEMBERS})?", image) or of_text.intersection(image.split(",")):
+        raise UserError(
+            f"--image: got {image!r}, expected other names of members behind the key than those of --text, in lower "
+            "case and joined by commas (input.png)"
+        )
+    urls = expand(paths)
+    with turn(Path(out)):
+        return scan_all(urls, paths, Path(out), text, workers, report, timeout, allow_pipe, image)
+
+
+def scan_all(
+    urls: list[str],
+    paths: Sequence[str],
+    out: Path,
+    text: str,
+    workers: int | None,
+    report: str | Path | None,
+    timeout: float,
+    allow_pipe: bool,
+    image: str,
+) -> ShardIndex:
+    """`build_index` of the shards `urls`, which `paths` name, while nobody else writes to `out`."""
+    shards, findings = [], []
+    scan = partial(scan_shard, text=text, image=image, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
+    workers = min(workers or os.cpu_count(), len(urls))
+    with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
+        for entry, found in progress(pool.map(scan, urls), len(urls), "shards indexed"):
+            shards.append(Shard(**entry, text=text, image=image))
+            findings += found
+    if report:
+        write_bytes(report, "".join(json.dumps(asdict(finding)) + "\n" for finding in findings).encode())
+    damage = [finding for finding in findings if finding.damage]
+    if damage and not report:
+        others = f" (and {len(damage) - 1} more of the kind)" if len(damage) > 1 else ""
+        where, mend = f", at byte {damage[0].byte}", "fetch or write it again, "
+        if damage[0].reason.startswith(NO_TAR):  # it says itself how to mend it
+            where = mend = ""
+        raise UserError(
+            f"shard {damage[0].shard}: {damage[0].reason}{where}{others}; "
+            f"{mend}leave it out, or let --report FILE list all damage and index what is intact"
+        )
+    unusable = {(finding.shard, finding.position): finding for finding in findings if finding.unusable}
+    if sum(shard.samples for shard in shards) == len(unusable):
+        kinds = Counter(finding.kind for finding in unusable.values())
+        most = next((finding for finding in unusable.values() if finding.kind == kinds.most_common(1)[0][0]), None)
+        why = f" (most often, {kinds[most.kind]:,} times: sample {most.key!r}: {most.reason})" if most else ""
+        picture = image or ",".join(PICTURES)
+        caption = ",".join(dict.fromkeys(name for source in sources(text) for name in source.members))
+        raise UserError(
+            f"shards {' '.join(map(str, paths[:SHOWN]))}{' ...' if len(paths) > SHOWN else ''}: none of "
+            f"{len(unusable):,} samples in them has both, a picture and a usable text{why}; expected "
+            f"members KEY.({picture.replace(',', '|')}) and KEY.({caption.replace(',', '|')}), the key without a dot"
+        )
+    before: set[str] = set()
+    with contextlib.suppress(UserError):
+        before = {Path(shard.table).name for shard in ShardIndex.load(out).shards}
+    write_index(out, shards, text, image)
+    remove_old_tables(out / "tables", {shard.table for shard in shards}, before)
+    index = ShardIndex.load(out)
+    index.findings = findings
+    return index
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """The absolute paths and URLs that `patterns` name. Raises UserError for one that is named twice."""
+    urls = [path if remote.is_remote(path) else os.path.abspath(path) for path in named(patterns)]
+    twice = next((url for url, times in Counter(urls).items() if times > 1), None)
+    if twice:
+        raise UserError(f"shard {twice}: named twice; name each shard once")
+    return urls
