@@ -82,7 +82,7 @@ def check_host(config: Config, index: ShardIndex) -> Findings:
         found = [("fatal", "memory", f"{text}; set TMPDIR to a larger disk of the host's own")]
     pairs = sum(min(guard.settings.sample, index.samples) for guard in guards if isinstance(guard, TriggerClusters))
     if pairs:
-        text = f"the sample of trigger_clusters takes {human(SAMPLE_BYTES * pairs)} of host memory on each rank, once"
+        text = f"the sample of trigger_clusters takes {human(SAMPLE_BYTES * pairs)} of host memory on rank 0, once"
         if SAMPLE_BYTES * pairs > SPARE * host_memory():
             return found + [("fatal", "memory", f"{text}; lower guards.trigger_clusters.sample")]
         found.append(("ok", "memory", text))

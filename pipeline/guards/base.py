@@ -4,30 +4,19 @@ To add one: a class with a Settings and a name in a module of this package, and 
 `guards: {NAME: {...}}` in a config switches it on.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pipeline.settings import FrozenSection
-from shards.samples.samples import Samples
-from shards.views.loader import Views
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs of a run, and how they are read. device: where features are taken. each_round(done, rounds): called by
-    all ranks after every batch of the pass over all pictures."""
-
-    samples: Samples
-    views: Views
-    batch_size: int
-    workers: int
-    seed: int
-    device: torch.device
-    each_round: Callable[[int, int], None] = lambda done, rounds: None
+if TYPE_CHECKING:
+    from pipeline.guards.sample import Sample
 
 
 class Guard(ABC):
@@ -39,6 +28,7 @@ class Guard(ABC):
     name = ""
     reason = ""  # of an excluded pair, in its score file
     dtype: type[np.generic] = np.int64  # of `numbers`
+    features: tuple[str, ...] = ()  # names of features.FEATURES that `learn` and `numbers` take
     settings: FrozenSection  # of the class's own Settings
 
     class Settings(FrozenSection):
@@ -47,18 +37,22 @@ class Guard(ABC):
     def __init__(self, settings: FrozenSection):
         self.settings = settings
 
-    def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:
-        """Fit to a sample of the pairs, before `numbers` is called. All ranks call; returns entries for mask.json.
+    def sampled(self, count: int) -> int:
+        """Of so many pairs, how many `learn` needs at random."""
+        return 0
 
-        score_N: float32, the first scores of all pairs, shard after shard; NaN for pairs that cannot be read."""
+    def learn(self, sample: Sample, device: torch.device) -> dict:
+        """Fit to a sample of the pairs that is scored before the others. All ranks call, before `numbers`; returns
+        entries for mask.json. May leave out `features` that `numbers` does not need."""
         return {}
 
     @abstractmethod
-    def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
-        """dtype (B,): one number per picture, of unaugmented pictures uint8 (B, C, H, W) on the device."""
+    def numbers(self, seen: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """dtype (B,): one number per picture, of its `features`, (B, ...) each, on the device."""
 
     @abstractmethod
-    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray) -> np.ndarray:
+    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray, each_round: Callable[[int, int], None]) -> np.ndarray:
         """bool (M,): which of this rank's pairs are excluded. All ranks call.
 
-        number_M: `numbers` of this rank's pairs; valid_M: False for pairs that cannot be read."""
+        number_M: `numbers` of this rank's pairs; valid_M: False for pairs that cannot be read. Where it takes long, all
+        ranks call each_round(done, rounds) now and then."""

@@ -3,11 +3,12 @@ class.
 
 Assumes    that the duplicates are equal pixel by pixel once decoded and resized; near-duplicates are not detected.
 Source     deduplication by content hash, as image-text datasets are cleaned; the attack is Carlini and Terzis 2022.
-Cost       one pass over all pictures; 8 bytes a pair, each on the rank that reads it; these numbers are sent twice.
+Cost       8 bytes a pair, each on the rank that reads it; these numbers are sent twice.
 Evidence   tests/benchmarks/comparison.md.
 """
 
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from itertools import count
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, 2**64 by the golden ratio
 class Duplicates(Guard):
     name = "duplicates"
     reason = "its picture occurs in too many pairs"
+    features = ("hash",)
 
     class Settings(Guard.Settings):
         max_pairs: int = Field(default=2, gt=0, le=10**9)
@@ -31,26 +33,28 @@ class Duplicates(Guard):
 
     settings: Settings
 
-    def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
-        """int64 (B,): hash of each picture, the sum of its pixels with fixed random odd weights modulo 2**64."""
-        flat_BP = images_BCHW.flatten(1).cpu().numpy()
-        weight_P = weights(flat_BP.shape[1])
-        return np.array([(pixels_P * weight_P).sum() for pixels_P in flat_BP], np.int64)
+    def numbers(self, seen: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return seen["hash"]
 
-    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray) -> np.ndarray:
+    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray, each_round: Callable[[int, int], None]) -> np.ndarray:
         """Each number is counted by the rank that it names, in turns of about AT_ONCE numbers a rank. Pictures that
         cannot be read are kept."""
         (longest,) = comm.all_reduce_max(len(number_M))
         blocks = [slice(at, at + BLOCK) for at in range(0, longest, BLOCK)]
         turns, found_M = -(-longest // AT_ONCE), np.zeros(len(number_M), bool)
+        done = count(1)
         for turn in range(turns):
-            sent = (self.by_owner(number_M[block][valid_M[block]], turn, turns) for block in blocks)
-            often = repeated(np.sort(np.concatenate(sum(map(comm.exchange, sent), []))), self.settings.max_pairs)
+            parts = []
+            for block in blocks:
+                parts += comm.exchange(self.by_owner(number_M[block][valid_M[block]], turn, turns))
+                each_round(next(done), 2 * turns * len(blocks))
+            often = repeated(np.sort(np.concatenate(parts)), self.settings.max_pairs)
             for block in blocks:
                 asked = self.by_owner(number_M[block][valid_M[block]], turn, turns)
                 flags = comm.exchange([among(part, often) for part in comm.exchange(asked)])
                 known = np.concatenate([part[flag] for part, flag in zip(asked, flags)])
                 found_M[block] |= valid_M[block] & among(number_M[block], np.unique(known))
+                each_round(next(done), 2 * turns * len(blocks))
         return found_M
 
     def by_owner(self, number_B: np.ndarray, turn: int, turns: int) -> list[np.ndarray]:
@@ -74,8 +78,3 @@ def among(number_B: np.ndarray, often_U: np.ndarray) -> np.ndarray:
     if not len(often_U):
         return np.zeros(len(number_B), bool)
     return often_U[np.minimum(np.searchsorted(often_U, number_B), len(often_U) - 1)] == number_B
-
-
-@lru_cache(maxsize=1)
-def weights(pixels: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(-(2**63), 2**63, pixels) | 1

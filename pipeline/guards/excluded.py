@@ -1,16 +1,23 @@
-"""Pairs that the guards of a run exclude: found once, after the first scoring, and saved as one mask per guard."""
+"""Pairs that the guards of a run exclude: found once, in the first scoring, and saved as one mask per guard."""
 
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline.distributed import comm, hosts
-from pipeline.guards.base import Guard, Pairs
-from pipeline.safety.scoring import assign_shards, shard_batches
+from pipeline.guards.base import Guard
+from pipeline.guards.features import take
+from pipeline.guards.sample import Sample
+from pipeline.safety.score_files import ScoreFiles, Unread
+from pipeline.safety.scoring import Reading, Scored, score_all_pairs
 from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, byte_starts
-from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import PlainBatches, batches
+from shards.storage.files import read_json
+
+Watch = Callable[[str], Callable[[int, int], None]]  # name of a phase -> what is called after each of its rounds
 
 
 class Excluded:
@@ -49,43 +56,101 @@ def guards_folder(run_dir: str | Path) -> Path:
     return Path(run_dir) / "masks" / "guards"
 
 
-def find_excluded(folder: Path, guards: list[Guard], pairs: Pairs, score_N: np.ndarray) -> Excluded:
-    """Run the guards on the first scores of all pairs and save their masks in `folder`. All ranks call."""
-    about = [guard.learn(pairs, score_N) for guard in guards]
-    masks = picture_pass(guards, pairs)
-    for guard, mask, entries in zip(guards, masks, about):
-        made = {"fingerprint": pairs.samples.index.fingerprint, "settings": guard.settings.model_dump(), **entries}
-        comm.on_rank0(mask.save, folder / guard.name, made)
-    return Excluded(guards, {guard.name: mask for guard, mask in zip(guards, masks)})
-
-
 def load_excluded(folder: Path, guards: list[Guard], fingerprint: str) -> Excluded:
-    """Load what find_excluded saved. Raises UserError if it is missing or of other data."""
+    """Load what `score_and_exclude` saved. Raises UserError if it is missing or of other data."""
     return Excluded(guards, {guard.name: SafeMask.load(folder / guard.name, fingerprint)[0] for guard in guards})
 
 
-def picture_pass(guards: list[Guard], pairs: Pairs) -> list[SafeMask]:
-    """SafeMask of each guard, the same on every rank, in one pass that decodes every picture once. All ranks call."""
-    index = pairs.samples.index
-    owned = assign_shards(index.counts, comm.world())
-    shards = owned[comm.rank()]
-    first, last = index.offsets[[shards.start, shards.stop]]
-    numbers, valid_M = [np.zeros(last - first, guard.dtype) for guard in guards], np.zeros(last - first, bool)
-    todo = [shard_batches(index.offsets, shards, pairs.batch_size) for shards in owned]
-    dataset = PlainBatches(pairs.samples, [(rows, rows) for _, rows in todo[comm.rank()]], pairs.views)
-    reading, rounds = fetched_ahead(batches(dataset, workers=pairs.workers), dataset), max(map(len, todo))
-    for number in range(rounds):
-        if number < len(dataset):
-            batch = next(reading)
-            row_B, images_BCHW = batch.rows.numpy() - first, batch.images.to(pairs.device)
-            valid_M[row_B] = batch.valid.numpy()
-            for number_M, guard in zip(numbers, guards):
-                number_M[row_B] = guard.numbers(images_BCHW)
-        pairs.each_round(number + 1, rounds)
-    return [gathered(~guard.excluded(number_M, valid_M), owned, index) for guard, number_M in zip(guards, numbers)]
+def are_saved(folder: Path, guards: list[Guard], index: ShardIndex, made: Mapping) -> bool:
+    """Whether the masks of the guards in `folder` are complete, of these data, and of this model and config."""
+    try:
+        found = [read_json(folder / guard.name / "mask.json") for guard in guards]
+    except (OSError, ValueError):
+        return False
+    return all(about.get("fingerprint") == index.fingerprint and made.items() <= about.items() for about in found)
 
 
-def gathered(kept_M: np.ndarray, owned: list[range], index: ShardIndex) -> SafeMask:
+def score_and_exclude(
+    guards: list[Guard], folder: Path, reading: Reading, files: ScoreFiles, seed: int, watch: Watch
+) -> tuple[np.ndarray, list[Unread], Excluded]:
+    """(score_N, bad) of scoring.score_all_pairs, and what the guards exclude, in one pass that decodes each picture
+    once. All ranks call.
+
+    A random sample is scored first, and the guards learn on it; then all others, and the numbers that guards need are
+    taken from the same pictures. The guards' masks are saved in `folder`.
+    """
+    samples, device = reading.samples, reading.device
+    size = max(guard.sampled(samples.index.samples) for guard in guards)
+    names = dict.fromkeys(name for guard in guards for name in guard.features)
+    sample = Sample(folder / "sample", samples, size, names, seed)
+    sample.score(reading, files.made, watch("sample"))
+    about = [guard.learn(sample, device) for guard in guards]
+    numbers = GuardNumbers(guards, sample, samples.index, device)
+    score_N, bad = score_all_pairs(*reading, files, watch("scoring"), numbers)
+    masks = numbers.masks(watch("guards"))
+    for guard, mask, entries in zip(guards, masks, about):
+        made = {
+            "fingerprint": samples.index.fingerprint,
+            "settings": guard.settings.model_dump(),
+            **files.made,
+            **entries,
+        }
+        comm.on_rank0(mask.save, folder / guard.name, made)
+    if comm.is_rank0():
+        shutil.rmtree(sample.folder, ignore_errors=True)
+    return score_N, bad, Excluded(guards, {guard.name: mask for guard, mask in zip(guards, masks)})
+
+
+class GuardNumbers:
+    """The guards' numbers of all pairs, as scoring.PictureNumbers."""
+
+    def __init__(self, guards: list[Guard], sample: Sample, index: ShardIndex, device: torch.device):
+        self.guards, self.sample, self.index, self.device = guards, sample, index, device
+        self.features = tuple(dict.fromkeys(name for guard in guards for name in guard.features))
+        self.names, self.row_K = tuple(guard.name for guard in guards), sample.row_K
+
+    def begin(self, owned: Sequence[range]) -> None:
+        shards = owned[comm.rank()]
+        self.owned, self.first = owned, int(self.index.offsets[shards.start])
+        pairs = int(self.index.offsets[shards.stop]) - self.first
+        self.of_guard = {guard.name: np.zeros(pairs, guard.dtype) for guard in self.guards}
+        self.valid_M = np.zeros(pairs, bool)
+
+    def take(self, images_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.of(take(images_BCHW, self.features), len(images_BCHW))
+
+    def of(self, seen: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """Numbers of pictures with these features; a guard that needs none has found nothing to look for."""
+        return {
+            guard.name: guard.numbers(seen)
+            if guard.features
+            else torch.from_numpy(np.zeros(count, guard.dtype)).to(self.device)
+            for guard in self.guards
+        }
+
+    def known(self, shard: int) -> list[Scored]:
+        found = self.sample.scored(*self.index.offsets[[shard, shard + 1]].tolist())
+        parts = []
+        for part in found:
+            seen = {name: part.numbers[name].to(self.device) for name in self.features}
+            parts.append(Scored(part.row_B, part.cos_B, part.bad, self.of(seen, len(part.row_B))))
+        return parts
+
+    def keep(self, shard: int, cos_P: np.ndarray, numbers: Mapping[str, np.ndarray]) -> None:
+        start, stop = (self.index.offsets[[shard, shard + 1]] - self.first).tolist()
+        self.valid_M[start:stop] = ~np.isnan(cos_P)
+        for name, number_P in numbers.items():
+            self.of_guard[name][start:stop] = number_P
+
+    def masks(self, each_round: Callable[[int, int], None]) -> list[SafeMask]:
+        """SafeMask of what each guard does not exclude, the same on every rank. All ranks call."""
+        return [
+            gathered(~guard.excluded(self.of_guard[guard.name], self.valid_M, each_round), self.owned, self.index)
+            for guard in self.guards
+        ]
+
+
+def gathered(kept_M: np.ndarray, owned: Sequence[range], index: ShardIndex) -> SafeMask:
     """The mask of all ranks' flags, one copy of the bits per host. kept_M: of the shards owned[rank]. All ranks
     call."""
     starts, shards = byte_starts(index.counts), owned[comm.rank()]

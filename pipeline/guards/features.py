@@ -1,34 +1,48 @@
-"""Feature views of a picture for guards, computed on the device: low-resolution pixels, and random-filter features."""
+"""Features of a picture for guards, computed on the device: low-resolution pixels, random-filter features, a hash."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from pipeline.distributed import comm
-from pipeline.guards.base import Pairs
-from shards.views.loader import PlainBatches, batches
-
+PART = 16  # pictures whose responses or products are held at a time: some MB
 SIDE = 16  # pixels: pictures are average-pooled to SIDE x SIDE
 FINE, FILTERS = 32, 128  # random filters: pictures are average-pooled to FINE x FINE
 
 
 def pixels(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """float32 (B, 3 * SIDE * SIDE), 0 to 1: pictures at SIDE x SIDE."""
-    return torch.nn.functional.adaptive_avg_pool2d(images_BCHW.float() / 255, SIDE).flatten(1)
+    """uint8 (B, 3 * SIDE * SIDE), 255 = 1: pictures at SIDE x SIDE."""
+    return as_bytes(torch.nn.functional.adaptive_avg_pool2d(images_BCHW.float() / 255, SIDE).flatten(1))
 
 
 def filter_responses(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """float32 (B, FILTERS), 0 to 1: random-filter features, the maximum response of each filter in the picture at
+    """uint8 (B, FILTERS), 255 = 1: random-filter features, the maximum response of each filter in the picture at
     FINE x FINE, over the largest possible one."""
     filter_FCHW, found = random_filters().to(images_BCHW.device), []
-    for part_BCHW in images_BCHW.split(16):  # 7 MB of responses at a time
+    for part_BCHW in images_BCHW.split(PART):
         fine_BCHW = torch.nn.functional.adaptive_avg_pool2d(part_BCHW.float() / 255, FINE)
         found.append(torch.nn.functional.conv2d(fine_BCHW, filter_FCHW).amax((2, 3)))
-    return torch.cat(found).clamp(min=0) / (27**0.5 / 2)
+    return as_bytes(torch.cat(found).clamp(min=0) / (27**0.5 / 2))
 
 
-FEATURES = {"pixels": pixels, "filters": filter_responses}
+def picture_hash(images_BCHW: torch.Tensor) -> torch.Tensor:
+    """int64 (B,): the sum of the pixels with fixed random odd weights, modulo 2**64."""
+    weight_P = hash_weights(images_BCHW[0].numel()).to(images_BCHW.device) if len(images_BCHW) else None
+    parts = [(part.flatten(1).long() * weight_P).sum(1) for part in images_BCHW.split(PART) if len(part)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=images_BCHW.device)
+
+
+FEATURES = {"pixels": pixels, "filters": filter_responses, "hash": picture_hash}
+
+
+def take(images_BCHW: torch.Tensor, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """{name: (B, ...)}: these features of unaugmented pictures, uint8, on their device."""
+    return {name: FEATURES[name](images_BCHW) for name in names}
+
+
+def as_bytes(value_BD: torch.Tensor) -> torch.Tensor:
+    return (255 * value_BD).round().to(torch.uint8)
 
 
 @lru_cache
@@ -40,24 +54,10 @@ def random_filters() -> torch.Tensor:
     return torch.from_numpy(numbers_FD.astype(np.float32)).reshape(FILTERS, 3, 3, 3)
 
 
-def read_features(pairs: Pairs, row_S: np.ndarray) -> dict[str, np.ndarray]:
-    """{feature view: uint8 (S, D), 255 = 1} of the pictures of these rows, in order, on every rank; unreadable ones are
-    left out.
-
-    Each rank reads a part of the batches, which are the same at any world size.
-    """
-    batch_rows = [row_S[at : at + pairs.batch_size] for at in range(0, len(row_S), pairs.batch_size)]
-    mine, found = range(len(batch_rows))[comm.rank() :: comm.world()], []
-    rows = [(batch_rows[number], batch_rows[number]) for number in mine]
-    dataset = PlainBatches(pairs.samples.scattered(), rows, pairs.views)
-    for number, batch in zip(mine, batches(dataset, workers=pairs.workers)):
-        images_BCHW = batch.images[batch.valid].to(pairs.device)
-        seen = {name: (255 * taken(images_BCHW)).round().to(torch.uint8) for name, taken in FEATURES.items()}
-        found.append((number, {name: seen_BD.cpu().numpy() for name, seen_BD in seen.items()}))
-    parts = sorted(sum(comm.gather_objects(found), []), key=lambda part: part[0])
-    if not parts:
-        return {name: np.zeros((0, 1), np.uint8) for name in FEATURES}
-    return {name: np.concatenate([seen[name] for _, seen in parts]) for name in FEATURES}
+@lru_cache(maxsize=2)
+def hash_weights(count: int) -> torch.Tensor:
+    """int64 (count,): fixed random odd numbers."""
+    return torch.from_numpy(np.random.default_rng(0).integers(-(2**63), 2**63, count) | 1)
 
 
 def distinct(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

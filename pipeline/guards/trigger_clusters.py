@@ -18,22 +18,23 @@ Feature views: pixels, and maxima of random 3 x 3 filters (Saxe et al. 2011), wh
 Assumes    a trigger that adds something, in `least` sampled pictures with low scores; captions that do not fit.
 Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels in place of the
            representation that a poisoned model has learnt of one class; the reference of high scores is this project's.
-Cost       once, after the first scoring: up to 4 * `sample` ** 2 * (768 + 128) multiplications on rank 0, 3 * `sample`
-           pictures read, and one pass over all pictures.
+Cost       once: up to 4 * `sample` ** 2 * (768 + 128) multiplications on rank 0. Pictures are those of the first
+           scoring, which begins with 4 * `sample` / `low` random pairs; 904 bytes of each are on disk meanwhile.
 Evidence   tests/benchmarks/comparison.md, tests/benchmarks/attacks.json
 
 Legend: L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from pipeline.distributed import comm
-from pipeline.guards.base import Guard, Pairs
-from pipeline.guards.features import FEATURES, distinct, read_features
+from pipeline.guards.base import Guard
+from pipeline.guards.features import distinct
+from pipeline.guards.sample import Sample
 from pipeline.guards.statistics import alike, robust, whitening
 
 AT_ONCE, COMPARED = (
@@ -46,6 +47,7 @@ class TriggerClusters(Guard):
     name = "trigger_clusters"
     reason = "its picture has a trigger that is common among low scores"
     dtype = np.bool_
+    features = ("pixels", "filters")
 
     class Settings(Guard.Settings):
         low: float = Field(default=0.1, ge=0.001, le=0.5)
@@ -63,29 +65,32 @@ class TriggerClusters(Guard):
 
     settings: Settings
 
-    def learn(self, pairs: Pairs, score_N: np.ndarray) -> dict:
-        rows = [read_features(pairs, rows) for rows in self.choose(score_N, pairs.seed)]
-        triggers = comm.on_rank0(self.find, *rows)
+    def sampled(self, count: int) -> int:
+        return min(count, int(4 * self.settings.sample / self.settings.low))
+
+    def learn(self, sample: Sample, device: torch.device) -> dict:
+        low, high = self.choose(sample.cos_R, sample.row_R)
+        triggers = comm.on_rank0(lambda: self.find(*(sample.features(rows, self.features) for rows in (low, high))))
         self.filters = [
-            (one["features"], torch.tensor(one["filter"], device=pairs.device), one["threshold"]) for one in triggers
+            (one["features"], torch.tensor(one["filter"], device=device), one["threshold"]) for one in triggers
         ]
+        self.features = tuple(dict.fromkeys(name for name, _, _ in self.filters))
         return {"triggers": [{key: one[key] for key in ("features", "pictures", "ratio", "alike")} for one in triggers]}
 
-    def choose(self, score_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high): sorted rows of `sample` and 2 * `sample` random pairs, or of fewer where there are no more."""
-        settings, rng = self.settings, np.random.default_rng([seed, 3])
-        size = min(len(score_N), int(4 * settings.sample / settings.low))
-        row_R = rng.choice(len(score_N), size, replace=False)
-        row_R = row_R[~np.isnan(score_N[row_R])]
-        threshold, median = np.quantile(score_N[row_R], [settings.low, 0.5]) if len(row_R) else (0, 0)
-        low, high = row_R[score_N[row_R] < threshold], row_R[score_N[row_R] > median]
+    def choose(self, score_R: np.ndarray, row_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high): sorted rows of `sample` and 2 * `sample` pairs, or of fewer where there are no more. score_R: of
+        the rows, which are in random order."""
+        settings, there_R = self.settings, ~np.isnan(score_R)
+        row_R, score_R = row_R[there_R], score_R[there_R]
+        threshold, median = np.quantile(score_R, [settings.low, 0.5]) if len(row_R) else (0, 0)
+        low, high = row_R[score_R < threshold], row_R[score_R > median]
         return np.sort(low[: settings.sample]), np.sort(high[: 2 * settings.sample])
 
     def find(self, low: dict, high: dict) -> list[dict]:
         """Triggers of a sample, each without the pictures of earlier ones. low, high: {feature view: uint8 (., D)}."""
         low, high = distinct(low), distinct(high)
         found, pixel_LD, rest_L, rest_H = [], None, np.ones(len(low["pixels"]), bool), None
-        for name in FEATURES if len(low["pixels"]) and len(high["pixels"]) > 1 else ():
+        for name in self.features if len(low["pixels"]) and len(high["pixels"]) > 1 else ():
             low_LD, high_HD = (torch.from_numpy(seen[name]).to(comm.device()).float() / 255 for seen in (low, high))
             mean_D, white_DD = whitening(high_HD[::2])  # in which these are shorter than others are
             low_LD, high_HD = (low_LD - mean_D) @ white_DD, (high_HD[1::2] - mean_D) @ white_DD
@@ -108,15 +113,15 @@ class TriggerClusters(Guard):
                 found.append({"features": name, **about})
         return found
 
-    def numbers(self, images_BCHW: torch.Tensor) -> np.ndarray:
+    def numbers(self, seen: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """bool (B,): whether a picture is excluded."""
-        excluded_B = torch.zeros(len(images_BCHW), dtype=torch.bool, device=images_BCHW.device)
-        seen = {name: FEATURES[name](images_BCHW) for name in {name for name, _, _ in self.filters}}
+        some = next(iter(seen.values()))
+        excluded_B = torch.zeros(len(some), dtype=torch.bool, device=some.device)
         for name, filter_D, threshold in self.filters:
-            excluded_B |= seen[name] @ filter_D > threshold
-        return excluded_B.cpu().numpy()
+            excluded_B |= (seen[name].float() / 255) @ filter_D > threshold
+        return excluded_B
 
-    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray) -> np.ndarray:
+    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray, each_round: Callable[[int, int], None]) -> np.ndarray:
         return number_M & valid_M
 
 

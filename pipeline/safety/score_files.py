@@ -26,10 +26,11 @@ class ScoreFiles:
     score. FOLDER/made.json says of which model and config they are; those of another are not used.
     """
 
-    def __init__(self, folder: Path, index: ShardIndex, step: int | str, config: str = ""):
-        """`step`: the training step of the model that scores; `config`: the hash of its config."""
+    def __init__(self, folder: Path, index: ShardIndex, step: int | str, config: str = "", numbers: Sequence[str] = ()):
+        """`step`: the training step of the model that scores; `config`: the hash of its config; `numbers`: names of
+        what is written beside the cosines (scoring.PictureNumbers), until `conclude`."""
         self.folder, self.index = folder, index
-        self.made = {"step": step, "config": config}
+        self.made = {"step": step, "config": config, **({"numbers": list(numbers)} if numbers else {})}
 
     def path(self, shard: int) -> Path:
         """File of a shard that was just scored."""
@@ -41,13 +42,7 @@ class ScoreFiles:
     def claim(self) -> ScoreParts:
         """What this model has scored already; files of another are removed. Rank 0 calls, before anything is written,
         and tells the others: on a shared file system new files may show late on other hosts."""
-        try:
-            same = read_json(self.folder / "made.json") == self.made
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            write_json(self.folder / "made.json", self.made)
+        claim(self.folder, self.made)
         return self.parts()
 
     def read(self, shard: int, parts: ScoreParts | None = None) -> tuple[np.ndarray, list[Unread]]:
@@ -59,6 +54,11 @@ class ScoreFiles:
             if table["reason"][position].is_valid  # the model may have given no number
         ]
         return table["cosine"].to_numpy().astype(np.float32), bad
+
+    def numbers(self, shard: int, names: Sequence[str], parts: ScoreParts | None = None) -> dict[str, np.ndarray]:
+        """What was taken from the pictures of a shard in the pass that scored it (scoring.PictureNumbers)."""
+        table = (parts or self.parts()).read(shard, list(names)) if names else {}
+        return {name: table[name].to_numpy() for name in names}
 
     def table(self, shard: int, cos_B: np.ndarray, reasons: Mapping[int, str], excluded: Mapping[int, str]) -> pa.Table:
         """The rows of a shard with the cosines cos_B, float32 (n,). reasons: {position: why it cannot be read};
@@ -75,10 +75,14 @@ class ScoreFiles:
         }
         return pa.table(columns).replace_schema_metadata({key: json.dumps(value) for key, value in self.made.items()})
 
-    def write(self, shard: int, cos_B: np.ndarray, reasons: Mapping[int, str]) -> None:
-        """Write the cosines of a whole shard, as `table`."""
-        file = io.BytesIO()
-        pq.write_table(self.table(shard, cos_B, reasons, {}), file)
+    def write(
+        self, shard: int, cos_B: np.ndarray, reasons: Mapping[int, str], numbers: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Write the cosines of a whole shard, as `table`, and `numbers` in columns of their own."""
+        file, table = io.BytesIO(), self.table(shard, cos_B, reasons, {})
+        for name, value_B in (numbers or {}).items():
+            table = table.append_column(name, pa.array(value_B))
+        pq.write_table(table, file)
         write_bytes(self.path(shard), file.getbuffer())
 
     def conclude(self, excluded: Callable[[int], Mapping[int, str]] = lambda shard: {}) -> None:
@@ -114,6 +118,17 @@ class ScoreFiles:
             writer.close()
         for shard in shards[len(shards) == 1 :]:
             self.path(shard).unlink(missing_ok=True)
+
+
+def claim(folder: Path, made: dict) -> None:
+    """Remove what is in `folder` unless it was made as `made` says, by folder/made.json, which is then written."""
+    try:
+        same = read_json(folder / "made.json") == made
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / "made.json", made)
 
 
 def neighbours(shards: Sequence[int], parts: ScoreParts) -> list[list[int]]:

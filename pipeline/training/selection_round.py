@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,12 @@ import numpy as np
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.guards import make_guards
-from pipeline.guards.base import Pairs
-from pipeline.guards.excluded import Excluded, find_excluded, guards_folder, load_excluded
+from pipeline.guards.excluded import Excluded, are_saved, guards_folder, load_excluded, score_and_exclude
 from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.negative_controls import score_controls
 from pipeline.safety.round import load_round, mask_folder, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles
-from pipeline.safety.scoring import score_all_pairs
+from pipeline.safety.scoring import Reading, score_all_pairs
 from pipeline.training import signals
 from pipeline.training.bad_samples import record, stop_where_bad
 from pipeline.training.curriculum import Epoch
@@ -43,11 +43,10 @@ def mask_for(run: Run, epoch: Epoch, stop: StopSignal) -> SafeMask | None:
         before = mask_folder(run.run_dir, epoch.before) if epoch.round else None
         if before:
             comm.on_rank0(is_saved, before, False, state, config)
-        score_N, control_C = scores_for(run, epoch, folder, stop, meter)
-        excluded = excluded_by_guards(run, epoch, score_N, stop, meter) if config.guards else None
+        files = score_files(run, epoch, folder)
+        score_N, control_C, excluded = scores_for(run, epoch, files, stop, meter)
         if excluded:
             excluded.apply(score_N)
-        files = ScoreFiles(folder / "scores", index, state["step"], config.hash())
         files.conclude(*([excluded.of_shard] if excluded else []))
         selected = select_pairs(
             score_N,
@@ -76,23 +75,36 @@ def mask_for(run: Run, epoch: Epoch, stop: StopSignal) -> SafeMask | None:
     return selected.mask
 
 
-def scores_for(run: Run, epoch: Epoch, folder: Path, stop: StopSignal, meter: Meter) -> tuple[np.ndarray, np.ndarray]:
-    """(score_N, control_C): scores of all pairs and of the negative controls, for the round in `folder`."""
-    config, state = run.config, run.state
-    files = ScoreFiles(folder / "scores", run.index, state["step"], config.hash())
+def score_files(run: Run, epoch: Epoch, folder: Path) -> ScoreFiles:
+    """Of the round in `folder`; at the first round with the numbers of the guards."""
+    numbers = [guard.name for guard in make_guards(run.config.guards)] if epoch.round == 0 else []
+    return ScoreFiles(folder / "scores", run.index, run.state["step"], run.config.hash(), numbers)
+
+
+def scores_for(
+    run: Run, epoch: Epoch, files: ScoreFiles, stop: StopSignal, meter: Meter
+) -> tuple[np.ndarray, np.ndarray, Excluded | None]:
+    """(score_N, control_C, excluded): scores of all pairs and of the negative controls, and what the guards exclude,
+    which is found at the first round and loaded later."""
+    config, seed, watch = run.config, run.config.run.seed, partial(each_round, run, epoch, stop, meter)
     views = run.views
     if config.selection.scored_view == "augmented":
-        views = replace(views, scored_as=(config.run.seed, epoch.number))
-    arguments = (run.engine, run.samples, views, config.selection.batch_size, run.device)
-    control_C = score_controls(*arguments, config.selection.negative_controls, config.run.seed)
-    score_N, bad = score_all_pairs(
-        *arguments, config.data.workers, files, each_round(run, epoch, "scoring", stop, meter)
-    )
+        views = replace(views, scored_as=(seed, epoch.number))
+    reading = Reading(run.engine, run.samples, views, config.selection.batch_size, run.device, config.data.workers)
+    control_C = score_controls(*reading[:5], config.selection.negative_controls, seed)
+    guards, folder = make_guards(config.guards), guards_folder(run.run_dir)
+    if guards and epoch.round == 0 and not comm.on_rank0(are_saved, folder, guards, run.index, files.made):
+        score_N, bad, run.excluded = score_and_exclude(guards, folder, reading, files, seed, watch)
+        logger.info(f"  epoch {epoch.number:3d} guards    excluded by {run.excluded.line()}")
+    else:
+        score_N, bad = score_all_pairs(*reading, files, watch("scoring"))
+        if guards and run.excluded is None:
+            run.excluded = load_excluded(folder, guards, run.index.fingerprint)
     stop_where_bad(run, record(run, bad), config.data.max_bad_fraction * run.index.samples)
-    return score_N, control_C
+    return score_N, control_C, run.excluded
 
 
-def each_round(run: Run, epoch: Epoch, what: str, stop: StopSignal, meter: Meter) -> Callable[[int, int], None]:
+def each_round(run: Run, epoch: Epoch, stop: StopSignal, meter: Meter, what: str) -> Callable[[int, int], None]:
     """Callback (done, rounds) for all ranks after every batch of a pass over all pairs: logs progress, handles signals.
 
     Exiting here saves nothing: the last checkpoint is that of the epoch's start, and score files are on disk.
@@ -108,19 +120,6 @@ def each_round(run: Run, epoch: Epoch, what: str, stop: StopSignal, meter: Meter
                 run.exit_preempted()
 
     return report
-
-
-def excluded_by_guards(run: Run, epoch: Epoch, score_N: np.ndarray, stop: StopSignal, meter: Meter) -> Excluded:
-    """What the guards of the run exclude: computed in the first selection round, loaded later. All ranks call."""
-    config, folder, guards = run.config, guards_folder(run.run_dir), make_guards(run.config.guards)
-    if epoch.round == 0:
-        reading = (run.samples, run.views, config.selection.batch_size, config.data.workers)
-        watch = each_round(run, epoch, "guards", stop, meter)
-        run.excluded = find_excluded(folder, guards, Pairs(*reading, config.run.seed, run.device, watch), score_N)
-        logger.info(f"  epoch {epoch.number:3d} guards    excluded by {run.excluded.line()}")
-    elif run.excluded is None:
-        run.excluded = load_excluded(folder, guards, run.index.fingerprint)
-    return run.excluded
 
 
 def is_saved(folder: Path, due: bool, state: dict, config: Config) -> bool:

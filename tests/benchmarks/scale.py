@@ -252,7 +252,10 @@ def find_duplicates(world):
     often = world.share // 1000
     number_M[: 2 * often] = np.tile(number_M[-often:], 2)
     valid_M = np.ones(len(number_M), bool)
-    return {"then": lambda: guard.excluded(number_M, valid_M), "wire_bytes": 16 * world.pairs // world.hosts}
+    return {
+        "then": lambda: guard.excluded(number_M, valid_M, lambda done, rounds: None),
+        "wire_bytes": 16 * world.pairs // world.hosts,
+    }
 
 
 def loss_of_a_step(world):

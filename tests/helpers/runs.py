@@ -54,11 +54,11 @@ def cut_off(made, step, on=None, times=1, which=signal.SIGUSR1):
 
 
 def cut_off_in_pass(made, what, on=None, which=signal.SIGUSR1):
-    """Train until rank `on` is asked to stop after the first batch of a pass over all pairs: "scoring" or "guards"."""
+    """Train until rank `on` is asked to stop after the first round of a phase: "sample", "scoring" or "guards"."""
     original = selection_round.each_round
 
-    def each_round(run, epoch, name, *rest):
-        told = original(run, epoch, name, *rest)
+    def each_round(run, epoch, stop, meter, name):
+        told = original(run, epoch, stop, meter, name)
 
         def asked(done, rounds):
             if name == what and done == 1:

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import Config, Selection
-from pipeline.distributed import comm, hosts
+from pipeline.distributed import comm
 from pipeline.guards import duplicates, make_guards
-from pipeline.guards.base import Pairs
-from pipeline.guards.excluded import find_excluded, load_excluded
+from pipeline.guards.excluded import load_excluded, score_and_exclude
+from pipeline.guards.features import hash_weights, picture_hash
 from pipeline.safety.round import select_pairs
 from pipeline.safety.score_files import ScoreFiles, load_scores
-from pipeline.safety.scoring import score_all_pairs
+from pipeline.safety.scoring import Reading, score_all_pairs
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.errors import UserError
@@ -41,17 +41,22 @@ def make(folder):
     return build_index([str(path) for path in paths], folder / "index")
 
 
-def excluded(folder, max_pairs=2):
+def guarded(folder, max_pairs=2):
+    """(score_N, bad, what is excluded, score files)."""
     config = Config()
     config.model.config = MODEL
-    samples, views = Samples(ShardIndex.load(folder / "index")), make_views(config)
-    pairs = Pairs(samples, views, 4, 0, 0, torch.device("cpu"))
-    score_N = np.zeros(samples.index.samples, np.float32)
-    return find_excluded(folder / "guards", make_guards({"duplicates": {"max_pairs": max_pairs}}), pairs, score_N)
+    torch.manual_seed(0)
+    towers = Towers(build_model({"config": MODEL}), *pixel_stats())
+    index = ShardIndex.load(folder / "index")
+    reading = Reading(towers, Samples(index), make_views(config), 4, torch.device("cpu"))
+    guards = make_guards({"duplicates": {"max_pairs": max_pairs}})
+    files = ScoreFiles(folder / f"at_most_{max_pairs}" / "scores", index, 0, numbers=["duplicates"])
+    watch = lambda what: lambda done, rounds: None  # noqa: E731
+    return *score_and_exclude(guards, folder / "guards", reading, files, 0, watch), files
 
 
 def kept(folder):
-    return excluded(folder).masks["duplicates"].flags()
+    return guarded(folder)[2].masks["duplicates"].flags()
 
 
 def test_every_rank_finds_the_same_pairs_and_a_torn_picture_is_no_duplicate(tmp_path):
@@ -66,41 +71,36 @@ def test_every_rank_finds_the_same_pairs_and_a_torn_picture_is_no_duplicate(tmp_
     assert loaded.count == 3 and loaded.line() == "duplicates 3"
     with pytest.raises(UserError, match="made for shards with fingerprint"):
         load_excluded(tmp_path / "guards", guards, "another")
-    assert excluded(tmp_path, 3).count == 0
+    assert guarded(tmp_path, 3)[2].count == 0
 
 
 def apply(folder):
-    index, score_N = ShardIndex.load(folder / "index"), hosts.host_array(18, np.float32)
-    found = excluded(folder)
+    score_N, _, found, files = guarded(folder)
     found.apply(score_N)
-    ScoreFiles(folder / "scores", index, 0).conclude(found.of_shard)
+    files.conclude(found.of_shard)
     return np.flatnonzero(np.isnan(score_N))
 
 
 def test_all_ranks_take_the_scores_of_excluded_pairs_away(tmp_path):
     index = make(tmp_path)
-    files = ScoreFiles(tmp_path / "scores", index, 0)
-    files.claim()
-    for shard in range(2):
-        files.write(shard, np.full(9, 0.5, np.float32), {})
     for rows in run_ranks(apply, 2, tmp_path):
-        assert rows.tolist() == [1, 5, 11]
-    assert np.flatnonzero(np.isnan(load_scores(tmp_path, index.counts))).tolist() == [1, 5, 11]
-    assert (files.read(0)[0] == 0.5).all()
+        assert rows.tolist() == [1, 5, 8, 11, 17]
+    folder = tmp_path / "at_most_2"
+    assert np.flatnonzero(np.isnan(load_scores(folder, index.counts))).tolist() == [1, 5, 8, 11, 17]
+    cos_P, bad = ScoreFiles(folder / "scores", index, 0).read(0)
+    assert np.flatnonzero(np.isnan(cos_P)).tolist() == [8] and [sample[:2] for sample in bad] == [(0, 8)]
 
 
 def test_a_duplicate_keeps_its_cosine_but_is_never_safe_and_no_bad_sample(tmp_path):
-    index, config = make(tmp_path), Config()
-    config.model.config = MODEL
-    towers, samples = (Towers(build_model({"config": MODEL}), *pixel_stats()), Samples(index))
-    arguments = towers, samples, make_views(config), 4, torch.device("cpu")
-    files, found = ScoreFiles(tmp_path / "scores", index, 0), excluded(tmp_path)
-    score_N, bad = score_all_pairs(*arguments, files=files)
+    index = make(tmp_path)
+    score_N, bad, found, files = guarded(tmp_path)
     cosine_N = score_N.copy()
     found.apply(score_N)
     files.conclude(found.of_shard)
     assert {sample[:2] for sample in bad} == {(0, 8), (1, 8)} == {s[:2] for n in range(2) for s in files.read(n)[1]}
-    again_N, again = score_all_pairs(*arguments, files=files)  # from the files
+    again_N, again = score_all_pairs(
+        torch.nn.Identity(), Samples(index), None, 4, torch.device("cpu"), files=files
+    )  # from the files
     np.testing.assert_array_equal(again_N, cosine_N)
     assert sorted(again) == sorted(bad)
     assert set(np.flatnonzero(np.isnan(score_N))) == {1, 5, 8, 11, 17}
@@ -120,7 +120,7 @@ def test_excluded_are_those_whose_number_comes_more_often(pairs, limit, at_once)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "AT_ONCE", at_once)
         patch.setattr(duplicates, "BLOCK", 7)
-        flags = guard.excluded(number_M, valid_M)
+        flags = guard.excluded(number_M, valid_M, lambda done, rounds: None)
     assert flags.tolist() == [valid and pairs.count((number, True)) > limit for number, valid in pairs]
 
 
@@ -137,7 +137,10 @@ def shared_out(numbers, valid):
     comm.exchange = watched
     (guard,) = make_guards({"duplicates": {"max_pairs": 2}})
     start, stop = ((0, 7_000), (7_000, 7_000), (7_000, 10_000))[comm.rank()]  # one rank has none
-    return guard.excluded(numbers[start:stop], valid[start:stop]), most
+    rounds = []
+    flags = guard.excluded(numbers[start:stop], valid[start:stop], lambda *round: rounds.append(round))
+    assert [done for done, _ in rounds] == list(range(1, rounds[-1][1] + 1))  # all ranks are told as often
+    return flags, most
 
 
 def test_ranks_count_together_and_none_holds_all(tmp_path):
@@ -152,11 +155,12 @@ def test_ranks_count_together_and_none_holds_all(tmp_path):
     assert flags.sum() > 500 and max(most for _, most in found) < 1_500
 
 
-def test_one_pixel_or_its_place_makes_another_number():
-    (guard,) = make_guards({"duplicates": {}})
+def test_one_pixel_or_its_place_makes_another_hash():
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 16), dtype=np.uint8)
-    images = torch.from_numpy(pixels).repeat(3, 1, 1, 1)
+    images = torch.from_numpy(pixels).repeat(40, 1, 1, 1)
     images[1, 0, 3, 4] ^= 1
     images[2] = images[2].flip(2)
-    assert len(set(guard.numbers(images).tolist())) == 3
-    assert guard.numbers(images[:1]) == guard.numbers(images[:1].clone())
+    found = picture_hash(images).tolist()
+    assert len(set(found)) == 3 and found[3:] == [found[0]] * 37
+    weight_P = hash_weights(3 * 16 * 16).numpy()
+    assert found[0] == int((pixels.reshape(-1) * weight_P).sum()) and (weight_P % 2 == 1).all()

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import Config
 from pipeline.guards import make_guards
-from pipeline.guards.base import Pairs
-from pipeline.guards.excluded import find_excluded
-from pipeline.guards.features import FEATURES
+from pipeline.guards.excluded import score_and_exclude
+from pipeline.guards.features import FEATURES, take
 from pipeline.guards.statistics import robust, whitening
+from pipeline.safety.score_files import ScoreFiles
+from pipeline.safety.scoring import Reading
+from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from shards.build.shapes import shapes
 from shards.errors import UserError
@@ -47,18 +49,19 @@ def blend(rng, images):
 
 
 def features(images):
-    return {
-        name: (255 * taken(torch.from_numpy(images))).round().to(torch.uint8).numpy()
-        for name, taken in FEATURES.items()
-    }
+    return take(torch.from_numpy(images), ("pixels", "filters"))
+
+
+def as_numpy(seen):
+    return {name: seen_BD.numpy() for name, seen_BD in seen.items()}
 
 
 def triggers(low, high, images=None, **settings):
     """(what is found, bool (N,): which of `images`, of those with low scores without them, are excluded)."""
     (guard,) = make_guards({"trigger_clusters": settings})
-    found = guard.find(features(low), features(high))
+    found = guard.find(as_numpy(features(low)), as_numpy(features(high)))
     guard.filters = [(one["features"], torch.tensor(one["filter"]), one["threshold"]) for one in found]
-    return found, guard.numbers(torch.from_numpy(low if images is None else images))
+    return found, guard.numbers(features(low if images is None else images))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,8 @@ def test_copies_and_a_series_of_look_alikes_are_no_trigger_and_hide_none(high):
 def test_low_and_high_scores_are_chosen_from_opposite_ends(scores, sample, low, seed):
     (guard,) = make_guards({"trigger_clusters": {"sample": sample, "low": low}})
     score_N = np.array(scores, np.float32)
-    low_L, high_H = guard.choose(score_N, seed)
+    row_R = np.random.default_rng(seed).permutation(len(score_N))
+    low_L, high_H = guard.choose(score_N[row_R], row_R)
     there = np.sort(score_N[~np.isnan(score_N)])
     assert (np.diff(low_L) > 0).all() and (np.diff(high_H) > 0).all()
     assert (score_N[low_L] < np.quantile(there, low)).all() if len(there) else len(low_L) == 0
@@ -128,7 +132,7 @@ def test_low_and_high_scores_are_chosen_from_opposite_ends(scores, sample, low, 
 
 
 def test_whitened_pictures_have_no_correlations():
-    pixel_SD = FEATURES["pixels"](torch.from_numpy(pictures(np.random.default_rng(0), 3000)))
+    pixel_SD = FEATURES["pixels"](torch.from_numpy(pictures(np.random.default_rng(0), 3000))).float() / 255
     mean_D, white_DD = whitening(pixel_SD)
     covariance_DD = np.cov(((pixel_SD - mean_D) @ white_DD).numpy().T)
     assert 0.9 < np.median(covariance_DD.diagonal()[-64:]) < 1.1 and covariance_DD.diagonal().max() < 1.5
@@ -153,11 +157,13 @@ def data(tmp_path_factory):
 def excluded(folder, world):
     config = Config()
     config.model.config = MODEL
-    samples = Samples(ShardIndex.load(folder / "shapes" / "index"))
-    pairs = Pairs(samples, make_views(config), 32, 0, 0, torch.device("cpu"))
+    torch.manual_seed(0)
+    towers, index = Towers(build_model({"config": MODEL}), *pixel_stats()), ShardIndex.load(folder / "shapes" / "index")
+    reading = Reading(towers, Samples(index), make_views(config), 32, torch.device("cpu"))
     settings = {"low": 0.3, "near": 3.0, "least": 3, "ratio": 1.5}  # so that there is something to find
-    score_N = np.random.default_rng(0).normal(size=400).astype(np.float32)
-    found = find_excluded(folder / f"guards{world}", make_guards({"trigger_clusters": settings}), pairs, score_N)
+    guards, files = make_guards({"trigger_clusters": settings}), ScoreFiles(folder / f"scores{world}", index, 0)
+    watch = lambda what: lambda done, rounds: None  # noqa: E731
+    _, _, found = score_and_exclude(guards, folder / f"guards{world}", reading, files, 0, watch)
     return found.masks["trigger_clusters"].flags(), [filter_D.numpy() for _, filter_D, _ in found.guards[0].filters]
 
 

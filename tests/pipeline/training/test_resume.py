@@ -48,7 +48,7 @@ PHASES = [  # (stage, what is cut off, signal, the steps that are done then); ra
     ("unimodal", 7, signal.SIGTERM, 8),
     ("low_rate", 6, signal.SIGUSR1, 16),
     ("clip", 6, signal.SIGTERM, 24),  # of the 5 steps before the first selection round
-    ("safeclip", "scoring", signal.SIGUSR1, 25),
+    ("safeclip", "sample", signal.SIGUSR1, 25),  # all pairs: there are few
     ("safeclip", "guards", signal.SIGTERM, 25),
     ("safeclip", 2, signal.SIGUSR1, 28),
     ("safeclip", "scoring", signal.SIGTERM, 30),  # of the second round
