@@ -32,9 +32,10 @@ from pipeline.safety.selection import RANGES, kth_largest, top_by_shard
 from pipeline.training.checkpoint import newest_complete
 from shards.index.build_index import build_index
 from shards.index.scan import table_name
-from shards.index.shard_index import ShardIndex
+from shards.index.shard_index import Shard, ShardIndex, write_index
 from shards.order.plan import EpochPlan
-from shards.order.safe_mask import SafeMask, SavedMask, byte_starts, shard_list
+from shards.order.safe_mask import SafeMask, SavedMask, byte_starts
+from shards.order.shard_names import shard_columns
 from shards.samples.bad_samples import BadSamplesFiles
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tars import write_tar
@@ -93,19 +94,16 @@ class World:
         files.claim()
         files.write(0, self.scores(count), {})
         (self.work / "epoch_000/scores/00000.parquet").rename(self.work / "one.parquet")
-        found, entries = os.stat(one), []
+        found, shards = os.stat(one), []
         for shard in range(self.shards):
             path = f"{self.work}/shards/{shard:06d}.tar"
             table = table_name(path, found.st_size, found.st_mtime_ns, "txt", "")
             os.symlink("../one.tar", path)
             os.symlink(index.shards[0].table, self.work / "index" / "tables" / table)
             os.symlink("../../one.parquet", self.work / "epoch_000" / "scores" / f"{shard:05d}.parquet")
-            entry = {"path": path, "size": found.st_size, "samples": count, "fingerprint": f"{shard:032x}"}
-            entries.append({**entry, "table": table})
-        about = {"version": 3, "text": "txt", "image": "", "shards": entries}
-        (self.work / "index" / "index.json").write_text(json.dumps(about))
-        mask = self.mask()
-        mask.save(self.work / "epoch_000", {"fingerprint": "", "shards": shard_list(self.index.shards), **META})
+            shards.append(Shard(path, found.st_size, count, f"{shard:032x}", table))
+        write_index(self.work / "index", shards, "txt", "")
+        self.mask().save(self.work / "epoch_000", {"fingerprint": "", **META}, shard_columns(self.index.shards))
 
 
 def on_hosts(work, world, what):
@@ -226,10 +224,7 @@ def send_mask(world):
 
 def save_mask(world):
     mask, shards, folder = world.mask(), world.index.shards, world.work / "saved"
-    return {
-        "then": lambda: mask.save(folder, {"fingerprint": "", "shards": shard_list(shards), **META}),
-        "wrote": folder,
-    }
+    return {"then": lambda: mask.save(folder, {"fingerprint": "", **META}, shard_columns(shards)), "wrote": folder}
 
 
 def open_mask(world):
