@@ -10,6 +10,7 @@ from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from shards.errors import BadSample, UserError
 from shards.index.shard_index import ShardIndex
+from shards.storage.columns import to_numpy
 
 
 class HeldOutPairs:
@@ -56,7 +57,7 @@ def refuse_trained(index: ShardIndex, trained: ShardIndex | None, folder: str) -
     if not trained:
         return
     known_S = pc.is_in(index.shards.column("fingerprint"), value_set=trained.shards.column("fingerprint"))
-    both = np.flatnonzero(known_S.to_numpy(zero_copy_only=False) & (index.counts > 0))
+    both = np.flatnonzero(to_numpy(known_S) & (index.counts > 0))
     if len(both):
         raise UserError(
             f"evaluation.pairs: {len(both)} of the {len(index.shards)} shards of {folder} are trained on too, the "

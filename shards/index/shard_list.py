@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from shards.errors import UserError
 from shards.storage import remote
-from shards.storage.columns import Rows, open_columns, record_batch, remove_unnamed, select, write_columns
+from shards.storage.columns import Rows, open_columns, record_batch, remove_unnamed, select, to_numpy, write_columns
 from shards.storage.files import write_json
 
 VERSION = 4
@@ -93,11 +93,11 @@ class ShardList(Rows[Shard]):
 
     def numbers(self, name: str) -> np.ndarray:
         """int64 (S,): "size" or "samples"."""
-        return self.column(name).to_numpy()
+        return to_numpy(self.column(name))
 
     def where(self, pattern: str) -> np.ndarray:
         """bool (S,): whether a pattern (RE2) is in the path."""
-        return pc.match_substring_regex(self.column("path"), pattern).to_numpy(zero_copy_only=False)
+        return to_numpy(pc.match_substring_regex(self.column("path"), pattern))
 
     @cached_property
     def remote_S(self) -> np.ndarray:

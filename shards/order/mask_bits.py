@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from shards.errors import UserError
 from shards.order.shard_names import COLUMNS
-from shards.storage.columns import open_columns, record_batch, remove_unnamed, select, write_columns
+from shards.storage.columns import open_columns, record_batch, remove_unnamed, select, to_numpy, write_columns
 from shards.storage.files import read_json, whole_file, write_json
 
 VERSION = 2  # of mask.json
@@ -66,7 +66,7 @@ class SafeMask:
         if view == "all":
             return self.counts_S
         if self.columns is not None:  # compared with the bits, which nobody changes, when it was loaded
-            safe_S = self.columns["safe_counts"].to_numpy()
+            safe_S = to_numpy(self.columns["safe_counts"])
         else:
             safe_S = np.diff(ones_before(self.bits, self.starts))
         return safe_S if view == "safe" else self.counts_S - safe_S
@@ -115,9 +115,9 @@ class SafeMask:
         try:
             meta = read_json(folder / "mask.json")
             columns = open_counts(folder, meta)
-            mask = cls(columns["counts"].to_numpy(), read_bits(folder / "safe.npy"))
+            mask = cls(to_numpy(columns["counts"]), read_bits(folder / "safe.npy"))
             whole = len(mask.bits) == mask.starts[-1] and (mask.counts_S <= 8 * len(mask.bits)).all()
-            whole = whole and np.array_equal(mask.counts("safe"), columns["safe_counts"].to_numpy())
+            whole = whole and np.array_equal(mask.counts("safe"), to_numpy(columns["safe_counts"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             raise UserError(f"mask {folder}: cannot be read ({error}); expected safe.npy and mask.json") from None
         if not whole:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.index.shard_list import ShardList
-from shards.storage.columns import PIECE, Rows, record_batch, select, to_bytes, to_text
+from shards.storage.columns import PIECE, Rows, record_batch, select, to_bytes, to_numpy, to_text
 
 COLUMNS = {"name": str, "bytes": int, "fingerprint": str}
 ODD = r"\A\z|\A[^/]|//|/\z|/\.\.?(/|\z)"  # no path as `as_path` makes it
@@ -90,13 +90,13 @@ class NamedShards(Rows[dict]):
     @cached_property
     def by_name(self) -> np.ndarray:
         """Numbers of the shards, ascending by name."""
-        return pc.array_sort_indices(self.name).to_numpy()
+        return to_numpy(pc.array_sort_indices(self.name))
 
     @cached_property
     def by_base(self) -> tuple[pa.Array, np.ndarray]:
         """(base names, numbers of the shards, ascending by them)."""
         bases = pc.replace_substring_regex(self.name, r"(?s)\A.*/", "")
-        return bases, pc.array_sort_indices(bases).to_numpy()
+        return bases, to_numpy(pc.array_sort_indices(bases))
 
 
 def equal(column: pa.Array, order: np.ndarray, text: str) -> list[int]:

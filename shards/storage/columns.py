@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 from shards.storage.files import write_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa  # which takes a while to load
 
 NAME = re.compile(r"shards_([0-9a-f]{32})\.arrow")
@@ -110,6 +111,16 @@ def open_columns(folder: Path, name: str, rows: int) -> pa.RecordBatch:
     if len(batch) != rows:
         raise ValueError(f"{name} has {len(batch)} rows, expected {rows}")
     return batch
+
+
+def to_numpy(column: pa.Array) -> np.ndarray:
+    """A view on a column of numbers, or a copy of one of bool: pa.Array.to_numpy, which would load pandas first."""
+    import numpy as np
+    import pyarrow as pa
+
+    if pa.types.is_boolean(column.type):
+        return np.from_dlpack(column.cast(pa.uint8())).astype(bool)
+    return np.from_dlpack(column)
 
 
 def remove_unnamed(folder: Path, named: str) -> None:
