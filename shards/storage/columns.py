@@ -90,7 +90,7 @@ def write_columns(folder: Path, batch: pa.RecordBatch) -> str:
 
 
 def open_columns(folder: Path, name: str, rows: int) -> pa.RecordBatch:
-    """The columns of `rows` rows in a file, as views on its map. Raises OSError, ValueError."""
+    """The columns of `rows` rows in a file, as views on its map. Raises ValueError."""
     import pyarrow as pa
 
     named = NAME.fullmatch(name)
@@ -106,8 +106,9 @@ def open_columns(folder: Path, name: str, rows: int) -> pa.RecordBatch:
                 raise ValueError(f"{name} has {reader.num_record_batches} batches, expected 1")
             batch = reader.get_batch(0)
         batch.validate(full=True)  # offsets of strings that lead out of the file
-    except pa.ArrowException as error:
-        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from None
+    except (OSError, pa.ArrowException) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{name}: {why}") from None
     if len(batch) != rows:
         raise ValueError(f"{name} has {len(batch)} rows, expected {rows}")
     return batch
