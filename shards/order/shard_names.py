@@ -68,7 +68,7 @@ class NamedShards(Rows[dict]):
         """Raises ValueError unless the names are different paths below one folder."""
         self.batch = select(batch, COLUMNS)
         self.name = self.batch["name"]
-        if pc.any(pc.match_substring_regex(self.name, UNFIT)).as_py() or len(pc.unique(self.name)) < len(self.name):
+        if pc.any(pc.match_substring_regex(self.name, UNFIT)).as_py() or not distinct(self.name):
             raise ValueError("names of shards are no different paths below one folder")
         super().__init__([(self.batch, lambda *values: dict(zip(COLUMNS, values)))])
 
@@ -97,6 +97,11 @@ class NamedShards(Rows[dict]):
         """(base names, numbers of the shards, ascending by them)."""
         bases = pc.replace_substring_regex(self.name, r"(?s)\A.*/", "")
         return bases, to_numpy(pc.array_sort_indices(bases))
+
+
+def distinct(column: pa.Array) -> bool:
+    """Whether no two values are the same. Names in order, as most are, need no memory for that."""
+    return pc.all(pc.less(column[:-1], column[1:])).as_py() is not False or len(pc.unique(column)) == len(column)
 
 
 def equal(column: pa.Array, order: np.ndarray, text: str) -> list[int]:

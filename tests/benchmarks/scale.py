@@ -4,17 +4,20 @@ python -m tests.benchmarks.scale [--pairs 5e9] [--shards 500000] [--ranks 64] [-
 
 Code paths and files are the real ones; shards, their tables and score files are links to one file each. A step runs in
 a process of its own. Where a step is measured on a part, its figures are multiplied, and `part` says which. Columns:
-seconds; rank_bytes: growth of the peak memory of a process; host_bytes: shared by the ranks of a host; disk_bytes,
-files: what is written in all; wire_bytes: what one host receives. Last line: one JSON object {step: figures}.
+seconds; rank_bytes: growth of the peak of a process's own memory; host_bytes: shared by the ranks of a host, such as
+the files that are mapped; disk_bytes, files: what is written in all; wire_bytes: what one host receives. Last line: one
+JSON object {step: figures}.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,7 +129,12 @@ def share(world, what, size):
 
 
 def open_index(world):
-    return {"then": lambda: world.index}
+    return {"then": lambda: world.index, "host_bytes": mapped(world.work / "index")}
+
+
+def mapped(folder):
+    """Bytes of an index or a mask that are mapped, so that a host holds them once."""
+    return sum(path.stat().st_size for pattern in ("shards_*.arrow", "safe.npy") for path in folder.glob(pattern))
 
 
 def verify_shards(world):
@@ -228,7 +236,8 @@ def save_mask(world):
 
 
 def open_mask(world):
-    return {"then": lambda: SavedMask(world.work / "epoch_000")}
+    folder = world.work / "epoch_000"
+    return {"then": lambda: SavedMask(folder), "host_bytes": mapped(folder)}
 
 
 def record_bad_samples(world):
@@ -289,10 +298,29 @@ STEPS += [find_duplicates, loss_of_a_step, find_checkpoint, audit_scores]
 COLUMNS = ("seconds", "rank_bytes", "host_bytes", "disk_bytes", "files", "wire_bytes")
 
 
-def memory(name):
-    """Bytes of this process: VmRSS, or VmHWM, the most since clear_refs."""
+def own_memory():
+    """Bytes of this process that no other shares: neither mapped files nor shared arrays."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+@contextlib.contextmanager
+def watched(every=0.002):
+    """A list, in which the peak of `own_memory` of the block stands at its end."""
+    peak, done = [own_memory()], threading.Event()
+
+    def watch():
+        while not done.wait(every):
+            peak[0] = max(peak[0], own_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], own_memory())
 
 
 def measure(step, world):
@@ -302,10 +330,11 @@ def measure(step, world):
         k: v for k, v in told.items() if k not in ("then", "wrote", "times")
     }
     if "then" in told:
-        Path("/proc/self/clear_refs").write_text("5")
-        before, started = memory("VmRSS"), time.monotonic()
-        told["then"]()
-        found["seconds"], found["rank_bytes"] = time.monotonic() - started, max(0, memory("VmHWM") - before)
+        before, started = own_memory(), time.monotonic()
+        with watched() as peak:
+            told["then"]()
+            found["seconds"] = time.monotonic() - started
+        found["rank_bytes"] = peak[0] - before
     if "wrote" in told:
         written = [path.stat().st_size for path in told["wrote"].rglob("*") if path.is_file()]
         found["disk_bytes"], found["files"] = sum(written) * told.get("times", 1), len(written) * told.get("times", 1)
