@@ -70,7 +70,7 @@ def reviewed(saved: SavedMask, path: Path | str) -> SafeMask:
     flags_S = [saved.mask.shard_flags(shard) for shard in range(len(saved.shards))]
     for line, row in enumerate(rows, 2):
         name, verdict = (row.get("shard") or "").removeprefix("'"), row.get("verdict")
-        number, position = saved.number.get(name), row.get("position") or ""
+        number, position = saved.shards.number(name), row.get("position") or ""
         wrong = None
         if number is None:
             wrong = f"shard {name!r} is none of mask {saved.folder}"

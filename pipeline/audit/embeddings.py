@@ -107,6 +107,10 @@ class EmbeddingFolder(ShardIndex):
                 )
             shards.append(Shard(str(image.absolute()), image.stat().st_size, rows[0], fingerprint(image), table=""))
         super().__init__(shards)
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return EmbeddingFolder, (self.folder,)
 
     def table(self, shard: int) -> ShardTable:
         """The pairs' names, from image_path or key, or else their positions."""

@@ -22,8 +22,9 @@ from pipeline.audit.detectors import REGISTRY, lacking
 from pipeline.safety.selection import select_top
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
-from shards.order.safe_mask import SafeMask, shard_list
+from shards.order.safe_mask import SafeMask
 from shards.order.safe_mask import fingerprint as fingerprint_of
+from shards.order.shard_names import shard_columns
 from shards.samples.overlay import Overlay
 from shards.storage.files import write_bytes
 
@@ -53,7 +54,7 @@ def filter_pairs(scores: Path | str, by: str, remove: float, out: Path | str) ->
     tables = [data.saved.table(shard, ("key", "cosine", "reason")) for shard in range(len(data.counts_S))]
     about = {
         "fingerprint": data.saved.meta["fingerprint"],
-        "shards": data.saved.shards,
+        "shards": data.saved.shards.batch,
         "step": data.saved.meta["step"],
         "score": "cosine" if by == "cosine" else "rank",
         "note": f"filter: the worst {remove:.1%} by {by} are left out",
@@ -87,7 +88,7 @@ def keep_unpoisoned(
         tables.append(pa.table({**columns, "reason": pa.nulls(int(count), pa.string())}))
     about = {
         "fingerprint": index.fingerprint,
-        "shards": shard_list(index.shards),
+        "shards": shard_columns(index.shards),
         "step": f"manifest {fingerprint_of(Path(overlay) / 'manifest.json')}",
         "score": "rank",
         "note": "oracle: what the attack manifest poisons is left out"
@@ -107,7 +108,7 @@ def save_filter(
     asked: str,
 ) -> None:
     """Write a mask's folder (shards.order.safe_mask.SavedMask): the scores first, mask.json last. `tables`: of each
-    shard key, cosine and reason.
+    shard key, cosine and reason; about: entries of mask.json, and the columns of the shards.
 
     asked: the option that decides how many pairs are kept. Raises UserError where that keeps none, and where `out`
     holds a mask.
@@ -132,4 +133,5 @@ def save_filter(
         "mixture": None,
         "diagnosis": {},
     }
-    mask.save(out, {"epoch": None, "config": None, **selected, **about})
+    named = about.pop("shards")
+    mask.save(out, {"epoch": None, "config": None, **selected, **about}, named)

@@ -18,14 +18,15 @@ from shards.order.safe_mask import SafeMask, SavedMask
 
 
 def describe(folder: Path | str) -> dict:
-    """What the mask in `folder` is; threshold is null where nothing is safe. Raises UserError."""
+    """What the mask in `folder` is; threshold is null where nothing is safe, bad_pairs where the scores were not kept.
+    Raises UserError."""
     saved = SavedMask(folder)
     meta, counts_S, safe_S = saved.meta, saved.mask.counts_S, saved.mask.counts("safe")
     fraction_S = safe_S / np.maximum(counts_S, 1)
     used = np.flatnonzero(counts_S)
     least, most = used[fraction_S[used].argmin()], used[fraction_S[used].argmax()]
     bad: Counter[str] = Counter()
-    for number in range(len(counts_S)):
+    for number in range(len(counts_S)) if saved.has_scores else ():
         table = saved.table(number, ("score", "reason"))
         unread = table.filter(np.isnan(table["score"].to_numpy()))
         bad.update(reason or "the model gave no number" for reason in unread["reason"].to_pylist())
@@ -46,7 +47,7 @@ def describe(folder: Path | str) -> dict:
         "least_safe_shard": {"name": saved.shards[least]["name"], "fraction": float(fraction_S[least])},
         "most_safe_shard": {"name": saved.shards[most]["name"], "fraction": float(fraction_S[most])},
         "negative_controls": meta["diagnosis"].get("negative_controls"),
-        "bad_pairs": dict(bad.most_common()),
+        "bad_pairs": dict(bad.most_common()) if saved.has_scores else None,
         "note": meta["note"],
     }
 
@@ -65,8 +66,11 @@ def show(folder: Path | str, as_json: bool = False) -> str:
         ("threshold", "none" if d["threshold"] is None else f"{d['score']} {bound(d)} {d['threshold']:.6f}"),
         ("mixture", "none"),
         ("by shard", f"{least['fraction']:.1%} ({least['name']}) to {most['fraction']:.1%} ({most['name']}) safe"),
-        ("no score", ", ".join(f"{count:,} x {reason}" for reason, count in d["bad_pairs"].items()) or "none"),
+        ("no score", "not known, the scores were not kept (run.keep)"),
     ]
+    if d["bad_pairs"] is not None:
+        text = ", ".join(f"{count:,} x {reason}" for reason, count in d["bad_pairs"].items())
+        lines[-1] = ("no score", text or "none")
     if d["mixture"]:
         parts = zip(*(d["mixture"][name] for name in ("weight", "mean", "std")))
         lines[4] = ("mixture", " + ".join(f"{weight:.3f} x N({mean:.4f}, {std:.4f})" for weight, mean, std in parts))
@@ -221,8 +225,8 @@ def what_if(folder: Path | str, out: Path | str, posterior: float | None = None,
         count, rule = count_at_least(score_N, threshold), f"posterior > {posterior:g}"
     safe_N = select_top(score_N, count)
     mask = SafeMask.from_flags(saved.mask.counts_S, safe_N)
-    # Files of the scores are copied; mask.json and safe.npy are written anew, mask.json last.
-    anew = shutil.ignore_patterns("mask.json", "safe.npy")
+    # Files of the scores are copied; those of the mask are written anew, mask.json last.
+    anew = shutil.ignore_patterns("mask.json", "safe.npy", "shards_*.arrow")
     shutil.copytree(saved.folder, out, ignore=anew, dirs_exist_ok=True)
     # Without a config hash no run takes this mask for its own.
     changed = {
@@ -233,7 +237,7 @@ def what_if(folder: Path | str, out: Path | str, posterior: float | None = None,
         "diagnosis": {},
         "note": f"{rule}, not the run's own round",
     }
-    mask.save(out, {**saved.meta, **changed})
+    mask.save(out, {**saved.meta, **changed}, saved.shards.batch)
     return (
         f"{out}: {safe_N.sum():,} of {len(score_N):,} pairs safe ({mask.fraction:.2%}) by {rule}; "
         f"the saved mask has {saved.mask.fraction:.2%}"

@@ -81,7 +81,7 @@ def contents(
     counts, low, high = cosine_histogram(ranked_N)
     content = {
         "headline": f"{suspects:,} of {data.N:,} pairs look suspect",
-        "about": f"{data.source} · scored by {data.model}",
+        "about": f"{data.source} · scored by {data.model}" + not_kept(data),
         "command": command,
         "fingerprint": saved.meta["fingerprint"],
         "pairs": data.N,
@@ -129,6 +129,14 @@ def contents(
     content["table"] = items.plain(table)
     content["items"] = items.finish()
     return content
+
+
+def not_kept(data: AuditData) -> str:
+    """What the report cannot show of the rounds of a run whose scores are gone, for its second line."""
+    gone = sum(not saved.has_scores for saved in data.rounds)
+    if not gone:
+        return ""
+    return f" · scores of {gone} of {len(data.rounds)} rounds were not kept (run.keep): no cosines of pairs there"
 
 
 def finite(value: float) -> float | None:

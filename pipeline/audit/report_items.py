@@ -88,6 +88,10 @@ def trajectories(data: AuditData, rows: list[int]) -> list[list[float | None]]:
     paths: list[list[float | None]] = [[] for _ in rows]
     for saved in data.rounds:
         columns = {}
+        if not saved.has_scores:
+            for path in paths:
+                path.append(None)
+            continue
         for path, row in zip(paths, rows):
             shard, position = data.place(row)
             if shard not in columns:

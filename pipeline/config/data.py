@@ -10,7 +10,6 @@ from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
 from shards.samples.samples import Samples
 from shards.storage.cache import Cache, default_folder
-from shards.storage.remote import refuse_pipe
 
 
 def open_index(data: Data) -> ShardIndex:
@@ -19,8 +18,7 @@ def open_index(data: Data) -> ShardIndex:
         index = ShardIndex.merged({name: (source.index, source.weight) for name, source in data.sources.items()})
     else:
         index = ShardIndex.load(data.index)
-    for shard in index.shards:
-        refuse_pipe(shard.path, data.allow_pipe)
+    index.shards.refuse_pipe(data.allow_pipe)
     return index
 
 
@@ -32,7 +30,7 @@ def open_overlay(data: Data, index: ShardIndex, folder: Path | str | None = None
 
 def open_samples(data: Data, index: ShardIndex, poisoned: bool = True) -> Samples:
     """Samples of the index, if `poisoned` by the overlay of the config, where there is one. Raises UserError."""
-    cache = open_cache(data) if any(shard.remote for shard in index.shards) else None
+    cache = open_cache(data) if index.shards.remote_S.any() else None
     return Samples(index, open_overlay(data, index) if poisoned else None, cache, data.limits)
 
 

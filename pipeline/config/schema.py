@@ -42,7 +42,7 @@ class Run(Section):
     save_minutes: Amount = 0.0
     """Save also when the last save is so many minutes ago; 0 = never."""
     keep: Positive = 2
-    """Newest complete checkpoints to keep."""
+    """Newest complete checkpoints to keep, and selection rounds whose scores are kept. All masks are."""
     keep_every: Count = 0
     """Keep also the checkpoint at the end of every n-th epoch; 0 = none."""
     restart: bool = False

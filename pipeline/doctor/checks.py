@@ -148,25 +148,25 @@ def changed_shards(index: ShardIndex, data: Data) -> list[str]:
 def check_cache(config: Config, index: ShardIndex) -> Findings:
     """Whether the cache of shards from behind URLs can hold what a batch is drawn from, and its disk can hold the
     cache."""
-    sizes = [shard.size for shard in index.shards if shard.remote]
-    if not sizes:
+    sizes = index.shards.numbers("size")[index.shards.remote_S]
+    if not len(sizes):
         return []
     try:
         cache = open_cache(config.data)
     except UserError as error:
         return [("fatal", "data", str(error))]
     # Each stream is inside one window at a time, and reads of the next are fetched ahead of it.
-    mean = sum(sizes) / len(sizes)
+    total, mean = int(sizes.sum()), float(sizes.mean())
     windows = config.data.streams * (config.data.window / (index.samples / len(index.shards)) + 1) * mean
-    needed = min(2 * windows, sum(sizes))
+    needed = min(2 * windows, total)
     free = shutil.disk_usage(cache.folder).free + sum(path.stat().st_size for path in cache.folder.glob("*.tar"))
     text = (
-        f"{len(sizes):,} shards of {human(sum(sizes))} lie behind URLs; up to {human(cache.limit)} of them in "
+        f"{len(sizes):,} shards of {human(total)} lie behind URLs; up to {human(cache.limit)} of them in "
         f"{cache.folder}, where {human(free)} are free; a batch and the next are drawn from about {human(needed)}"
     )
     if cache.limit < needed:
         return [("warning", "data", f"{text}; raise data.cache_gb, or shards are fetched again and again")]
-    if free < min(cache.limit, sum(sizes)):
+    if free < min(cache.limit, total):
         return [("fatal", "data", f"{text}; lower data.cache_gb, or name another disk with data.cache")]
     return [("ok", "data", text)]
 

@@ -103,7 +103,8 @@ def check_disk(config: Config, index: ShardIndex, size: dict[str, int], ranks: i
     one = checkpoint_bytes(config, size)
     epochs = curriculum(config.train, config.selection.every, index.views // config.train.batch_size)
     rounds = sum(epoch.round is not None for epoch in epochs)
-    masks = rounds * index.samples * (SCORE_BYTES + 1)
+    scored = min(rounds, config.run.keep + 1)  # with those that are being made
+    masks = scored * index.samples * SCORE_BYTES + rounds * index.samples // 8
     kept = config.run.keep + (config.train.epochs // config.run.keep_every if config.run.keep_every else 0)
     run = (kept + 1) * one + masks
     text = (

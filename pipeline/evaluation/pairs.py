@@ -3,13 +3,14 @@
 from functools import cached_property
 
 import numpy as np
+import pyarrow.compute as pc
 
 from pipeline.config.data import open_samples
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from shards.errors import BadSample, UserError
 from shards.index.shard_index import ShardIndex
-from shards.storage.remote import refuse_pipe
+from shards.storage.columns import to_numpy
 
 
 class HeldOutPairs:
@@ -31,8 +32,7 @@ class HeldOutPairs:
                 "index the shards without --text cls, or name a test set with evaluation.test=DIR"
             )
         refuse_trained(index, trained, folder)
-        for shard in index.shards:
-            refuse_pipe(shard.path, config.data.allow_pipe)
+        index.shards.refuse_pipe(config.data.allow_pipe)
         self.samples = open_samples(config.data, index, poisoned=False)
         comm.on_rank0(self.samples.verify, config.data.remote_timeout)
         rows = np.arange(min(index.samples, config.evaluation.max_pairs))
@@ -54,10 +54,12 @@ def read_caption(pairs: HeldOutPairs, shard: int, position: int) -> str | None:
 def refuse_trained(index: ShardIndex, trained: ShardIndex | None, folder: str) -> None:
     """Raise UserError if a shard of `index` has the content of a training shard. Copies of single pairs in other shards
     are not noticed."""
-    known = {shard.fingerprint for shard in trained.shards} if trained else set()
-    both = [shard.path for shard in index.shards if shard.samples and shard.fingerprint in known]
-    if both:
+    if not trained:
+        return
+    known_S = pc.is_in(index.shards.column("fingerprint"), value_set=trained.shards.column("fingerprint"))
+    both = np.flatnonzero(to_numpy(known_S) & (index.counts > 0))
+    if len(both):
         raise UserError(
             f"evaluation.pairs: {len(both)} of the {len(index.shards)} shards of {folder} are trained on too, the "
-            f"first: {both[0]}; leave them out of one of the two indices"
+            f"first: {index.shards[both[0]].path}; leave them out of one of the two indices"
         )

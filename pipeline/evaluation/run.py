@@ -24,8 +24,8 @@ attacks     {NAME: {
     fraction_trained_on     of the attack's pairs, those that the CLIP loss saw after the first selection round
     fraction_in_safe_set    for every round: of the attack's pairs, those in the safe set: 1 - recall
     auroc                   as in rounds
-    rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds
-                            (selection_quality.py)
+    rounds                  {"recall", "auroc", "fpr_at_full_recall", "fpr_at_99_recall"}: lists over the rounds; but
+                            for recall null where the scores were not kept (run.keep; selection_quality.py)
 }}
 rounds                      the same of all poison, and "epoch" and "false_positives"; null without an attack
 safe_fraction, poison_in_safe_set

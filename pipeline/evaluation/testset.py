@@ -66,7 +66,7 @@ def all_places(index: ShardIndex) -> list[tuple[int, int]]:
 
 def same_shards(index: ShardIndex, other: ShardIndex) -> bool:
     """Whether two indices, which may be of different texts, are of shards with the same content."""
-    return [shard.fingerprint for shard in index.shards] == [shard.fingerprint for shard in other.shards]
+    return index.shards.column("fingerprint").equals(other.shards.column("fingerprint"))
 
 
 def read_captions(samples: Samples, shard: int, position: int) -> list[str]:

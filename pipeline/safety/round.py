@@ -27,7 +27,8 @@ from pipeline.safety.selection import (
 )
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
-from shards.order.safe_mask import SafeMask, byte_starts, shard_list
+from shards.order.safe_mask import SafeMask, byte_starts
+from shards.order.shard_names import shard_columns
 from shards.storage.files import write_bytes
 
 # A round warns when negative controls pass this often, by the lower end of Wilson's interval, compared with all pairs.
@@ -219,15 +220,15 @@ def mask_folder(run_dir: Path | str, epoch: int) -> Path:
 def save_round(folder: Path, selected: SelectionRound, index: ShardIndex, meta: dict) -> None:
     """Write a round to `folder`, mask.json last; its scores are in `folder`/scores already. Rank 0 calls.
 
-    mask.json has the name and fingerprint of each shard, so that the folder can be used without the run
+    The mask has the name and fingerprint of each shard, so that the folder can be used without the run
     (shards.order.safe_mask.SavedMask).
     """
     for name, values in (("histogram", selected.counts_K), ("negative_controls", selected.control_C)):
         file = io.BytesIO()
         np.save(file, values, allow_pickle=False)
         write_bytes(folder / f"{name}.npy", file.getvalue())
-    shards = shard_list(index.shards)
-    selected.mask.save(folder, {"fingerprint": index.fingerprint, "shards": shards, **selected.summary(), **meta})
+    about = {"fingerprint": index.fingerprint, **selected.summary(), **meta}
+    selected.mask.save(folder, about, shard_columns(index.shards))
 
 
 def load_round(folder: Path, index: ShardIndex) -> SelectionRound:

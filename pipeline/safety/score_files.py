@@ -1,6 +1,7 @@
 """Score files: one Parquet file per shard, written by the rank that scored the shard as soon as it is done, and at the
 end of a round one per rank."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -129,6 +130,27 @@ def claim(folder: Path, made: dict) -> None:
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "made.json", made)
+
+
+def prune_scores(folder: Path, keep: int) -> None:
+    """Remove the scores of all rounds but the last `keep` up to the round in `folder`, as far as that can be done.
+
+    Only rounds that are complete lose their scores: a run that resumes, from any checkpoint, reads their masks alone.
+    Rank 0 calls, when the round is saved.
+    """
+    made = [path.parent for path in folder.parent.glob("epoch_*/mask.json")]
+    made = sorted((path for path in made if number_of(path) <= number_of(folder)), key=number_of)
+    for old in made[:-keep]:
+        gone = old / "scores.old"  # which nobody takes for all scores, when only a part of it is left
+        shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (old / "scores").rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def number_of(folder: Path) -> int:
+    """Epoch of the folder of a round."""
+    return int(folder.name.removeprefix("epoch_"))
 
 
 def neighbours(shards: Sequence[int], parts: ScoreParts) -> list[list[int]]:

@@ -19,7 +19,7 @@ from pipeline.guards.excluded import Excluded, are_saved, guards_folder, load_ex
 from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.negative_controls import score_controls
 from pipeline.safety.round import load_round, mask_folder, save_round, select_pairs
-from pipeline.safety.score_files import ScoreFiles
+from pipeline.safety.score_files import ScoreFiles, prune_scores
 from pipeline.safety.scoring import Reading, score_all_pairs
 from pipeline.training import signals
 from pipeline.training.bad_samples import record, stop_where_bad
@@ -62,6 +62,7 @@ def mask_for(run: Run, epoch: Epoch, stop: StopSignal) -> SafeMask | None:
             selected.note = f"{selected.note}; {warning}" if selected.note else warning
         made = {"epoch": epoch.number, "step": state["step"], "config": config.hash(), "score": "cosine"}
         comm.on_rank0(save_round, folder, selected, index, made)
+        comm.on_rank0(prune_scores, folder, config.run.keep)
     else:
         selected = load_round(folder, index)
     state["first_fraction"] = selected.first_fraction

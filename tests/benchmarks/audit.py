@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from pipeline.safety.round import save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles
 from shards.build.write import write_shards
 from shards.index.build_index import build_index
-from shards.index.shard_index import VERSION, ShardIndex
+from shards.index.shard_index import ShardIndex, write_index
 from shards.storage.files import write_json
 
 SHARD = 10_000
@@ -52,10 +52,7 @@ def make_shards(folder, shards, rng):
     paths[0].parent.mkdir()
     for number, path in enumerate(paths):
         os.link(first, path)
-    described = [asdict(replace(index.shards[0], path=str(path))) for path in paths]
-    for entry in described:
-        del entry["text"], entry["image"]  # they stand once, for all
-    write_json(folder / "index/index.json", {"version": VERSION, "text": "txt", "image": "", "shards": described})
+    write_index(folder / "index", [replace(index.shards[0], path=str(path)) for path in paths], "txt", "")
     return ShardIndex.load(folder / "index")
 
 

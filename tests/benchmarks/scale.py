@@ -4,17 +4,20 @@ python -m tests.benchmarks.scale [--pairs 5e9] [--shards 500000] [--ranks 64] [-
 
 Code paths and files are the real ones; shards, their tables and score files are links to one file each. A step runs in
 a process of its own. Where a step is measured on a part, its figures are multiplied, and `part` says which. Columns:
-seconds; rank_bytes: growth of the peak memory of a process; host_bytes: shared by the ranks of a host; disk_bytes,
-files: what is written in all; wire_bytes: what one host receives. Last line: one JSON object {step: figures}.
+seconds; rank_bytes: growth of the peak of a process's own memory; host_bytes: shared by the ranks of a host, such as
+the files that are mapped; disk_bytes, files: what is written in all; wire_bytes: what one host receives. Last line: one
+JSON object {step: figures}.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,9 +35,10 @@ from pipeline.safety.selection import RANGES, kth_largest, top_by_shard
 from pipeline.training.checkpoint import newest_complete
 from shards.index.build_index import build_index
 from shards.index.scan import table_name
-from shards.index.shard_index import ShardIndex
+from shards.index.shard_index import Shard, ShardIndex, write_index
 from shards.order.plan import EpochPlan
-from shards.order.safe_mask import SafeMask, SavedMask, byte_starts, shard_list
+from shards.order.safe_mask import SafeMask, SavedMask, byte_starts
+from shards.order.shard_names import shard_columns
 from shards.samples.bad_samples import BadSamplesFiles
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tars import write_tar
@@ -93,19 +97,16 @@ class World:
         files.claim()
         files.write(0, self.scores(count), {})
         (self.work / "epoch_000/scores/00000.parquet").rename(self.work / "one.parquet")
-        found, entries = os.stat(one), []
+        found, shards = os.stat(one), []
         for shard in range(self.shards):
             path = f"{self.work}/shards/{shard:06d}.tar"
             table = table_name(path, found.st_size, found.st_mtime_ns, "txt", "")
             os.symlink("../one.tar", path)
             os.symlink(index.shards[0].table, self.work / "index" / "tables" / table)
             os.symlink("../../one.parquet", self.work / "epoch_000" / "scores" / f"{shard:05d}.parquet")
-            entry = {"path": path, "size": found.st_size, "samples": count, "fingerprint": f"{shard:032x}"}
-            entries.append({**entry, "table": table})
-        about = {"version": 3, "text": "txt", "image": "", "shards": entries}
-        (self.work / "index" / "index.json").write_text(json.dumps(about))
-        mask = self.mask()
-        mask.save(self.work / "epoch_000", {"fingerprint": "", "shards": shard_list(self.index.shards), **META})
+            shards.append(Shard(path, found.st_size, count, f"{shard:032x}", table))
+        write_index(self.work / "index", shards, "txt", "")
+        self.mask().save(self.work / "epoch_000", {"fingerprint": "", **META}, shard_columns(self.index.shards))
 
 
 def on_hosts(work, world, what):
@@ -128,7 +129,12 @@ def share(world, what, size):
 
 
 def open_index(world):
-    return {"then": lambda: world.index}
+    return {"then": lambda: world.index, "host_bytes": mapped(world.work / "index")}
+
+
+def mapped(folder):
+    """Bytes of an index or a mask that are mapped, so that a host holds them once."""
+    return sum(path.stat().st_size for pattern in ("shards_*.arrow", "safe.npy") for path in folder.glob(pattern))
 
 
 def verify_shards(world):
@@ -226,14 +232,12 @@ def send_mask(world):
 
 def save_mask(world):
     mask, shards, folder = world.mask(), world.index.shards, world.work / "saved"
-    return {
-        "then": lambda: mask.save(folder, {"fingerprint": "", "shards": shard_list(shards), **META}),
-        "wrote": folder,
-    }
+    return {"then": lambda: mask.save(folder, {"fingerprint": "", **META}, shard_columns(shards)), "wrote": folder}
 
 
 def open_mask(world):
-    return {"then": lambda: SavedMask(world.work / "epoch_000")}
+    folder = world.work / "epoch_000"
+    return {"then": lambda: SavedMask(folder), "host_bytes": mapped(folder)}
 
 
 def record_bad_samples(world):
@@ -297,10 +301,29 @@ STEPS += [find_duplicates, loss_of_a_step, find_checkpoint, audit_scores]
 COLUMNS = ("seconds", "rank_bytes", "host_bytes", "disk_bytes", "files", "wire_bytes")
 
 
-def memory(name):
-    """Bytes of this process: VmRSS, or VmHWM, the most since clear_refs."""
+def own_memory():
+    """Bytes of this process that no other shares: neither mapped files nor shared arrays."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+@contextlib.contextmanager
+def watched(every=0.002):
+    """A list, in which the peak of `own_memory` of the block stands at its end."""
+    peak, done = [own_memory()], threading.Event()
+
+    def watch():
+        while not done.wait(every):
+            peak[0] = max(peak[0], own_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], own_memory())
 
 
 def measure(step, world):
@@ -310,10 +333,11 @@ def measure(step, world):
         k: v for k, v in told.items() if k not in ("then", "wrote", "times")
     }
     if "then" in told:
-        Path("/proc/self/clear_refs").write_text("5")
-        before, started = memory("VmRSS"), time.monotonic()
-        told["then"]()
-        found["seconds"], found["rank_bytes"] = time.monotonic() - started, max(0, memory("VmHWM") - before)
+        before, started = own_memory(), time.monotonic()
+        with watched() as peak:
+            told["then"]()
+            found["seconds"] = time.monotonic() - started
+        found["rank_bytes"] = peak[0] - before
     if "wrote" in told:
         written = [path.stat().st_size for path in told["wrote"].rglob("*") if path.is_file()]
         found["disk_bytes"], found["files"] = sum(written) * told.get("times", 1), len(written) * told.get("times", 1)

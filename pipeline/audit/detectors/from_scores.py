@@ -38,15 +38,18 @@ class History(Detector):
     family = "cosine"
 
     def find(self, data: AuditData, worst: float) -> Finding:
-        """The score is the mean over the rounds of the fraction of pairs with a lower cosine. more: epochs_risky,
-        flips."""
+        """The score is the mean over the rounds whose scores were kept (run.keep) of the fraction of pairs with a lower
+        cosine. more: epochs_risky and flips, over all rounds."""
         total_N, seen_N = np.zeros(data.N, np.float32), np.zeros(data.N, np.int32)
         risky_N, flips_N, before_N = np.zeros(data.N, np.int32), np.zeros(data.N, np.int32), None
         for saved in data.rounds:
-            cos_N = np.concatenate([saved.table(s, ("cosine",))["cosine"].to_numpy() for s in range(len(saved.shards))])
-            there = np.flatnonzero(~np.isnan(cos_N))
-            total_N[there[np.argsort(cos_N[there], kind="stable")]] += np.arange(len(there), dtype=np.float32) / data.N
-            seen_N[there] += 1
+            if saved.has_scores:  # a run keeps those of its last rounds (run.keep)
+                columns = (saved.table(s, ("cosine",))["cosine"].to_numpy() for s in range(len(saved.shards)))
+                cos_N = np.concatenate(list(columns))
+                there = np.flatnonzero(~np.isnan(cos_N))
+                rank_M = np.arange(len(there), dtype=np.float32)
+                total_N[there[np.argsort(cos_N[there], kind="stable")]] += rank_M / data.N
+                seen_N[there] += 1
             safe_N = saved.mask.flags()
             risky_N += ~safe_N
             flips_N += 0 if before_N is None else safe_N != before_N

@@ -17,7 +17,9 @@ from pipeline.audit.files import members, output
 from shards.errors import UserError
 from shards.index import tar
 from shards.index.build_index import build_index
-from shards.order.safe_mask import IsSafe, fingerprint
+from shards.order.safe_mask import IsSafe, SavedMask, fingerprint
+from shards.order.shard_names import COLUMNS
+from shards.storage.columns import record_batch
 from tests.helpers.saved_masks import (
     ALL,
     NAMES,
@@ -116,9 +118,11 @@ def test_shards_of_other_names_are_refused(here, capsys):
         (lambda mask: shutil.copy(mask.parent / "two/scores/00002.parquet", mask / "scores"), "step 40"),
         (lambda mask: (mask / "safe.npy").unlink(), "safe.npy"),
         (lambda mask: rewrite(mask, lambda meta: meta.pop("threshold")), "threshold"),
-        (lambda mask: rewrite(mask, lambda meta: meta["shards"].pop()), "4 shards"),
-        (lambda mask: rewrite(mask, lambda meta: meta["shards"][0].update(name="../../x.tar")), "below one folder"),
-        (lambda mask: rewrite(mask, lambda meta: meta["shards"][0].update(name="/etc/x.tar")), "below one folder"),
+        (lambda mask: rewrite(mask, lambda meta: meta.update(shards=3)), "expected 3"),
+        (lambda mask: rename(mask, "../../x.tar"), "below one folder"),
+        (lambda mask: rename(mask, "/etc/x.tar"), "below one folder"),
+        (lambda mask: rename(mask, "a/00001.tar"), "below one folder"),
+        (lambda mask: next(mask.glob("shards_*.arrow")).unlink(), "shards_"),
     ],
 )
 def test_a_damaged_mask_is_refused_by_name(here, capsys, harm, names):
@@ -126,6 +130,14 @@ def test_a_damaged_mask_is_refused_by_name(here, capsys, harm, names):
     assert names in refused(capsys, "mask", "show", "masks/one")
     assert names in refused(capsys, "mask", "export", "masks/one", "--format", "parquet", "--out", "m.parquet")
     assert not list(here.glob("*m.parquet*"))
+
+
+def rename(mask, name):
+    """Another name for the first shard, in columns that are whole."""
+    saved = SavedMask(mask)
+    shards = [saved.shards[0] | {"name": name}, *saved.shards[1:]]
+    columns = {key: [shard[key] for shard in shards] for key in COLUMNS}
+    saved.mask.save(mask, saved.meta, record_batch(COLUMNS, columns))
 
 
 def rewrite(mask, change):

@@ -20,7 +20,9 @@ from hypothesis.extra.numpy import arrays
 from pipeline.audit.export import as_array, guarded, uid_of_key
 from pipeline.cli import main as cli
 from shards.index.build_index import build_index
-from shards.order.safe_mask import SafeMask, SavedMask, shard_list
+from shards.index.shard_list import Shard, ShardList
+from shards.order.safe_mask import SafeMask, SavedMask
+from shards.order.shard_names import NamedShards, shard_columns
 from tests.helpers.saved_masks import ALL, NAMES, cosines, make_tar, refused, run, safe_samples, save_mask
 from tests.helpers.tars import write_tar
 
@@ -147,7 +149,7 @@ def test_no_name_is_a_formula_and_every_name_comes_back(names):
 def test_hostile_keys_survive_csv_and_key_list(tmp_path_factory, keys):
     folder = tmp_path_factory.mktemp("hostile")
     index = SimpleNamespace(counts=np.array([len(keys)]), offsets=np.array([0, len(keys)]), fingerprint="f")
-    index.shards = [SimpleNamespace(path="/=data/=1+1.tar", size=0, fingerprint="f")]
+    index.shards = ShardList.of([Shard("/=data/=1+1.tar", 0, len(keys), "f", "")])
     index.table = lambda shard: SimpleNamespace(keys=keys)
     save_mask(folder, index, np.ones(len(keys), np.float32), fraction=1.0)
     for form in ("csv", "keys"):
@@ -202,7 +204,7 @@ def test_any_mask_is_rebuilt_bit_for_bit_and_any_other_bit_is_noticed(tmp_path_f
 
     folder = tmp_path_factory.mktemp("replay")
     index = SimpleNamespace(counts=np.array([13, 0, 27]), offsets=np.array([0, 13, 13, 40]), fingerprint="f")
-    index.shards = [SimpleNamespace(path=f"/d/{n}.tar", size=0, fingerprint=str(n)) for n in range(3)]
+    index.shards = ShardList.of([Shard(f"/d/{n}.tar", 0, 0, str(n), "") for n in range(3)])
     index.table = lambda shard: SimpleNamespace(keys=[f"k{i}" for i in range(index.counts[shard])])
     save_mask(folder / "a", index, cos_N, fraction)
     assert replay(folder / "a")[0]
@@ -212,7 +214,8 @@ def test_any_mask_is_rebuilt_bit_for_bit_and_any_other_bit_is_noticed(tmp_path_f
     flags = SavedMask(folder / "a").mask.flags()
     if flags.any() and not flags.all():  # one pair out, one in: the counts stay
         flags[[flags.argmax(), flags.argmin()]] ^= True
-        SafeMask.from_flags(index.counts, flags).save(folder / "a", SavedMask(folder / "a").meta)
+        saved = SavedMask(folder / "a")
+        SafeMask.from_flags(index.counts, flags).save(folder / "a", saved.meta, saved.shards.batch)
         assert not replay(folder / "a")[0]
 
 
@@ -234,7 +237,7 @@ def test_replay_as_a_command(here, capsys):
     assert "0 to 1" in refused(capsys, "mask", "replay", "masks/one", "--fraction", "60", "--out", "x")
     meta, flags = saved.meta, saved.mask.flags()
     flags[[flags.argmax(), flags.argmin()]] ^= True
-    SafeMask.from_flags(saved.mask.counts_S, flags).save("masks/one", meta)
+    SafeMask.from_flags(saved.mask.counts_S, flags).save("masks/one", meta, saved.shards.batch)
     code, text, _ = run(capsys, "mask", "replay", "masks/one")
     assert code == 1 and "NOT the saved mask, 2 pairs differ, the first at a/00000.tar position 0" in text
 
@@ -257,10 +260,7 @@ def test_mask_commands_need_no_torch(here):
 
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=3), min_size=1, max_size=6, unique_by=tuple))
 def test_shard_names_are_unique_and_mean_the_same_where_they_are_moved_together(parts):
-    shards = [
-        SimpleNamespace(path="/data/x/../" + "/".join(p) + "/0.tar", size=1, fingerprint=str(n))
-        for n, p in enumerate(parts)
-    ]
-    names = [shard["name"] for shard in shard_list(shards)]
+    shards = [Shard("/data/x/../" + "/".join(p) + "/0.tar", 1, 0, str(n), "") for n, p in enumerate(parts)]
+    names = [shard["name"] for shard in NamedShards(shard_columns(ShardList.of(shards)))]
     assert len(set(names)) == len(names)
     assert all(os.path.normpath(shard.path).endswith("/" + name) for shard, name in zip(shards, names))

@@ -14,6 +14,7 @@ from pipeline.safety.round import save_round, select_pairs
 from shards.errors import Unreachable, UserError
 from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
+from shards.index.shard_list import ShardList
 from shards.order.safe_mask import SavedMask
 from shards.views.loader import PlainBatches, Views, batches
 from tests.helpers.saved_masks import cosines
@@ -47,8 +48,7 @@ def test_a_mask_of_several_places_has_a_name_for_each_shard(folders, tmp_path):
     a, b, paths = folders
     index = open_index(Data(sources={"cc": {"index": a, "weight": 1}, "own": {"index": b, "weight": 2}}))
     urls = ["s3://bucket/set/a.tar", "https://host/set/a.tar?token=x", "pipe:aws s3 cp 's3://other/a.tar' -"]
-    for shard, url in zip(index.shards, urls):
-        object.__setattr__(shard, "path", url)
+    index.shards = ShardList.of([replace(shard, path=url) for shard, url in zip(index.shards, urls)])
     save_round(
         tmp_path / "mask",
         select_pairs(cosines(13), index.counts, Selection(first_fraction=0.5), 0),
@@ -72,7 +72,7 @@ def test_a_server_lost_in_a_reading_process_is_one_line(folders, tmp_path):
     a, _, paths = folders
     data = Data(index=a, cache=str(tmp_path / "cache"), remote_timeout=0.5)
     index = open_index(data)
-    index.shards = [replace(shard, path="http://127.0.0.1:1/a.tar") for shard in index.shards]
+    index.shards = ShardList.of([replace(shard, path="http://127.0.0.1:1/a.tar") for shard in index.shards])
     dataset = PlainBatches(open_samples(data, index), [(range(2), range(2))], Views(16, None, {}))
     with pytest.raises(Unreachable) as error:
         next(batches(dataset, workers=1))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.safety.score_files import ScoreFiles, load_scores, neighbours
+from pipeline.safety.score_files import ScoreFiles, load_scores, neighbours, prune_scores
 from shards.index.build_index import build_index
 from tests.helpers.ranks import run_ranks
 
@@ -92,3 +92,20 @@ def test_a_merge_that_was_cut_off_is_done_again_by_any_number_of_ranks(index, tm
 
 def conclude(files):
     files.conclude()
+
+
+@given(st.lists(st.integers(0, 1200), min_size=1, max_size=8, unique=True), st.data())
+def test_scores_of_the_last_rounds_are_kept_and_all_masks(tmp_path_factory, numbers, data):
+    masks = tmp_path_factory.mktemp("masks")
+    whole = [number for number in numbers if data.draw(st.booleans())]
+    for number in numbers:
+        (masks / f"epoch_{number:03d}" / "scores").mkdir(parents=True)
+    for number in whole:
+        (masks / f"epoch_{number:03d}" / "mask.json").write_text("{}")
+        (masks / f"epoch_{number:03d}" / "scores.old").mkdir()  # a removal that was cut off
+    last, keep = data.draw(st.sampled_from(numbers)), data.draw(st.integers(1, 3))
+    prune_scores(masks / f"epoch_{last:03d}", keep)
+    gone = sorted(number for number in whole if number <= last)[:-keep]
+    there = {int(path.parent.name[6:]) for path in masks.glob("*/scores")}
+    assert there == set(numbers) - set(gone) and len(list(masks.glob("*/mask.json"))) == len(whole)
+    assert not any((masks / f"epoch_{number:03d}" / "scores.old").exists() for number in gone)

@@ -102,17 +102,19 @@ def test_what_a_guard_excludes_is_in_no_safe_set_of_any_round(tmp_path, make_sha
 
 
 def without_the_mask_before(folder):
-    """What the last epoch says where the mask of the round before it is missing."""
-    running.train(config(folder, "lost", train__epochs=4))
+    """(rounds whose scores are kept, what the last epoch says where the mask of the round before it is missing)."""
+    running.train(config(folder, "lost", train__epochs=4, run__keep=1))
+    scored = sorted(path.parent.name for path in (folder / "lost" / "masks").glob("epoch_*/scores"))
     shutil.rmtree(folder / "lost" / "masks" / "epoch_003")
     try:
         running.train(config(folder, "lost", train__epochs=5, run__accept_changes=True))
     except UserError as error:
-        return str(error)
+        return scored, str(error)
 
 
-def test_a_missing_mask_is_named(data):
-    (message,) = run_ranks(without_the_mask_before, 1, data)
+def test_scores_of_the_last_rounds_are_kept_and_a_missing_mask_is_named(data):
+    ((scored, message),) = run_ranks(without_the_mask_before, 1, data)
+    assert scored == ["epoch_003"]
     assert "masks/epoch_003 is missing" in message and "\n" not in message
 
 

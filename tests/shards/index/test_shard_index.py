@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import BadSample, ChangedShard, UserError
-from shards.index import shard_index
+from shards.index import shard_index, shard_list, verify
 from shards.index.build_index import build_index, turn
 from shards.index.shard_index import ShardIndex
 from shards.storage.reader import Reader
@@ -133,12 +133,10 @@ def test_other_bytes_of_the_same_size_are_refused(make_shards, tmp_path):
 def test_a_shard_of_another_time_is_read_and_the_result_kept(make_shards, tmp_path, monkeypatch, writable):
     paths = make_shards([2, 1])
     index = build_index([str(path) for path in paths], tmp_path / "index")
-    read, original = [], shard_index.fingerprint_of
-    monkeypatch.setattr(
-        shard_index, "fingerprint_of", lambda path, *rest: (read.append(path), original(path, *rest))[1]
-    )
+    read, original = [], verify.fingerprint_of
+    monkeypatch.setattr(verify, "fingerprint_of", lambda path, *rest: (read.append(path), original(path, *rest))[1])
     if not writable:
-        monkeypatch.setattr(shard_index, "write_bytes", refuse)
+        monkeypatch.setattr(verify, "write_bytes", refuse)
     os.utime(paths[1], ns=(0, 0))
     index.verify()
     index.verify()
@@ -190,7 +188,7 @@ def test_an_index_that_is_none_or_of_another_version_is_refused(make_shards, tmp
         ShardIndex.load(tmp_path)
     build_index([str(path) for path in make_shards([1])], tmp_path / "index")
     file = tmp_path / "index" / "index.json"
-    file.write_text(file.read_text().replace(f'"version": {shard_index.VERSION}', '"version": 2'))
+    file.write_text(file.read_text().replace(f'"version": {shard_list.VERSION}', '"version": 2'))
     with pytest.raises(UserError, match="version 2, expected .*safeclip index"):
         ShardIndex.load(tmp_path / "index")
 
