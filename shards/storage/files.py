@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +18,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")  # another host may have the same process id
     try:
         with open(beside, "wb") as file:
             yield file
@@ -38,6 +39,31 @@ def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """`write_bytes` of a JSON object, indented for people."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def claim_folder(mark: Path, value: dict, left: str = "") -> dict | None:
+    """Note in a folder, in the new file `mark`, what it is used for, unless it holds files already; returns what stands
+    in `mark` then, the same to all processes that claim it, also on several hosts. None: it holds files of others.
+
+    Hidden files do not count, nor those whose names end with `left`.
+    """
+    folder = mark.parent
+    names = os.listdir(folder) if folder.is_dir() else [folder.name] if folder.exists() else []
+    if all(name.startswith(".") or left and name.endswith(left) for name in names):
+        beside = mark.with_name(f".{mark.name}.{uuid.uuid4().hex[:12]}")
+        write_json(beside, value)
+        try:
+            os.link(beside, mark)
+        except FileExistsError:  # another process was faster
+            pass
+        except OSError:  # a file system without links
+            os.replace(beside, mark)
+        finally:
+            beside.unlink(missing_ok=True)
+    try:
+        return read_json(mark)
+    except (OSError, ValueError):
+        return None
 
 
 def read_json(path: str | Path) -> dict:
