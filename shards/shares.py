@@ -106,10 +106,7 @@ class Parts:
     def join(self, found: Any) -> list | None:
         """Put down what this process has found, a JSON value. The process that is last to do so gets those of all, by
         rank; the others get None."""
-        everything: list | None = [found]
-        if self.share.world > 1:
-            write_bytes(self.paths[self.share.rank], json.dumps(found).encode())
-            everything = self.taken()
+        everything = self.exchanged(found) if self.share.world > 1 else [found]
         if everything is None:
             share = self.share
             logger.info(f"share {share.rank + 1} of {share.world} is done; the last process to finish concludes")
@@ -120,15 +117,16 @@ class Parts:
             self.all.rmdir()
         return everything
 
-    def taken(self) -> list | None:
+    def exchanged(self, found: Any) -> list | None:
         """All parts, if they are there and no other process has taken them."""
         try:
-            found = [json.loads(path.read_bytes()) for path in self.paths]
+            write_bytes(self.paths[self.share.rank], json.dumps(found).encode())
+            everything = [json.loads(path.read_bytes()) for path in self.paths]
             # Of several processes that see all parts one can rename their folder.
             self.folder.rename(self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:12]}"))
-        except FileNotFoundError:
+        except FileNotFoundError:  # a part, or since this one was put down, the folder
             return None
-        return found
+        return everything
 
 
 def digest(value: Any) -> str:

@@ -17,7 +17,7 @@ from shards.index.build_index import turn
 from shards.order.safe_mask import SafeMask, SavedMask
 from shards.progress import progress
 from shards.shares import Parts, Share, in_order, processes
-from shards.storage.files import claim_folder, write_json
+from shards.storage.files import claim_folder, remove_leftovers, write_json
 
 RECORD = 10_240  # bytes; tar archives are padded to a multiple of it
 MARK = "applied.json"
@@ -60,6 +60,7 @@ def apply_mask(
     if found is None:
         return None
     kept_S = saved.mask.counts(keep)
+    remove_leftovers([out / MARK, *(out / saved.shards[number]["name"] for number in paths)])
     with turn(out):
         write_sizes(out, {saved.shards[number]["name"]: int(kept_S[number]) for number in paths})
     kept, samples = sum(kept_S[number] for number in paths), sum(saved.mask.counts_S[number] for number in paths)

@@ -27,7 +27,8 @@ from shards.storage.files import write_bytes
 
 SHOWN = 3  # shards that a message names
 MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the key
-OWN_TABLE = re.compile(r"[0-9a-f]{32}\.parquet")  # names of tables; other files in their folder are the user's
+# Names of tables, and of what killed processes have left of them; other files in their folder are the user's.
+OWN_TABLE = re.compile(r"[0-9a-f]{32}\.parquet|\.[0-9a-f]{32}\.parquet\.[0-9a-f]+\.part")
 KEPT = 24 * 60 * 60  # seconds that a table stays which no index names any more: who has the old one open reads it
 
 
