@@ -135,6 +135,13 @@ def test_what_was_killed_is_completed_by_one(data, capsys, name, kill):
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+@pytest.mark.parametrize("name", ["index", "from-csv", "apply"])
+def test_two_jobs_of_the_same_input_do_each_other_no_harm(data, capsys, name):
+    files, said = alone(capsys, name)
+    jobs = [Process(words(name, "two"), 0, 1, f"log.{number}") for number in range(2)]
+    assert [job.end()[0] for job in jobs] == [0, 0] and made("two") == files
+
+
 @pytest.mark.parametrize("name", ["index", "apply"])
 def test_a_wrong_shard_is_told_once_and_costs_no_other(data, capsys, name):
     files, _ = alone(capsys, name)
