@@ -7,7 +7,7 @@
 # starts with
 # 2 to 4 nodes, and continues with those that are left; their processes must divide the batch.
 # SIGTERM or SIGUSR1 to this script: the run saves and stops, and the script ends with 75. The same command resumes.
-# COMMAND=doctor checks instead of training.
+# COMMAND=doctor checks instead of training. COMMAND=index, COMMAND="mask apply" and others prepare data (README.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
@@ -24,7 +24,7 @@ meeting=(--rdzv-backend c10d --rdzv-id "$port" --rdzv-endpoint "${MASTER_ADDR:-1
 [ "${NODES:-1}" != 1 ] || meeting=(--standalone)
 
 torchrun --nnodes "${NODES:-1}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" "${meeting[@]}" \
-    -m pipeline.cli "${COMMAND:-train}" "$@" &
+    -m pipeline.cli ${COMMAND:-train} "$@" &
 agent=$! stopped=
 # The agent hands SIGTERM on to its processes and waits for them.
 trap 'stopped=1; kill -TERM $agent 2>/dev/null || true' TERM USR1

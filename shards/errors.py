@@ -5,10 +5,11 @@ class UserError(Exception):
     """A mistake that the user can fix. One line: the field or file, what was found, what was expected, how to mend it.
 
     The command line prints it without a traceback and exits with code 2. everywhere: rank 0 told all
-    ranks.
+    ranks; alone: only this process has met it.
     """
 
     everywhere = False
+    alone = False
 
 
 class Unreachable(UserError):

@@ -15,10 +15,11 @@ Item = TypeVar("Item")
 EVERY = 30.0  # seconds between lines
 
 
-def progress(items: Iterable[Item], total: int, what: str, shown: bool = True) -> Iterator[Item]:
+def progress(items: Iterable[Item], total: int | None, what: str, shown: bool = True) -> Iterator[Item]:
     """Yield the `total` items, and show how many the caller is done with: by tqdm on a terminal, else in the log.
 
-    what: the items, for example "shards indexed". shown=False shows nothing, as on ranks other than 0.
+    total: None where it is not known; what: the items, for example "shards indexed". shown=False shows nothing, as on
+    ranks other than 0.
     """
     terminal, said = sys.stderr.isatty(), time.monotonic()
     bar = tqdm(items, what, total, dynamic_ncols=True, disable=not (shown and terminal))
@@ -26,4 +27,4 @@ def progress(items: Iterable[Item], total: int, what: str, shown: bool = True) -
         yield item
         if shown and not terminal and time.monotonic() - said >= EVERY:
             said = time.monotonic()
-            logger.info(f"{done:,} of {total:,} {what}")
+            logger.info(f"{done:,} {'' if total is None else f'of {total:,} '}{what}")

@@ -10,6 +10,7 @@ ROOMS = [
     "shards.errors",
     "shards.progress",
     "shards.storage",
+    "shards.shares",
     "shards.index",
     "shards.samples",
     "shards.order",

@@ -1,10 +1,11 @@
-"""Filtered copies of shards, for those who want a copy: the kept samples with all their members, byte for byte."""
+"""Filtered copies of shards, for those who want a copy: the kept samples with all their members, byte for byte. Several
+processes may share the shards (shards.shares)."""
 
 import csv
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import numpy as np
 
 from pipeline.audit.files import find_shards, members, output
 from shards.errors import UserError
+from shards.index.build_index import turn
 from shards.order.safe_mask import SafeMask, SavedMask
-from shards.storage.files import write_json
+from shards.progress import progress
+from shards.shares import Parts, Share, in_order, processes
+from shards.storage.files import claim_folder, remove_leftovers, write_json
 
 RECORD = 10_240  # bytes; tar archives are padded to a multiple of it
 MARK = "applied.json"
@@ -26,9 +30,10 @@ def apply_mask(
     keep: str = "safe",
     review: Path | str | None = None,
     workers: int | None = None,
-) -> str:
-    """Write OUT/NAME for each shard in `patterns`, with its safe (or "risky") samples only; returns what was done as a
-    line.
+    share: Share = Share(),
+) -> str | None:
+    """Write OUT/NAME for each shard of this share of `patterns`, with its safe (or "risky") samples only; returns what
+    was done of all as a line, or None where another process does.
 
     Shards that are in OUT already are kept, so that the same command resumes after a failure; OUT/applied.json says of
     which mask they are. OUT/sizes.json holds the samples of each shard, as open_clip reads them. `review`: the ticks of
@@ -38,21 +43,29 @@ def apply_mask(
     saved, out = SavedMask(folder), Path(out)
     if review:
         saved.mask = reviewed(saved, review)
-    paths = find_shards(saved, patterns)
+    paths = find_shards(saved, patterns, share)
+    numbers = list(paths)
     claim(out, saved, keep)
-    jobs = []
-    for number, path in paths.items():
-        target = out / saved.shards[number]["name"]
-        if not target.exists():
-            flags_N = saved.mask.shard_flags(number)
-            jobs.append((path, saved.shards[number]["fingerprint"], flags_N if keep == "safe" else ~flags_N, target))
-    if jobs:
-        with ProcessPoolExecutor(min(workers or os.cpu_count(), len(jobs))) as pool:
-            list(pool.map(filter_shard, *zip(*jobs)))
+    parts, workers = Parts(out, share, keep, numbers), workers or processes()
+
+    def jobs() -> Iterator[tuple[Path, str, np.ndarray, Path]]:
+        for number in share.of(numbers):
+            flags_N, shard = saved.mask.shard_flags(number), saved.shards[number]
+            yield paths[number], shard["fingerprint"], flags_N if keep == "safe" else ~flags_N, out / shard["name"]
+
+    with share.alone(), ProcessPoolExecutor(workers) as pool:
+        done = in_order(pool, make_copy, jobs(), 2 * workers)
+        made = sum(progress(done, len(share.of(numbers)), "shards copied", share.shown))
+    found = parts.join(made)
+    if found is None:
+        return None
     kept_S = saved.mask.counts(keep)
-    write_sizes(out, {saved.shards[number]["name"]: int(kept_S[number]) for number in paths})
+    remove_leftovers([out / MARK, *(out / saved.shards[number]["name"] for number in paths)])
+    with turn(out):
+        write_sizes(out, {saved.shards[number]["name"]: int(kept_S[number]) for number in paths})
     kept, samples = sum(kept_S[number] for number in paths), sum(saved.mask.counts_S[number] for number in paths)
-    there = f", {len(paths) - len(jobs)} of them were there already" if len(paths) > len(jobs) else ""
+    before = len(paths) - sum(found)
+    there = f", {before} of them were there already" if before else ""
     return f"{out}: {kept:,} {keep} of {samples:,} samples in {len(paths)} shards{there}"
 
 
@@ -93,16 +106,20 @@ def claim(out: Path, saved: SavedMask, keep: str) -> None:
     """Note in OUT which mask and side its shards are of. Raises UserError when it is in use for something else."""
     bits = hashlib.blake2b(saved.mask.bits.tobytes(), digest_size=16).hexdigest()
     mark = {"fingerprint": saved.meta["fingerprint"], "epoch": saved.meta["epoch"], "bits": bits, "keep": keep}
-    try:
-        there = json.loads((out / MARK).read_text())
-    except (OSError, ValueError):
-        there = mark if not out.exists() or out.is_dir() and not any(out.iterdir()) else None
+    there = claim_folder(out / MARK, mark)
     if there != mark:
         raise UserError(
             f"--out {out}: expected no such folder, an empty one, or one with the {keep} samples of {saved.folder}; "
             f"it holds {'samples of another mask, or its other side' if there else 'other files'}; name another"
         )
-    write_json(out / MARK, mark)
+
+
+def make_copy(path: Path, fingerprint: str, kept_N: np.ndarray, target: Path) -> bool:
+    """`filter_shard` unless there is a file at `target`; whether it was written."""
+    if target.exists():
+        return False
+    filter_shard(path, fingerprint, kept_N, target)
+    return True
 
 
 def filter_shard(path: Path, fingerprint: str, kept_N: np.ndarray, target: Path) -> None:

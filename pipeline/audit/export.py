@@ -1,10 +1,11 @@
-"""A mask in the formats of others. One shard at a time is in memory, and a file is whole or absent."""
+"""A mask in the formats of others. One shard at a time is in memory, and a file is whole or absent.
+
+Of several processes (shards.shares) each reads its share of the shards for "datacomp". The other formats are made of
+the mask's own files, by the first process alone: most of the work is writing one file.
+"""
 
 import json
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.audit.files import find_shards, members, output
+from pipeline.audit.datacomp import datacomp, datacomp_of_shards
+from pipeline.audit.files import output
 from pipeline.safety.mixture import Mixture
 from pipeline.safety.selection import RANGES
 from shards.errors import UserError
 from shards.order.safe_mask import SavedMask
+from shards.shares import Share
 
-MAX_JSON = 1 << 20  # bytes of a .json member; more is not read
 COLUMNS = pa.schema(
     [
         ("shard", pa.string()),
@@ -33,17 +35,20 @@ COLUMNS = pa.schema(
 )
 
 
-def export_mask(folder: Path | str, form: str, out: Path | str, patterns: Sequence[str | Path] = ()) -> int:
-    """Write the mask in `folder` to the file `out` in a format of FORMATS; returns the number of its rows.
+def export_mask(
+    folder: Path | str, form: str, out: Path | str, patterns: Sequence[str | Path] = (), share: Share = Share()
+) -> int | None:
+    """Write the mask in `folder` to the file `out` in a format of FORMATS; returns the number of its rows, or None
+    where another process writes it.
 
     `patterns`: the shards, which only "datacomp" reads. Raises UserError.
     """
     saved = SavedMask(folder)
     if patterns and form != "datacomp":
         raise UserError(f"--shards: only --format datacomp reads the shards, not {form}; leave it out")
-    if form == "datacomp":
-        return datacomp(saved, out, patterns)
-    return FORMATS[form](saved, out)
+    if patterns:
+        return datacomp_of_shards(saved, out, patterns, share)
+    return None if share.rank else FORMATS[form](saved, out)
 
 
 def rows(saved: SavedMask) -> Iterator[pa.Table]:
@@ -145,80 +150,6 @@ def keys(saved: SavedMask, out: Path | str) -> int:
                 file.write(f"{shard.translate(escapes)}\t{key.translate(escapes)}\n".encode())
             written += len(safe)
     return written
-
-
-def datacomp(saved: SavedMask, out: Path | str, patterns: Sequence[str | Path]) -> int:
-    """DataComp's subset file: a sorted .npy of dtype "u8,u8" with the two halves of the safe pairs' 128-bit uids, each
-    once.
-
-    The uid stands in the sample's .json member, for which the shards in `patterns` are read, or the key is one (32 hex
-    digits). A uid that a risky pair has too is left out, for DataComp's resharder would take both. 16 bytes a pair are
-    in memory. Format: resharder.py and README of github.com/mlfoundations/datacomp. Raises UserError.
-    """
-    if patterns:
-        paths = find_shards(saved, patterns)
-        lacking = next(
-            (s["name"] for n, s in enumerate(saved.shards) if saved.mask.counts_S[n] and n not in paths), None
-        )
-        if lacking:
-            raise UserError(f"--shards: lacks {lacking}; a subset file is of all shards of the mask, name them all")
-        jobs = [
-            (str(p), saved.shards[n]["fingerprint"], saved.table(n, ("key",))["key"].to_pylist())
-            for n, p in paths.items()
-        ]
-        with ProcessPoolExecutor(min(os.cpu_count(), len(jobs))) as pool:
-            uids_S = dict(zip(paths, pool.map(read_uids, *zip(*jobs))))
-    else:
-        found = ((n, saved.table(n, ("key",))["key"].to_pylist()) for n in range(len(saved.shards)))
-        uids_S = {n: as_array([uid_of_key(key) for key in names]) for n, names in found}
-    safe, risky = [np.zeros(0, "S16")], [np.zeros(0, "S16")]
-    for number, (uid_N, there_N) in uids_S.items():
-        safe_N = saved.mask.shard_flags(number)
-        without = np.flatnonzero(safe_N & ~there_N)
-        if len(without):
-            key = saved.table(number, ("key",))["key"][int(without[0])].as_py()
-            mend = "such shards have no subset file" if patterns else "if the .json members have a uid, add --shards"
-            raise UserError(
-                f"--format datacomp: sample {key!r} of shard {saved.shards[number]['name']} has no uid, "
-                f'expected 32 hex digits as "uid" in its .json member or as its key; {mend}'
-            )
-        safe.append(uid_N[safe_N])
-        risky.append(uid_N[~safe_N & there_N])
-    uids = np.setdiff1d(np.concatenate(safe), np.concatenate(risky))  # sorted, each once
-    halves = np.frombuffer(uids.tobytes(), ">u8").reshape(-1, 2)
-    subset = np.empty(len(halves), np.dtype("u8,u8"))
-    subset["f0"], subset["f1"] = halves.T
-    with output(out) as file:
-        np.save(file, subset, allow_pickle=False)
-    return len(subset)
-
-
-def read_uids(path: Path | str, fingerprint: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`as_array` of one shard's uids, from the .json members, or else the keys `names`. Raises UserError."""
-    uids = [uid_of_key(key) for key in names]
-    found = members(path, fingerprint)
-    with open(path, "rb") as file:
-        for member in found:
-            if member.extension == "json" and member.length <= MAX_JSON:
-                file.seek(member.offset)
-                try:
-                    uid = json.loads(file.read(member.length))["uid"]
-                    if re.fullmatch("[0-9a-fA-F]{1,32}", uid):
-                        uids[member.position] = bytes.fromhex(uid.zfill(32))
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    pass  # no uid in there
-    return as_array(uids)
-
-
-def uid_of_key(key: str) -> bytes | None:
-    """16 bytes of a key that is a uid, or None."""
-    base = key.rpartition("/")[2]
-    return bytes.fromhex(base) if re.fullmatch("[0-9a-fA-F]{32}", base) else None
-
-
-def as_array(uids: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
-    """(S16 (N,) uids in the order of their numbers, bool (N,) whether there is one) of a list of 16 bytes or None."""
-    return np.array([uid or b"" for uid in uids], "S16"), np.array([uid is not None for uid in uids], bool)
 
 
 FORMATS: dict[str, Callable[..., int]] = {

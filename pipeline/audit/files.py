@@ -11,6 +11,7 @@ from shards.errors import UserError
 from shards.index import tar
 from shards.index.names import named
 from shards.order.safe_mask import SavedMask, require_same
+from shards.shares import Share
 from shards.storage.files import whole_file
 
 
@@ -42,28 +43,30 @@ def output(path: Path | str) -> Iterator[BinaryIO]:
         yield file
 
 
-def find_shards(saved: SavedMask, patterns: Iterable[str | Path]) -> dict[int, Path]:
-    """{number of the shard in the mask: its path}, as `patterns` name them (shards.index.names). Sizes are
-    compared, contents not yet.
+def find_shards(saved: SavedMask, patterns: Iterable[str | Path], share: Share = Share()) -> dict[int, Path]:
+    """{number of the shard in the mask: its path}, as `patterns` name them (shards.index.names). Of the share's own
+    sizes are compared, contents not yet.
 
     Raises UserError naming the shard: missing, not of the mask `saved`, named twice, of another size.
     """
     found: dict[int, Path] = {}
-    for path in map(Path, named(patterns)):
-        if not path.is_file():
-            raise UserError(f"shard {path}: missing; check the path")
+    for place, path in enumerate(map(Path, named(patterns))):
+        with share.alone():
+            if share.has(place) and not path.is_file():
+                raise UserError(f"shard {path}: missing; check the path")
         number = saved.find(str(path))
         if number in found:
             raise UserError(
                 f"shard {path}: is {saved.shards[number]['name']} of the mask, as {found[number]} is; name one"
             )
-        size, expected = path.stat().st_size, saved.shards[number]["bytes"]
-        if size != expected:
-            raise UserError(
-                f"shard {path}: has {size} bytes, the mask was made for {expected} (fingerprint "
-                f"{saved.shards[number]['fingerprint']}); use the shard that it was made with"
-            )
         found[number] = path
+        expected = saved.shards[number]["bytes"]
+        with share.alone():
+            if share.has(place) and (size := path.stat().st_size) != expected:
+                raise UserError(
+                    f"shard {path}: has {size} bytes, the mask was made for {expected} (fingerprint "
+                    f"{saved.shards[number]['fingerprint']}); use the shard that it was made with"
+                )
     return found
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import COUNT, OVERRIDES, PATH, POSITIVE, Command, Group
+from pipeline.cli.options import COUNT, OVERRIDES, PATH, POSITIVE, Command, Group, tell
 from shards.errors import UserError
 
 
@@ -59,8 +59,9 @@ def shards() -> None:
 def from_csv(**options: Any) -> None:
     """Take a CSV or TSV of paths and captions, as published for SafeCLIP and open_clip."""
     from shards.build import ingest
+    from shards.shares import launched
 
-    print(ingest.from_csv(**options))
+    tell(ingest.from_csv(**options, share=launched()))
 
 
 @shards.command()
@@ -71,8 +72,9 @@ def from_csv(**options: Any) -> None:
 def from_folder(**options: Any) -> None:
     """Take pictures with KEY.txt beside, or a folder a class."""
     from shards.build import ingest
+    from shards.shares import launched
 
-    print(ingest.from_folder(**options))
+    tell(ingest.from_folder(**options, share=launched()))
 
 
 @click.command(cls=Command)
@@ -92,8 +94,11 @@ def index(out: str, report: str | None, **options: Any) -> None:
     """Index shards: what each holds, and where. SHARDS are paths and URLs with braces and
     wildcards, or lists of them, one a line (@FILE or FILE.txt)."""
     from shards.index.build_index import build_index
+    from shards.shares import launched
 
-    built = build_index(out=out, report=report, **options)
+    built = build_index(out=out, report=report, **options, share=launched())
+    if built is None:  # another process concludes
+        return
     print(f"{out}: {built.samples:,} samples in {len(built.shards)} shards, fingerprint {built.fingerprint}")
     for reason, count in Counter(finding.kind for finding in built.findings).most_common():
         print(f"  {count:,} x {reason}" + ("" if report else " (--report FILE lists them)"))

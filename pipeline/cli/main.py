@@ -55,10 +55,10 @@ def own_words(error: Exception) -> str:
 def says(error: Exception) -> bool:
     """Whether this process prints the error: rank 0, and of another host its first process what rank 0 may not find.
 
-    Any process prints that a server is lost or that a shard has changed.
+    Any process prints what it alone has met, that a server is lost, or that a shard has changed.
     """
     first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
-    alone = isinstance(error, UserError) and not error.everywhere and first
+    alone = isinstance(error, UserError) and (error.alone or not error.everywhere and first)
     return logs.rank() == 0 or alone or isinstance(error, (Unreachable, ChangedShard))
 
 

@@ -4,13 +4,19 @@ import sys
 
 import click
 
-from pipeline.cli.options import PATH, Group
+from pipeline.cli.options import PATH, Group, tell
 from shards.errors import UserError
 
 
 @click.group(cls=Group, no_args_is_help=False)
-def mask() -> None:
+@click.pass_context
+def mask(context: click.Context) -> None:
     """Show, export, compare, replay, apply or make a mask. MASK is RUN/masks/epoch_NNN, without its run."""
+    from shards.shares import launched
+
+    # The others read no shards: of several processes the first does all.
+    if context.invoked_subcommand not in ("export", "apply") and launched().rank:
+        context.exit()
 
 
 @mask.command()
@@ -37,8 +43,10 @@ def export(mask: str, form: str, out: str, shards: tuple[str, ...]) -> None:
     the safe pairs: sorted uids (datacomp, .npy), shard TAB key (keys).
     """
     from pipeline.audit.export import export_mask
+    from shards.shares import launched
 
-    print(f"{out}: {export_mask(mask, form, out, shards):,} rows, {form}")
+    written = export_mask(mask, form, out, shards, launched())
+    tell(None if written is None else f"{out}: {written:,} rows, {form}")
 
 
 @mask.command()
@@ -84,8 +92,9 @@ def replay(mask: str, posterior: float | None, fraction: float | None, out: str 
 def apply(mask: str, shards: tuple[str, ...], out: str, keep: str, review: str | None) -> None:
     """Write filtered copies of shards (paths, or lists of them). Resumes where it was interrupted."""
     from pipeline.audit.apply import apply_mask
+    from shards.shares import launched
 
-    print(apply_mask(mask, shards, out, keep, review))
+    tell(apply_mask(mask, shards, out, keep, review, share=launched()))
 
 
 @mask.command("filter")

@@ -56,3 +56,9 @@ class Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+
+def tell(text: str | None) -> None:
+    """Print what a command has done; None: another of its processes prints it."""
+    if text is not None:
+        print(text)

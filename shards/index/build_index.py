@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.index.names import named
-from shards.index.scan import PICTURES, scan_shard
+from shards.index.scan import PICTURES, Finding, scan_shard
 from shards.index.shard_index import Shard, ShardIndex, write_index
 from shards.index.tar import NO_TAR
 from shards.progress import progress
+from shards.shares import Parts, Share, processes
 from shards.storage import remote
 from shards.storage.cache import is_same
 from shards.storage.captions import sources
@@ -26,7 +27,8 @@ from shards.storage.files import write_bytes
 
 SHOWN = 3  # shards that a message names
 MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the key
-OWN_TABLE = re.compile(r"[0-9a-f]{32}\.parquet")  # names of tables; other files in their folder are the user's
+# Names of tables, and of what killed processes have left of them; other files in their folder are the user's.
+OWN_TABLE = re.compile(r"[0-9a-f]{32}\.parquet|\.[0-9a-f]{32}\.parquet\.[0-9a-f]+\.part")
 KEPT = 24 * 60 * 60  # seconds that a table stays which no index names any more: who has the old one open reads it
 
 
@@ -69,7 +71,8 @@ def build_index(
     timeout: float = remote.TIMEOUT,
     allow_pipe: bool = False,
     image: str = "",
-) -> ShardIndex:
+    share: Share = Share(),
+) -> ShardIndex | None:
     """Index tars (`paths`: as shards.index.names; local ones or URLs) into the folder `out`; returns the
     ShardIndex.
 
@@ -82,10 +85,34 @@ def build_index(
     again (scan.scan_shard). A sample without picture or text keeps its position. Raises UserError naming the first
     damaged shard; with `report`, a file, all that was found is listed there and what is intact is indexed.
 
-    Another process that indexes into `out` is waited for.
+    Another process that indexes into `out` is waited for, but for those that have another `share` of this job: they
+    read their shards at the same time, and all but the last to finish return None.
     """
     if not str(out):
         raise UserError("--out: got an empty path, expected a folder for the index")
+    check_members(text, image)
+    urls, out = expand(paths), Path(out)
+    scan = partial(scan_shard, text=text, image=image, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
+    parts = Parts(out, share, urls, text, image)
+    with share.alone(), contextlib.ExitStack() as stack:
+        if share.world == 1:
+            stack.enter_context(turn(out))
+        found = parts.join(scan_all(scan, urls, share, workers or processes()))
+        if found is None:
+            return None
+        if share.world > 1:  # tables are whole or absent, and may be written at the same time; the list of them not
+            stack.enter_context(turn(out))
+        scanned = [found[number % share.world][number // share.world] for number in range(len(urls))]
+        findings = [Finding(**finding) for _, listed in scanned for finding in listed]
+        shards = [Shard(**entry, text=text, image=image) for entry, _ in scanned]
+        if report:
+            write_bytes(report, "".join(json.dumps(asdict(finding)) + "\n" for finding in findings).encode())
+        check_findings(shards, findings, paths, bool(report))
+        return save_index(out, shards, findings)
+
+
+def check_members(text: str, image: str) -> None:
+    """Raise UserError unless `text` and `image` name members of samples."""
     if not all(re.fullmatch(f"{MEMBERS}|json:.+", part) for part in text.split("+")):
         raise UserError(
             f"--text: got {text!r}, expected names of members behind the key, in lower case and joined by commas "
@@ -97,34 +124,24 @@ def build_index(
             f"--image: got {image!r}, expected other names of members behind the key than those of --text, in lower "
             "case and joined by commas (input.png)"
         )
-    urls = expand(paths)
-    with turn(Path(out)):
-        return scan_all(urls, paths, Path(out), text, workers, report, timeout, allow_pipe, image)
 
 
 def scan_all(
-    urls: list[str],
-    paths: Sequence[str],
-    out: Path,
-    text: str,
-    workers: int | None,
-    report: str | Path | None,
-    timeout: float,
-    allow_pipe: bool,
-    image: str,
-) -> ShardIndex:
-    """`build_index` of the shards `urls`, which `paths` name, while nobody else writes to `out`."""
-    shards, findings = [], []
-    scan = partial(scan_shard, text=text, image=image, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
-    workers = min(workers or os.cpu_count(), len(urls))
+    scan: Callable[[str], tuple[dict, list[Finding]]], urls: list[str], share: Share, workers: int
+) -> list[tuple[dict, list[dict]]]:
+    """What `scan` finds in the shards of this share, the findings as JSON objects."""
+    own, scanned = share.of(urls), []
+    workers = min(workers, len(own))
     with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
-        for entry, found in progress(pool.map(scan, urls), len(urls), "shards indexed"):
-            shards.append(Shard(**entry, text=text, image=image))
-            findings += found
-    if report:
-        write_bytes(report, "".join(json.dumps(asdict(finding)) + "\n" for finding in findings).encode())
+        for entry, found in progress(pool.map(scan, own), len(own), "shards indexed", share.shown):
+            scanned.append((entry, [asdict(finding) for finding in found]))
+    return scanned
+
+
+def check_findings(shards: list[Shard], findings: list[Finding], paths: Sequence[str], reported: bool) -> None:
+    """Raise UserError where a shard is damaged, unless that is reported, and where no sample can be used."""
     damage = [finding for finding in findings if finding.damage]
-    if damage and not report:
+    if damage and not reported:
         others = f" (and {len(damage) - 1} more of the kind)" if len(damage) > 1 else ""
         where, mend = f", at byte {damage[0].byte}", "fetch or write it again, "
         if damage[0].reason.startswith(NO_TAR):  # it says itself how to mend it
@@ -135,6 +152,7 @@ def scan_all(
         )
     unusable = {(finding.shard, finding.position): finding for finding in findings if finding.unusable}
     if sum(shard.samples for shard in shards) == len(unusable):
+        text, image = shards[0].text, shards[0].image
         kinds = Counter(finding.kind for finding in unusable.values())
         most = next((finding for finding in unusable.values() if finding.kind == kinds.most_common(1)[0][0]), None)
         why = f" (most often, {kinds[most.kind]:,} times: sample {most.key!r}: {most.reason})" if most else ""
@@ -145,10 +163,14 @@ def scan_all(
             f"{len(unusable):,} samples in them has both, a picture and a usable text{why}; expected "
             f"members KEY.({picture.replace(',', '|')}) and KEY.({caption.replace(',', '|')}), the key without a dot"
         )
+
+
+def save_index(out: Path, shards: list[Shard], findings: list[Finding]) -> ShardIndex:
+    """The index of `shards`, written while nobody else writes to `out`."""
     before: set[str] = set()
     with contextlib.suppress(UserError):
         before = {Path(shard.table).name for shard in ShardIndex.load(out).shards}
-    write_index(out, shards, text, image)
+    write_index(out, shards, shards[0].text, shards[0].image)
     remove_old_tables(out / "tables", {shard.table for shard in shards}, before)
     index = ShardIndex.load(out)
     index.findings = findings

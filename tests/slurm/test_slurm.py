@@ -1,11 +1,12 @@
-"""launch/slurm.sbatch on a real SLURM of two nodes: whatever takes its nodes away, the job ends with the weights of one
-left alone."""
+"""A real SLURM of two nodes. launch/slurm.sbatch: whatever takes its nodes away, the job ends with the weights of one
+left alone. Data: tasks of srun and of an array make what one process makes."""
 
 import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import yaml
 
 from pipeline.training import checkpoint
 from shards.build.shapes import shapes
-from tests.helpers.runs import config
+from tests.helpers.runs import config, safeclip
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
@@ -44,6 +45,11 @@ class Job:
         """What scontrol knows: JobState, Restarts, ExitCode ..."""
         words = self.slurm("scontrol", "show", "job", self.number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def states(self):
+        """States of all tasks of an array, or of the job."""
+        words = self.slurm("scontrol", "show", "job", self.number).split()
+        return {word.split("=", 1)[1] for word in words if word.startswith("JobState=")}
 
     def end(self):
         """(state, exit code, restarts) when it is over."""
@@ -116,17 +122,44 @@ def send(ranks, number):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A job that is left alone, in a cluster with data and a config."""
+def cluster(tmp_path_factory):
+    """The folder of a cluster."""
     folder = tmp_path_factory.mktemp("slurm")
-    shapes(folder / "shapes", pairs=240, test=36)
-    values = config(folder, "", train__epochs=6, run__save_steps=5).model_dump()
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
     subprocess.run(["bash", CLUSTER, "start", folder / "cluster"], check=True)
     try:
-        yield Training(folder, "whole")
+        yield folder
     finally:
         subprocess.run(["bash", CLUSTER, "stop", folder / "cluster"], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster):
+    """A job that is left alone, with data and a config."""
+    shapes(cluster / "shapes", pairs=240, test=36)
+    values = config(cluster, "", train__epochs=6, run__save_steps=5).model_dump()
+    (cluster / "config.yaml").write_text(yaml.safe_dump(values))
+    return Training(cluster, "whole")
+
+
+SRUN, ARRAY, BATCH = ("--nodes=2", "--ntasks-per-node=1"), ("--array=3-5:2",), ("--ntasks=2",)
+
+
+@pytest.mark.parametrize("options, before", [(SRUN, "srun "), (ARRAY, ""), (BATCH, "")])
+def test_shards_are_indexed_by_srun_by_an_array_and_in_a_batch_script(cluster, make_shards, tmp_path, options, before):
+    make_shards([3, 0, 2, 4, 1])
+    shards = f"{tmp_path}/tars/**/*.tar"
+    said = safeclip("index", shards, "--out", tmp_path / "one").stdout
+    command = f"{before}{sys.executable} -m pipeline.cli index '{shards}' --out {tmp_path}/many"
+    job = Job(cluster, *options, f"--output={tmp_path}/log.%t%a", f"--wrap={command}")
+    wait(lambda: job.states().isdisjoint(UNFINISHED), job)
+    assert job.states() == {"COMPLETED"}
+    printed = "".join(path.read_text() for path in tmp_path.glob("log.*"))
+    assert printed.count(said.replace("/one", "/many")) == 1
+    assert files(tmp_path / "one") == files(tmp_path / "many")
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_job_that_nears_its_time_limit_saves_and_goes_back_into_the_queue(whole):

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.audit.export import as_array, guarded, uid_of_key
+from pipeline.audit.datacomp import as_array, uid_of_key
+from pipeline.audit.export import guarded
 from pipeline.cli import main as cli
 from shards.index.build_index import build_index
 from shards.index.shard_list import Shard, ShardList
@@ -127,10 +128,10 @@ def test_datacomp_takes_keys_that_are_uids_and_never_a_uid_that_is_risky_too(tmp
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 2**128 - 1)), max_size=20))
 def test_uids_sort_as_numbers(numbers):
-    uid_N, there_N = as_array([uid_of_key(f"a/{n:032X}" if n is not None else "x") for n in numbers])
+    uid_N = as_array([uid_of_key(f"a/{n:032X}" if n is not None else "x") for n in numbers])
     known = [n for n in numbers if n is not None]
-    halves = np.frombuffer(np.unique(uid_N[there_N]).tobytes(), ">u8").reshape(-1, 2)
-    assert there_N.tolist() == [n is not None for n in numbers]
+    halves = np.frombuffer(np.unique(uid_N["uid"][uid_N["there"]]).tobytes(), ">u8").reshape(-1, 2)
+    assert uid_N["there"].tolist() == [n is not None for n in numbers]
     assert [(int(a) << 64) + int(b) for a, b in halves] == sorted(set(known))
 
 

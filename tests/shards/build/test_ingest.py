@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.build import ingest
-from shards.build.ingest import from_csv, from_folder, read_records
+from shards.build import make
+from shards.build.ingest import from_csv, from_folder
+from shards.build.rows import read_records
 from shards.errors import UserError
 from shards.index.build_index import build_index
 from tests.helpers.pictures import picture
@@ -82,9 +83,9 @@ def test_it_resumes_where_it_was_interrupted_and_is_the_same(folder, monkeypatch
     whole = from_csv(folder / "list.csv", folder / "whole", per_shard=3, workers=1)
     from_csv(folder / "list.csv", folder / "out", per_shard=3, workers=1)
     (folder / "out" / "00001.tar").unlink()
-    written, original = [], ingest.sample
-    monkeypatch.setattr(ingest, "ProcessPoolExecutor", ingest_threads)
-    monkeypatch.setattr(ingest, "sample", lambda *row: (written.append(row), original(*row))[1])
+    written, original = [], make.sample
+    monkeypatch.setattr(make, "ProcessPoolExecutor", ingest_threads)
+    monkeypatch.setattr(make, "sample", lambda *row: (written.append(row), original(*row))[1])
     again = from_csv(folder / "list.csv", folder / "out", per_shard=3)
     assert again.replace("/out", "/whole") == whole and [row[1] for row in written] == [
         f"caption {i}" for i in (3, 4, 5)
