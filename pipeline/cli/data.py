@@ -91,9 +91,12 @@ def from_folder(**options: Any) -> None:
 def index(out: str, report: str | None, **options: Any) -> None:
     """Index shards: what each holds, and where. SHARDS are paths and URLs with braces and
     wildcards, or lists of them, one a line (@FILE or FILE.txt)."""
-    from shards.index.build_index import build_index
+    from pipeline.training.signals import ExitOnSignal
 
-    built = build_index(out=out, report=report, **options)
+    with ExitOnSignal(f"{out}: tables of shards that were read are kept, the same command reads the others"):
+        from shards.index.build_index import build_index
+
+        built = build_index(out=out, report=report, **options)
     print(f"{out}: {built.samples:,} samples in {len(built.shards)} shards, fingerprint {built.fingerprint}")
     for reason, count in Counter(finding.kind for finding in built.findings).most_common():
         print(f"  {count:,} x {reason}" + ("" if report else " (--report FILE lists them)"))

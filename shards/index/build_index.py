@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -117,7 +118,7 @@ def scan_all(
     shards, findings = [], []
     scan = partial(scan_shard, text=text, image=image, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)
     workers = min(workers or os.cpu_count(), len(urls))
-    with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(workers, initializer=ignore_signals) if workers > 1 else ThreadPoolExecutor(1) as pool:
         for entry, found in progress(pool.map(scan, urls), len(urls), "shards indexed"):
             shards.append(Shard(**entry, text=text, image=image))
             findings += found
@@ -153,6 +154,12 @@ def scan_all(
     index = ShardIndex.load(out)
     index.findings = findings
     return index
+
+
+def ignore_signals() -> None:
+    """Initialize a reading process: signals to the command are handled by the process that has started it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
