@@ -101,7 +101,7 @@ def own_gpu(local_rank: int, count: int, env: Mapping[str, str]) -> int:
 
 
 def shutdown(well: bool = True) -> None:
-    """Destroy the process groups; also called when the process exits.
+    """Destroy the process groups, and end the heartbeat; also called when the process exits. well: all ranks call.
 
     A gloo group that outlives the interpreter sometimes aborts the process (14 of 120 exits measured, its threads are
     not joined), and the exit code is lost. Destroying an NCCL group may wait for a rank that died, so it is skipped
@@ -115,7 +115,7 @@ def shutdown(well: bool = True) -> None:
             dist.destroy_process_group(_control)
     _control = None
     if _heartbeat:  # last, for the above may wait for a rank that is lost
-        _heartbeat.stop()
+        _heartbeat.stop(well)
     _heartbeat = None
 
 

@@ -29,7 +29,9 @@ EXIT_CODE = 1  # as of RunFailed
 BEATS = 12  # within `limit`
 LONGEST = 2.0  # seconds between beats, at most
 FAREWELL = 5.0  # seconds for log files and `before_exit`, which may be on a disk that does not answer
-VERDICT, ENDED = "verdict", "ended"
+CONNECT = timedelta(minutes=10)
+VERDICT = "verdict"
+DONE, ENDED = "done", "ended"  # last beats of a process: of a run that is done, or before that
 
 before_exit: set[Callable[[], None]] = set()  # called before this process exits because another is lost
 
@@ -50,8 +52,8 @@ class Heartbeat:
         self.every = min(LONGEST, limit / BEATS)
         self.host, address = socket.gethostname(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         self.beats, self.of_0 = 0, f"0 {address[0]}"  # how often the store has answered, and what rank 0 wrote last
-        self.ended, self.told = threading.Event(), threading.Event()
-        client = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=limit))
+        self.ended, self.told, self.last_beat = threading.Event(), threading.Event(), ENDED
+        client = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=CONNECT)
         self.store = dist.PrefixStore(f"heartbeat/{prefix}", client)
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self.beat, self.watch_store)]
         self.store.set(str(rank), f"0 {self.host}")
@@ -70,7 +72,7 @@ class Heartbeat:
                 self.store.set(str(self.rank), f"{self.beats} {self.host}")
                 verdict, of_0, found = self.store.multi_get([VERDICT, "0", str(other)])
                 self.beats, self.of_0 = self.beats + 1, of_0.decode()
-                silent = silent + 1 if found == before else 0
+                silent = silent + 1 if found == before and not found.startswith(DONE.encode()) else 0
                 before = found
                 words = verdict.decode()
                 if not words and silent * self.every >= self.limit:
@@ -79,7 +81,7 @@ class Heartbeat:
                 if words:
                     self.tell(words)
                 self.ended.wait(0 if words else self.every)
-            self.store.set(str(self.rank), f"{ENDED} {self.host}")
+            self.store.set(str(self.rank), f"{self.last_beat} {self.host}")
             if self.rank == 0:
                 self.see_off()
         if self.told.is_set():
@@ -89,14 +91,14 @@ class Heartbeat:
         """Keep the store, which rank 0 may hold, until the others have ended too, or could read that this one has."""
         others, until = [str(rank) for rank in range(1, self.world)], time.monotonic() + 2 * self.every
         while time.monotonic() < until:
-            if all(value.decode().startswith(ENDED) for value in self.store.multi_get(others)):
+            if all(value.decode().startswith((DONE, ENDED)) for value in self.store.multi_get(others)):
                 return
             time.sleep(self.every / 20)
 
     def watch_store(self) -> None:
         """Thread: lose rank 0 when the store is silent. It asks nothing itself: a request may hang for ever."""
         before, silent = -1, 0
-        while not self.ended.wait(self.every):
+        while not self.ended.wait(self.every) and not self.of_0.startswith(DONE):
             silent = silent + 1 if self.beats == before else 0
             before = self.beats
             if silent * self.every >= self.limit:
@@ -129,10 +131,14 @@ class Heartbeat:
         if self.told.wait(2 * self.every):
             threading.Event().wait()
 
-    def stop(self) -> None:
-        """Tell the others that this process ends by itself. Does nothing in a fork of the process."""
+    def stop(self, well: bool) -> None:
+        """Tell the others that this process ends by itself; unless it ends `well`, as all do, they end after `limit`.
+
+        Does nothing in a fork of the process.
+        """
         if os.getpid() != self.process:
             return
+        self.last_beat = DONE if well else ENDED
         self.ended.set()
         for thread in self.threads:
             thread.join(3 * self.every)

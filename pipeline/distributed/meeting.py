@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+import uuid
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -23,15 +24,15 @@ def meet(rank: int, world: int, timeout: float) -> tuple[dist.Store, Heartbeat |
     env, limit, heartbeat = os.environ, timedelta(seconds=JOIN), None
     if rank and "TORCHELASTIC_RUN_ID" not in env:
         await_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-    # torchrun may keep its store, with the keys in it, when it starts the processes again.
-    prefix = f"start_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
         kept, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
-        store = dist.PrefixStore(prefix, kept)
+        token = introduce(kept, rank)
+        store = dist.PrefixStore(token, kept)
         if world > 1:
-            heartbeat = Heartbeat(rank, world, prefix, timeout, kept)
-            if store.add("came", 1) >= world:
-                store.set("all", "")
+            heartbeat = Heartbeat(rank, world, token, timeout, kept)
+            store.add("came", 1)
+            if rank == 0:
+                welcome(kept, token, world)
             store.wait(["all"], limit)
             heartbeat.start()
     except dist.DistError as error:
@@ -45,6 +46,31 @@ def meet(rank: int, world: int, timeout: float) -> tuple[dist.Store, Heartbeat |
             "the log of one that is missing says why. Start the run again"
         ) from None
     return store, heartbeat
+
+
+def introduce(store: dist.Store, rank: int) -> str:
+    """The prefix of the keys of this start, which rank 0 makes. torchrun may keep its store, with the keys in it, when
+    it starts the processes again: another rank waits for an answer to a name that is new."""
+    name = uuid.uuid4().hex
+    if rank == 0:
+        return name
+    store.set(f"hello/{store.add('hellos', 1)}", name)
+    store.wait([f"welcome/{name}"], timedelta(seconds=JOIN))
+    return store.get(f"welcome/{name}").decode()
+
+
+def welcome(store: dist.Store, token: str, world: int) -> None:
+    """Answer every `introduce`, those of earlier starts too, until all ranks of this one have come. Rank 0 calls."""
+    answered, until = 0, time.monotonic() + JOIN
+    while (came := store.add(f"{token}/came", 0)) < world:
+        if store.check([f"hello/{answered + 1}"]):
+            answered += 1
+            store.set(f"welcome/{store.get(f'hello/{answered}').decode()}", token)
+        elif time.monotonic() > until:
+            raise dist.DistStoreError(f"{came} came")
+        else:
+            time.sleep(0.02)
+    store.set(f"{token}/all", "")
 
 
 def await_rank_0(address: str, port: int) -> None:

@@ -37,6 +37,16 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def done():
+    comm.shutdown()
+
+
+def late():
+    """Done later than the others, as with an upload."""
+    time.sleep(1.5 * LIMIT)
+    comm.shutdown()
+
+
 def fail():
     sys.exit(2)
 
@@ -119,12 +129,17 @@ def test_a_rank_that_fails_alone_keeps_its_code_and_ends_the_others(tmp_path, al
     assert ends[1 - alone][0] == 1 and f"rank {alone} on " in line and "has ended" in line
 
 
+@pytest.mark.parametrize("functions", [(done, late), (late, done)])
+def test_a_rank_that_is_done_later_than_the_others_ends_well(tmp_path, functions):
+    assert [(code, said(lines)) for code, lines in run(tmp_path, *functions)] == [(0, [])] * 2
+
+
 def forked():
     """Whether a fork of this process beats or signs off."""
     beats = comm._heartbeat.beats
     child = os.fork()
     if child == 0:
-        comm._heartbeat.stop()
+        comm._heartbeat.stop(False)
         os._exit(any(thread.is_alive() for thread in comm._heartbeat.threads))
     code = os.waitpid(child, 0)[1]
     while comm._heartbeat.beats < beats + 20:  # longer than the limit
