@@ -8,6 +8,7 @@ from pipeline.audit.data import AuditData
 from pipeline.audit.findings import combined, run_detectors, write_findings
 from pipeline.audit.report import write_report
 from pipeline.audit.truth import against_truth
+from pipeline.audit.unfinished import Unfinished
 from shards.errors import UserError
 from shards.storage.files import write_json
 
@@ -24,6 +25,7 @@ def audit(
     sample: int = 1024,
 ) -> str:
     """Write OUT/findings.parquet, findings.csv, audit.json and report.html; returns a line. Raises UserError.
+    An audit of the same that was stopped goes on after the detectors that it had run.
 
     source: run directory, or folder of `safeclip score`. scores: with a run, what `safeclip score --model RUN` wrote.
     truth: folder of an attack manifest (default: the one that the run or the scores were read with). worst: see
@@ -39,7 +41,8 @@ def audit(
     data = AuditData(source, scores, truth, sample)
     out.mkdir(parents=True, exist_ok=True)
     logger.info("%s: %s pairs in %d shards, %d rounds", source, f"{data.N:,}", len(data.counts_S), len(data.rounds))
-    found, about = run_detectors(data, worst, detectors)
+    kept = Unfinished(out, data, worst)
+    found, about = run_detectors(data, worst, detectors, kept)
     if not found:
         raise UserError(f"--detectors: none of {', '.join(about)} can run on {source}; see the reasons above")
     suspect = combined(found, worst)
@@ -65,6 +68,7 @@ def audit(
             "truth": against,
         },
     )
+    kept.remove()
     return (
         f"{out}/report.html: {suspects:,} of {data.N:,} pairs look suspect ({size / 1e6:.1f} MB); "
         "findings.parquet and findings.csv have all"

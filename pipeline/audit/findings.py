@@ -14,6 +14,7 @@ from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, Finding, chosen, lacking, lowest
 from pipeline.audit.export import write_csv
 from pipeline.audit.files import output
+from pipeline.audit.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +22,10 @@ LEAD = 2  # families of detectors, the worst of which make the combined score
 
 
 def run_detectors(
-    data: AuditData, worst: float, names: Sequence[str] | None = None
+    data: AuditData, worst: float, names: Sequence[str] | None = None, kept: Unfinished | None = None
 ) -> tuple[dict[str, Finding], dict[str, dict]]:
-    """({name: Finding}, {name: {"seconds" | "skipped"}}) of the detectors that `names` means (detectors.chosen). Raises
-    UserError."""
+    """({name: Finding}, {name: {"seconds" | "skipped"}}) of the detectors that `names` means (detectors.chosen). kept:
+    where findings are put, and taken from when the audit was stopped. Raises UserError."""
     found: dict[str, Finding] = {}
     about: dict[str, dict] = {}
     for name in chosen(names):
@@ -33,9 +34,15 @@ def run_detectors(
             about[name] = {"skipped": why}
             logger.info("%-18s skipped: %s", name, why)
             continue
+        if there := kept and kept.load(name):
+            found[name], about[name] = there
+            logger.info("%-18s %s pairs, found before the audit was stopped", name, f"{about[name]['issues']:,}")
+            continue
         start = time.monotonic()
         found[name] = REGISTRY[name]().find(data, worst)
         about[name] = {"seconds": round(time.monotonic() - start, 3), "issues": int(found[name].issue_N.sum())}
+        if kept:
+            kept.save(name, found[name], about[name])
         logger.info("%-18s %s pairs, %.1f s", name, f"{about[name]['issues']:,}", about[name]["seconds"])
     return found, about
 

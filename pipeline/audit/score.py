@@ -27,6 +27,7 @@ from pipeline.distributed import comm
 from pipeline.safety.round import SelectionRound, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles, Unread, shared_scores
 from pipeline.safety.scoring import assign_shards, least_similar, shard_batches
+from pipeline.training.signals import ignore_in_worker
 from shards.errors import BadSample, UserError
 from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
@@ -39,8 +40,6 @@ from shards.views.loader import batches
 
 if TYPE_CHECKING:
     from pipeline.audit.models import Scorer
-
-PATIENCE = 86_400.0  # seconds that a rank waits for the others: each scores its own shards, and they end hours apart
 
 
 @dataclass
@@ -131,7 +130,7 @@ def score(
         raise UserError("--embeddings: has the cosines of its own model; leave --model and --data out")
     if not embeddings and not model:
         raise UserError("--model: missing; name a run, an open_clip model or local directory, or give --embeddings")
-    comm.init(PATIENCE)
+    comm.init()
     if embeddings:
         folder = EmbeddingFolder(embeddings)
         index: EmbeddingFolder | ShardIndex = folder
@@ -204,9 +203,9 @@ def claim(out: Path, identity: str) -> None:
 def score_embeddings(index: EmbeddingFolder, out: Path, files: ScoreFiles) -> None:
     """Cosines of embeddings that exist, this rank's part of the shards that are not done."""
     done = set(comm.broadcast_object(files.claim().done() if comm.is_rank0() else None))
-    for shard in range(comm.rank(), len(index.counts), comm.world()):
-        if shard in done or not index.counts[shard]:
-            continue
+    mine = range(comm.rank(), len(index.counts), comm.world())
+    todo = [shard for shard in mine if shard not in done and index.counts[shard]]
+    for shard in progress(todo, len(todo), "parts of rank 0 scored", comm.is_rank0()):
         images, texts = (Rows({0: paths[shard]}, [index.counts[shard]]) for paths in (index.images, index.texts))
         cos_N = np.empty(len(images), np.float32)
         for start, image_BD in images.blocks():
@@ -232,7 +231,7 @@ def score_shards(
     todo = shard_batches(index.offsets, mine, batch_size)
     parts, device = [], comm.device()
     dataset = Pairs(samples, todo, scorer.preprocess, scorer.tokenize)
-    reading = zip(todo, fetched_ahead(batches(dataset, 0, workers), dataset))
+    reading = zip(todo, fetched_ahead(batches(dataset, 0, workers, ignore_in_worker), dataset))
     for (shard, numbers), rows in progress(reading, len(todo), "batches of rank 0 scored", comm.is_rank0()):
         if rows.valid.any():
             image_BD, text_TD = scorer.encode(rows.images.to(device), rows.tokens.to(device))

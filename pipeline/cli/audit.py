@@ -23,13 +23,17 @@ from pipeline.cli.options import COUNT, FRACTION, PATH, Command
 @click.option("--out", type=PATH, required=True, metavar="DIR")
 def score(**options: Any) -> None:
     """Score every pair with any CLIP. Writes cosines and a mask by posterior. Also runs under torchrun; resumes."""
-    from pipeline.audit.score import score as score_pairs
-    from pipeline.distributed import comm
+    from pipeline.training.signals import ExitOnSignal
 
-    line = score_pairs(**options)
-    if comm.is_rank0():
-        print(line)
-    comm.shutdown()
+    with ExitOnSignal(f"{options['out']}: shards that are scored are kept, the same command scores the rest"):
+        from pipeline.audit.score import score as score_pairs
+        from pipeline.distributed import comm
+
+        with comm.naming_the_lost():
+            line = score_pairs(**options)
+        if comm.is_rank0():
+            print(line)
+        comm.shutdown()
 
 
 @click.command(cls=Command)
@@ -55,6 +59,10 @@ def audit(**options: Any) -> None:
     findings.csv, audit.json and report.html. kdistance, slof and dao look for neighbours among N random pictures; above
     65,536 faiss's IVF searches them.
     """
-    from pipeline.audit.audit import audit as audit_pairs
+    from pipeline.training.signals import ExitOnSignal
 
-    print(audit_pairs(**options))
+    done = "findings of the detectors that have run are kept, the same command runs the others"
+    with ExitOnSignal(f"{options['out']}: {done}"):
+        from pipeline.audit.audit import audit as audit_pairs
+
+        print(audit_pairs(**options))

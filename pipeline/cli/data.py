@@ -93,10 +93,13 @@ def from_folder(**options: Any) -> None:
 def index(out: str, report: str | None, **options: Any) -> None:
     """Index shards: what each holds, and where. SHARDS are paths and URLs with braces and
     wildcards, or lists of them, one a line (@FILE or FILE.txt)."""
-    from shards.index.build_index import build_index
-    from shards.shares import launched
+    from pipeline.training.signals import ExitOnSignal
 
-    built = build_index(out=out, report=report, **options, share=launched())
+    with ExitOnSignal(f"{out}: tables of shards that were read are kept, the same command reads the others"):
+        from shards.index.build_index import build_index
+        from shards.shares import launched
+
+        built = build_index(out=out, report=report, **options, share=launched())
     if built is None:  # another process concludes
         return
     print(f"{out}: {built.samples:,} samples in {len(built.shards)} shards, fingerprint {built.fingerprint}")

@@ -73,7 +73,8 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
                 evaluators = {"eval": found} if found.chosen else {}
             train_run(loaded, evaluators, stop)
             comm.shutdown()
-    except Preempted:
+    except Preempted:  # on all ranks
+        comm.shutdown()
         sys.exit(EXIT_CODE)
 
 

@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline.distributed.heartbeat import Heartbeat
+from pipeline.distributed.meeting import first_line, meet
 from shards.errors import RunFailed, UserError
 
 Found = TypeVar("Found")
@@ -23,16 +24,18 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 
 # On GPUs a gloo group of all ranks for messages between hosts; else the default group is gloo itself.
 _control: dist.ProcessGroup | None = None
-patience = datetime.timedelta(minutes=10)  # for a rank that does not come
+_heartbeat: Heartbeat | None = None
+# Collectives wait for a rank that works alone; the heartbeat tells one that is dead. Milliseconds must fit an int.
+PATIENCE = datetime.timedelta(days=7)
 
 
-def init(timeout: float = 600.0) -> None:
+def init(timeout: float = 60.0) -> None:
     """Join the process group of torchrun (RANK ...) or srun (SLURM_PROCID ...), or be a group of one.
 
-    gloo on the CPU, NCCL on GPUs. `timeout`: seconds a collective waits for a rank that does not come. Raises
-    UserError.
+    gloo on the CPU, NCCL on GPUs. `timeout`: seconds without a sign of life of another process after which this one
+    exits (heartbeat.py). Raises UserError, and RunFailed where not all processes come.
     """
-    global _control, patience
+    global _control, _heartbeat
     if dist.is_initialized():
         return
     env = os.environ
@@ -57,23 +60,27 @@ def init(timeout: float = 600.0) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu(int(env["LOCAL_RANK"]), torch.cuda.device_count(), env))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    patience = datetime.timedelta(seconds=timeout)
-    if env["RANK"] != "0" and "TORCHELASTIC_RUN_ID" not in env:
-        await_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout)
-    try:
-        # Without its device NCCL guesses one from the rank, which hangs where ranks and GPUs are not in step.
-        dist.init_process_group(backend, timeout=patience, device_id=device() if backend == "nccl" else None)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise UserError(
-            f"MASTER_PORT: got {env['MASTER_PORT']}, on which another process of {socket.gethostname()} listens; "
-            "set another one"
-        ) from None
+    store, _heartbeat = meet(int(env["RANK"]), int(env["WORLD_SIZE"]), timeout)
+    store.set_timeout(PATIENCE)
+    atexit.register(shutdown, False)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=int(env["RANK"]),
+        world_size=int(env["WORLD_SIZE"]),
+        timeout=PATIENCE,
+        # Without it NCCL guesses one from the rank, which hangs where ranks and GPUs are not in step.
+        device_id=device() if backend == "nccl" else None,
+    )
     if backend != "gloo":
         # Every rank is a member, and gets no mark for those that are not.
-        _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=patience))
-    atexit.register(shutdown, False)
+        _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def wait_long(group: dist.ProcessGroup) -> None:
+    """Let the collectives of a group that another package has made wait as long as those of `init`."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
+    set_timeout(PATIENCE, group)
 
 
 def own_gpu(local_rank: int, count: int, env: Mapping[str, str]) -> int:
@@ -94,36 +101,22 @@ def own_gpu(local_rank: int, count: int, env: Mapping[str, str]) -> int:
 
 
 def shutdown(well: bool = True) -> None:
-    """Destroy the process groups; also called when the process exits.
+    """Destroy the process groups, and end the heartbeat; also called when the process exits. well: all ranks call.
 
     A gloo group that outlives the interpreter sometimes aborts the process (14 of 120 exits measured, its threads are
     not joined), and the exit code is lost. Destroying an NCCL group may wait for a rank that died, so it is skipped
     unless all went `well`.
     """
-    global _control
+    global _control, _heartbeat
     if dist.is_initialized():
         if well or _control is None:
             dist.destroy_process_group()
         else:
             dist.destroy_process_group(_control)
     _control = None
-
-
-def await_rank_0(address: str, port: int, timeout: float) -> None:
-    """Until rank 0 listens. torch's own wait takes more than twice its timeout where rank 0 died before it could.
-    Raises RunFailed."""
-    until = time.monotonic() + timeout
-    while True:
-        try:
-            return socket.create_connection((address, port), timeout=1).close()
-        except OSError as error:
-            if time.monotonic() > until:
-                raise RunFailed(
-                    f"rank {os.environ['RANK']}: rank 0 does not listen at {address}:{port} "
-                    f"after run.timeout = {timeout:g} s ({error}); "
-                    "its own log says why, if it is no firewall. Start the run again"
-                ) from None
-            time.sleep(0.2)
+    if _heartbeat:  # last, for the above may wait for a rank that is lost
+        _heartbeat.stop(well)
+    _heartbeat = None
 
 
 def rank() -> int:
@@ -164,17 +157,18 @@ def on_rank0(function: Callable[..., Found], *args: object) -> Found:
 
 
 @contextlib.contextmanager
-def naming_the_lost(timeout: float) -> Iterator[None]:
-    """Turn errors of collectives, after another rank died or was silent for `timeout` seconds, into RunFailed."""
+def naming_the_lost() -> Iterator[None]:
+    """Turn errors of collectives, whose connection to a rank that died is broken, into RunFailed."""
     try:
         yield
     except RuntimeError as error:
         words = str(error)
         if not (isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
             raise
+        if _heartbeat:
+            _heartbeat.explain()
         raise RunFailed(
-            f"rank {rank()}: another process of the run died, "
-            f"or did not answer for run.timeout = {timeout:g} s ({words.strip().splitlines()[0]}); "
+            f"rank {rank()}: another process of the run died ({first_line(error)}); "
             "its own log says why. Start the run again: it resumes from its last checkpoint"
         ) from error
 

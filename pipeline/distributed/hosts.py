@@ -73,7 +73,7 @@ def share_between_hosts(array: np.ndarray, ranges_R: Sequence[tuple[int, int]]) 
     firsts = first_ranks()
     leaders = sorted(set(firsts))
     if len(leaders) > 1:
-        group = dist.new_group(leaders, backend="gloo", timeout=comm.patience)
+        group = dist.new_group(leaders, backend="gloo", timeout=comm.PATIENCE)
         if isinstance(group, dist.ProcessGroup):  # this rank is a member
             size = max(1, PIECE // len(leaders))
             parts = [

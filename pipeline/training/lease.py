@@ -20,6 +20,7 @@ import uuid
 from pathlib import Path
 
 from pipeline.distributed import comm, hosts
+from pipeline.distributed.heartbeat import before_exit
 from shards.errors import UserError
 from shards.storage.files import write_bytes
 
@@ -55,6 +56,7 @@ class Lease:
             time.sleep(BEAT / 20)
         if comm.is_rank0():
             atexit.register(self.release)
+            before_exit.add(self.release)
             threading.Thread(target=self.renew, daemon=True).start()
 
     def attempt(self) -> bool:
@@ -127,6 +129,7 @@ class Lease:
         """Let go of the lease, so that the next start need not wait."""
         self.ended.set()
         atexit.unregister(self.release)
+        before_exit.discard(self.release)
         with contextlib.suppress(OSError):
             if self.is_mine():
                 self.path.unlink()

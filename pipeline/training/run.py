@@ -53,11 +53,7 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
     evaluators: {name of their figures in metrics.jsonl: evaluator}. stop: an active StopSignal of the caller, else a
     new one. Raises UserError for mistakes in the input, and Preempted after a stop signal, with the state saved.
     """
-    with (
-        nullcontext(stop) if stop else StopSignal() as stop,
-        comm.naming_the_lost(config.run.timeout),
-        Run(config) as run,
-    ):
+    with nullcontext(stop) if stop else StopSignal() as stop, comm.naming_the_lost(), Run(config) as run:
         state, clock = run.state, SaveClock()
         if any(comm.all_reduce_max(stop.received)):
             run.exit_preempted()  # asked while it started

@@ -1,7 +1,14 @@
-"""Preemption: SIGTERM and SIGUSR1 make the run save its state and exit."""
+"""Preemption: SIGTERM and SIGUSR1 make the run save its state and exit, and commands end with what they have done."""
 
+import multiprocessing
+import os
 import signal
-from types import FrameType
+import socket
+import sys
+import threading
+from types import FrameType, TracebackType
+
+from pipeline import logs
 
 EXIT_CODE = 75  # EX_TEMPFAIL: "try again later"; launch/slurm.sbatch requeues on it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -30,7 +37,64 @@ class StopSignal:
         self.received = True
 
 
-def ignore_in_worker(_worker: int) -> None:
+class Stopped(BaseException):
+    """Raised in the main thread by a signal. No Exception: nothing on the way may take it for an error of its own."""
+
+
+class ExitOnSignal:
+    """Context manager of a command whose work is in whole files: SIGNALS and SIGINT end the process, with EXIT_CODE and
+    a line that says what is kept.
+
+    The signal raises Stopped in the main thread, which lets processes finish what they read for it, or is in a long
+    call of a library. A thread ends the process after GRACE seconds, whatever the main thread does.
+    """
+
+    GRACE = 5.0
+
+    def __init__(self, kept: str):
+        """kept: of the line, what is on disk, and how to go on."""
+        self.kept, self.told = kept, threading.Lock()
+
+    def __enter__(self) -> "ExitOnSignal":
+        numbers = (*SIGNALS, signal.SIGINT)
+        self.before = {number: signal.signal(number, self.stop) for number in numbers}
+        self.receiver, self.sender = socket.socketpair()
+        self.sender.setblocking(False)
+        signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.end_anyway, args=(set(numbers),), daemon=True).start()
+        return self
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        for number in self.before:
+            signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise Stopped
+
+    def end_anyway(self, numbers: set[int]) -> None:
+        """Thread: told of a signal at once, also while the main thread is in a long call."""
+        while got := self.receiver.recv(1):
+            if got[0] in numbers:
+                threading.Event().wait(self.GRACE)
+                self.tell()
+                for child in multiprocessing.active_children():  # they ignore signals to the job
+                    child.kill()
+                os._exit(EXIT_CODE)
+
+    def tell(self) -> None:
+        """Print the line, once, on rank 0."""
+        if self.told.acquire(blocking=False) and logs.rank() == 0:
+            print(f"safeclip: asked to stop; {self.kept}", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is Stopped:
+            self.tell()
+            sys.exit(EXIT_CODE)  # within GRACE: the thread still waits
+        signal.set_wakeup_fd(-1)
+        self.sender.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def ignore_in_worker(_worker: int = 0) -> None:
     """Initialize a reading process: signals to the job are handled by its rank."""
-    for number in SIGNALS:
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -132,7 +133,7 @@ def scan_all(
     """What `scan` finds in the shards of this share, the findings as JSON objects."""
     own, scanned = share.of(urls), []
     workers = min(workers, len(own))
-    with ProcessPoolExecutor(workers) if workers > 1 else ThreadPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(workers, initializer=ignore_signals) if workers > 1 else ThreadPoolExecutor(1) as pool:
         for entry, found in progress(pool.map(scan, own), len(own), "shards indexed", share.shown):
             scanned.append((entry, [asdict(finding) for finding in found]))
     return scanned
@@ -175,6 +176,12 @@ def save_index(out: Path, shards: list[Shard], findings: list[Finding]) -> Shard
     index = ShardIndex.load(out)
     index.findings = findings
     return index
+
+
+def ignore_signals() -> None:
+    """Initialize a reading process: signals to the command are handled by the process that has started it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def expand(patterns: Iterable[str]) -> list[str]:

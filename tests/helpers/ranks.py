@@ -12,6 +12,12 @@ import torch.multiprocessing as mp
 multiprocessing.set_forkserver_preload(["pipeline.training.run", "deepspeed", "tests.helpers.runs"])
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run_ranks(function, world, *args, timeout=60):
     """[function(*args) of rank 0, of rank 1, ...]; an error in any rank is raised here. `function` must be importable.
 

@@ -92,7 +92,7 @@ def test_the_configs_of_large_sets_leave_a_preset_whole(name):
         ("run.save_steps=-3", "run.save_steps"),
         ("run.timeout=-1", "run.timeout"),
         ("run.timeout=0", "run.timeout"),
-        ("run.timeout=.inf", "run.timeout: got inf, expected a finite number > 0 and <= 1000000000"),
+        ("run.timeout=.inf", "run.timeout: got inf, expected a finite number >= 1 and <= 1000000000"),
         ("train.lr=nan", "train.lr"),
         ("train.lr=.nan", "train.lr: got nan, expected a finite number >= 0 and <= 100"),
         ("train.lr=-0.1", "train.lr"),

@@ -154,6 +154,18 @@ def test_the_logit_scale_stays_in_bounds_at_every_stage():
         assert weight == pytest.approx(bounded, abs=1e-6), stage
 
 
+def patience_of_groups(stage):
+    engines.start_engine(towers(VIT), Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    backends = [group._get_backend(comm.device()) for group in torch.distributed.distributed_c10d._world.pg_map]
+    return [backend.options._timeout for backend in backends]
+
+
+def test_every_group_waits_for_a_rank_that_works_alone():
+    """DeepSpeed's own group too, which it makes with the default timeout."""
+    (own, deepspeed), _ = run_ranks(patience_of_groups, 2, 3)
+    assert own == deepspeed == comm.PATIENCE
+
+
 def save_and_load(folder, stage):
     settings = Train(batch_size=ROWS, lr=1e-2, zero_stage=stage)
     batch = own_rows(global_batch("clip", 16))

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from pipeline.distributed import comm
+from pipeline.distributed.heartbeat import before_exit
 from pipeline.doctor import checks
 from pipeline.training import checkpoint, lease
 from pipeline.training import run as running
@@ -42,12 +43,13 @@ def test_a_lease_is_renewed_and_released(tmp_path):
     before = mine.path.stat().st_mtime_ns
     time.sleep(0.4)
     assert mine.path.stat().st_mtime_ns > before and not mine.lost
+    assert mine.release in before_exit  # called where this process exits because another is lost
     mine.path.unlink()  # by hand
     time.sleep(0.4)
     assert mine.is_mine() and not mine.lost
     mine.check()
     mine.release()
-    assert not mine.path.exists()
+    assert not mine.path.exists() and mine.release not in before_exit
 
 
 def test_a_living_process_of_this_host_is_named_and_a_dead_one_taken_over(tmp_path):

@@ -271,23 +271,3 @@ def test_a_gradient_that_is_no_number_stops_the_run_or_is_counted(data):
     for stage in (0, 1, 2, 3):
         folder, _ = checkpoint.newest_complete(data / f"nan_skip{stage}")
         assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())
-
-
-def hang(folder):
-    """The last rank stops answering; the others must not wait for ever."""
-    import time
-
-    comm.barrier()
-    if comm.rank() == comm.world() - 1:
-        time.sleep(8)
-        return "silent"
-    try:
-        with comm.naming_the_lost(3):
-            comm.all_reduce_max(1)
-    except RunFailed as error:
-        return str(error)
-
-
-def test_a_rank_that_does_not_answer_is_named_within_the_timeout(tmp_path):
-    words, silent = run_ranks(hang, 2, tmp_path, timeout=3)
-    assert silent == "silent" and "did not answer for run.timeout = 3 s" in words and "\n" not in words
