@@ -2,6 +2,7 @@
 that can be avoided."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def order_fractions(key_N: np.ndarray) -> np.ndarray:
     return fraction_N
 
 
-def places(ordered_U: np.ndarray, value_B: np.ndarray, side: str = "left") -> np.ndarray:
+def places(ordered_U: np.ndarray, value_B: np.ndarray, side: Literal["left", "right"] = "left") -> np.ndarray:
     """np.searchsorted; values are looked up in their order, which is several times faster in a large array."""
     order_B = np.argsort(value_B)
     place_B = np.empty(len(value_B), np.int64)

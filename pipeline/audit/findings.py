@@ -56,10 +56,10 @@ def combined(found: dict[str, Finding], worst: float) -> Finding:
         if REGISTRY[name].ranks:
             families.setdefault(REGISTRY[name].family or name, []).append(finding.score_N)
     if not families:
-        fine_N = np.zeros(len(next(iter(found.values())).score_N), np.float32)
+        flags_N = np.zeros(len(next(iter(found.values())).score_N), np.uint8)
         for finding in found.values():
-            fine_N += finding.issue_N
-        fine_N = 1 - fine_N / len(found)
+            flags_N += finding.issue_N
+        fine_N = 1 - flags_N / np.float32(len(found))
         return Finding(fine_N, fine_N < 1)
     product_N = lowest_sum(mean_log_rank(scores) for scores in families.values())
     score_N = order_fractions(product_N)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY
+from pipeline.audit.detectors.repeated import SUMS
 from shards.errors import UserError
 
 PROGRAM = 1_000_000_000  # libraries, the report's pictures and what it shows
-BLOCK_ROWS = 1 << 18  # float32 rows of a block, with its copies, and the sums of groups
+BLOCK_NUMBER, SAMPLE_NUMBER = 16 << 16, 16  # bytes for each number of an embedding: in a block, in a picture sampled
 SCORES, FINDING, HISTORY, QUALITY = 16, 5, 8, 400  # bytes a pair: read, of each detector, and what some hold besides
 WORK, WORK_EMBEDDINGS = 40, 80  # bytes a pair for a while: orders and ranks; hashes, groups and factors
 CGROUPS = Path("/sys/fs/cgroup")
@@ -21,8 +22,10 @@ def needed(pairs: int, width: int, names: Sequence[str], sample: int) -> int:
     embedded = any({"images", "texts", "cells"} & set(REGISTRY[name].needs) for name in names)
     a_pair = SCORES + FINDING * (len(names) + 1) + (WORK_EMBEDDINGS if embedded else WORK)
     a_pair += HISTORY * ("history" in names) + QUALITY * any(REGISTRY[name].package for name in names)
-    blocks = 4 * width * (BLOCK_ROWS + 3 * min(sample, pairs)) if embedded else 0
-    return PROGRAM + a_pair * pairs + blocks
+    if not embedded:
+        return PROGRAM + a_pair * pairs
+    sums = 8 * min(SUMS, pairs * width)
+    return PROGRAM + a_pair * pairs + sums + width * (BLOCK_NUMBER + SAMPLE_NUMBER * min(sample, pairs))
 
 
 def available(root: Path = CGROUPS) -> int | None:

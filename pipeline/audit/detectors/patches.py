@@ -152,7 +152,8 @@ def found_in(value_B: np.ndarray, known_K: np.ndarray) -> tuple[np.ndarray, np.n
 def merged(found: WorstCells) -> list[tuple[float, list[int], int, np.ndarray]]:
     """[(excess, cells, pictures, the first of their rows)]: the SHOWN worst patches, each of the cells whose pictures
     are much the same."""
-    size_T, patches = found.both_TT.diagonal(), {}  # {the worst cell of a patch: its cells}
+    size_T = found.both_TT.diagonal()
+    patches: dict[int, list[int]] = {}  # {number of the worst cell of a patch: its cells}
     for number, cell in enumerate(found.cell_T.tolist()):
         for first, patch in patches.items():
             both = found.both_TT[number, first]

@@ -14,7 +14,7 @@ from pipeline.audit.embeddings import Rows
 from pipeline.audit.hash_groups import near_groups, repeated
 
 GROUPS = 200  # reported by a detector
-SUMS = 1 << 27  # numbers in the sums of groups that are in memory at once
+SUMS = 1 << 26  # numbers in the sums of groups that are in memory at once
 
 
 def agreement(rows: Rows, group_N: np.ndarray, count: int) -> np.ndarray:
