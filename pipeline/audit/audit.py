@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.audit.data import AuditData
+from pipeline.audit.detectors import chosen
 from pipeline.audit.findings import combined, run_detectors, write_findings
+from pipeline.audit.memory import require_memory
 from pipeline.audit.report import write_report
 from pipeline.audit.truth import against_truth
 from pipeline.audit.unfinished import Unfinished
@@ -24,7 +26,9 @@ def audit(
     worst: float = 0.01,
     sample: int = 1024,
 ) -> str:
-    """Write OUT/findings.parquet, findings.csv, audit.json and report.html; returns a line. Raises UserError.
+    """Write OUT/findings.parquet, findings.csv, audit.json and report.html; returns a line. Raises UserError, also
+    where the host has too little memory.
+
     An audit of the same that was stopped goes on after the detectors that it had run.
 
     source: run directory, or folder of `safeclip score`. scores: with a run, what `safeclip score --model RUN` wrote.
@@ -39,6 +43,7 @@ def audit(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     data = AuditData(source, scores, truth, sample)
+    require_memory(data, chosen(detectors))
     out.mkdir(parents=True, exist_ok=True)
     logger.info("%s: %s pairs in %d shards, %d rounds", source, f"{data.N:,}", len(data.counts_S), len(data.rounds))
     kept = Unfinished(out, data, worst)

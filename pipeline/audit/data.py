@@ -2,37 +2,49 @@
 required."""
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from pipeline.audit.captions import Captions, metadata_column
 from pipeline.audit.embeddings import EmbeddingFolder, Rows, parts
 from pipeline.audit.mask_commands import require_same_shards
+from pipeline.audit.notes import Notes
 from pipeline.config.data import open_index, open_overlay, open_samples
 from pipeline.config.load import load_config
 from pipeline.config.schema import Data
 from pipeline.safety.mixture import DegenerateFit, Mixture, posterior_threshold
 from pipeline.safety.selection import RANGES
 from pipeline.settings import read
-from shards.errors import BadSample, UserError
+from shards.errors import UserError
 from shards.order.safe_mask import SavedMask
 from shards.samples.bad_samples import read_bad_samples
 from shards.samples.samples import Samples
 from shards.storage.files import read_json
 
 
+class Scored(NamedTuple):
+    """What the score files say of N pairs. Cosines and scores: float32 (N,), NaN = unreadable."""
+
+    cos_N: np.ndarray
+    score_N: np.ndarray
+    reasons: Notes
+    excluded: Notes
+
+
 class AuditData:
     """N pairs in S shards. saved: the SavedMask judged, the run's last one or that of the scores; rounds: all of the
     run's, in order.
 
-    score_N: what the pairs are ranked by; of a pair that a guard excluded, its cosine. reasons, excluded: {row: reason}
-    of the pairs that cannot be read, and of those that the guards of a run excluded.
+    Opened without the scores, which are read when they are first asked for: cos_N; score_N, what the pairs are ranked
+    by, of a pair that a guard excluded its cosine; reasons and excluded, the Notes of the pairs that cannot be read,
+    and of those that the guards of a run excluded.
 
     sample: pictures that are searched for neighbours. cache: shared by the detectors. None if not available:
-    images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (list of str or None),
+    images, texts (embeddings.Rows of unit vectors), cells (Rows), hash_N (uint64), captions (Captions),
     samples (shards.samples.samples.Samples, for pictures), overlay (the ground truth), metrics (list of dict).
     """
 
@@ -59,7 +71,7 @@ class AuditData:
         self.counts_S = self.saved.mask.counts_S
         self.offsets = np.concatenate([[0], np.cumsum(self.counts_S)]).astype(np.int64)
         self.N = int(self.offsets[-1])
-        self.cos_N, self.score_N, self.reasons, self.excluded = self.read_scores()
+        self.low, self.high = RANGES[self.saved.meta.get("score", "cosine")]
         self.images: Rows | None = None
         self.texts: Rows | None = None
         self.cells: Rows | None = None
@@ -80,23 +92,40 @@ class AuditData:
             require_same_shards(SavedMask(self.scores), self.saved)
         return about
 
-    def read_scores(self) -> tuple[np.ndarray, np.ndarray, dict[int, str], dict[int, str]]:
-        """(cosines, scores, reasons, excluded) of all pairs; NaN = unreadable."""
-        cos, score, reasons, excluded = [], [], {}, {}
-        self.low, self.high = RANGES[self.saved.meta.get("score", "cosine")]
-        for shard in range(len(self.counts_S)):
-            table = self.saved.table(shard)
-            cos.append(table["cosine"].to_numpy().astype(np.float32))
-            score_N = table["score"].to_numpy().astype(np.float32)
-            score.append(np.where(np.isnan(score_N), cos[-1], score_N))
-            unread_N, first = np.isnan(cos[-1]), int(self.offsets[shard])
-            for position in np.flatnonzero(unread_N).tolist():
-                reasons[first + position] = table["reason"][position].as_py() or "the model gave no number"
-            for position in np.flatnonzero(np.isnan(score_N) & ~unread_N).tolist():
-                excluded[first + position] = table["reason"][position].as_py() or "it was not ranked"
+    @cached_property
+    def scored(self) -> Scored:
+        """Of all pairs, from the score files, a shard at a time."""
+        cos_N, score_N = np.empty(self.N, np.float32), np.empty(self.N, np.float32)
+        reasons, excluded = Notes(), Notes()
+        for shard, first in enumerate(self.offsets[:-1].tolist()):
+            rows = slice(first, int(self.offsets[shard + 1]))
+            table = self.saved.table(shard, ("cosine", "score", "reason"))
+            cos_N[rows], score_B = table["cosine"].to_numpy(), table["score"].to_numpy()
+            unread_B, unranked_B = np.isnan(cos_N[rows]), np.isnan(score_B)
+            score_N[rows] = np.where(unranked_B, cos_N[rows], score_B)
+            for position in np.flatnonzero(unread_B).tolist():
+                reasons.add(first + position, table["reason"][position].as_py() or "the model gave no number")
+            for position in np.flatnonzero(unranked_B & ~unread_B).tolist():
+                excluded.add(first + position, table["reason"][position].as_py() or "it was not ranked")
         for row in read_bad_samples(self.run_dir / "bad_samples") if self.run_dir else ():
-            reasons[int(self.offsets[row["shard"]] + row["position"])] = row["reason"]
-        return np.concatenate(cos), np.concatenate(score), reasons, excluded
+            reasons.add(int(self.offsets[row["shard"]] + row["position"]), row["reason"])
+        return Scored(cos_N, score_N, reasons, excluded)
+
+    @property
+    def cos_N(self) -> np.ndarray:
+        return self.scored.cos_N
+
+    @property
+    def score_N(self) -> np.ndarray:
+        return self.scored.score_N
+
+    @property
+    def reasons(self) -> Notes:
+        return self.scored.reasons
+
+    @property
+    def excluded(self) -> Notes:
+        return self.scored.excluded
 
     def open_embeddings(self, folder: Path) -> None:
         if folder.resolve() == self.scores.resolve():
@@ -147,28 +176,23 @@ class AuditData:
         """uint64 (N,): pixels.signature of each picture, 0 = could not be read; None where they were not kept."""
         if self.cells is None:
             return None
-        return np.concatenate(
-            [pq.read_table(path, columns=["hash"])["hash"].to_numpy() for path in self.metadata.values()]
-        )
+        hash_N = np.zeros(self.N, np.uint64)
+        for shard, count in enumerate(self.counts_S.tolist()):
+            if count:
+                rows = slice(int(self.offsets[shard]), int(self.offsets[shard + 1]))
+                hash_N[rows] = metadata_column(self.metadata, shard, "hash", count).to_numpy()
+        return hash_N
 
     @cached_property
-    def captions(self) -> list[str | None] | None:
-        """None where there is none; None for all where neither scores nor shards hold them."""
-        if self.metadata:
-            found = [pq.read_table(path, columns=["caption"])["caption"].to_pylist() for path in self.metadata.values()]
-            return [text for part in found for text in part]
-        if not self.samples:
+    def captions(self) -> Captions | None:
+        """None where neither scores nor shards hold them."""
+        if not self.metadata and not self.samples:
             return None
-        return [self.caption(shard, position) for shard, count in enumerate(self.counts_S) for position in range(count)]
+        return Captions(self.metadata, self.samples, self.counts_S)
 
     def caption(self, shard: int, position: int) -> str | None:
         """The one that was scored where the scores say it, else the first; None where there is none."""
-        if self.metadata:
-            return self.captions[int(self.offsets[shard]) + position]
-        try:
-            return self.samples.caption(shard, position)
-        except BadSample:
-            return None
+        return self.captions.at(shard, [position])[0]
 
     @cached_property
     def metrics(self) -> list[dict]:
@@ -192,9 +216,24 @@ class AuditData:
         shard = int(np.searchsorted(self.offsets, row, "right") - 1)
         return shard, int(row - self.offsets[shard])
 
-    def keys(self, shard: int) -> list[str]:
-        """Names of one shard's pairs."""
-        return self.saved.table(shard, ("key",))["key"].to_pylist()
+    def named(self, rows: Sequence[int]) -> list[tuple[str, str | None]]:
+        """[(key, caption)] of a few rows; each shard's columns are read once."""
+        found: list[tuple[str, str | None]] = [("", None)] * len(rows)
+        for shard, numbers in self.by_shard(rows).items():
+            positions = [int(rows[number] - self.offsets[shard]) for number in numbers]
+            keys = self.saved.table(shard, ("key",))["key"]
+            captions = self.captions.at(shard, positions) if self.captions else [None] * len(positions)
+            for number, position, caption in zip(numbers, positions, captions):
+                found[number] = keys[position].as_py(), caption
+        return found
+
+    def by_shard(self, rows: Sequence[int]) -> dict[int, list[int]]:
+        """{shard: places in `rows` of its rows}, shards in order."""
+        shards = np.searchsorted(self.offsets, np.asarray(rows, np.int64), "right") - 1
+        found: dict[int, list[int]] = {}
+        for number in np.argsort(shards, kind="stable").tolist():
+            found.setdefault(int(shards[number]), []).append(number)
+        return found
 
     def truth(self) -> dict[str, np.ndarray]:
         """{kind: int64 rows} of the poison that the manifest names; {} without one."""

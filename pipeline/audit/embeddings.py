@@ -41,48 +41,74 @@ def open_part(path: Path) -> np.ndarray:
 
 
 class Rows:
-    """The rows of all parts of one kind as one array, mapped. len, width, take(rows), and iteration over blocks."""
+    """The rows of all parts of one kind as one array on disk. len, width, take(rows), and iteration over blocks.
+
+    A part is mapped while it is read and no longer: what was read of it is not this process's memory afterwards, and
+    there may be more parts than a process may have maps.
+    """
 
     def __init__(self, found: dict[int, Path], counts_S: np.ndarray | Sequence[int]):
         """`found`: {number of the shard: path of its part}; `counts_S`: its pairs; an empty one needs no part. Raises
         UserError."""
-        self.parts, self.offsets = [], np.concatenate([[0], np.cumsum(counts_S)]).astype(np.int64)
-        for shard, count in enumerate(counts_S):
-            part = open_part(found[shard]) if shard in found else None
-            if count and (part is None or part.ndim != 2 or len(part) != count):
+        self.found, self.offsets = found, np.concatenate([[0], np.cumsum(counts_S)]).astype(np.int64)
+        self.width, self.dtype = 0, np.dtype(np.float16)
+        for shard in np.flatnonzero(counts_S).tolist():
+            part, count = self.part(shard) if shard in found else None, int(counts_S[shard])
+            if part is None or part.ndim != 2 or len(part) != count:
                 what = "missing" if part is None else f"of shape {part.shape}"
                 raise UserError(
                     f"embeddings: part {found.get(shard, shard)} is {what}, expected ({count}, D); score again"
                 )
-            self.parts.append(part)
-        self.width = next((part.shape[1] for part in self.parts if part is not None), 0)
-        self.dtype = next((part.dtype for part in self.parts if part is not None), np.dtype(np.float16))
-        if any(part is not None and part.shape[1] != self.width for part in self.parts):
-            raise UserError(f"embeddings {next(iter(found.values())).parent}: parts of different widths; score again")
+            if self.width not in (0, part.shape[1]):
+                raise UserError(f"embeddings {found[shard].parent}: parts of different widths; score again")
+            if not self.width:
+                self.width, self.dtype = part.shape[1], part.dtype
+
+    def part(self, shard: int) -> np.ndarray:
+        """(n, D): the rows of one shard, mapped."""
+        return open_part(self.found[shard])
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
-    def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """(B, D): the rows of these numbers, read from disk."""
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[slice, int, slice]]:
+        """Yield (their places from `start` on, shard, rows of it) of the rows `start` to `stop`."""
+        first, last = np.searchsorted(self.offsets, [start, stop - 1], "right") - 1
+        for shard in range(first, last + 1):
+            a, b = max(start, int(self.offsets[shard])), min(stop, int(self.offsets[shard + 1]))
+            if a < b:
+                offset = int(self.offsets[shard])
+                yield slice(a - start, b - start), shard, slice(a - offset, b - offset)
+
+    def take(self, rows: np.ndarray | Sequence[int], columns: slice = slice(None)) -> np.ndarray:
+        """(B, D): the rows of these numbers, or some columns of them, read from disk."""
         rows = np.asarray(rows, np.int64)
-        out = np.empty((len(rows), self.width), self.dtype)
+        out = np.empty((len(rows), len(range(self.width)[columns])), self.dtype)
         shard_B = np.searchsorted(self.offsets, rows, "right") - 1
-        for shard in np.unique(shard_B):
-            here = shard_B == shard
-            out[here] = self.parts[shard][rows[here] - self.offsets[shard]]
+        order = np.argsort(shard_B, kind="stable")
+        cuts = np.flatnonzero(np.diff(shard_B[order])) + 1
+        for here in np.split(order, cuts) if len(rows) else []:
+            shard = int(shard_B[here[0]])
+            out[here] = self.part(shard)[rows[here] - self.offsets[shard], columns]
         return out
 
     def blocks(self, size: int = 1 << 16) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, (B, D)) over all rows."""
         for start in range(0, len(self), size):
-            yield start, self.take(np.arange(start, min(start + size, len(self))))
+            out = np.empty((min(size, len(self) - start), self.width), self.dtype)
+            for places, shard, rows in self.pieces(start, start + len(out)):
+                out[places] = self.part(shard)[rows]
+            yield start, out
 
-    def columns(self, size: int = 32) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first, (C, N)): all columns, `size` at a time, for a row lies in one piece on disk."""
+    def columns(self, rows: np.ndarray, size: int = 32, piece: int = 1 << 16) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first, (C, M)): all columns of the rows of these numbers, `size` at a time, for a row lies in one
+        piece on disk."""
         for start in range(0, self.width, size):
-            read = [np.ascontiguousarray(part[:, start : start + size].T) for part in self.parts if part is not None]
-            yield start, np.concatenate(read, 1)
+            some = slice(start, min(start + size, self.width))
+            out = np.empty((some.stop - some.start, len(rows)), self.dtype)
+            for at in range(0, len(rows), piece):
+                out[:, at : at + piece] = self.take(rows[at : at + piece], some).T
+            yield start, out
 
 
 class EmbeddingFolder(ShardIndex):

@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.stats import rankdata
 
+from pipeline.audit.blocks import blocks, order_fractions, places
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, Finding, chosen, lacking, lowest
 from pipeline.audit.export import write_csv
@@ -19,6 +19,7 @@ from pipeline.audit.unfinished import Unfinished
 logger = logging.getLogger(__name__)
 
 LEAD = 2  # families of detectors, the worst of which make the combined score
+ROW_GROUP = 1 << 17  # rows of findings.parquet that are written at once
 
 
 def run_detectors(
@@ -58,21 +59,50 @@ def combined(found: dict[str, Finding], worst: float) -> Finding:
     issue.
     """
     families: dict[str, list[np.ndarray]] = {}
-    unread_N = None
     for name, finding in found.items():
         if REGISTRY[name].ranks:
-            rank_N = rankdata(np.nan_to_num(finding.score_N, nan=1.0), method="max") / len(finding.score_N)
-            families.setdefault(REGISTRY[name].family or name, []).append(np.log(rank_N).astype(np.float32))
-            unread_N = np.isnan(finding.score_N) if unread_N is None else unread_N & np.isnan(finding.score_N)
+            families.setdefault(REGISTRY[name].family or name, []).append(finding.score_N)
     if not families:
-        fine_N = 1 - np.stack([finding.issue_N for finding in found.values()]).mean(0, np.float32)
+        flags_N = np.zeros(len(next(iter(found.values())).score_N), np.uint8)
+        for finding in found.values():
+            flags_N += finding.issue_N
+        fine_N = 1 - flags_N / np.float32(len(found))
         return Finding(fine_N, fine_N < 1)
-    log_FN = np.sort(np.stack([np.mean(one, 0) for one in families.values()]), 0)
-    product_N = log_FN[:LEAD].sum(0)
-    score_N = np.empty(len(product_N), np.float32)
-    score_N[np.argsort(product_N, kind="stable")] = np.arange(len(product_N)) / len(product_N)
+    product_N = lowest_sum(mean_log_rank(scores) for scores in families.values())
+    score_N = order_fractions(product_N)
+    del product_N
+    unread_N = np.ones(len(score_N), bool)
+    for one_N in (one for scores in families.values() for one in scores):
+        unread_N &= np.isnan(one_N)
     score_N[unread_N] = np.nan
     return Finding(score_N, lowest(score_N, worst))
+
+
+def mean_log_rank(scores: list[np.ndarray]) -> np.ndarray:
+    """float32 (N,): mean over some scores (N,) of the logarithm of each pair's rank as a fraction of the pairs; of
+    equal scores the highest rank, NaN as 1."""
+    total_N = np.zeros(len(scores[0]), np.float32)
+    for score_N in scores:
+        ordered_N = np.nan_to_num(score_N, nan=1.0)
+        ordered_N.sort()
+        for part in blocks(len(score_N)):
+            rank_B = places(ordered_N, np.nan_to_num(score_N[part], nan=1.0), "right") / len(score_N)
+            total_N[part] += np.log(rank_B).astype(np.float32)
+    total_N /= np.float32(len(scores))
+    return total_N
+
+
+def lowest_sum(values: Iterable[np.ndarray]) -> np.ndarray:
+    """float32 (N,): the sum of the LEAD lowest of some values of each pair, one array of which is made at a time."""
+    lowest_: list[np.ndarray] = []  # ascending
+    for value_N in values:
+        for place, low_N in enumerate(lowest_):
+            lowest_[place], value_N = np.minimum(low_N, value_N), np.maximum(low_N, value_N)
+        lowest_ = [*lowest_, value_N][:LEAD]
+    total_N = lowest_[0]
+    for low_N in lowest_[1:]:
+        total_N += low_N
+    return total_N
 
 
 def tables(data: AuditData, found: dict[str, Finding], suspect: Finding) -> Iterator[pa.Table]:
@@ -106,10 +136,23 @@ def reasons(found: dict[str, Finding], rows: slice) -> list[str]:
     return ["; ".join(line) for line in lines]
 
 
+def row_groups(shards: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the tables of shards put together to ROW_GROUP rows or more: a file's footer, which its reader and writer
+    hold, grows with its row groups."""
+    some: list[pa.Table] = []
+    for table in shards:
+        some.append(table)
+        if sum(map(len, some)) >= ROW_GROUP:
+            yield pa.concat_tables(some)
+            some = []
+    if some:
+        yield pa.concat_tables(some)
+
+
 def write_findings(data: AuditData, found: dict[str, Finding], suspect: Finding, out: Path) -> None:
     """OUT/findings.parquet and OUT/findings.csv; names in the CSV are guarded as in `safeclip mask export`."""
     first = next(tables(data, found, suspect))
     with output(out / "findings.parquet") as file, pq.ParquetWriter(file, first.schema) as writer:
-        for table in tables(data, found, suspect):
+        for table in row_groups(tables(data, found, suspect)):
             writer.write_table(table)
     write_csv(out / "findings.csv", tables(data, found, suspect), first.schema)

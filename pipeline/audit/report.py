@@ -12,6 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from pipeline.audit.blocks import blocks, worst_rows
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, Finding, Group
 from pipeline.audit.report_items import Items, nearest_pictures
@@ -19,7 +20,7 @@ from pipeline.audit.report_map import embedding_map
 from shards.storage.files import write_bytes
 
 GALLERY, GROUPS, TABLE = 240, 60, 3000  # pairs with pictures, groups, rows of the table
-STRIP, MEMBERS = 8, 500  # of a group: pictures that are shown, members that a tick marks
+STRIP = 8  # pictures of a group that are shown; a tick marks all of its rows
 BINS = 120
 
 
@@ -67,17 +68,16 @@ def contents(
     data: AuditData, found: dict[str, Finding], suspect: Finding, about: dict[str, dict], truth: dict, command: str
 ) -> dict:
     """All that the page shows."""
-    order = np.argsort(np.nan_to_num(suspect.score_N, nan=2.0), kind="stable")
-    broken = [row for row in sorted(data.reasons) if np.isnan(data.score_N[row])]
+    worst = worst_rows(suspect.score_N, TABLE).tolist()
+    broken = data.reasons.row_M[np.isnan(data.score_N[data.reasons.row_M])]
     judged = int((~np.isnan(suspect.score_N)).sum())
-    gallery = order[: min(GALLERY, judged)].tolist()
-    table = broken[: TABLE // 10] + order[: min(TABLE, judged)].tolist()
+    gallery, table = worst[:GALLERY], broken[: TABLE // 10].tolist() + worst
     groups = worst_groups(found)
     items = Items(data, found)
     suspects = int(suspect.issue_N.sum())
     saved, threshold = data.saved, data.saved.meta["threshold"]
     ranked_N = data.score_N.copy()
-    ranked_N[list(data.excluded)] = np.nan  # the mixture is not of them
+    ranked_N[data.excluded.row_M] = np.nan  # the mixture is not of them
     counts, low, high = cosine_histogram(ranked_N)
     content = {
         "headline": f"{suspects:,} of {data.N:,} pairs look suspect",
@@ -118,10 +118,10 @@ def contents(
         {
             "detector": name,
             "text": group.text,
-            "n": len(group.rows),
+            "n": group.size,
             "box": group.box,
             "ids": [items.add(int(row)) for row in group.rows[:STRIP]],
-            "members": [data.place(row) for row in group.rows[:MEMBERS].tolist()],
+            "members": [data.place(row) for row in group.rows.tolist()],
         }
         for name, group in groups
     ]
@@ -145,10 +145,14 @@ def finite(value: float) -> float | None:
 
 def cosine_histogram(score_N: np.ndarray) -> tuple[list[int], float, float]:
     """(counts, low, high): BINS equal bins over the range of the scores."""
-    there = score_N[~np.isnan(score_N)]
-    low, high = (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
-    high = max(high, low + 1e-3)  # scores that are nearly equal leave no room for the bins
-    return np.histogram(there, BINS, (low, high))[0].tolist(), low, high
+    low, high = 0.0, 1.0
+    if not np.isnan(score_N).all():  # which is so of no scores, too
+        low, high = float(np.nanmin(score_N)), float(np.nanmax(score_N))
+        high = max(high, low + 1e-3)  # scores that are nearly equal leave no room for the bins
+    counts = np.zeros(BINS, np.int64)
+    for part in blocks(len(score_N)):
+        counts += np.histogram(score_N[part][~np.isnan(score_N[part])], BINS, (low, high))[0]
+    return counts.tolist(), low, high
 
 
 def worst_groups(found: dict[str, Finding]) -> list[tuple[str, Group]]:

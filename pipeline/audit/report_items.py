@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
+from pipeline.audit.blocks import counts_below
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, Finding
 from pipeline.audit.detectors.neighbourhood import unit
@@ -26,9 +27,6 @@ class Items:
         self.rows: list[int] = []
         self.number: dict[int, int] = {}  # of a row
         self.near: dict[int, list[list[float]]] = {}  # of a row: [[number, cosine]]
-        self.sorted = {
-            name: np.sort(f.score_N[~np.isnan(f.score_N)]) for name, f in found.items() if REGISTRY[name].ranks
-        }
 
     def add(self, row: int, nearest: Iterable[tuple[int, float]] | None = None) -> int:
         """Number of the pair in the list of items."""
@@ -42,42 +40,43 @@ class Items:
     def finish(self) -> list[dict]:
         """All items that were added."""
         items, spent = self.plain(self.rows), 0
-        paths = trajectories(self.data, self.rows)
-        for item, row, path in zip(items, self.rows, paths):
-            ranks = {name: self.rank(name, row) for name in self.sorted if not np.isnan(self.found[name].score_N[row])}
-            item["r"] = ranks
+        paths, ranks = trajectories(self.data, self.rows), self.ranks()
+        for number, (item, row, path) in enumerate(zip(items, self.rows, paths)):
+            item["r"] = {name: rank_M[number] for name, rank_M in ranks.items() if rank_M[number] is not None}
             said = {name: REGISTRY[name].reason(self.found[name].score_N[row]) for name in item["flags"]}
             item["said"] = {name: text for name, text in said.items() if text}
-            item["worst"] = min(ranks, key=ranks.get) if ranks else None
+            item["worst"] = min(item["r"], key=item["r"].get, default=None)
             item["path"] = path
             item["near"] = self.near.get(row, [])
             item["thumb"] = thumbnail(self.data, row) if spent < PICTURE_BYTES else None
             spent += len(item["thumb"][0]) if item["thumb"] else 0
         return items
 
-    def rank(self, name: str, row: int) -> float:
-        """The fraction of pairs that the detector scores lower."""
-        ordered = self.sorted[name]
-        return round(float(np.searchsorted(ordered, self.found[name].score_N[row]) / max(1, len(ordered))), 5)
+    def ranks(self) -> dict[str, list[float | None]]:
+        """{detector: of each pair the fraction of pairs that it scores lower, None where it does not judge it}."""
+        ranks: dict[str, list[float | None]] = {}
+        for name, finding in self.found.items():
+            if REGISTRY[name].ranks:
+                score_M, judged = (finding.score_N[self.rows], np.count_nonzero(~np.isnan(finding.score_N)))
+                rank_M = counts_below(finding.score_N, score_M) / max(1, judged)
+                ranks[name] = [None if np.isnan(s) else round(r, 5) for s, r in zip(score_M, rank_M.tolist())]
+        return ranks
 
     def plain(self, rows: list[int]) -> list[dict]:
         """The pairs `rows`, without pictures."""
-        keys, items = {}, []
-        for row in rows:
+        items = []
+        for row, (key, caption) in zip(rows, self.data.named(rows)):
             shard, position = self.data.place(row)
-            if shard not in keys:
-                keys[shard] = self.data.keys(shard)
-            caption = self.data.captions[row] if self.data.captions else None
             shortened = caption is not None and len(caption) > CAPTION
             items.append(
                 {
                     "s": shard,
                     "p": position,
-                    "k": keys[shard][position],
+                    "k": key,
                     "c": caption[:CAPTION] + " ..." if shortened else caption,
                     "cos": None if np.isnan(self.data.cos_N[row]) else round(float(self.data.cos_N[row]), 4),
                     "flags": [name for name, finding in self.found.items() if finding.issue_N[row]],
-                    "note": self.data.reasons.get(row) or self.data.excluded.get(row, ""),
+                    "note": self.data.reasons.get(row) or self.data.excluded.get(row),
                 }
             )
         return items
@@ -86,18 +85,17 @@ class Items:
 def trajectories(data: AuditData, rows: list[int]) -> list[list[float | None]]:
     """For each of `rows` the list of its cosines at the run's rounds, None where it has none."""
     paths: list[list[float | None]] = [[] for _ in rows]
+    by_shard = data.by_shard(rows)
     for saved in data.rounds:
-        columns = {}
         if not saved.has_scores:
             for path in paths:
                 path.append(None)
             continue
-        for path, row in zip(paths, rows):
-            shard, position = data.place(row)
-            if shard not in columns:
-                columns[shard] = saved.table(shard, ("cosine",))["cosine"].to_numpy()
-            cosine = columns[shard][position]
-            path.append(None if np.isnan(cosine) else round(float(cosine), 3))
+        for shard, numbers in by_shard.items():
+            column = saved.table(shard, ("cosine",))["cosine"].to_numpy()
+            for number in numbers:
+                cosine = column[data.place(rows[number])[1]]
+                paths[number].append(None if np.isnan(cosine) else round(float(cosine), 3))
     return paths
 
 

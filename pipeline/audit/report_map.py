@@ -3,6 +3,7 @@
 import numpy as np
 from sklearn.manifold import TSNE
 
+from pipeline.audit.blocks import worst_rows
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Finding
 from pipeline.audit.detectors.neighbourhood import unit
@@ -20,9 +21,8 @@ def embedding_map(data: AuditData, items: Items, suspect: Finding) -> dict | Non
     if data.images is None or not len(data.images):
         return None
     scored_N = ~np.isnan(data.score_N)
-    flagged = flagged_rows(items.found, suspect, scored_N)
-    shown = flagged[:SUSPECTS]
-    left = np.setdiff1d(np.flatnonzero(scored_N), flagged)
+    shown, flagged_N = flagged_rows(items.found, suspect, scored_N)
+    left = np.flatnonzero(scored_N & ~flagged_N)
     others = np.sort(np.random.default_rng(0).choice(left, min(OTHERS, len(left)), replace=False))
     if len(shown) + len(others) < 2:
         return None
@@ -33,22 +33,24 @@ def embedding_map(data: AuditData, items: Items, suspect: Finding) -> dict | Non
             [*place, item["k"], item["c"]]
             for place, item in zip(place_M2[len(shown) :].tolist(), items.plain(others.tolist()))
         ],
-        "flagged": len(flagged),
+        "flagged": int(flagged_N.sum()),
         "pairs": data.N,
     }
 
 
-def flagged_rows(found: dict[str, Finding], suspect: Finding, scored_N: np.ndarray) -> list[int]:
-    """Rows with a score that are suspect, or flagged by a detector: SUSPECTS // 2 suspects, then the others and those
-    of each detector in turn, the worst first."""
-    queues = []
+def flagged_rows(found: dict[str, Finding], suspect: Finding, scored_N: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """(SUSPECTS rows at most, bool (N,)): of the rows with a score that are suspect, or flagged by a detector, those to
+    show, and all. SUSPECTS // 2 suspects come first, then the others and those of each detector in turn, the worst
+    first."""
+    queues, flagged_N = [], np.zeros(len(scored_N), bool)
     for finding in (suspect, *found.values()):
-        rows = np.flatnonzero(finding.issue_N & scored_N)
-        queues.append(rows[np.argsort(finding.score_N[rows], kind="stable")])
+        here_N = finding.issue_N & scored_N
+        flagged_N |= here_N
+        queues.append(worst_rows(finding.score_N, 2 * SUSPECTS, here_N))
     first, queues[0] = np.split(queues[0], [SUSPECTS // 2])
     turn = np.concatenate([np.arange(len(queue)) for queue in queues])
     in_turn = np.concatenate(queues)[np.argsort(turn, kind="stable")]
-    return list(dict.fromkeys([*first.tolist(), *in_turn.tolist()]))
+    return list(dict.fromkeys([*first.tolist(), *in_turn.tolist()]))[:SUSPECTS], flagged_N
 
 
 def places(row_MD: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
+from pipeline.audit.blocks import blocks
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Finding
 
@@ -18,17 +19,34 @@ def judge(score_N: np.ndarray, poison: np.ndarray, clean: np.ndarray) -> dict:
 
     A low score says poison. roc: false against true positive rate; pr: recall against precision.
     """
-    score = np.r_[score_N[poison], score_N[clean]]
-    score = np.nan_to_num(score, nan=float(np.nanmedian(score)) if not np.isnan(score).all() else 0.5)
-    truth = np.r_[np.ones(len(poison)), np.zeros(len(clean))]
-    fpr, tpr, _ = roc_curve(truth, -score)
-    precision, recall, _ = precision_recall_curve(truth, -score)
+    poison_P, clean_C = score_N[poison], score_N[clean]
+    both = np.concatenate([poison_P, clean_C])
+    middle = float(np.nanmedian(both)) if not np.isnan(both).all() else 0.5
+    del both
+    place, weight, truth = condensed(np.nan_to_num(poison_P, nan=middle), np.nan_to_num(clean_C, nan=middle))
+    fpr, tpr, _ = roc_curve(truth, -place, sample_weight=weight)
+    precision, recall, _ = precision_recall_curve(truth, -place, sample_weight=weight)
     return {
-        "auroc": float(roc_auc_score(truth, -score)),
-        "average_precision": float(average_precision_score(truth, -score)),
+        "auroc": float(roc_auc_score(truth, -place, sample_weight=weight)),
+        "average_precision": float(average_precision_score(truth, -place, sample_weight=weight)),
         "roc": thinned(fpr, tpr, (fpr, tpr)),
         "pr": thinned(recall[::-1], precision[::-1], (recall[::-1],)),
     }
+
+
+def condensed(poison_P: np.ndarray, clean_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(places, weights, truth): the scores by their order alone, each once with the number of pairs that have it; clean
+    pairs between two scores of poison are one. No curve changes its corners by that, and few points are left of N."""
+    step_U, poison_U = np.unique(poison_P, return_counts=True)
+    clean_S = np.zeros(2 * len(step_U) + 1, np.int64)  # between the steps, and at odd places on them
+    for part in blocks(len(clean_C)):
+        below_B = np.searchsorted(step_U, clean_C[part])
+        equal_B = step_U[np.minimum(below_B, len(step_U) - 1)] == clean_C[part]
+        clean_S += np.bincount(2 * below_B + equal_B, minlength=len(clean_S))
+    some = np.flatnonzero(clean_S)
+    place = np.concatenate([2 * np.arange(len(step_U)) + 1, some])
+    weight = np.concatenate([poison_U, clean_S[some]])
+    return place, weight, np.r_[np.ones(len(step_U)), np.zeros(len(some))]
 
 
 def thinned(x: np.ndarray, y: np.ndarray, along: Sequence[np.ndarray]) -> list[list[float]]:

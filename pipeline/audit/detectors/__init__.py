@@ -15,8 +15,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from pipeline.audit.blocks import lowest_flags
 from pipeline.audit.data import AuditData
 from shards.errors import UserError
+
+MEMBERS = 500  # of a group, that are kept
 
 REGISTRY: dict[str, type["Detector"]] = {}
 Kind = TypeVar("Kind", bound=type["Detector"])
@@ -30,7 +33,8 @@ def detector(kind: Kind) -> Kind:
 
 @dataclass
 class Group:
-    """Pairs that belong together: a caption that is repeated, a patch. rows: int64, the worst first."""
+    """Pairs that belong together: a caption that is repeated, a patch. rows: int64, the worst MEMBERS of them, the
+    worst first; size: of all, where it is more than `rows` are given."""
 
     title: str
     text: str
@@ -38,6 +42,11 @@ class Group:
     badness: float  # groups are shown in the order of this, highest first
     # (left, top, right, bottom) of the pictures, in fractions, where a patch lies
     box: tuple[float, float, float, float] | None = None
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        self.size = self.size or len(self.rows)
+        self.rows = self.rows[:MEMBERS].copy()  # of its own: a view would keep all that it is taken from
 
 
 @dataclass
@@ -120,10 +129,10 @@ def chosen(names: Sequence[str] | None) -> list[str]:
 
 def lowest(score_N: np.ndarray, fraction: float) -> np.ndarray:
     """bool (N,): the `fraction` of the pairs with the lowest scores, of those below 1; ties are broken by the row."""
-    judged = np.flatnonzero(score_N < 1)  # NaN is not
-    count = min(len(judged), int(np.ceil(fraction * len(score_N))))
+    judged_N = score_N < 1  # NaN is not
+    count = min(int(judged_N.sum()), int(np.ceil(fraction * len(score_N))))
     flags_N = np.zeros(len(score_N), bool)
-    flags_N[judged[np.argsort(score_N[judged], kind="stable")[:count]]] = True
+    flags_N[judged_N] = lowest_flags(score_N[judged_N], count)
     return flags_N
 
 

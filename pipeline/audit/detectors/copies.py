@@ -5,7 +5,8 @@ import numpy as np
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Finding, Group, detector
 from pipeline.audit.detectors.quality import Quality
-from pipeline.audit.detectors.repeated import GROUPS, near_groups, renumbered
+from pipeline.audit.detectors.repeated import GROUPS
+from pipeline.audit.hash_groups import near_groups, renumbered
 from pipeline.audit.quality import measures
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pipeline.audit.blocks import order_fractions
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Detector, Finding, Group, detector, lowest
 from pipeline.guards import REGISTRY as GUARDS
@@ -42,14 +43,14 @@ class History(Detector):
         cosine. more: epochs_risky and flips, over all rounds."""
         total_N, seen_N = np.zeros(data.N, np.float32), np.zeros(data.N, np.int32)
         risky_N, flips_N, before_N = np.zeros(data.N, np.int32), np.zeros(data.N, np.int32), None
+        cos_N = np.empty(data.N, np.float32)
         for saved in data.rounds:
             if saved.has_scores:  # a run keeps those of its last rounds (run.keep)
-                columns = (saved.table(s, ("cosine",))["cosine"].to_numpy() for s in range(len(saved.shards)))
-                cos_N = np.concatenate(list(columns))
-                there = np.flatnonzero(~np.isnan(cos_N))
-                rank_M = np.arange(len(there), dtype=np.float32)
-                total_N[there[np.argsort(cos_N[there], kind="stable")]] += rank_M / data.N
-                seen_N[there] += 1
+                for shard in range(len(saved.shards)):
+                    rows = slice(int(data.offsets[shard]), int(data.offsets[shard + 1]))
+                    cos_N[rows] = saved.table(shard, ("cosine",))["cosine"].to_numpy()
+                total_N += np.nan_to_num(order_fractions(cos_N), copy=False)
+                seen_N += ~np.isnan(cos_N)
             safe_N = saved.mask.flags()
             risky_N += ~safe_N
             flips_N += 0 if before_N is None else safe_N != before_N
@@ -71,15 +72,12 @@ class Excluded(Detector):
     def find(self, data: AuditData, worst: float) -> Finding:
         """The score is 0 or 1. A group for each guard, the largest first."""
         names = {guard.reason: name for name, guard in GUARDS.items()}
-        rows_of: dict[str, list[int]] = {}
-        for row, reason in data.excluded.items():
-            rows_of.setdefault(reason, []).append(row)
         groups = [
-            Group(reason, f"{len(rows):,} pairs by {names.get(reason, 'a guard')}: {reason}", np.array(rows), len(rows))
-            for reason, rows in sorted(rows_of.items(), key=lambda one: -len(one[1]))
+            Group(reason, f"{len(rows):,} pairs by {names.get(reason, 'a guard')}: {reason}", rows, len(rows))
+            for reason, rows in sorted(data.excluded.rows_of().items(), key=lambda one: -len(one[1]))
         ]
         score_N = np.ones(data.N, np.float32)
-        score_N[list(data.excluded)] = 0
+        score_N[data.excluded.row_M] = 0
         return Finding(score_N, score_N == 0, groups)
 
 
@@ -94,5 +92,5 @@ class Broken(Detector):
 
     def find(self, data: AuditData, worst: float) -> Finding:
         score_N = np.ones(data.N, np.float32)
-        score_N[list(data.reasons)] = 0
+        score_N[data.reasons.row_M] = 0
         return Finding(score_N, score_N == 0)

@@ -10,6 +10,7 @@ from abc import abstractmethod
 import faiss
 import numpy as np
 
+from pipeline.audit.blocks import order_fractions
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Detector, Finding, detector, lowest
 
@@ -52,22 +53,28 @@ def search(index: faiss.Index, rows_BD: np.ndarray, own_B: np.ndarray, k: int) -
     return distance_BK, number_BK[keep_BK].reshape(shape)
 
 
-def neighbourhoods(data: AuditData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(distance_NK, number_NK, distance_RK): of every pair's picture the nearest of data.sample random ones, and of
-    those theirs. Made once."""
-    if "neighbourhoods" not in data.cache:
+def factors(data: AuditData) -> dict[str, np.ndarray]:
+    """{name: (N,)}: the factor of every pair's picture by each detector of this module, from its nearest of data.sample
+    random ones. Made once, a block at a time: neighbours are not kept."""
+    if "factors" not in data.cache:
         usable = np.flatnonzero(~np.isnan(data.score_N))
         size = min(data.sample, len(usable))
         k = min(NEIGHBOURS, max(1, size - 2))
         reference_R = np.sort(np.random.default_rng(0).choice(usable, size, replace=False))
+        del usable
         rows_RD = unit(data.images.take(reference_R))
         index = build_index(rows_RD)
-        own_N = np.full(data.N, NONE, np.int64)
-        own_N[reference_R] = np.arange(len(reference_R))
-        found = [search(index, unit(rows), own_N[at : at + len(rows)], k) for at, rows in data.images.blocks()]
-        distance_NK, number_NK = (np.concatenate(part) for part in zip(*found))
-        data.cache["neighbourhoods"] = distance_NK, number_NK, distance_NK[reference_R]
-    return data.cache["neighbourhoods"]
+        distance_RK, _ = search(index, rows_RD, np.arange(size), k)
+        found = {kind.name: np.empty(data.N, kind.kind) for kind in (KDistance, SLOF, DAO)}
+        for at, rows_BD in data.images.blocks():
+            number_B = np.arange(at, at + len(rows_BD))
+            place_B = np.minimum(np.searchsorted(reference_R, number_B), size - 1)
+            own_B = np.where(reference_R[place_B] == number_B, place_B, NONE)
+            near = search(index, unit(rows_BD), own_B, k)
+            for kind in (KDistance, SLOF, DAO):
+                found[kind.name][at : at + len(rows_BD)] = kind.factor(*near, distance_RK)
+        data.cache["factors"] = found
+    return data.cache["factors"]
 
 
 class Neighbourhood(Detector):
@@ -76,17 +83,18 @@ class Neighbourhood(Detector):
     needs = ("images",)
     least = 3
     family = "neighbourhood"
+    kind: type[np.floating] = np.float32  # of the factor
 
     @staticmethod
     @abstractmethod
-    def factor(distance_NK: np.ndarray, number_NK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
-        """(N,): the factor of each picture, from what `neighbourhoods` gives."""
+    def factor(distance_BK: np.ndarray, number_BK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
+        """(B,): the factor of each picture, from its nearest references and theirs."""
 
     def find(self, data: AuditData, worst: float) -> Finding:
-        factor_N = self.factor(*neighbourhoods(data))
-        there = np.flatnonzero(~np.isnan(data.score_N))
-        score_N = np.full(data.N, np.nan, np.float32)
-        score_N[there[np.argsort(-factor_N[there], kind="stable")]] = np.arange(len(there)) / data.N
+        key_N = -factors(data)[self.name]
+        key_N[np.isnan(key_N)] = np.inf  # nothing speaks against it
+        key_N[np.isnan(data.score_N)] = np.nan
+        score_N = order_fractions(key_N)
         return Finding(score_N, lowest(score_N, worst))
 
 
@@ -98,8 +106,8 @@ class KDistance(Neighbourhood):
     source = "Ramaswamy, Rastogi, Shim, SIGMOD 2000; Huang et al., ICLR 2025"
 
     @staticmethod
-    def factor(distance_NK: np.ndarray, number_NK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
-        return distance_NK[:, -1]
+    def factor(distance_BK: np.ndarray, number_BK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
+        return distance_BK[:, -1]
 
 
 @detector
@@ -110,8 +118,8 @@ class SLOF(Neighbourhood):
     source = "Schubert, Zimek, Kriegel, DMKD 2014; Huang et al., ICLR 2025"
 
     @staticmethod
-    def factor(distance_NK: np.ndarray, number_NK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
-        return (distance_NK[:, -1:] / distance_RK[number_NK, -1]).mean(1)
+    def factor(distance_BK: np.ndarray, number_BK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
+        return (distance_BK[:, -1:] / distance_RK[number_BK, -1]).mean(1)
 
 
 @detector
@@ -120,10 +128,11 @@ class DAO(Neighbourhood):
     title = "picture less crowded, by local dimension"
     text = "Dimensionality-aware outlier: SLOF to the power of the neighbours' local intrinsic dimension."
     source = "Anderberg et al., SDM 2024; Huang et al., ICLR 2025"
+    kind = np.float64
 
     @staticmethod
-    def factor(distance_NK: np.ndarray, number_NK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
+    def factor(distance_BK: np.ndarray, number_BK: np.ndarray, distance_RK: np.ndarray) -> np.ndarray:
         """The dimension is its maximum likelihood estimate, -1 / mean log(d_i / d_k) (Amsaleg et al., KDD 2015)."""
         dimension_R = -1 / np.minimum(np.log(distance_RK / distance_RK[:, -1:]).mean(1), -1e-6)
-        ratio_NK = np.log(distance_NK[:, -1:] / distance_RK[number_NK, -1])
-        return np.exp(np.clip(dimension_R[number_NK] * ratio_NK, -80, 80), dtype=np.float64).mean(1)
+        ratio_BK = np.log(distance_BK[:, -1:] / distance_RK[number_BK, -1])
+        return np.exp(np.clip(dimension_R[number_BK] * ratio_BK, -80, 80), dtype=np.float64).mean(1)

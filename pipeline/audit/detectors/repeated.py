@@ -1,50 +1,60 @@
 """Repetitions: equal captions of different pictures, near-duplicate pictures with different captions."""
 
+import hashlib
 import unicodedata
 from collections.abc import Callable
 
 import numpy as np
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import csr_matrix
 
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import Detector, Finding, Group, detector, lowest
 from pipeline.audit.detectors.neighbourhood import unit
 from pipeline.audit.embeddings import Rows
-from pipeline.audit.pixels import hamming
+from pipeline.audit.hash_groups import near_groups, repeated
 
-NEAR = 3  # bits of a picture's hash that near-duplicates may differ in; bands of 64 / (NEAR + 1) bits find them all
 GROUPS = 200  # reported by a detector
+SUMS = 1 << 26  # numbers in the sums of groups that are in memory at once
 
 
 def agreement(rows: Rows, group_N: np.ndarray, count: int) -> np.ndarray:
     """float32 (N,): mean cosine of each row with the others of its group, in -1..1. Rows alone in a group: 1.
 
-    rows: embeddings.Rows; group_N: number of the group of each row, -1 = none; count: groups.
+    rows: embeddings.Rows; group_N: number of the group of each row, -1 = none; count: groups. The sums of SUMS numbers'
+    worth of groups are in memory at once; with more groups the rows are read in several passes.
     """
-    size_G = np.bincount(group_N[group_N >= 0], minlength=count)
-    total_GD, agree_N = np.zeros((count, rows.width), np.float32), np.ones(len(group_N), np.float32)
-    inside = np.flatnonzero(group_N >= 0)
-    for piece in np.array_split(inside, max(1, len(inside) >> 16)):
-        member = csr_matrix((np.ones(len(piece), np.float32), (group_N[piece], range(len(piece)))), (count, len(piece)))
-        total_GD += member @ unit(rows.take(piece))
-    for piece in np.array_split(inside, max(1, len(inside) >> 16)):
-        row_BD, group_B = unit(rows.take(piece)), group_N[piece]
-        others_B = (row_BD * (total_GD[group_B] - row_BD)).sum(1)
-        agree_N[piece] = others_B / np.maximum(size_G[group_B] - 1, 1)
+    agree_N, step = np.ones(len(group_N), np.float32), max(1, SUMS // max(1, rows.width))
+    for first in range(0, count, step):
+        inside = np.flatnonzero((group_N >= first) & (group_N < first + step))
+        group_M, groups = group_N[inside] - first, min(step, count - first)
+        size_G, total_GD = np.bincount(group_M, minlength=groups), np.zeros((groups, rows.width), np.float32)
+        pieces = np.array_split(np.arange(len(inside)), max(1, len(inside) >> 16))
+        for piece in pieces:
+            ones = np.ones(len(piece), np.float32)
+            member = csr_matrix((ones, (group_M[piece], range(len(piece)))), (groups, len(piece)))
+            total_GD += member @ unit(rows.take(inside[piece]))
+        for piece in pieces:
+            row_BD, group_B = unit(rows.take(inside[piece])), group_M[piece]
+            others_B = (row_BD * (total_GD[group_B] - row_BD)).sum(1)
+            agree_N[inside[piece]] = others_B / np.maximum(size_G[group_B] - 1, 1)
     return agree_N
 
 
-def groups_of(score_N: np.ndarray, group_N: np.ndarray, titles: Callable[[np.ndarray], str], text: str) -> list[Group]:
-    """Of the lowest mean score and the most members first."""
-    order = np.lexsort((score_N, group_N))
-    order = order[group_N[order] >= 0]
+def groups_of(score_N: np.ndarray, group_N: np.ndarray, titles: Callable[[int], str], text: str) -> list[Group]:
+    """Of the lowest mean score and the most members first. titles: of a group's first row."""
+    inside = np.flatnonzero(group_N >= 0)
+    if not len(inside):
+        return []
+    order = inside[np.lexsort((score_N[inside], group_N[inside]))]
     starts = np.flatnonzero(np.diff(group_N[order], prepend=-1))
+    size_G = np.diff(starts, append=len(order))
+    mean_G = np.add.reduceat(score_N[order], starts, dtype=np.float64) / size_G
+    badness_G = (1 - mean_G) * np.log2(size_G)
     found = []
-    for rows in np.split(order, starts[1:]) if len(order) else []:
-        badness = float((1 - score_N[rows].mean()) * np.log2(len(rows)))
-        found.append((badness, rows))
-    found.sort(key=lambda one: -one[0])
-    return [Group(titles(rows), text.format(n=len(rows)), rows, badness) for badness, rows in found[:GROUPS]]
+    for group in np.argsort(-badness_G, kind="stable")[:GROUPS].tolist():
+        rows = order[starts[group] : starts[group] + size_G[group]]
+        found.append(Group(titles(int(rows[0])), text.format(n=len(rows)), rows, float(badness_G[group])))
+    return found
 
 
 @detector
@@ -62,19 +72,27 @@ class RepeatedCaption(Detector):
 
     def find(self, data: AuditData, worst: float) -> Finding:
         """The score is (1 + mean cosine of the picture with the others of its caption) / 2."""
-        numbers: dict[str, int] = {}
-        group_N = np.full(data.N, -1, np.int64)
-        for row, caption in enumerate(data.captions):
-            if caption is not None and not np.isnan(data.score_N[row]):
-                plain = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
-                group_N[row] = numbers.setdefault(plain, len(numbers))
-        size_G = np.bincount(group_N[group_N >= 0], minlength=len(numbers))
-        group_N = renumbered(group_N, size_G >= 3)
-        count = int(group_N.max()) + 1
-        score_N = (1 + agreement(data.images, group_N, count)) / 2
+        group_N = repeated(*caption_hashes(data), 3)
+        count = int(group_N.max(initial=-1)) + 1
+        score_N = ((1 + agreement(data.images, group_N, count)) / 2).astype(np.float32)
         text = "one caption under {n} pictures"
-        groups = groups_of(score_N, group_N, lambda rows: data.captions[rows[0]], text)
-        return Finding(score_N.astype(np.float32), lowest(score_N, worst), groups)
+        groups = groups_of(score_N, group_N, lambda row: data.caption(*data.place(row)), text)
+        return Finding(score_N, lowest(score_N, worst), groups)
+
+
+def caption_hashes(data: AuditData) -> tuple[np.ndarray, np.ndarray]:
+    """(uint64 (N,): a hash of each caption, whatever its letters' case, forms and spaces; bool (N,): whether the pair
+    has a score and a caption). Two of 100 million captions have one hash with a probability of 0.03 %."""
+    hash_N, there_N, first = np.zeros(data.N, np.uint64), ~np.isnan(data.score_N), 0
+    for texts in data.captions:
+        for row, text in enumerate(texts, first):
+            if text is None:
+                there_N[row] = False
+            elif there_N[row]:
+                plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+                hash_N[row] = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
+        first += len(texts)
+    return hash_N, there_N
 
 
 @detector
@@ -90,51 +108,9 @@ class NearDuplicate(Detector):
     def find(self, data: AuditData, worst: float) -> Finding:
         """The score is (1 + mean cosine of the caption with those of the picture's other copies) / 2."""
         group_N = near_groups(np.where(np.isnan(data.score_N), 0, data.hash_N))
-        count = int(group_N.max()) + 1
+        count = int(group_N.max(initial=-1)) + 1
         score_N = ((1 + agreement(data.texts, group_N, count)) / 2).astype(np.float32)
         groups = groups_of(
-            score_N, group_N, lambda rows: data.captions[rows[0]] or "", "{n} near-duplicates of one picture"
+            score_N, group_N, lambda row: data.caption(*data.place(row)) or "", "{n} near-duplicates of one picture"
         )
         return Finding(score_N, lowest(score_N, worst), groups)
-
-
-def renumbered(group_N: np.ndarray, keep_G: np.ndarray) -> np.ndarray:
-    """Group numbers 0, 1, ... of the groups to keep, -1 for all others."""
-    number_G = np.where(keep_G, np.cumsum(keep_G) - 1, -1)
-    return np.where(group_N >= 0, number_G[group_N], -1) if len(keep_G) else group_N
-
-
-def near_groups(hash_N: np.ndarray) -> np.ndarray:
-    """int64 (N,): number of the group of near-duplicates of each picture, -1 = it has none. Hash 0 (plain, unread) has
-    none.
-
-    Two hashes that differ in at most NEAR bits are equal in one of NEAR + 1 bands (pigeonhole); in a band's bucket each
-    is compared with the next ones in order, 32 at most.
-    """
-    unique_U, inverse_N, count_U = np.unique(hash_N, return_inverse=True, return_counts=True)
-    links, bits = [], 64 // (NEAR + 1)
-    for band in range(NEAR + 1):
-        part_U = (unique_U >> np.uint64(band * bits)) & np.uint64((1 << bits) - 1)
-        order = np.lexsort((unique_U, part_U))
-        for step in range(1, 33):
-            a, b = order[:-step], order[step:]
-            near = (part_U[a] == part_U[b]) & (hamming(unique_U[a], unique_U[b]) <= NEAR)
-            near &= (unique_U[a] != 0) & (unique_U[b] != 0)
-            links.append(np.stack([a[near], b[near]]))
-            if not (part_U[a] == part_U[b]).any():
-                break
-    a, b = np.concatenate(links, 1)
-    graph = coo_matrix((np.ones(2 * len(a), np.int8), (np.r_[a, b], np.r_[b, a])), (len(unique_U),) * 2).tocsr()
-    linked = np.flatnonzero(np.diff(graph.indptr))
-    group_U = np.arange(len(unique_U))
-    taken_U = np.zeros(len(unique_U), bool)
-    # No chains: all of a group are near to its first, the most frequent hash that is in no group yet.
-    for leader in linked[np.argsort(-count_U[linked], kind="stable")].tolist():
-        if not taken_U[leader]:
-            others = graph.indices[graph.indptr[leader] : graph.indptr[leader + 1]]
-            others = others[~taken_U[others]]
-            group_U[others] = leader
-            taken_U[others] = taken_U[leader] = True
-    size_G = np.bincount(group_U, count_U, len(unique_U))
-    size_G[unique_U == 0] = 0
-    return renumbered(group_U[inverse_N], size_G >= 2)

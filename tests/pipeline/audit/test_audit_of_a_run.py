@@ -95,8 +95,7 @@ def test_what_the_guards_of_a_run_excluded_is_a_finding(tmp_path):
     audit(tmp_path / "run", tmp_path / "out")
     data = AuditData(tmp_path / "run")
     (rows,) = data.truth().values()
-    duplicates = [row for row, reason in data.excluded.items() if reason == Duplicates.reason]
-    assert duplicates == rows.tolist() and len(rows) == 6
-    assert set(np.flatnonzero(column(tmp_path / "out", "is_excluded_issue"))) == set(data.excluded)
-    assert not data.saved.mask.flags()[list(data.excluded)].any() and not data.reasons
+    assert data.excluded.rows_of()[Duplicates.reason].tolist() == rows.tolist() and len(rows) == 6
+    assert set(np.flatnonzero(column(tmp_path / "out", "is_excluded_issue"))) == set(data.excluded.row_M)
+    assert not data.saved.mask.flags()[data.excluded.row_M].any() and not len(data.reasons)
     assert "6 pairs by duplicates" in (tmp_path / "out/report.html").read_text()

@@ -1,5 +1,7 @@
 """Detectors: each against its definition, worked out by brute force, or against what was planted."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,12 +9,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.audit import detectors
-from pipeline.audit.detectors import REGISTRY, Detector, Finding, detector, lacking, lowest
+from pipeline.audit.detectors import REGISTRY, Detector, Finding, detector, lacking, lowest, patches, repeated
 from pipeline.audit.detectors import neighbourhood as nb
-from pipeline.audit.detectors.patches import repeated_cells
-from pipeline.audit.detectors.repeated import NEAR, agreement, near_groups
+from pipeline.audit.detectors.repeated import agreement
 from pipeline.audit.embeddings import Rows
 from pipeline.audit.findings import combined
+from pipeline.audit.hash_groups import NEAR, near_groups
 from pipeline.audit.pixels import GRID, hamming, signature
 from pipeline.audit.truth import precision_at
 from shards.samples.decode import decode_image
@@ -46,7 +48,7 @@ def test_outlier_factors_are_those_of_their_papers(tmp_path):
     for name, factor in (("kdistance", far), ("slof", slof), ("dao", dao)):
         data = Data(tmp_path, rows)
         found = REGISTRY[name]().find(data, 0.1)
-        np.testing.assert_allclose(REGISTRY[name].factor(*nb.neighbourhoods(data)), factor, rtol=1e-4)
+        np.testing.assert_allclose(nb.factors(data)[name], factor, rtol=1e-4)
         assert found.issue_N.sum() == 6 and factor[found.issue_N].min() >= factor[~found.issue_N].max() * 0.9999
 
 
@@ -117,7 +119,10 @@ def test_near_duplicates_are_grouped_and_no_others(bases, data):
             assert not any(near[i, j] and group_N[j] < 0 for j in range(len(hashes)) if j != i)
 
 
-def test_agreement_is_the_mean_cosine_with_the_others(tmp_path):
+@pytest.mark.parametrize("sums", [1, 1 << 20])
+def test_agreement_is_the_mean_cosine_with_the_others(tmp_path, monkeypatch, sums):
+    """Whether the sums of all groups are in memory at once, or of one at a time."""
+    monkeypatch.setattr(repeated, "SUMS", sums)
     rows = np.random.default_rng(1).normal(size=(9, 4))
     group_N = np.array([0, 0, 0, -1, 1, 1, -1, 0, 1])
     found, unit = agreement(Data(tmp_path, rows).images, group_N, 2), nb.unit(rows)
@@ -126,22 +131,68 @@ def test_agreement_is_the_mean_cosine_with_the_others(tmp_path):
         assert found[i] == pytest.approx(np.mean([unit[i] @ unit[j] for j in others]) if others else 1, abs=1e-5)
 
 
-def test_a_planted_patch_is_found_and_only_where_it_is(tmp_path):
-    marked = range(3, 60, 5)
+def patched(folder, marked):
+    """What CommonPatch reads of 60 pictures, those of `marked` with a patch."""
     found = [signature(Image.fromarray(decode_image(picture(row, row in marked)))) for row in range(60)]
-    np.save(tmp_path / "cells.npy", np.stack([cells for _, cells in found]))
-    rows = Rows({0: tmp_path / "cells.npy"}, [60])
-    excess_N, groups = repeated_cells(rows, np.arange(60))
-    assert set(np.flatnonzero(excess_N >= 4)) == set(marked)
-    for _, cell, members in groups:
-        assert set(members) == set(marked) and min(divmod(cell, GRID)) >= 12
+    np.save(folder / "cells.npy", np.stack([cells for _, cells in found]))
+    cells = Rows({0: folder / "cells.npy"}, [60])
+    hash_N = np.array([whole for whole, _ in found], np.uint64)
+    return SimpleNamespace(N=60, cells=cells, hash_N=hash_N, score_N=np.zeros(60, np.float32))
+
+
+@pytest.mark.parametrize("sample", [60, 40])
+def test_a_planted_patch_is_found_and_only_where_it_is(tmp_path, monkeypatch, sample):
+    """Also where the patch is looked for in a part of the pictures."""
+    monkeypatch.setattr(patches, "SAMPLE", sample)
+    marked = range(3, 60, 5)
+    found = patches.CommonPatch().find(patched(tmp_path, marked), 0.5)
+    assert set(np.flatnonzero(found.issue_N)) == set(marked)
+    for group in found.groups:
+        left, top, *_ = group.box
+        assert group.rows.tolist() == list(marked) and group.size == len(marked) and min(left, top) >= 12 / GRID
+    assert found.groups
 
 
 def test_copies_of_one_picture_are_no_patch(tmp_path):
     cells = np.tile(signature(Image.fromarray(decode_image(picture(0, True))))[1], (30, 1))
     np.save(tmp_path / "cells.npy", cells)
-    excess_N, groups = repeated_cells(Rows({0: tmp_path / "cells.npy"}, [30]), np.zeros(30, np.int64))
-    assert not groups and not excess_N.any()
+    rows = Rows({0: tmp_path / "cells.npy"}, [30])
+    excess_N, worst = patches.look_up(rows, patches.repeated_cells(rows, np.arange(30), np.zeros(30, np.int64)))
+    assert not patches.merged(worst) and not excess_N.any()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9))
+def test_repeated_cells_are_what_counting_finds(tmp_path_factory, seed, block):
+    """Excess, intersections and rows, counted by hand; read `block` rows at a time."""
+    rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("cells")
+    cells_NG = rng.integers(0, 4, (40, GRID * GRID)).astype(np.uint32)
+    cells_NG[:, 3:] *= rng.random((40, GRID * GRID - 3)) < 0.05  # mostly plain
+    np.save(folder / "cells.npy", cells_NG)
+    picture_N = rng.integers(0, 30, 40)
+    rows = Rows({0: folder / "cells.npy"}, [40])
+    counts = {}
+    for cell in range(GRID * GRID):
+        for value in range(1, 4):
+            unlike = len(set(picture_N[cells_NG[:, cell] == value]))
+            counts[cell, value] = unlike if unlike >= 2 else 0
+    expected_N, found = np.zeros(40, np.float32), []
+    for (cell, value), unlike in counts.items():
+        elsewhere = sum(n for (c, v), n in counts.items() if v == value and c != cell) / (GRID * GRID - 1)
+        excess = unlike / (1 + elsewhere)
+        if unlike >= patches.LEAST and excess > 1:
+            here = cells_NG[:, cell] == value
+            expected_N[here] = np.maximum(expected_N[here], np.float32(excess))
+            found += [(excess, cell, np.flatnonzero(here))] if excess >= patches.EXCESS else []
+    found.sort(key=lambda one: -one[0])
+    in_blocks = Rows.blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "blocks", lambda self: in_blocks(self, block))
+        excess_N, worst = patches.look_up(rows, patches.repeated_cells(rows, np.arange(40), picture_N))
+    np.testing.assert_allclose(excess_N, expected_N)
+    assert worst.cell_T.tolist() == [cell for _, cell, _ in found]
+    for i, (_, _, mine) in enumerate(found):
+        assert worst.rows[i].tolist() == mine.tolist()
+        assert worst.both_TT[i].tolist() == [len(np.intersect1d(mine, other)) for _, _, other in found]
 
 
 @given(st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), min_size=1, max_size=50), st.floats(0.01, 0.9))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.audit.data import AuditData
-from pipeline.audit.detectors.neighbourhood import DAO, SLOF, KDistance, neighbourhoods
+from pipeline.audit.detectors.neighbourhood import DAO, SLOF, KDistance, factors
 from pipeline.audit.filter import filter_pairs, keep_unpoisoned
 from pipeline.audit.score import score
 from shards.errors import UserError
@@ -43,7 +43,7 @@ def test_the_lowest_cosines_are_left_out_and_the_unreadable(scored, tmp_path):
 def test_the_strongest_outliers_are_left_out(scored, tmp_path, kind):
     filter_pairs(scored / "scores", kind.name, 0.1, tmp_path / "mask")
     data = AuditData(scored / "scores")
-    factor_N = kind.factor(*neighbourhoods(data))
+    factor_N = factors(data)[kind.name]
     order = sorted(set(range(N)) - {7}, key=lambda row: (factor_N[row], -row))  # among equals the first stand out more
     assert np.flatnonzero(SavedMask(tmp_path / "mask").mask.flags()).tolist() == sorted(order[:54])
 
