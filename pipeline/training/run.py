@@ -18,18 +18,17 @@ from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.safety.score_files import Unread
 from pipeline.training import engine as engines
-from pipeline.training import signals
 from pipeline.training.bad_samples import bad_so_far, record, stop_where_bad
 from pipeline.training.curriculum import Epoch, Step, epoch_steps, learning_rate, steps_of_loss
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from pipeline.training.metrics import Meter
 from pipeline.training.selection_round import mask_for
-from pipeline.training.signals import StopSignal, ignore_in_worker
+from pipeline.training.signals import Agreement, StopSignal
 from pipeline.training.start import Run
 from pipeline.training.support_queue import SupportQueue
 from shards.errors import RunFailed
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import Batch, TrainBatches, Views, batches
+from shards.views.loader import Batch, TrainBatches, Views
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -72,8 +71,7 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                 rank=comm.rank(),
                 world=comm.world(),
             )
-            reading = batches(dataset, first, config.data.workers, ignore_in_worker)
-            reading = fetched_ahead(reading, dataset, first)
+            reading = fetched_ahead(run.readers.batches(dataset, first), dataset, first)
             for step in steps[first:]:
                 waiting = time.monotonic()
                 batch = next(reading).to(run.device)
@@ -154,22 +152,24 @@ def train_step(
 
 
 class SaveClock:
-    """Time of the last save, and time up to which the run's seconds are counted."""
+    """Time of the last save, and time up to which the run's seconds are counted. agreement: of steps."""
 
     def __init__(self) -> None:
         self.saved = self.counted = time.monotonic()
+        self.agreement = Agreement()
 
 
 def save_now(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) -> bool:
     """Whether to save after this step: by run.save_steps, by run.save_minutes on rank 0, or because the run stops."""
     settings, step = run.config.run, run.state["step"]
     due = bool(settings.save_steps) and step % settings.save_steps == 0
-    if step % signals.AGREE_EVERY == 0:
+    if clock.agreement.due(step):
         minutes = (time.monotonic() - clock.saved) / 60
         here = comm.is_rank0() and 0 < settings.save_minutes <= minutes
-        asked, late, failed, lost = comm.all_reduce_max(
-            stop.received, here, run.saver.error is not None, run.lease.lost
+        asked, late, failed, lost, slowest = comm.all_reduce_max(
+            stop.received, here, run.saver.error is not None, run.lease.lost, clock.agreement.milliseconds()
         )
+        clock.agreement.agreed(slowest)
         if failed:
             run.saver.wait()  # raises on every rank
         bad_rows, limit = bad_so_far(run, len(bad))

@@ -21,11 +21,10 @@ from pipeline.safety.negative_controls import score_controls
 from pipeline.safety.round import load_round, mask_folder, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles, prune_scores
 from pipeline.safety.scoring import Reading, score_all_pairs
-from pipeline.training import signals
 from pipeline.training.bad_samples import record, stop_where_bad
 from pipeline.training.curriculum import Epoch
 from pipeline.training.metrics import Meter
-from pipeline.training.signals import StopSignal
+from pipeline.training.signals import Agreement, StopSignal
 from pipeline.training.start import Run
 from shards.errors import UserError
 from shards.order.safe_mask import SafeMask
@@ -91,7 +90,7 @@ def scores_for(
     views = run.views
     if config.selection.scored_view == "augmented":
         views = replace(views, scored_as=(seed, epoch.number))
-    reading = Reading(run.engine, run.samples, views, config.selection.batch_size, run.device, config.data.workers)
+    reading = Reading(run.engine, run.samples, views, config.selection.batch_size, run.device, run.readers)
     control_C = score_controls(*reading[:5], config.selection.negative_controls, seed)
     guards, folder = make_guards(config.guards), guards_folder(run.run_dir)
     if guards and epoch.round == 0 and not comm.on_rank0(are_saved, folder, guards, run.index, files.made):
@@ -111,10 +110,13 @@ def each_round(run: Run, epoch: Epoch, stop: StopSignal, meter: Meter, what: str
     Exiting here saves nothing: the last checkpoint is that of the epoch's start, and score files are on disk.
     """
 
+    agreement = Agreement()
+
     def report(done: int, rounds: int) -> None:
         run.logger.progress(f"  epoch {epoch.number:3d} {what:9s} {done}/{rounds} batches, {meter.seconds:.0f} s")
-        if done % signals.AGREE_EVERY == 0:
-            asked, lost = comm.all_reduce_max(stop.received, run.lease.lost)
+        if agreement.due(done):
+            asked, lost, slowest = comm.all_reduce_max(stop.received, run.lease.lost, agreement.milliseconds())
+            agreement.agreed(slowest)
             if lost:
                 comm.on_rank0(run.lease.check)
             if asked:

@@ -6,13 +6,15 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 
 from pipeline import logs
 
 EXIT_CODE = 75  # EX_TEMPFAIL: "try again later"; launch/slurm.sbatch requeues on it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-AGREE_EVERY = 10  # steps between the collectives in which ranks agree to save or exit
+AGREE_EVERY = 10  # steps or batches between the collectives in which ranks agree to save or exit
+SLOW = 0.5  # seconds of a step or batch; where they take longer, ranks agree after each
 
 
 class Preempted(Exception):
@@ -35,6 +37,26 @@ class StopSignal:
 
     def note(self, _number: int, _frame: FrameType | None) -> None:
         self.received = True
+
+
+class Agreement:
+    """After which steps or batches ranks agree: the first, then AGREE_EVERY, or each where they are SLOW."""
+
+    def __init__(self) -> None:
+        self.each, self.rounds, self.since = True, 0, time.monotonic()
+
+    def due(self, number: int) -> bool:
+        """Called after each one. number: of it, the same on all ranks."""
+        self.rounds += 1
+        return self.each or number % AGREE_EVERY == 0
+
+    def milliseconds(self) -> int:
+        """Of a step or batch on this rank, since ranks agreed last."""
+        return int(1000 * (time.monotonic() - self.since) / self.rounds)
+
+    def agreed(self, milliseconds: int) -> None:
+        """Called when ranks have agreed. milliseconds: of the slowest rank."""
+        self.each, self.rounds, self.since = milliseconds > 1000 * SLOW, 0, time.monotonic()
 
 
 class Stopped(BaseException):

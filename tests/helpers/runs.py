@@ -83,13 +83,13 @@ def ask(on, which, times=1):
 
 def until_preempted(made, every):
     """Train, and be cut off; ranks ask each other after `every` steps or batches."""
-    agreed, signals.AGREE_EVERY = signals.AGREE_EVERY, every
+    agreed, signals.AGREE_EVERY, signals.SLOW = (signals.AGREE_EVERY, signals.SLOW), every, float("inf")
     try:
         running.train(made)
     except Preempted:
         return
     finally:
-        signals.AGREE_EVERY = agreed
+        signals.AGREE_EVERY, signals.SLOW = agreed
     raise AssertionError("it was not cut off")
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from pipeline.training import signals
+
 PROGRAM = """
 import hashlib, os, signal, sys, time
 from pipeline.training.signals import ExitOnSignal
@@ -41,3 +43,20 @@ def test_without_a_signal_nothing_is_left_changed():
     work = "pass\n    print(signal.getsignal(signal.SIGTERM).name, signal.set_wakeup_fd(-1)); sys.exit(3)"
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(work=work)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (3, "ready\nSIG_DFL -1\nunwound\n", "")
+
+
+def test_ranks_agree_after_each_slow_step_and_else_after_some(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+
+    def agreed_after(seconds):
+        """Steps after which ranks agree, where a step takes so many seconds."""
+        agreement, found = signals.Agreement(), []
+        for step in range(1, 31):
+            now[0] += seconds
+            if agreement.due(step):
+                found.append(step)
+                agreement.agreed(agreement.milliseconds())
+        return found
+
+    assert agreed_after(0.1) == [1, 10, 20, 30] and agreed_after(0.6) == list(range(1, 31))
