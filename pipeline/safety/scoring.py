@@ -109,7 +109,7 @@ def shard_batches(offsets_S: np.ndarray, shards: Iterable[int], batch_size: int)
     ]
 
 
-@torch.no_grad()
+@torch.no_grad()  # not inference_mode: ZeRO-3 keeps small weights that were gathered here for the next training step
 def embed(
     engine: torch.nn.Module,
     samples: Samples,
