@@ -19,7 +19,7 @@ from shards.errors import BadSample
 from shards.progress import progress
 from shards.samples.samples import Samples
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import batches
+from shards.views.readers import batches
 
 if TYPE_CHECKING:
     import pandas as pd

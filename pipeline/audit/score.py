@@ -36,7 +36,7 @@ from shards.progress import progress
 from shards.samples.samples import Samples
 from shards.storage.files import read_json, write_bytes, write_json
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import batches
+from shards.views.readers import batches
 
 if TYPE_CHECKING:
     from pipeline.audit.models import Scorer

@@ -35,7 +35,7 @@ class Run(Section):
     """Run directory: everything the run writes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the weights, the order and the augmentation."""
-    timeout: Annotated[float, Field(ge=1, le=1e9)] = 60.0
+    timeout: Annotated[float, Field(ge=1, le=1e9)] = 50.0
     """Seconds without a sign of life of a process after which the others end; one that works for long gives signs."""
     save_steps: Count = 0
     """Save after every so many steps, and at every epoch's end; 0 = only there."""

@@ -13,7 +13,8 @@ from pipeline.distributed import comm, hosts
 from pipeline.safety.score_files import ScoreFiles, Unread
 from shards.samples.samples import Samples
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import Batch, PlainBatches, Rows, Views, batches
+from shards.views.loader import Batch, PlainBatches, Rows, Views
+from shards.views.readers import Readers, batches
 
 NO_ROWS = np.zeros(0, np.int64)
 Take = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]  # pictures, uint8 (B, C, H, W) -> {name: (B, ...)}
@@ -38,7 +39,7 @@ class Reading(NamedTuple):
     views: Views
     batch_size: int
     device: torch.device
-    workers: int = 0
+    workers: int | Readers = 0
 
 
 class PictureNumbers(Protocol):
@@ -108,14 +109,14 @@ def shard_batches(offsets_S: np.ndarray, shards: Iterable[int], batch_size: int)
     ]
 
 
-@torch.no_grad()
+@torch.no_grad()  # not inference_mode: ZeRO-3 keeps small weights that were gathered here for the next training step
 def embed(
     engine: torch.nn.Module,
     samples: Samples,
     views: Views,
     pairs: Sequence[tuple[Rows, Rows]],
     device: torch.device,
-    workers: int = 0,
+    workers: int | Readers = 0,
     passes: int = 0,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield (batch, cos_B) of loader.PlainBatches, with the batch on `device` and the model in eval mode.
@@ -127,7 +128,8 @@ def embed(
     was_training = getattr(engine, "module", engine).training  # DeepSpeed's engine does not know its own mode
     engine.eval()
     dataset = PlainBatches(samples, pairs, views)
-    for batch in fetched_ahead(batches(dataset, workers=workers), dataset):
+    reading = workers.batches(dataset) if isinstance(workers, Readers) else batches(dataset, workers=workers)
+    for batch in fetched_ahead(reading, dataset):
         here = batch.to(device)
         image_BD, text_TD, _ = engine(here.images, here.tokens)
         text_BD = text_TD if here.caption_of is None else text_TD[least_similar(image_BD, text_TD, here.caption_of)]
@@ -182,7 +184,7 @@ def score_all_pairs(
     views: Views,
     batch_size: int,
     device: torch.device,
-    workers: int = 0,
+    workers: int | Readers = 0,
     files: ScoreFiles | None = None,
     each_round: Callable[[int, int], None] | None = None,
     numbers: PictureNumbers | None = None,

@@ -23,12 +23,12 @@ from pipeline.training.curriculum import Epoch, Step, epoch_steps, learning_rate
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from pipeline.training.metrics import Meter
 from pipeline.training.selection_round import mask_for
-from pipeline.training.signals import Agreement, StopSignal, ignore_in_worker
+from pipeline.training.signals import Agreement, StopSignal
 from pipeline.training.start import Run
 from pipeline.training.support_queue import SupportQueue
 from shards.errors import RunFailed
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import Batch, TrainBatches, Views, batches
+from shards.views.loader import Batch, TrainBatches, Views
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -71,8 +71,7 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                 rank=comm.rank(),
                 world=comm.world(),
             )
-            reading = batches(dataset, first, config.data.workers, ignore_in_worker)
-            reading = fetched_ahead(reading, dataset, first)
+            reading = fetched_ahead(run.readers.batches(dataset, first), dataset, first)
             for step in steps[first:]:
                 waiting = time.monotonic()
                 batch = next(reading).to(run.device)

@@ -90,7 +90,7 @@ def scores_for(
     views = run.views
     if config.selection.scored_view == "augmented":
         views = replace(views, scored_as=(seed, epoch.number))
-    reading = Reading(run.engine, run.samples, views, config.selection.batch_size, run.device, config.data.workers)
+    reading = Reading(run.engine, run.samples, views, config.selection.batch_size, run.device, run.readers)
     control_C = score_controls(*reading[:5], config.selection.negative_controls, seed)
     guards, folder = make_guards(config.guards), guards_folder(run.run_dir)
     if guards and epoch.round == 0 and not comm.on_rank0(are_saved, folder, guards, run.index, files.made):

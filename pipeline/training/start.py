@@ -32,7 +32,7 @@ from pipeline.training.model import (
     pixel_stats,
     tokenizer_for,
 )
-from pipeline.training.signals import Preempted
+from pipeline.training.signals import Preempted, ignore_in_worker
 from pipeline.training.support_queue import SupportQueue
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
@@ -41,6 +41,7 @@ from shards.samples.bad_samples import PARTS, BadSamplesFiles
 from shards.storage.files import write_bytes
 from shards.views.eda import Eda, synonym_source
 from shards.views.loader import View, Views
+from shards.views.readers import Readers
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ FRESH: dict = {
 
 
 class Run:
-    """State of a run: config, run_dir, device, samples, index, mask, excluded, views, engine, queues, state,
+    """State of a run: config, run_dir, device, samples, index, mask, excluded, views, readers, engine, queues, state,
     logger, bad_samples, saver, lease.
 
     A context manager that closes the run's files and releases its lease.
@@ -77,6 +78,7 @@ class Run:
         self.config, self.device = config, comm.device()
         self.index = open_index(config.data)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
+        self.readers = Readers(self.samples, self.views, config.data.workers, ignore_in_worker)
         comm.on_rank0(self.samples.verify, config.data.remote_timeout)
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         self.epochs = curriculum(config.train, config.selection.every, self.steps_per_epoch)

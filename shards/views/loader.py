@@ -5,13 +5,13 @@ starting at batch k reads nothing of the batches before it. Legend: B rows of th
 H height, W width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from shards.errors import BadSample
 from shards.order.plan import EpochPlan
@@ -129,7 +129,88 @@ class TrainStep(Protocol):
     def mask(self) -> SafeMask | None: ...
 
 
-class TrainBatches(Dataset[Batch]):
+@dataclass(frozen=True)
+class TrainJob:
+    """A batch of a step to read: samples by shard and position, in the views that the loss takes. Small to send."""
+
+    loss: str
+    seed: int
+    epoch: int
+    pass_number: int
+    shard_B: np.ndarray
+    position_B: np.ndarray
+    repetition_B: np.ndarray
+
+    def read(self, samples: Samples, views: Views) -> Batch:
+        kinds, size = views.of[self.loss], views.size
+        least = max(least_side(size, view.crop_min) for view in kinds)
+
+        def read(row: int, shard: int, position: int) -> list[tuple]:
+            pixels_HWC, captions = samples.pixels(shard, position, least), samples.captions(shard, position)
+            found = []
+            for number, view in enumerate(kinds, 1):
+                # Other views in each pass of the epoch, and for each repetition within a pass.
+                key = self.pass_number * 4 + number + (int(self.repetition_B[row]) << 32)
+                rng = sample_rng(self.seed, self.epoch, shard, position, key)
+                pixels, colour = view.picture(pixels_HWC, size, rng)
+                picture = pixels if views.on_device else coloured(pixels, colour)
+                caption = captions[0] if len(captions) == 1 else captions[rng.integers(len(captions))]
+                text = views.caption(view, number, caption, rng, self.seed, shard, position)
+                found.append((picture, [text], colour))
+            return found
+
+        return collate(samples, views, self.shard_B, self.position_B, read, len(kinds), views.on_device)
+
+
+@dataclass(frozen=True)
+class PlainJob:
+    """A batch of pairs to read as they are scored: the pictures of the rows row_B, all captions of caption_row_B.
+    scored_as: of Views."""
+
+    row_B: np.ndarray
+    caption_row_B: np.ndarray
+    scored_as: tuple[int, int] | None
+
+    def read(self, samples: Samples, views: Views) -> Batch:
+        shard_B, position_B = samples.index.place(self.row_B)
+        caption_place_B = list(zip(*(place.tolist() for place in samples.index.place(self.caption_row_B))))
+        size, view, scored_as = views.size, View(), self.scored_as
+        if scored_as:
+            view = views.of["clip"][0]
+        least = least_side(size, view.crop_min)
+
+        def read(row: int, shard: int, position: int) -> list[tuple]:
+            pixels_HWC = samples.pixels(shard, position, least)
+            captions = samples.captions(*caption_place_B[row])
+            if not scored_as:
+                return [(plain_view(pixels_HWC, size), captions)]
+            seed, epoch = scored_as
+            # Views are numbered from 1 in training: 0 is another draw. The caption's variant is the first.
+            rng = sample_rng(seed, epoch, shard, position, 0)
+            picture = image_view(pixels_HWC, size, rng, view.augment)
+            place = caption_place_B[row]
+            return [(picture, [views.caption(view, 1, caption, rng, seed, *place) for caption in captions])]
+
+        return collate(samples, views, shard_B, position_B, read, 1)
+
+
+class JobBatches(Dataset[Batch]):
+    """Item i: the batch that job(i) reads. Another process can read it too, given the job alone."""
+
+    samples: Samples
+    views: Views
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def job(self, i: int) -> TrainJob | PlainJob:
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> Batch:
+        return self.job(i).read(self.samples, self.views)
+
+
+class TrainBatches(JobBatches):
     """Item i: the batch of the epoch's i-th step, in the views that its loss takes."""
 
     def __init__(
@@ -153,32 +234,14 @@ class TrainBatches(Dataset[Batch]):
         """Numbers of the shards that item i reads."""
         return np.unique(self.steps[i].plan.batch(self.steps[i].number, self.rank, self.world)[0]).tolist()
 
-    def __getitem__(self, i: int) -> Batch:
+    def job(self, i: int) -> TrainJob:
         step = self.steps[i]
         shard_B, nth_B, repetition_B = step.plan.batch(step.number, self.rank, self.world)
         position_B = step.mask.locate(step.view, shard_B, nth_B) if step.mask else nth_B
-        kinds, size = self.views.of[step.loss], self.views.size
-        least = max(least_side(size, view.crop_min) for view in kinds)
-
-        def read(row: int, shard: int, position: int) -> list[tuple]:
-            pixels_HWC, captions = self.samples.pixels(shard, position, least), self.samples.captions(shard, position)
-            views = []
-            for number, view in enumerate(kinds, 1):
-                # Other views in each pass of the epoch, and for each repetition within a pass.
-                key = step.pass_number * 4 + number + (int(repetition_B[row]) << 32)
-                rng = sample_rng(self.seed, self.epoch, shard, position, key)
-                pixels, colour = view.picture(pixels_HWC, size, rng)
-                picture = pixels if self.views.on_device else coloured(pixels, colour)
-                caption = captions[0] if len(captions) == 1 else captions[rng.integers(len(captions))]
-                text = self.views.caption(view, number, caption, rng, self.seed, shard, position)
-                views.append((picture, [text], colour))
-            return views
-
-        drawn = self.views.on_device
-        return collate(self.samples, self.views, shard_B, position_B, read, len(kinds), drawn)
+        return TrainJob(step.loss, self.seed, self.epoch, step.pass_number, shard_B, position_B, repetition_B)
 
 
-class PlainBatches(Dataset[Batch]):
+class PlainBatches(JobBatches):
     """Item i: the rows of `batches[i]` = (row_B, caption_row_B), as pairs are scored: the pictures of the first, all
     captions of the second.
 
@@ -196,29 +259,9 @@ class PlainBatches(Dataset[Batch]):
         """Numbers of the shards that item i reads."""
         return np.unique(self.samples.index.place(np.asarray(self.batches[i][0]))[0]).tolist()
 
-    def __getitem__(self, i: int) -> Batch:
+    def job(self, i: int) -> PlainJob:
         row_B, caption_row_B = (np.asarray(rows, np.int64) for rows in self.batches[i])
-        shard_B, position_B = self.samples.index.place(row_B)
-        caption_place_B = list(zip(*(place.tolist() for place in self.samples.index.place(caption_row_B))))
-
-        size, view, scored_as = self.views.size, View(), self.views.scored_as
-        if scored_as:
-            view = self.views.of["clip"][0]
-        least = least_side(size, view.crop_min)
-
-        def read(row: int, shard: int, position: int) -> list[tuple]:
-            pixels_HWC = self.samples.pixels(shard, position, least)
-            captions = self.samples.captions(*caption_place_B[row])
-            if not scored_as:
-                return [(plain_view(pixels_HWC, size), captions)]
-            seed, epoch = scored_as
-            # Views are numbered from 1 in training: 0 is another draw. The caption's variant is the first.
-            rng = sample_rng(seed, epoch, shard, position, 0)
-            picture = image_view(pixels_HWC, size, rng, view.augment)
-            place = caption_place_B[row]
-            return [(picture, [self.views.caption(view, 1, caption, rng, seed, *place) for caption in captions])]
-
-        return collate(self.samples, self.views, shard_B, position_B, read, 1)
+        return PlainJob(row_B, caption_row_B, self.views.scored_as)
 
 
 def collate(
@@ -257,24 +300,3 @@ def collate(
     colours = torch.from_numpy(colours_VBP.reshape(count * rows, NUMBERS)) if drawn else None
     several = torch.tensor(caption_of) if len(caption_of) > count * rows else None
     return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad, colours, several)
-
-
-def batches(
-    dataset: Dataset[Item], start: int = 0, workers: int = 0, in_worker: Callable[[int], None] | None = None
-) -> Iterator[Item]:
-    """Iterate over `dataset` from item `start` on, in order, read ahead by `workers` processes (0: in this one).
-
-    `in_worker(number)` is called in each of those processes when it starts.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=range(start, len(dataset)),  # type: ignore[arg-type]  # torch's type has no length, what comes has
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=in_worker,
-        # Forked processes share masks and the index with this one; others would be sent a copy each.
-        multiprocessing_context="fork" if workers else None,
-    )
-    return iter(loader)

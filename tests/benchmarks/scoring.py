@@ -26,7 +26,8 @@ from pipeline.training.curriculum import Step
 from pipeline.training.start import Run
 from shards.build.shapes import shapes
 from shards.order.plan import EpochPlan
-from shards.views.loader import PlainBatches, TrainBatches, batches
+from shards.views.loader import PlainBatches, TrainBatches
+from shards.views.readers import batches
 
 SIZE = 250  # pairs a rank forwards at a time; divides the 1,000 of a shard
 

@@ -16,7 +16,8 @@ from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
 from shards.index.shard_list import ShardList
 from shards.order.safe_mask import SavedMask
-from shards.views.loader import PlainBatches, Views, batches
+from shards.views.loader import PlainBatches, Views
+from shards.views.readers import batches
 from tests.helpers.saved_masks import cosines
 
 
@@ -85,7 +86,7 @@ from pipeline.cli.main import main
 from pipeline.training.signals import ignore_in_worker
 from shards.errors import UserError
 from shards.index import build_index
-from shards.views.loader import batches
+from shards.views.readers import batches
 
 reading = batches(range(100), workers=1, in_worker=ignore_in_worker)
 
