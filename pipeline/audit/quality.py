@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pipeline.audit.data import AuditData
-from pipeline.safety.scoring import shard_batches
+from pipeline.safety.scoring import ShardBatches
 from pipeline.training.signals import ignore_in_worker
 from shards.errors import BadSample
 from shards.progress import progress
@@ -49,7 +49,7 @@ class Measured:
 class Measures(Dataset):
     """Item i: Measured of batch i, with cleanvision's raw values."""
 
-    def __init__(self, samples: Samples, todo: list[tuple[int, range]]):
+    def __init__(self, samples: Samples, todo: ShardBatches):
         from cleanvision.issue_managers.duplicate_issue_manager import DuplicateIssueManager
         from cleanvision.issue_managers.image_property_issue_manager import ImagePropertyIssueManager
 
@@ -60,7 +60,7 @@ class Measures(Dataset):
 
     def shards(self, i: int) -> list[int]:
         """Numbers of the shards that item i reads."""
-        return [self.todo[i][0]]
+        return [int(self.samples.index.place(self.todo[i][0][0])[0])]
 
     def __len__(self) -> int:
         return len(self.todo)
@@ -68,11 +68,11 @@ class Measures(Dataset):
     def __getitem__(self, i: int) -> Measured:
         import pandas as pd
 
-        shard, numbers = self.todo[i]
+        row_B, _ = self.todo[i]
         rows, values, hashes = [], [], []
-        for row in numbers:
+        for row, shard, position in zip(row_B.tolist(), *(place.tolist() for place in self.samples.index.place(row_B))):
             try:
-                pixels_HWC = self.samples.pixels(shard, row - int(self.samples.index.offsets[shard]))
+                pixels_HWC = self.samples.pixels(shard, position)
             except BadSample:
                 continue
             measured, hashed = self.measure(seen(pixels_HWC))
@@ -109,7 +109,7 @@ def measure_all(data: AuditData) -> Measured:
     from cleanvision.issue_managers.image_property_issue_manager import ImagePropertyIssueManager
 
     samples = data.all_samples()
-    todo = shard_batches(samples.index.offsets, range(len(samples.index.counts)), BATCH)
+    todo = ShardBatches(samples.index.offsets, range(len(samples.index.counts)), BATCH)
     dataset = Measures(samples, todo)
     workers = min(WORKERS, os.cpu_count() or 1) if len(todo) >= WORKERS else 0
     reading = fetched_ahead(batches(dataset, 0, workers, ignore_in_worker), dataset)

@@ -26,7 +26,7 @@ from pipeline.config.schema import Data, Selection
 from pipeline.distributed import comm
 from pipeline.safety.round import SelectionRound, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles, Unread, shared_scores
-from pipeline.safety.scoring import assign_shards, least_similar, shard_batches
+from pipeline.safety.scoring import ShardBatches, assign_shards, least_similar
 from pipeline.training.signals import ignore_in_worker
 from shards.errors import BadSample, UserError
 from shards.index.build_index import build_index
@@ -63,12 +63,12 @@ Scored = tuple[Rowset, np.ndarray, list[str | None], np.ndarray | None, np.ndarr
 
 
 class Pairs(Dataset):
-    """Item i: Rowset of `batches[i]` = (shard, range of rows over all shards)."""
+    """Item i: Rowset of `batches[i]`."""
 
     def __init__(
         self,
         samples: Samples,
-        batches: list[tuple[int, range]],
+        batches: ShardBatches,
         preprocess: Callable[[Image.Image], torch.Tensor],
         tokenize: Callable[[list[str]], torch.Tensor],
     ):
@@ -77,19 +77,20 @@ class Pairs(Dataset):
 
     def shards(self, i: int) -> list[int]:
         """Numbers of the shards that item i reads."""
-        return [self.batches[i][0]]
+        return [int(self.samples.index.place(self.batches[i][0][0])[0])]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, i: int) -> Rowset:
-        shard, numbers = self.batches[i]
-        rows, first = len(numbers), int(self.samples.index.offsets[shard])
+        row_B, _ = self.batches[i]
+        shard_B, position_B = self.samples.index.place(row_B)
+        rows, shard = len(row_B), int(shard_B[0])
         images: list[torch.Tensor | None] = [None] * rows
         captions: list[list[str]] = [[]] * rows
         bad: list[Unread] = []
         hashes, cells = np.zeros(rows, np.uint64), np.zeros((rows, GRID * GRID), np.uint32)
-        for row, position in enumerate(number - first for number in numbers):
+        for row, position in enumerate(position_B.tolist()):
             try:
                 captions[row] = self.samples.captions(shard, position)
                 image = self.samples.image(shard, position)
@@ -228,11 +229,11 @@ def score_shards(
     index = samples.index
     done = set(comm.broadcast_object(files.claim().done() if comm.is_rank0() else None))
     mine = [s for s in assign_shards(index.counts, comm.world(), done)[comm.rank()] if s not in done]
-    todo = shard_batches(index.offsets, mine, batch_size)
+    todo = ShardBatches(index.offsets, mine, batch_size)
     parts, device = [], comm.device()
     dataset = Pairs(samples, todo, scorer.preprocess, scorer.tokenize)
     reading = zip(todo, fetched_ahead(batches(dataset, 0, workers, ignore_in_worker), dataset))
-    for (shard, numbers), rows in progress(reading, len(todo), "batches of rank 0 scored", comm.is_rank0()):
+    for (row_B, _), rows in progress(reading, len(todo), "batches of rank 0 scored", comm.is_rank0()):
         if rows.valid.any():
             image_BD, text_TD = scorer.encode(rows.images.to(device), rows.tokens.to(device))
             least_B = least_similar(image_BD, text_TD, rows.caption_of.to(device))
@@ -244,7 +245,8 @@ def score_shards(
             first = dict(zip(reversed(rows.caption_of.tolist()), reversed(rows.captions)))
             captions = [first[row] for row in range(len(rows.valid))]
             parts.append((rows, np.full(len(rows.valid), np.nan, np.float32), captions, None, None))
-        if numbers.stop == index.offsets[shard + 1]:
+        shard = int(index.place(row_B[0])[0])
+        if row_B[-1] + 1 == index.offsets[shard + 1]:
             write_shard(out, shard, index, files, parts, keep)
             parts = []
 

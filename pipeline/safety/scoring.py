@@ -62,7 +62,7 @@ class PictureNumbers(Protocol):
         """Called for each shard of this rank, with the cosines and numbers of all its pairs."""
 
 
-class ShardBatches(Sequence[tuple[Rows, Rows]]):
+class ShardBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
     """Batches of pairs for loader.PlainBatches, each within one of the `shards`, in order: what a batch holds does not
     depend on the number of ranks. row_K: rows that are left out, ascending. sizes: batches of each shard."""
 
@@ -77,7 +77,7 @@ class ShardBatches(Sequence[tuple[Rows, Rows]]):
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __getitem__(self, number: int) -> tuple[Rows, Rows]:  # type: ignore[override]  # no slices
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[override]  # no slices
         nth = int(np.searchsorted(self.ends, number, "right"))
         start, stop = self.offsets_S[self.shards[nth] :][:2]
         first, last = np.searchsorted(self.row_K, [start, stop])
@@ -98,15 +98,6 @@ def assign_shards(
     rank_S = (2 * np.cumsum(work_S) - work_S) * world // (2 * max(1, work_S.sum()))
     bounds = np.searchsorted(np.minimum(rank_S, world - 1), np.arange(world + 1)).tolist()
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
-
-
-def shard_batches(offsets_S: np.ndarray, shards: Iterable[int], batch_size: int) -> list[tuple[int, range]]:
-    """[(shard, rows)]: batches within one shard each, independent of the world size. rows: range over all shards."""
-    return [
-        (s, range(start, min(start + batch_size, int(offsets_S[s + 1]))))
-        for s in shards
-        for start in range(int(offsets_S[s]), int(offsets_S[s + 1]), batch_size)
-    ]
 
 
 @torch.no_grad()  # not inference_mode: ZeRO-3 keeps small weights that were gathered here for the next training step

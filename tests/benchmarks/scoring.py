@@ -21,7 +21,7 @@ import torch
 from pipeline.config.load import load_config
 from pipeline.distributed import comm
 from pipeline.safety.score_files import ScoreFiles
-from pipeline.safety.scoring import assign_shards, score_all_pairs, shard_batches
+from pipeline.safety.scoring import ShardBatches, assign_shards, score_all_pairs
 from pipeline.training.curriculum import Step
 from pipeline.training.start import Run
 from shards.build.shapes import shapes
@@ -34,7 +34,7 @@ SIZE = 250  # pairs a rank forwards at a time; divides the 1,000 of a shard
 
 def bare(run):
     mine = assign_shards(run.index.counts, comm.world())[comm.rank()]
-    todo = [(rows, rows) for _, rows in shard_batches(run.index.offsets, mine, run.config.selection.batch_size)]
+    todo = ShardBatches(run.index.offsets, mine, run.config.selection.batch_size)
     for batch in batches(PlainBatches(run.samples, todo, run.views), workers=run.config.data.workers):
         here = batch.to(run.device)
         run.engine(here.images, here.tokens)
