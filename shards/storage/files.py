@@ -75,7 +75,12 @@ def claim_folder(mark: Path, value: dict, left: str = "") -> dict | None:
     Hidden files do not count, nor those whose names end with `left`.
     """
     folder = mark.parent
-    names = os.listdir(folder) if folder.is_dir() else [folder.name] if folder.exists() else []
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        names = []
+    except NotADirectoryError:
+        return None
     if all(name.startswith(".") or left and name.endswith(left) for name in names):
         with whole_file(mark, new=True) as file:
             file.write((json.dumps(value, indent=1) + "\n").encode())

@@ -117,14 +117,14 @@ DEATHS = (
 def run_with_guards(folder, name, deaths=False):
     """(pictures decoded by the rounds, number of rounds, safe set of the first one, weights at the end)."""
     sample.CHUNK, scored = CHUNK, 0
-    read, sampled = PlainBatches.__getitem__, Sample.__init__
+    job, sampled = PlainBatches.job, Sample.__init__
 
     def counted(self, i):
         nonlocal scored
         scored += len(self.batches[i][0])
-        return read(self, i)
+        return job(self, i)
 
-    PlainBatches.__getitem__ = counted
+    PlainBatches.job = counted
     Sample.__init__ = lambda self, folder, samples, size, *rest: sampled(self, folder, samples, 150, *rest)
     made = config(folder, name, selection__negative_controls=0)
     made.guards = {"duplicates": {"max_pairs": 2}, "trigger_clusters": {"sample": 64, "low": 0.5, "least": 3}}
