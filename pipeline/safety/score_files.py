@@ -67,12 +67,13 @@ class ScoreFiles:
         score_B = cos_B.copy()
         score_B[list(excluded)] = np.nan
         why = {**excluded, **reasons}
+        reason_B = [why.get(position) for position in range(len(cos_B))] if why else [None] * len(cos_B)
         columns = {
             "position": np.arange(len(cos_B)),
-            "key": self.index.table(shard).keys,
+            "key": self.index.keys(shard),
             "cosine": cos_B,
             "score": score_B,
-            "reason": pa.array([why.get(position) for position in range(len(cos_B))], pa.string()),
+            "reason": pa.array(reason_B, pa.string()),
         }
         return pa.table(columns).replace_schema_metadata({key: json.dumps(value) for key, value in self.made.items()})
 
@@ -83,7 +84,7 @@ class ScoreFiles:
         file, table = io.BytesIO(), self.table(shard, cos_B, reasons, {})
         for name, value_B in (numbers or {}).items():
             table = table.append_column(name, pa.array(value_B))
-        pq.write_table(table, file)
+        pq.write_table(table, file, use_dictionary=["reason"])  # all else differs from pair to pair
         write_bytes(self.path(shard), file.getbuffer())
 
     def conclude(self, excluded: Callable[[int], Mapping[int, str]] = lambda shard: {}) -> None:
@@ -114,7 +115,7 @@ class ScoreFiles:
             for shard in shards:
                 cos_B, bad = self.read(shard, parts)
                 table = self.table(shard, cos_B, {position: why for _, position, _, why in bad}, excluded(shard))
-                writer = writer or pq.ParquetWriter(file, table.schema)
+                writer = writer or pq.ParquetWriter(file, table.schema, use_dictionary=["reason"])
                 writer.write_table(table, row_group_size=len(table))
             writer.close()
         for shard in shards[len(shards) == 1 :]:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -102,6 +103,14 @@ class ShardIndex:
         read."""
         entry = self.shards[shard]
         return read_table(entry.table, entry.samples)
+
+    def keys(self, shard: int) -> pa.ChunkedArray:
+        """The keys of the samples of shard number `shard`, strings. Raises ChangedShard where they cannot be read."""
+        entry = self.shards[shard]
+        with named_table(entry.table):
+            column = pq.read_table(entry.table, columns=["key"])["key"]
+            check_rows(len(column), entry.samples)
+            return column
 
     def verify(self, timeout: float = remote.TIMEOUT) -> None:
         """Raise UserError if a table is missing, or a shard is missing or does not hold what was indexed.

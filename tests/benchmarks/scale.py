@@ -46,6 +46,7 @@ from tests.helpers.tars import write_tar
 BAD = 0.005  # of the pairs
 SOME = 300  # shards of a rank that are written
 BATCH, WIDTH = 65_536, 512  # pairs of a step, numbers of an embedding
+ONE_BY_ONE = {"grows": False}  # shard after shard: the memory is that of the part that is measured
 META = {"epoch": 0, "step": 0, "config": "", "fraction": 0.5, "first_fraction": 0.5, "threshold": 0.2}
 META |= {"mixture": None, "note": ""}
 
@@ -160,7 +161,7 @@ def scored(world, name):
     counts_S = world.counts_S.copy()
     todo = min(world.shards // world.ranks, SOME)
     counts_S[todo:] = 0
-    index = SimpleNamespace(counts=counts_S, table=world.index.table)
+    index = SimpleNamespace(counts=counts_S, keys=world.index.keys)
     files = ScoreFiles(world.work / name / "scores", index, 0)
     files.claim()
     return files, todo / world.shards, world.scores(world.pairs // world.shards)
@@ -175,14 +176,20 @@ def write_scores(world):
     """A rank's shards."""
     files, part, cos_B = scored(world, "written")
     size = os.path.getsize(world.work / "one.parquet") * world.shards
-    return {"then": lambda: write(files, cos_B), "part": part * world.ranks, "disk_bytes": size, "files": world.shards}
+    return {
+        "then": lambda: write(files, cos_B),
+        "part": part * world.ranks,
+        "disk_bytes": size,
+        "files": world.shards,
+        **ONE_BY_ONE,
+    }
 
 
 def merge_scores(world):
     """A rank's shards, at the end of a round."""
     files, part, cos_B = scored(world, "merged")
     write(files, cos_B)
-    return {"then": files.conclude, "part": part * world.ranks, "files": world.ranks}
+    return {"then": files.conclude, "part": part * world.ranks, "files": world.ranks, **ONE_BY_ONE}
 
 
 def find_scored(world):
@@ -330,7 +337,7 @@ def measure(step, world):
     """{column: figure} of one step, in this process."""
     told = step(world)
     found = {**dict.fromkeys(COLUMNS, 0), "part": 1.0} | {
-        k: v for k, v in told.items() if k not in ("then", "wrote", "times")
+        k: v for k, v in told.items() if k not in ("then", "wrote", "times", "grows")
     }
     if "then" in told:
         before, started = own_memory(), time.monotonic()
@@ -343,7 +350,7 @@ def measure(step, world):
         found["disk_bytes"], found["files"] = sum(written) * told.get("times", 1), len(written) * told.get("times", 1)
     if found["part"] < 1:
         found["seconds"] /= found["part"]
-        found["rank_bytes"] = int(found["rank_bytes"] / found["part"])
+        found["rank_bytes"] = int(found["rank_bytes"] / (found["part"] if told.get("grows", True) else 1))
     return found
 
 

@@ -60,7 +60,7 @@ FILLED = [shard for shard, count in enumerate(COUNTS) if count]
 def test_shards_are_found_in_any_files(tmp_path_factory, merged):
     """Some shards are put together, later others: every shard, and the column of all, is read as before."""
     folder = tmp_path_factory.mktemp("parts")
-    index = SimpleNamespace(counts=np.array(COUNTS), table=lambda shard: SimpleNamespace(keys=["k"] * COUNTS[shard]))
+    index = SimpleNamespace(counts=np.array(COUNTS), keys=lambda shard: ["k"] * COUNTS[shard])
     files, score_N = ScoreFiles(folder / "scores", index, 0), np.arange(sum(COUNTS), dtype=np.float32)
     files.claim()
     starts = np.cumsum([0, *COUNTS])
