@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
-from shards.index.scan import MISSING
-from shards.index.shard_index import Members, Shard, ShardIndex, ShardTable
+from shards.index.shard_index import Shard, ShardIndex
 from shards.order.safe_mask import fingerprint
 
 KINDS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet", "cells": "npy"}
@@ -138,22 +137,16 @@ class EmbeddingFolder(ShardIndex):
     def __reduce__(self) -> tuple:
         return EmbeddingFolder, (self.folder,)
 
-    def table(self, shard: int) -> ShardTable:
+    def keys(self, shard: int) -> list[str]:
         """The pairs' names, from image_path or key, or else their positions."""
         columns = pq.read_schema(self.about[shard]).names
         name = next((name for name in ("key", "image_path") if name in columns), None)
         if name is None:
-            return only_keys([str(position) for position in range(self.counts[shard])])
-        return only_keys([str(key) for key in pq.read_table(self.about[shard], columns=[name])[name].to_pylist()])
+            return [str(position) for position in range(self.counts[shard])]
+        return [str(key) for key in pq.read_table(self.about[shard], columns=[name])[name].to_pylist()]
 
     def captions(self, shard: int) -> list[str | None]:
         """None where there is no caption."""
         if "caption" not in pq.read_schema(self.about[shard]).names:
             return [None] * int(self.counts[shard])
         return pq.read_table(self.about[shard], columns=["caption"])["caption"].to_pylist()
-
-
-def only_keys(keys: list[str]) -> ShardTable:
-    """The table of pairs that have neither picture nor text in a shard."""
-    none = Members(*[np.broadcast_to(np.int64(MISSING), len(keys))] * 3)
-    return ShardTable(keys, none, (none,))

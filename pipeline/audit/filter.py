@@ -83,8 +83,8 @@ def keep_unpoisoned(
         score_N[order_N[score_N[order_N] > 0][round(fraction * index.samples) :]] = 0
     tables = []
     for shard, count in enumerate(index.counts):
-        keys = index.table(shard).keys if count else []
-        columns = {"key": pa.array(keys, pa.string()), "cosine": np.full(count, np.nan, np.float32)}
+        keys = index.keys(shard) if count else pa.array([], pa.string())
+        columns = {"key": keys, "cosine": np.full(count, np.nan, np.float32)}
         tables.append(pa.table({**columns, "reason": pa.nulls(int(count), pa.string())}))
     about = {
         "fingerprint": index.fingerprint,

@@ -215,8 +215,7 @@ def score_embeddings(index: EmbeddingFolder, out: Path, files: ScoreFiles) -> No
             norm_B = np.linalg.norm(image_BD, axis=1) * np.linalg.norm(text_BD, axis=1)
             with np.errstate(invalid="ignore", divide="ignore"):  # a row of zeros has no cosine: NaN
                 cos_N[start : start + len(image_BD)] = (image_BD * text_BD).sum(1) / norm_B
-        keys = index.table(shard).keys
-        write_metadata(out, shard, keys, index.captions(shard), None)
+        write_metadata(out, shard, index.keys(shard), index.captions(shard), None)
         unread = np.flatnonzero(np.isnan(cos_N)).tolist()
         files.write(shard, cos_N, dict.fromkeys(unread, "the embedding has no direction"))
 
@@ -264,7 +263,7 @@ def write_shard(out: Path, shard: int, index: ShardIndex, files: ScoreFiles, par
             ]
             save_array(part_path(out, kind, shard), np.concatenate(filled))
         save_array(part_path(out, "cells", shard), np.concatenate([rows.cells for rows in rowsets]))
-    write_metadata(out, shard, index.table(shard).keys, sum(captions, []), hashes if keep else None)
+    write_metadata(out, shard, index.keys(shard), sum(captions, []), hashes if keep else None)
     cos_N = np.concatenate(cosines)
     files.write(shard, cos_N, {position: reason for rows in rowsets for _, position, _, reason in rows.bad})
 
@@ -276,9 +275,12 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_metadata(
-    out: Path, shard: int, keys: list[str], captions: list[str | None], hashes: np.ndarray | None
+    out: Path, shard: int, keys: list[str] | pa.ChunkedArray, captions: list[str | None], hashes: np.ndarray | None
 ) -> None:
-    columns = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
+    columns = {
+        "key": keys if isinstance(keys, pa.ChunkedArray) else pa.array(keys, pa.string()),
+        "caption": pa.array(captions, pa.string()),
+    }
     if hashes is not None:
         columns["hash"] = hashes
     file = io.BytesIO()
