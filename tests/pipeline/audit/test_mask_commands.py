@@ -151,7 +151,7 @@ def test_hostile_keys_survive_csv_and_key_list(tmp_path_factory, keys):
     folder = tmp_path_factory.mktemp("hostile")
     index = SimpleNamespace(counts=np.array([len(keys)]), offsets=np.array([0, len(keys)]), fingerprint="f")
     index.shards = ShardList.of([Shard("/=data/=1+1.tar", 0, len(keys), "f", "")])
-    index.table = lambda shard: SimpleNamespace(keys=keys)
+    index.keys = lambda shard: keys
     save_mask(folder, index, np.ones(len(keys), np.float32), fraction=1.0)
     for form in ("csv", "keys"):
         cli.main(["mask", "export", str(folder), "--format", form, "--out", str(folder / form)])
@@ -206,7 +206,7 @@ def test_any_mask_is_rebuilt_bit_for_bit_and_any_other_bit_is_noticed(tmp_path_f
     folder = tmp_path_factory.mktemp("replay")
     index = SimpleNamespace(counts=np.array([13, 0, 27]), offsets=np.array([0, 13, 13, 40]), fingerprint="f")
     index.shards = ShardList.of([Shard(f"/d/{n}.tar", 0, 0, str(n), "") for n in range(3)])
-    index.table = lambda shard: SimpleNamespace(keys=[f"k{i}" for i in range(index.counts[shard])])
+    index.keys = lambda shard: [f"k{i}" for i in range(index.counts[shard])]
     save_mask(folder / "a", index, cos_N, fraction)
     assert replay(folder / "a")[0]
     what_if(folder / "a", folder / "b", fraction=other)

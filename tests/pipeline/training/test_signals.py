@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -33,6 +34,7 @@ def test_a_signal_ends_the_process_and_says_what_is_kept(number, work, unwinds):
     words = [sys.executable, "-c", PROGRAM.format(work=work)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
+        time.sleep(1)  # until the call has begun
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 75 and err == "safeclip: asked to stop; all is kept\n"
