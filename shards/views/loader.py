@@ -5,6 +5,7 @@ starting at batch k reads nothing of the batches before it. Legend: B rows of th
 H height, W width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, TypeVar
@@ -194,17 +195,17 @@ class PlainJob:
         return collate(samples, views, shard_B, position_B, read, 1)
 
 
-class JobBatches(Dataset[Batch]):
+class JobBatches(Dataset[Batch], ABC):
     """Item i: the batch that job(i) reads. Another process can read it too, given the job alone."""
 
     samples: Samples
     views: Views
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def job(self, i: int) -> TrainJob | PlainJob:
-        raise NotImplementedError
+    @abstractmethod
+    def job(self, i: int) -> TrainJob | PlainJob: ...
 
     def __getitem__(self, i: int) -> Batch:
         return self.job(i).read(self.samples, self.views)
