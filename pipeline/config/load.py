@@ -18,9 +18,14 @@ class Loader(yaml.SafeLoader):
     """Reads 5e-4 as a number, as YAML 1.2 does."""
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
+class Dumper(yaml.SafeDumper):
+    """Writes what Loader reads: quotes a string like "5e4"."""
+
+
+for one in (Loader, Dumper):
+    one.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+    )
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -74,6 +79,11 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"config {path}: got {type(values).__name__}, expected a mapping of sections")
     return values
+
+
+def to_yaml(values: dict) -> bytes:
+    """YAML that `read_yaml` reads as `values`."""
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False).encode()
 
 
 def override(values: dict, words: Iterable[str]) -> None:

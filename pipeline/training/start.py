@@ -9,11 +9,10 @@ from types import TracebackType
 from typing import NoReturn
 
 import torch
-import yaml
 
 from pipeline import logs
 from pipeline.config.data import describe, open_index, open_samples
-from pipeline.config.load import read_yaml
+from pipeline.config.load import read_yaml, to_yaml
 from pipeline.config.schema import Config, differences
 from pipeline.distributed import comm
 from pipeline.guards import REGISTRY
@@ -225,7 +224,7 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
         values = {"hash": config.hash(), **config.model_dump()}
         values["guards"] = dict.fromkeys(REGISTRY) | values["guards"]  # null: off, also where a preset has it
         values["run"].update(restart=False, accept_changes=False)
-        write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
+        write_bytes(path, to_yaml(values))
     return found, warnings
 
 

@@ -4,16 +4,17 @@ import functools
 import math
 import operator
 import re
+import tempfile
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pipeline.attacks  # noqa: F401  its sections too
 from pipeline.cli.main import main
-from pipeline.config.load import load_config, make_config
+from pipeline.config.load import load_config, make_config, read_yaml, to_yaml
 from pipeline.config.renamed import RENAMED
 from pipeline.config.schema import PRESETS, Config
 from pipeline.guards import REGISTRY
@@ -286,3 +287,14 @@ def test_the_command_config_prints_every_key_and_its_value(source, capsys):
     assert shown.keys() == KEYS.keys() - {"guards"}
     assert (shown["train.lr"], shown["selection.risky"], shown["data.cache"]) == ("0.125", "skip", "null")
     assert (shown["guards.duplicates.max_pairs"], shown["guards.trigger_clusters.least"]) == ("off", "8")
+
+
+@settings(max_examples=300)
+@example("12345678e901")  # as a hash of 12 hex digits may be
+@example("1e5")
+@given(st.text(alphabet="0123456789abcdefx.+-_:", max_size=12))
+def test_a_string_is_read_as_it_was_written_also_where_it_looks_like_a_number(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_bytes(to_yaml({"hash": text, "model": {"pretrained": text}}))
+        assert read_yaml(path) == {"hash": text, "model": {"pretrained": text}}
