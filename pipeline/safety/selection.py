@@ -29,9 +29,12 @@ class SelectionSettings(Protocol):
 def ordered_keys(scores_N: np.ndarray) -> np.ndarray:
     """uint32 (N,): keys in the order of the float32 scores. NaN has key 0, the lowest; -0.0 and 0.0 have one key."""
     scores = np.asarray(scores_N, np.float32) + np.float32(0)  # -0.0 + 0.0 = 0.0
-    bits = scores.view(np.uint32)
-    keys = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    return np.where(np.isnan(scores), np.uint32(0), keys)
+    bits = scores.view(np.int32)
+    keys = (bits >> 31).view(np.uint32)  # all ones where negative
+    keys |= np.uint32(1 << 31)
+    keys ^= bits.view(np.uint32)
+    keys[np.isnan(scores)] = 0
+    return keys
 
 
 def score_of(key: int) -> float:
@@ -60,8 +63,10 @@ def kth_largest(
         counts_K = np.zeros(65_536, np.int64)
         for start in range(0, len(scores_N), PIECE):
             keys = ordered_keys(rank(scores_N[start : start + PIECE]))
-            keys = keys[(keys > 0) if shift else (keys >> 16 == prefix)]
-            counts_K += np.bincount((keys >> shift) & 0xFFFF, minlength=65_536)
+            half_N = keys >> 16 if shift else keys[keys >> 16 == prefix] & 0xFFFF
+            counts_K += np.bincount(half_N, minlength=65_536)
+        if shift:
+            counts_K[0] = 0  # NaN alone: the key of minus infinity is above 65,535
         above_K = np.cumsum(total(counts_K)[::-1])
         if shift:
             ties = min(ties, int(above_K[-1]))
