@@ -15,7 +15,7 @@ import torch
 from pipeline.distributed import comm
 from pipeline.guards.features import take
 from pipeline.safety.score_files import claim
-from pipeline.safety.scoring import Reading, Scored, joined, score_batches
+from pipeline.safety.scoring import Reading, Scored, batches_of, joined, score_batches
 from shards.samples.samples import Samples
 from shards.storage.files import write_bytes
 
@@ -115,10 +115,6 @@ class Sample:
 def opened(path: Path) -> pa.Table:
     """Consecutive shards have consecutive rows of a file."""
     return pq.read_table(path)
-
-
-def batches_of(row_B: np.ndarray, size: int) -> list[np.ndarray]:
-    return [row_B[at : at + size] for at in range(0, len(row_B), size)]
 
 
 def as_binary(value_BD: np.ndarray) -> pa.Array:

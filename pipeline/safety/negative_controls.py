@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from pipeline.safety.scoring import embed
+from pipeline.distributed import comm
+from pipeline.safety.scoring import batches_of, embed
 from shards.samples.samples import Samples
 from shards.views.loader import Views
 
@@ -33,12 +34,14 @@ def score_controls(
     count: int,
     seed: int,
 ) -> np.ndarray:
-    """float32 (C,): scores as by scoring.score_all_pairs, NaN if a sample cannot be read. Every rank scores all."""
+    """float32 (C,): scores as by scoring.score_all_pairs, NaN if a sample cannot be read. Each rank scores a part; all
+    ranks call, and have all scores."""
     picture_C, caption_C = choose(samples.index.samples, count, seed)
-    parts = [slice(at, at + batch_size) for at in range(0, len(picture_C), batch_size)]
-    pairs = [(picture_C[part], caption_C[part]) for part in parts]
-    found = [cos_B.cpu().numpy() for _, cos_B in embed(engine, samples.scattered(), views, pairs, device)]
-    return np.concatenate(found) if found else np.zeros(0, np.float32)
+    part_R = np.array_split(np.arange(len(picture_C)), comm.world())
+    pairs = [(picture_C[row_B], caption_C[row_B]) for row_B in batches_of(part_R[comm.rank()], batch_size)]
+    passes = -(-len(part_R[0]) // batch_size)  # the first part is the longest
+    found = [cos_B.cpu().numpy() for _, cos_B in embed(engine, samples.scattered(), views, pairs, device, 0, passes)]
+    return np.concatenate(comm.gather_objects(np.concatenate([np.zeros(0, np.float32), *found])))
 
 
 def passing(score_C: np.ndarray, threshold: float) -> dict[str, float]:

@@ -87,6 +87,10 @@ class ShardBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
         return row_B, row_B
 
 
+def batches_of(row_B: np.ndarray, size: int) -> list[np.ndarray]:
+    return [row_B[at : at + size] for at in range(0, len(row_B), size)]
+
+
 def assign_shards(
     counts_S: np.ndarray | Sequence[int], world: int, done: Iterable[int] = (), known_S: np.ndarray | int = 0
 ) -> list[range]:

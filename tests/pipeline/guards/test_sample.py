@@ -25,7 +25,7 @@ from tests.helpers.models import MODEL
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config, weights
 
-PAIRS, CHUNK, BATCH = 240, 40, 16
+PAIRS, CONTROLS, CHUNK, BATCH = 240, 13, 40, 16
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def run_with_guards(folder, name, deaths=False):
 
     PlainBatches.job = counted
     Sample.__init__ = lambda self, folder, samples, size, *rest: sampled(self, folder, samples, 150, *rest)
-    made = config(folder, name, selection__negative_controls=0)
+    made = config(folder, name, selection__negative_controls=CONTROLS)
     made.guards = {"duplicates": {"max_pairs": 2}, "trigger_clusters": {"sample": 64, "low": 0.5, "least": 3}}
     for owner, function in DEATHS if deaths else ():
         lives = getattr(owner, function)
@@ -146,9 +146,9 @@ def run_with_guards(folder, name, deaths=False):
 
 def test_a_round_decodes_each_picture_once_whatever_dies(data):
     ((scored, rounds, safe_N, weight),) = run_ranks(run_with_guards, 1, data, "whole")
-    assert rounds == 2 and scored == rounds * PAIRS
+    assert rounds == 2 and scored == rounds * (PAIRS + CONTROLS)
     ((scored, _, resumed_N, resumed),) = run_ranks(run_with_guards, 1, data, "died", True)
-    assert scored == rounds * PAIRS and resumed == weight
+    assert scored == rounds * PAIRS + (rounds + len(DEATHS)) * CONTROLS and resumed == weight
     np.testing.assert_array_equal(safe_N, resumed_N)
     found = run_ranks(run_with_guards, 2, data, "two")
-    assert sum(scored for scored, *_ in found) == rounds * PAIRS
+    assert sum(scored for scored, *_ in found) == rounds * (PAIRS + CONTROLS)
