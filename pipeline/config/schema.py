@@ -155,6 +155,8 @@ class Train(Section):
     """Added to the denominator of AdamW."""
     clip: Amount = 0.0
     """Gradient norm above which gradients are clipped; 0 = off."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential moving average of the weights, which is evaluated and exported in their place; 0: off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass."""
     zero_stage: int = Field(default=1, ge=0, le=3)

@@ -64,6 +64,7 @@ from pipeline.evaluation.selection_quality import (
 from pipeline.training import checkpoint
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
+from pipeline.training.weight_average import weights_of
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
@@ -221,7 +222,7 @@ def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     if folder is None:
         raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")
     towers = Towers(build_model(config.model.model_dump()), *pixel_stats())
-    towers.clip.load_state_dict(load_file(folder / "model.safetensors"))
+    towers.clip.load_state_dict(load_file(weights_of(folder)))
     return config, folder, towers.to(comm.device()).eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 RUN/checkpoints/step_00001200/
     deepspeed/*.pt        weights and optimizer, each rank its part
     model.safetensors     the CLIP in fp32
+    average.safetensors   the same with averaged weights (train.average)
     support_queue.safetensors
                           past embeddings of each modality
     state.json            step, epoch, step in the epoch, world size, ...
@@ -27,7 +28,9 @@ from safetensors.torch import save as safetensors_bytes
 
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
+from pipeline.training import weight_average
 from pipeline.training.support_queue import SupportQueue
+from pipeline.training.weight_average import WeightAverage
 from shards.errors import UserError
 from shards.storage.files import sync_folder, write_bytes, write_json
 
@@ -88,10 +91,11 @@ class Saver:
         run_dir: Path | str,
         engine: DeepSpeedEngine,
         queues: dict[str, SupportQueue],
+        average: WeightAverage | None,
         keep: int,
         keep_every: int = 0,
     ):
-        self.run_dir, self.engine, self.queues = Path(run_dir), engine, queues
+        self.run_dir, self.engine, self.queues, self.average = Path(run_dir), engine, queues, average
         self.keep, self.keep_every = keep, keep_every
         self.thread: threading.Thread | None = None
         self.folder: Path | None = None
@@ -111,8 +115,11 @@ class Saver:
         comm.barrier()
         files = engines.serialise(self.engine, folder / "deepspeed")
         weights = engines.consolidated_state(self.engine)
+        averages = self.average.state() if self.average else {}
         if comm.is_rank0():
             files[folder / "model.safetensors"] = safetensors_bytes(weights)
+            if averages:
+                files[folder / weight_average.NAME] = safetensors_bytes(averages)
             files[folder / "support_queue.safetensors"] = safetensors_bytes(
                 {
                     f"{name}.{key}": value.contiguous()

@@ -9,6 +9,7 @@ from pipeline.config.schema import Config
 from pipeline.training import checkpoint
 from pipeline.training.model import open_clip_config, pixel_stats
 from pipeline.training.transformers_export import transformers_files
+from pipeline.training.weight_average import weights_of
 from shards.errors import UserError
 from shards.storage.files import write_bytes
 
@@ -22,7 +23,7 @@ def export_run(run_dir: Path | str, config: Config, out: Path | str, form: str =
     folder, warnings = checkpoint.newest_complete(run_dir)
     if folder is None:
         raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")
-    weights = load_file(folder / "model.safetensors")
+    weights = load_file(weights_of(folder))
     weights["logit_scale"] = weights["logit_scale"].reshape(())  # 1-d for DeepSpeed, 0-d elsewhere
     out, model = Path(out), open_clip_config(config.model.model_dump())
     if form == "transformers":

@@ -84,6 +84,8 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                 if not finite:
                     not_finite(run, epoch, step, loss)
                 state["step"] += 1
+                if run.average and finite:
+                    run.average.update(state["step"])
                 state["epoch_step"] += 1
                 if epoch.stage == "safeclip":
                     state["loss_steps"][step.loss] += 1
@@ -217,10 +219,11 @@ def evaluate(run: Run, epoch: Epoch, evaluators: Mapping[str, Evaluator]) -> Non
     """Run the evaluators after an epoch, if the config asks for it."""
     done, every = epoch.number + 1, run.config.evaluation.every
     if done == len(run.epochs) or every and done % every == 0 and epoch.end is None:
-        for name, evaluator in evaluators.items():
-            figures = evaluator(run.engine, run.views, run.device)
-            run.logger.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
-            logger.info(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + evaluator.line(figures))
+        with run.average.applied() if run.average else nullcontext():
+            for name, evaluator in evaluators.items():
+                figures = evaluator(run.engine, run.views, run.device)
+                run.logger.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
+                logger.info(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + evaluator.line(figures))
 
 
 def report(

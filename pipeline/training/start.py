@@ -17,7 +17,7 @@ from pipeline.config.schema import Config, differences
 from pipeline.distributed import comm
 from pipeline.guards import REGISTRY
 from pipeline.guards.excluded import Excluded
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, weight_average
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
 from pipeline.training.lease import Lease
@@ -33,6 +33,7 @@ from pipeline.training.model import (
 )
 from pipeline.training.signals import Preempted, ignore_in_worker
 from pipeline.training.support_queue import SupportQueue
+from pipeline.training.weight_average import WeightAverage
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, fingerprint
@@ -60,8 +61,8 @@ FRESH: dict = {
 
 
 class Run:
-    """State of a run: config, run_dir, device, samples, index, mask, excluded, views, readers, engine, queues, state,
-    logger, bad_samples, saver, lease.
+    """State of a run: config, run_dir, device, samples, index, mask, excluded, views, readers, engine, queues, average,
+    state, logger, bad_samples, saver, lease.
 
     A context manager that closes the run's files and releases its lease.
     """
@@ -118,9 +119,14 @@ class Run:
         self.queues = {name: SupportQueue(config.train.support_queue, width, self.device) for name in ("image", "text")}
         if found:
             checkpoint.load_checkpoint(found, self.engine, self.queues)
+        self.average = WeightAverage(self.engine, config.train.average) if config.train.average else None
+        if self.average and found and (found / weight_average.NAME).exists():
+            self.average.load(found / weight_average.NAME)
         self.logger = MetricsLogger(self.run_dir, config, self.state["metrics_bytes"])
         self.bad_samples = BadSamplesFiles(self.run_dir / "bad_samples", range(comm.rank(), PARTS, comm.world()))
-        self.saver = checkpoint.Saver(self.run_dir, self.engine, self.queues, config.run.keep, config.run.keep_every)
+        self.saver = checkpoint.Saver(
+            self.run_dir, self.engine, self.queues, self.average, config.run.keep, config.run.keep_every
+        )
         for warning in warnings if comm.is_rank0() else ():
             logger.warning(f"{self.run_dir}: {warning}")
         logger.info(self.headline(found))

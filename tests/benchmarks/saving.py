@@ -55,7 +55,7 @@ def main():
     engine = start_engine(towers, Train(batch_size=args.batch * comm.world(), zero_stage=args.zero), device)
     width, size = open_clip_config(model)["embed_dim"], picture_size(model)
     queues = {name: SupportQueue(QUEUE, width, device) for name in ("image", "text")}
-    saver = checkpoint.Saver(args.dir, engine, queues, keep=1)
+    saver = checkpoint.Saver(args.dir, engine, queues, None, keep=1)
     batch = SimpleNamespace(
         images=torch.randint(0, 256, (args.batch, 3, size, size), dtype=torch.uint8, device=device),
         tokens=tokenizer_for(model)(["a caption"] * args.batch).to(device),
