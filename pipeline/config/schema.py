@@ -133,6 +133,9 @@ class Train(Section):
     the run."""
     batch_size: Batch = 128
     """Pairs of a global batch, over all ranks."""
+    accumulate: Positive = 1
+    """Parts in which a process forwards its rows of a batch, to hold the activations of one part only. The loss is that
+    of the whole batch (GradCache, Gao et al. 2021); each part is forwarded twice."""
     clip_views: int = Field(default=2, ge=1, le=2)
     """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view
     2; or 1."""
@@ -273,6 +276,7 @@ def learnt(values: dict) -> dict[str, object]:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
     others: tuple[str, ...] = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
     others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
+    others += ("train.accumulate",)  # equal up to rounding, like the number of processes
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 
 

@@ -29,6 +29,11 @@ def share_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+def batch_norms(module: nn.Module) -> list[str]:
+    """Names of the batch norms in `module`."""
+    return [name for name, child in module.named_modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+
+
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of all ranks' rows (equal batches on every rank)."""
 

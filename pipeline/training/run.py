@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -20,18 +20,14 @@ from pipeline.safety.score_files import Unread
 from pipeline.training import engine as engines
 from pipeline.training.bad_samples import bad_so_far, record, stop_where_bad
 from pipeline.training.curriculum import Epoch, Step, epoch_steps, learning_rate, steps_of_loss
-from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from pipeline.training.metrics import Meter
 from pipeline.training.selection_round import mask_for
 from pipeline.training.signals import Agreement, StopSignal
 from pipeline.training.start import Run
-from pipeline.training.support_queue import SupportQueue
+from pipeline.training.step import train_step
 from shards.errors import RunFailed
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import Batch, TrainBatches, Views
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+from shards.views.loader import TrainBatches, Views
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +76,7 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                 seed = (config.run.seed << 40) + (state["step"] << 14) + comm.rank()
                 torch.manual_seed(seed % 2**64)  # dropout, if any
                 engines.set_lr(run.engine, rate)
-                loss, scale, finite = train_step(run.engine, run.queues, batch, step.loss)
+                loss, scale, finite = train_step(run.engine, run.queues, batch, step.loss, config.train.accumulate)
                 if not finite:
                     not_finite(run, epoch, step, loss)
                 state["step"] += 1
@@ -113,44 +109,6 @@ def rate_at(run: Run, epoch: Epoch, loss: str) -> float:
         steps = steps_of_loss(loss, run.index.views, *first, config.train, config.selection)
         return learning_rate(epoch, state["loss_steps"][loss], steps, config.train)
     return learning_rate(epoch, state["step"], config.train.epochs * run.steps_per_epoch, config.train)
-
-
-def train_step(
-    engine: DeepSpeedEngine, queues: dict[str, SupportQueue], batch: Batch, kind: str
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """One step on this rank's rows; the gradient is that of the global batch.
-
-    Returns (loss, logit scale, finite). finite: False if the gradient was infinite or NaN and the step was skipped.
-    """
-    image_BD, text_BD, scale = engine(batch.images, batch.tokens)
-    views = len(image_BD) // len(batch.valid)
-    # Rows are [first views, second views]; where there is one view it is both.
-    image1_BD, image2_BD = (image_BD.chunk(views)[view] for view in (0, -1))
-    text1_BD, text2_BD = (text_BD.chunk(views)[view] for view in (0, -1))
-    if kind == "clip":
-        loss = clip_loss(image1_BD, text1_BD, image2_BD, text2_BD, scale, batch.valid)
-    elif kind == "unimodal":
-        near_image_BD, near_text_BD = queues["image"].search(image1_BD), queues["text"].search(text1_BD)
-        loss = unimodal_loss(image2_BD, text2_BD, near_image_BD, near_text_BD, scale, batch.valid)
-    elif kind == "match":
-        # The captions' own embeddings have weight zero: every parameter takes part in every step.
-        near_BD = queues["text"].search(image1_BD)
-        loss = clip_loss(image1_BD, near_BD, image1_BD, near_BD, scale, batch.valid) + 0.0 * text1_BD.sum()
-    else:
-        # View 1 is the plain pair, view 2 an augmented one (Bansal et al. 2023).
-        loss = (
-            clip_loss(image1_BD, text1_BD, image1_BD, text1_BD, scale, batch.valid)
-            + (info_nce(image1_BD, image2_BD, scale, batch.valid) + info_nce(text1_BD, text2_BD, scale, batch.valid))
-            / 2
-        )
-    engine.backward(loss)
-    finite = engines.step(engine)
-    if finite and kind == "unimodal":
-        queues["image"].push(image1_BD, batch.valid)
-    if finite and kind in ("unimodal", "match"):
-        queues["text"].push(text1_BD, batch.valid)
-    engines.clamp_logit_scale(engine)
-    return loss.detach(), scale.detach(), finite
 
 
 class SaveClock:

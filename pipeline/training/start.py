@@ -18,6 +18,7 @@ from pipeline.distributed import comm
 from pipeline.guards import REGISTRY
 from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint, weight_average
+from pipeline.training.accumulation import check_parts
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
 from pipeline.training.lease import Lease
@@ -88,6 +89,7 @@ class Run:
             data += "/" + comm.on_rank0(fingerprint, Path(config.data.mask) / "safe.npy")
         torch.manual_seed(config.run.seed)
         towers = Towers(build_model(config.model.model_dump()), *pixel_stats())
+        check_parts(towers, config.train.batch_size // comm.world(), config.train.accumulate)
         if config.model.pretrained:
             load_pretrained(towers.clip, config.model.pretrained)
         # After all checks of the input: a start that fails must not claim the directory.

@@ -23,7 +23,7 @@ from pipeline.distributed import comm
 from pipeline.training import checkpoint
 from pipeline.training.engine import start_engine
 from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
-from pipeline.training.run import train_step
+from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
 
 QUEUE = 65_536

@@ -19,7 +19,7 @@ from pipeline.guards.features import FEATURES, FILTERS, SIDE, hash_weights, rand
 from pipeline.safety import scoring
 from pipeline.training.losses import GatherRows
 from pipeline.training.model import Towers, build_model, param_groups, picture_size, pixel_stats
-from pipeline.training.run import train_step
+from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
 from shards.views.loader import Batch
 from tests.helpers.models import MODEL

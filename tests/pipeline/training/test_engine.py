@@ -1,6 +1,5 @@
 """N ranks train what one rank with the whole batch trains, at every ZeRO stage, for every loss."""
 
-import copy
 import math
 
 import pytest
@@ -10,45 +9,15 @@ from pipeline.config.schema import Train
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
 from pipeline.training.losses import clip_loss
-from pipeline.training.model import MAX_LOG_SCALE, Towers, build_model, pixel_stats
-from pipeline.training.run import train_step
+from pipeline.training.model import MAX_LOG_SCALE
+from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
 from shards.storage.files import write_bytes
-from shards.views.loader import Batch
 from tests.helpers.models import RESNET, VIT
 from tests.helpers.ranks import run_ranks
+from tests.helpers.steps import KINDS, ROWS, global_batch, own_rows, towers
 
-ROWS, STEPS = 8, 2
-KINDS = ("clip", "crossed", "unimodal", "match", "cleanclip")  # crossed: the CLIP loss over two views
-
-
-def towers(config):
-    torch.manual_seed(0)
-    return Towers(build_model({"config": copy.deepcopy(config)}), *pixel_stats())
-
-
-def global_batch(kind, size, step=0):
-    """(images, tokens, valid) of ROWS rows, in the views of the loss. Rows 0 to 4 hold three bad ones, rows 4 to 8
-    none."""
-    torch.manual_seed(100 + step)
-    views = {"clip": 1, "crossed": 2, "unimodal": 2, "match": 1, "cleanclip": 2}[kind]
-    images = torch.randint(0, 256, (views, ROWS, 3, size, size), dtype=torch.uint8)
-    tokens = torch.randint(1, 63, (views, ROWS, 8))
-    return (
-        images,
-        tokens,
-        torch.tensor([True, False, False, True] + [True] * (ROWS - 4)) if step == 0 else torch.arange(ROWS) >= 4,
-    )
-
-
-def own_rows(whole):
-    """This rank's rows of a global batch, as a Batch."""
-    images, tokens, valid = whole
-    rows = ROWS // comm.world()
-    mine = slice(comm.rank() * rows, (comm.rank() + 1) * rows)
-    return Batch(
-        images[:, mine].flatten(0, 1), tokens[:, mine].flatten(0, 1), valid[mine], torch.arange(ROWS)[mine], []
-    )
+STEPS = 2
 
 
 def train(stages, precision="fp32", config=VIT):

@@ -60,11 +60,11 @@ def watched(folder, names, cuts):
         made, steps = three_epochs(folder, name, views), []
         pairs = pairs_of(made)
 
-        def train_step(engine, queues, batch, kind):
+        def train_step(engine, queues, batch, kind, parts):
             named = [pairs.get(name_of(*one)) for one in zip(batch.images, batch.tokens)]
             steps.append((kind, np.array(named).reshape(views, -1).tolist()))
             assert batch.valid.all()
-            return original(engine, queues, batch, kind)
+            return original(engine, queues, batch, kind, parts)
 
         running.train_step = train_step
         try:

@@ -1,0 +1,83 @@
+"""The step of a batch that does not fit: each rank forwards its rows in parts (`train.accumulate`).
+
+A contrastive loss needs the embeddings of the whole batch, so the sum of the losses of its parts is another loss.
+GradCache (Gao et al. 2021, arXiv:2101.06983, section 3; open_clip's --accum-freq) forwards the parts without a graph,
+takes the loss and its gradient of the embeddings, and forwards each part once more, now with the gradient of its
+embeddings. A step costs two forward passes and one backward pass, and holds the activations of one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.batchnorm import batch_norms
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+# Of (image_BD, text_BD, logit scale ...), as the towers give them.
+LossOf = Callable[..., Tensor]
+
+
+def backward_in_parts(
+    engine: DeepSpeedEngine, images_BCHW: Tensor, tokens_BL: Tensor, parts: int, loss_of: LossOf
+) -> tuple[Tensor, list[Tensor]]:
+    """(loss, [image_BD, text_BD, logit scale ...]), both without a graph. The engine has the gradients of
+    loss_of(image_BD, text_BD, logit scale ...), and is ready for its step.
+
+    B rows are taken in so many parts; all ranks call, with the same number. A part draws the same random numbers
+    (dropout) in both of its forward passes.
+    """
+    part_of = list(zip(images_BCHW.tensor_split(parts), tokens_BL.tensor_split(parts)))
+    draws, found = [], []
+    with torch.no_grad():
+        for part in part_of:
+            draws.append(random_state(images_BCHW.device))
+            found.append(engine(*part))
+    image_parts, text_parts, *numbers = zip(*found)
+    outputs = [torch.cat(image_parts), torch.cat(text_parts), *(number[0] for number in numbers)]
+    # Leaves: what is behind them comes in the second pass. The clone of a number is no view of a weight.
+    leaves = [x.detach().clone().requires_grad_() for x in outputs]
+    loss = loss_of(*leaves)
+    loss.backward()
+    image_grads, text_grads = (leaf.grad.tensor_split(parts) for leaf in leaves[:2])
+    for number, part in enumerate(part_of):
+        set_random_state(images_BCHW.device, draws[number])
+        engine.set_gradient_accumulation_boundary(number == parts - 1)
+        image_PD, text_PD, *numbers = engine(*part)
+        # Its gradient is that of the loss. Every parameter takes part in every backward pass (ZeRO-3).
+        product = (image_PD * image_grads[number]).sum() + (text_PD * text_grads[number]).sum()
+        for value, leaf in zip(numbers, leaves[2:], strict=True):
+            product = product + (value * leaf.grad).sum() / parts
+        engine.backward(product)
+    return loss.detach(), [leaf.detach() for leaf in leaves]
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """State of torch's generators of the CPU and of `device`."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_random_state(device: torch.device, state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def check_parts(towers: nn.Module, rows: int, parts: int) -> None:
+    """Raise UserError where `parts` are more than a rank's rows, or the model has batch norm: the statistics would be
+    those of a part, and another model would be trained."""
+    if parts > rows:
+        raise UserError(
+            f"train.accumulate: got {parts}, but a process has only {rows} of the rows of a batch; take at most {rows}"
+        )
+    if parts > 1 and (found := batch_norms(towers)):
+        raise UserError(
+            f"train.accumulate: got {parts}, but the model has batch norm ({found[0]} ...), which needs all rows at "
+            "once; set train.accumulate=1, or take a model without, such as ViT-B-32"
+        )
