@@ -118,7 +118,8 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """One step on this rank's rows; the gradient is that of the global batch.
 
-    Returns (loss, logit scale, finite). finite: False if the gradient was infinite or NaN and the step was skipped.
+    Returns (loss, scale of model.Towers, finite). finite: False if the gradient was infinite or NaN and the step was
+    skipped.
     """
     image_BD, text_BD, scale = engine(batch.images, batch.tokens)
     views = len(image_BD) // len(batch.valid)
@@ -234,7 +235,8 @@ def report(
         stage=epoch.stage,
         loss_kind=step.loss,
         loss=round(mean, 6),
-        logit_scale=round(float(scale), 4),
+        logit_scale=round(float(scale[0]), 4),
+        **({"logit_bias": round(float(scale[1]), 4)} if len(scale) == 2 else {}),
         lr=rate,
         skipped=run.state["skipped"],
         **meter.figures(),
