@@ -117,6 +117,9 @@ def check(config: Config) -> None:
             "train.method: cleanclip fine-tunes a trained model on clean pairs; "
             "name them with model.pretrained=RUN data.mask=MASK"
         )
+    for key in ("lock_image", "lock_text"):
+        if getattr(model, key) and not model.pretrained:
+            raise UserError(f"model.{key}: freezes random weights; name trained ones with model.pretrained")
     if not data.index and not data.sources:
         raise UserError("data.index: missing; make one with `safeclip index SHARDS... --out DIR` and name DIR")
     if data.index and data.sources:

@@ -19,6 +19,8 @@ Epochs = Annotated[int, Field(ge=0, le=10**6)]
 Batch = Annotated[int, Field(gt=0, le=10**7)]
 Amount = Annotated[float, Field(ge=0, le=1e9)]
 PositiveAmount = Annotated[float, Field(gt=0, le=1e9)]
+Channel = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
 class Source(Section):
@@ -109,10 +111,20 @@ class Model(Section):
     name: str | None = None
     """An open_clip architecture: RN50, ViT-B-32, ViT-B-16 ..."""
     config: dict[str, JsonValue] | None = None
-    """Or an open_clip model config: embed_dim, vision_cfg, text_cfg."""
+    """Or an open_clip model config: embed_dim, vision_cfg, text_cfg; with custom_text a CustomTextCLIP, and with
+    init_logit_bias a model with the sigmoid loss (SigLIP)."""
     pretrained: Place | None = None
-    """Start from the weights of this run directory (its newest checkpoint) or .safetensors file; null: from random
-    weights."""
+    """Start from the weights of this run directory (its newest checkpoint), open_clip local directory, or file
+    (.safetensors, .pt, .pth, .bin); null: from random weights."""
+    lock_image: bool = False
+    """Freeze the image tower of model.pretrained (LiT, Zhai et al. 2022)."""
+    lock_text: bool = False
+    """Freeze the text tower of model.pretrained."""
+    mean: Annotated[list[Channel], Field(min_length=3, max_length=3)] | None = None
+    """Mean of the red, green and blue pixels in 0..1 by which pictures are normalised; null: that of the model's family
+    (0.5 for SigLIP)."""
+    std: Annotated[list[Deviation], Field(min_length=3, max_length=3)] | None = None
+    """Their standard deviation."""
 
 
 class Train(Section):

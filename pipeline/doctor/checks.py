@@ -27,13 +27,13 @@ from pipeline.config.schema import Config, Data
 from pipeline.distributed import comm
 from pipeline.doctor.footprint import Findings, check_disk, check_memory, existing, human, measure
 from pipeline.doctor.held_out import check_evaluation
+from pipeline.doctor.model import check_model
 from pipeline.doctor.samples import try_samples
 from pipeline.safety.diagnosis import out_of_range
 from pipeline.safety.round import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.lease import holder_of
-from pipeline.training.model import pretrained_file
 from pipeline.training.start import inspect, steps_per_epoch
 from shards.errors import UserError
 from shards.index import scan
@@ -61,10 +61,10 @@ def examine(config: Config, ranks: int | None = None, content: bool = False) -> 
     found += everywhere(lambda: check_evaluation(config, index))
     found += comm.on_rank0(lambda: check_run_dir(config, index, ranks))
     found += check_shared(config)
-    try:
-        size = measure(config)
-    except UserError as error:
-        return found + [("fatal", "model", str(error))] + check_network()
+    found += everywhere(lambda: check_model(config))
+    if any((level, about) == ("fatal", "model") for level, about, _ in found):
+        return found + check_network()
+    size = measure(config)
     found += comm.on_rank0(lambda: check_disk(config, index, size, ranks))
     found += everywhere(lambda: check_memory(config, index, size, ranks))
     return found + check_network()
@@ -172,12 +172,10 @@ def check_cache(config: Config, index: ShardIndex) -> Findings:
 
 
 def check_config(config: Config, index: ShardIndex, ranks: int) -> Findings:
-    """Batch, processes and pairs fit each other; the weights to start from are there."""
+    """Batch, processes and pairs fit each other."""
     try:
         steps = steps_per_epoch(config, index, ranks)
         epochs = curriculum(config.train, config.selection.every, steps)
-        if config.model.pretrained:
-            pretrained_file(config.model.pretrained)
     except UserError as error:
         return [("fatal", "config", str(error))]
     rounds = sum(epoch.round is not None for epoch in epochs)

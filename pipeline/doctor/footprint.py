@@ -12,7 +12,8 @@ from pipeline.distributed import comm
 from pipeline.guards import make_guards
 from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.training.curriculum import curriculum
-from pipeline.training.model import build_model, open_clip_config
+from pipeline.training.model import open_clip_config
+from pipeline.training.pretrained import make_towers
 from shards.index.shard_index import ShardIndex
 
 Findings = list[tuple[str, str, str]]  # (level, about, text)
@@ -25,11 +26,14 @@ SPARE = 0.9  # fraction of a device's memory that may be spoken for before activ
 
 
 def measure(config: Config) -> dict[str, int]:
-    """{"parameters", "embed_dim"} of the model, without the memory for it. Raises UserError."""
+    """{"parameters", "trained", "embed_dim"} of the model, without the memory for it. Raises UserError."""
+    model = config.model.model_dump()
     with torch.device("meta"):
-        model = build_model(config.model.model_dump())
-    width = open_clip_config(config.model.model_dump())["embed_dim"]
-    return {"parameters": sum(p.numel() for p in model.parameters()), "embed_dim": width}
+        towers = make_towers(model | {"pretrained": None})
+    counts = [(p.numel(), p.requires_grad) for p in towers.parameters()]
+    trained = sum(count for count, is_trained in counts if is_trained)
+    width = open_clip_config(model)["embed_dim"]
+    return {"parameters": sum(count for count, _ in counts), "trained": trained, "embed_dim": width}
 
 
 def memory_parts(config: Config, size: dict[str, int], ranks: int) -> dict[str, float]:
@@ -38,12 +42,12 @@ def memory_parts(config: Config, size: dict[str, int], ranks: int) -> dict[str, 
     ZeRO shares out the optimizer's state from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et al. 2020,
     section 5).
     """
-    count, stage, half = size["parameters"], config.train.zero_stage, config.train.precision == "bf16"
+    count, stage, half = size["trained"], config.train.zero_stage, config.train.precision == "bf16"
     one = 2 if half else 4
     master = 4 if half or stage else 0  # DeepSpeed's flat fp32 copy of the part that this rank steps
     partitions = lambda first_stage: ranks if stage >= first_stage else 1  # noqa: E731
     return {
-        "weights": one * count / partitions(3),
+        "weights": one * size["parameters"] / partitions(3),
         "gradients": one * count / partitions(2),
         "optimizer": (8 + master) * count / partitions(1),
         "support queues": 2 * 4 * config.train.support_queue * size["embed_dim"] * (config.train.method != "clip"),
@@ -122,8 +126,13 @@ def checkpoint_bytes(config: Config, size: dict[str, int]) -> int:
     """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in
     fp32, the support queues."""
     stage, half = config.train.zero_stage, config.train.precision == "bf16"
-    weights = (0 if stage == 3 else 2 if half else 4) + 8 + (4 if half or stage else 0) + 4
-    return weights * size["parameters"] + 2 * 4 * config.train.support_queue * size["embed_dim"]
+    weights = (0 if stage == 3 else 2 if half else 4) + 4
+    moments = 8 + (4 if half or stage else 0)
+    return (
+        weights * size["parameters"]
+        + moments * size["trained"]
+        + 2 * 4 * config.train.support_queue * size["embed_dim"]
+    )
 
 
 def existing(path: Path | str) -> Path:

@@ -52,7 +52,8 @@ class Encoder:
 
     @torch.no_grad()
     def scale(self) -> torch.Tensor:
-        """(1,): the model's logit scale, which under ZeRO-3 only a forward pass gives. All ranks call."""
+        """The model's logit scale, and bias if it has one (as model.Towers gives them), which under ZeRO-3 only a
+        forward pass gives. All ranks call."""
         return self.towers(None, self.views.tokenize([""]).to(self.device))[2]
 
     @torch.no_grad()

@@ -89,5 +89,5 @@ class Embedded:
 
     @cached_property
     def scale(self) -> torch.Tensor:
-        """(1,): the model's logit scale, the inverse of its temperature."""
+        """The model's logit scale (1,), the inverse of its temperature, or with a logit bias both (2,)."""
         return self.encoder.scale()

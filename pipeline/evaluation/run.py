@@ -221,7 +221,8 @@ def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     folder, warnings = checkpoint.newest_complete(run_dir)
     if folder is None:
         raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")
-    towers = Towers(build_model(config.model.model_dump()), *pixel_stats())
+    model = config.model.model_dump()
+    towers = Towers(build_model(model), *pixel_stats(model))
     towers.clip.load_state_dict(load_file(weights_of(folder)))
     return config, folder, towers.to(comm.device()).eval().requires_grad_(False)
 

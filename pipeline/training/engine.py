@@ -78,7 +78,9 @@ def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
 @torch.no_grad()
 def clamp_logit_scale(engine: DeepSpeedEngine) -> None:
     """Keep the logit scale in [1, 100] (its log in [0, ln 100]): the weight and the part of its fp32 master on this
-    rank."""
+    rank. With a logit bias it is free, as in SigLIP, whose published scales are above 100."""
+    if engine.module.clip.logit_bias is not None:
+        return
     scale = engine.module.clip.logit_scale
     if hasattr(scale, "ds_id"):  # ZeRO-3: both are partitioned; what is no part of the scale is padding
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param

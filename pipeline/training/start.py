@@ -23,15 +23,8 @@ from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
 from pipeline.training.lease import Lease
 from pipeline.training.metrics import MetricsLogger
-from pipeline.training.model import (
-    Towers,
-    build_model,
-    load_pretrained,
-    open_clip_config,
-    picture_size,
-    pixel_stats,
-    tokenizer_for,
-)
+from pipeline.training.model import Towers, open_clip_config, picture_size, tokenizer_for
+from pipeline.training.pretrained import make_towers
 from pipeline.training.signals import Preempted, ignore_in_worker
 from pipeline.training.support_queue import SupportQueue
 from pipeline.training.weight_average import WeightAverage
@@ -88,10 +81,8 @@ class Run:
             self.mask, _ = SafeMask.load(config.data.mask, self.index.fingerprint)
             data += "/" + comm.on_rank0(fingerprint, Path(config.data.mask) / "safe.npy")
         torch.manual_seed(config.run.seed)
-        towers = Towers(build_model(config.model.model_dump()), *pixel_stats())
+        towers = make_towers(config.model.model_dump())
         check_parts(towers, config.train.batch_size // comm.world(), config.train.accumulate)
-        if config.model.pretrained:
-            load_pretrained(towers.clip, config.model.pretrained)
         # After all checks of the input: a start that fails must not claim the directory.
         self.run_dir = Path(config.run.dir).absolute()
         self.lease = Lease(self.run_dir)

@@ -21,7 +21,8 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """One step on this rank's rows; the gradient is that of the global batch. parts: in which the rows are forwarded.
 
-    Returns (loss, logit scale, finite). finite: False if the gradient was infinite or NaN and the step was skipped.
+    Returns (loss, scale of model.Towers, finite). finite: False if the gradient was infinite or NaN and the step was
+    skipped.
     """
 
     def loss_of(image_BD: torch.Tensor, text_BD: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Only plain vision transformers have that form. transformers itself is not needed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 import open_clip
@@ -44,16 +44,18 @@ BLOCK = {
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def transformers_files(weights: dict[str, torch.Tensor], config: dict) -> dict[str, bytes]:
+def transformers_files(
+    weights: dict[str, torch.Tensor], config: dict, stats: tuple[Sequence[float], Sequence[float]] = pixel_stats()
+) -> dict[str, bytes]:
     """{file name: content} of a folder that CLIPModel.from_pretrained and CLIPProcessor.from_pretrained load.
 
-    weights: open_clip's state dict; config: its embed_dim, vision_cfg and text_cfg. Raises UserError for a model that
-    CLIPModel cannot express.
+    weights: open_clip's state dict; config: its embed_dim, vision_cfg and text_cfg; stats: mean and standard deviation
+    of the pixels. Raises UserError for a model that CLIPModel cannot express.
     """
     described = clip_config(config)
     renamed = {name: tensor.contiguous() for old in weights for name, tensor in renames(old, weights[old])}
     tokenizer = open_clip.SimpleTokenizer()
-    size, (mean, std) = described["vision_config"]["image_size"], pixel_stats()
+    size, (mean, std) = described["vision_config"]["image_size"], stats
     # Without its own two words, which have other names here.
     vocabulary = [word for word, _ in sorted(tokenizer.encoder.items(), key=lambda item: item[1])][:-2] + [START, END]
     merges = ["#version: 0.2", *map(" ".join, tokenizer.bpe_ranks)]
@@ -88,6 +90,12 @@ def transformers_files(weights: dict[str, torch.Tensor], config: dict) -> dict[s
 
 def clip_config(config: dict) -> dict:
     """transformers' CLIPConfig of an open_clip config. Raises UserError."""
+    for key in ("custom_text", "init_logit_bias"):
+        if config.get(key) not in (None, False):
+            raise UserError(
+                f"--format transformers: CLIPModel has no {key}={config[key]!r}; "
+                "leave --format out, for open_clip's form"
+            )
     vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
     for section, found, known in (("vision_cfg", vision, VISION), ("text_cfg", text, TEXT)):
         for field in fields(found):

@@ -150,7 +150,7 @@ def test_the_disk_must_hold_a_checkpoint_beside_the_last(world, monkeypatch):
 
 def test_a_model_that_no_rank_can_hold_is_fatal(world):
     made = config(world, "run")
-    index, size = ShardIndex.load(made.data.index), {"parameters": 10**12, "embed_dim": 512}
+    index, size = ShardIndex.load(made.data.index), {"parameters": 10**12, "trained": 10**12, "embed_dim": 512}
     (level, _, text), *_ = footprint.check_memory(made, index, size, 1)
     assert level == "fatal" and "train.zero_stage" in text
     made.train.zero_stage = 3

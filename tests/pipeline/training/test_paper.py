@@ -20,8 +20,8 @@ from pipeline.safety.selection import scheduled_fraction, select_top
 from pipeline.training import engine as engines
 from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, steps_of_loss
 from pipeline.training.model import Towers, build_model, pixel_stats
-from pipeline.training.step import train_step
 from pipeline.training.start import make_views
+from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
 from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask
