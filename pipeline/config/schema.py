@@ -125,6 +125,9 @@ class Model(Section):
     (0.5 for SigLIP)."""
     std: Annotated[list[Deviation], Field(min_length=3, max_length=3)] | None = None
     """Their standard deviation."""
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of a picture's patches that a vision transformer leaves out in training, drawn anew in every step (FLIP,
+    Li et al. 2023; open_clip's patch_dropout). Scoring and evaluation see all."""
 
 
 class Train(Section):
@@ -148,6 +151,11 @@ class Train(Section):
     accumulate: Positive = 1
     """Parts in which a process forwards its rows of a batch, to hold the activations of one part only. The loss is that
     of the whole batch (GradCache, Gao et al. 2021); each part is forwarded twice."""
+    checkpoint_activations: bool = False
+    """Blocks of the towers keep their inputs only, and are calculated again in the backward pass: less memory, a step
+    is about a third longer (Chen et al. 2016; open_clip's --grad-checkpointing)."""
+    compile: bool = False
+    """torch.compile of both towers. The first steps take minutes longer. Not at train.zero_stage 3."""
     clip_views: int = Field(default=2, ge=1, le=2)
     """Views of each pair in the CLIP loss. 2: picture view 1 with caption view 2, and caption view 1 with picture view
     2; or 1."""
@@ -172,8 +180,9 @@ class Train(Section):
     """Gradient norm above which gradients are clipped; 0 = off."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of an exponential moving average of the weights, which is evaluated and exported in their place; 0: off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the forward and backward pass."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Number format of the forward and backward pass; auto: bf16 where all processes have a GPU that calculates in it,
+    else fp32."""
     zero_stage: int = Field(default=1, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
     on_nan: Literal["stop", "skip"] = "stop"
@@ -275,6 +284,10 @@ class Config(Section):
         return hashlib.sha256(json.dumps(learnt(self.model_dump()), sort_keys=True).encode()).hexdigest()[:12]
 
 
+# Keys that came after the first runs, and are off by default: the hash of a config without them stays.
+LATER = ("train.average", "model.lock_image", "model.lock_text", "model.mean", "model.std", "model.patch_dropout")
+
+
 def learnt(values: dict) -> dict[str, object]:
     """{"a.b": value}: keys of a Config's dict that affect the trained model."""
     flat = {
@@ -288,7 +301,11 @@ def learnt(values: dict) -> dict[str, object]:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
     others: tuple[str, ...] = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
     others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
-    others += ("train.accumulate",)  # equal up to rounding, like the number of processes
+    # Equal up to rounding, like the number of processes.
+    others += ("train.accumulate", "train.checkpoint_activations", "train.compile")
+    for key in LATER:  # a config without one is what it was before
+        if not flat.get(key):
+            flat.pop(key, None)
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 
 
@@ -308,7 +325,7 @@ PRESETS: dict[str, dict] = {
     "paper": {},
     # The released recipe without its faults (pipeline/safety/README.md).
     "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_fraction": 0.05}},
-    "clip": CLIP,
+    "clip": {**CLIP, "train": {**CLIP["train"], "precision": "auto"}},
     # Yang and Mirzasoleiman 2023: one strong augmented view of picture and caption, the caption's drawn once.
     "roclip": {"train": {**CLIP["train"], "method": "roclip"}},
     # Bansal et al. 2023: fine-tuning of model.pretrained on the clean part data.mask, at a fiftieth of the rate.
@@ -331,6 +348,7 @@ PRESETS: dict[str, dict] = {
             "steps_before_selection": None,
             "clip_views": 1,
             "schedule": "run",
+            "precision": "auto",
         },
         "selection": {
             "first_fraction": 0.99,

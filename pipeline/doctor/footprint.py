@@ -14,6 +14,7 @@ from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.training.curriculum import curriculum
 from pipeline.training.model import open_clip_config
 from pipeline.training.pretrained import make_towers
+from pipeline.training.precision import precision_here
 from shards.index.shard_index import ShardIndex
 
 Findings = list[tuple[str, str, str]]  # (level, about, text)
@@ -42,7 +43,7 @@ def memory_parts(config: Config, size: dict[str, int], ranks: int) -> dict[str, 
     ZeRO shares out the optimizer's state from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et al. 2020,
     section 5).
     """
-    count, stage, half = size["trained"], config.train.zero_stage, config.train.precision == "bf16"
+    count, stage, half = size["trained"], config.train.zero_stage, precision_here(config.train.precision) == "bf16"
     one = 2 if half else 4
     master = 4 if half or stage else 0  # DeepSpeed's flat fp32 copy of the part that this rank steps
     partitions = lambda first_stage: ranks if stage >= first_stage else 1  # noqa: E731
@@ -125,7 +126,7 @@ def check_disk(config: Config, index: ShardIndex, size: dict[str, int], ranks: i
 def checkpoint_bytes(config: Config, size: dict[str, int]) -> int:
     """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in
     fp32, the support queues."""
-    stage, half = config.train.zero_stage, config.train.precision == "bf16"
+    stage, half = config.train.zero_stage, precision_here(config.train.precision) == "bf16"
     weights = (0 if stage == 3 else 2 if half else 4) + 4
     moments = 8 + (4 if half or stage else 0)
     return (

@@ -96,16 +96,21 @@ def clamp_logit_scale(engine: DeepSpeedEngine) -> None:
 def step(engine: DeepSpeedEngine) -> bool:
     """One optimizer step. False where a gradient was infinite or no number: then nothing has moved, on any rank.
 
+    engine.gradient_norm: the norm of all gradients of the global batch, before clipping.
     DeepSpeed leaves such a step out by itself at stages 1 to 3 and in bf16, silently; a plain optimizer would take it.
     """
     if not hasattr(engine.optimizer, "overflow"):
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        if not torch.stack(torch._foreach_norm(gradients)).sum().isfinite():  # averaged: the same on every rank
+        engine.gradient_norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        if not engine.gradient_norm.isfinite():  # gradients are averaged: the same on every rank
             engine.optimizer.zero_grad()
             engine.step()  # without gradients it only counts
             return False
+        engine.step()
+        return True
     engine.step()
-    return not getattr(engine.optimizer, "overflow", False)
+    engine.gradient_norm = engine.get_global_grad_norm()
+    return not engine.optimizer.overflow
 
 
 def memory_writer() -> CheckpointEngine:

@@ -19,7 +19,9 @@ from pipeline.distributed import comm
 from pipeline.safety.score_files import Unread
 from pipeline.training import engine as engines
 from pipeline.training.bad_samples import bad_so_far, record, stop_where_bad
+from pipeline.training.copy_ahead import copied_ahead
 from pipeline.training.curriculum import Epoch, Step, epoch_steps, learning_rate, steps_of_loss
+from pipeline.training.garbage import collected_at_fixed_steps
 from pipeline.training.metrics import Meter
 from pipeline.training.selection_round import mask_for
 from pipeline.training.signals import Agreement, StopSignal
@@ -67,10 +69,10 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                 rank=comm.rank(),
                 world=comm.world(),
             )
-            reading = fetched_ahead(run.readers.batches(dataset, first), dataset, first)
-            for step in steps[first:]:
+            reading = copied_ahead(fetched_ahead(run.readers.batches(dataset, first), dataset, first), run.device)
+            for step in collected_at_fixed_steps(steps[first:]):
                 waiting = time.monotonic()
-                batch = next(reading).to(run.device)
+                batch = next(reading)
                 meter.waited += time.monotonic() - waiting
                 rate = rate_at(run, epoch, step.loss)
                 seed = (config.run.seed << 40) + (state["step"] << 14) + comm.rank()
@@ -197,6 +199,7 @@ def report(
         loss=round(mean, 6),
         logit_scale=round(float(scale[0]), 4),
         **({"logit_bias": round(float(scale[1]), 4)} if len(scale) == 2 else {}),
+        gradient_norm=round(float(run.engine.gradient_norm), 6),
         lr=rate,
         skipped=run.state["skipped"],
         **meter.figures(),

@@ -18,12 +18,13 @@ from pipeline.distributed import comm
 from pipeline.guards import REGISTRY
 from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint, weight_average
-from pipeline.training.accumulation import check_parts
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
 from pipeline.training.lease import Lease
+from pipeline.training.levers import apply_levers
 from pipeline.training.metrics import MetricsLogger
 from pipeline.training.model import Towers, open_clip_config, picture_size, tokenizer_for
+from pipeline.training.precision import with_precision
 from pipeline.training.pretrained import make_towers
 from pipeline.training.signals import Preempted, ignore_in_worker
 from pipeline.training.support_queue import SupportQueue
@@ -69,6 +70,7 @@ class Run:
         if not config.run.dir:
             raise UserError("run.dir: missing; name the run's directory with run.dir=DIR")
         comm.init(config.run.timeout)
+        config = with_precision(config)
         self.config, self.device = config, comm.device()
         self.index = open_index(config.data)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
@@ -82,7 +84,7 @@ class Run:
             data += "/" + comm.on_rank0(fingerprint, Path(config.data.mask) / "safe.npy")
         torch.manual_seed(config.run.seed)
         towers = make_towers(config.model.model_dump())
-        check_parts(towers, config.train.batch_size // comm.world(), config.train.accumulate)
+        apply_levers(towers, config)
         # After all checks of the input: a start that fails must not claim the directory.
         self.run_dir = Path(config.run.dir).absolute()
         self.lease = Lease(self.run_dir)
@@ -147,8 +149,8 @@ class Run:
     def headline(self, found: Path | None) -> str:
         config, state = self.config, self.state
         text = (
-            f"{self.run_dir}: {describe(self.index)}, {comm.world()} process(es) on "
-            f"{self.device.type}, {config.train.epochs} epochs of {self.steps_per_epoch} steps"
+            f"{self.run_dir}: {describe(self.index)}, {comm.world()} process(es) on {self.device.type} in "
+            f"{config.train.precision}, {config.train.epochs} epochs of {self.steps_per_epoch} steps"
         )
         if state["synonyms"]:
             text += f", synonyms of captions from {state['synonyms']}"
@@ -256,7 +258,12 @@ def check_config(config: Config, run_dir: Path) -> None:
     there = read_yaml(run_dir / "config.yaml")
     if there.pop("hash", None) == config.hash() or config.run.accept_changes:
         return
-    changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(there, config.model_dump()))
+    found = differences(there, config.model_dump())
+    # A run has what "auto" means where it runs; `safeclip doctor` may be called elsewhere.
+    found = [one for one in found if (one[0], one[2]) != ("train.precision", "auto")]
+    if not found:
+        return
+    changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in found)
     raise UserError(
         f"run.dir: {run_dir} holds a run with another config ({changed}); "
         "use the same config, another run.dir, or run.accept_changes=true to continue with the new values"

@@ -9,6 +9,7 @@ import torch
 from pipeline.training import engine as engines
 from pipeline.training.accumulation import backward_in_parts
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
+from pipeline.training.precision import tf32
 from pipeline.training.support_queue import SupportQueue
 from shards.views.loader import Batch
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+@tf32()
 def train_step(
     engine: DeepSpeedEngine, queues: dict[str, SupportQueue], batch: Batch, kind: str, parts: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:

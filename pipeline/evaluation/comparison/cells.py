@@ -8,7 +8,9 @@ from pipeline.config.schema import Config
 from pipeline.evaluation.comparison.defences import DEFENCES, Defence
 from pipeline.evaluation.comparison.sets import DataSet, digest, overlay_digest
 from pipeline.training.metrics import commit
+from pipeline.training.precision import with_precision
 
+FIRST_KEYS = ("name", "config", "pretrained")
 Place = tuple[str, str, str, int, bool]  # set, group, defence, seed, poisoned
 
 
@@ -55,7 +57,7 @@ class Cell:
         """The run's, but that names stand for its folders, so that its hash is the same wherever they are."""
         names = ["data.mask=mask"] if self.rule.mask else []
         names += ["model.pretrained=none"] if self.rule.starts_from_none else []
-        return self.set.load([*self.words, *names])
+        return with_precision(self.set.load([*self.words, *names]))
 
     @cached_property
     def run_key(self) -> str:
@@ -79,7 +81,7 @@ class Cell:
         """
         attack = self.set.attacks[self.group].digest(self.set.fingerprint, 0)
         common = self.set.load()
-        setup = [common.model.model_dump(), common.train.epochs, common.train.batch_size, common.train.lr, attack]
+        setup = [model_of(common), common.train.epochs, common.train.batch_size, common.train.lr, attack]
         recipe = self.config.model_copy(update={"run": self.config.run.model_copy(update={"seed": 0})}).hash()
         return {"setup": digest(setup), "attack": overlay_digest(self.overlay), "recipe": recipe}
 
@@ -107,7 +109,7 @@ class Cell:
             "config": self.config.hash(),
             **self.origin(),
             "commit": commit(),
-            "model": digest([self.config.model.model_dump()]),
+            "model": digest([model_of(self.config)]),
         }
         return {
             **head,
@@ -116,6 +118,11 @@ class Cell:
             "seconds_own": round(seconds_own, 1),
             "attacks": attacks,
         }
+
+
+def model_of(config: Config) -> dict:
+    """The model of a config. A key that came after the first rows counts where it is set: their digests stay."""
+    return {key: value for key, value in config.model.model_dump().items() if value or key in FIRST_KEYS}
 
 
 def place_of(row: dict) -> Place:

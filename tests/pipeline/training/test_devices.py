@@ -1,6 +1,7 @@
 """The GPU without a GPU: training steps, scoring and guards on a fake "cuda", whose tensors have no values; on one rank
 and as one of 64 of torch's fake process group. Nothing is calculated on the CPU, and copies to it are named here."""
 
+import contextlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ from pipeline.distributed import comm
 from pipeline.guards import make_guards
 from pipeline.guards.features import FEATURES, FILTERS, SIDE, hash_weights, random_filters, take
 from pipeline.safety import scoring
+from pipeline.training.copy_ahead import copied_ahead
 from pipeline.training.losses import GatherRows
 from pipeline.training.model import Towers, build_model, param_groups, picture_size, pixel_stats
 from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
+from shards.samples.colour import NUMBERS
 from shards.views.loader import Batch
 from tests.helpers.models import MODEL
 
@@ -133,6 +136,47 @@ def test_a_training_step_stays_on_the_gpu(ranks, fake, model, kind):
         assert tensor.device.type == "cuda"
     pushed = ROWS * ranks if kind == "unimodal" else 0
     assert queues["image"].head == pushed % 300
+
+
+class Stream:
+    """What a stream of CUDA is to copied_ahead. log: what was asked of it, in order."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def record_event(self):
+        self.log.append(f"copied {self.log[-1]}")
+        return self.log[-1]
+
+    def wait_event(self, event):
+        self.log.append(f"wait until {event}")
+
+
+def test_a_batch_is_copied_before_the_step_ahead_of_it_begins(fake, monkeypatch):
+    log, held = [], []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(log))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(log))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: held.append(id(tensor)))
+
+    def reading():
+        for number in range(3):
+            log.append(f"batch {number}")
+            batch = batch_of("vit", 1, "cpu")
+            batch.colours = torch.zeros(len(batch.images), NUMBERS)
+            yield batch
+
+    with Watch() as watch:
+        for number, batch in enumerate(copied_ahead(reading(), torch.device("cuda"))):
+            log.append(f"step {number}")
+            tensors = batch.images, batch.tokens, batch.valid
+            assert {x.device.type for x in tensors} == {"cuda"} and held[-3:] == [id(x) for x in tensors]
+    assert watch.copied == watch.awaited == []
+    assert log == [
+        *("batch 0", "copied batch 0", "batch 1", "copied batch 1", "wait until copied batch 0", "step 0"),
+        *("batch 2", "copied batch 2", "wait until copied batch 1", "step 1"),
+        *("wait until copied batch 2", "step 2"),
+    ]
 
 
 @pytest.mark.parametrize("left_behind", [{"batch_on": "cpu"}, {"queue_on": "cpu"}])
