@@ -165,6 +165,8 @@ class Train(Section):
     """If a gradient is infinite or NaN: stop, or skip the step and count it."""
     support_queue: Batch = 256
     """Size of the support queue of each modality: past embeddings that are searched for the nearest neighbour."""
+    profile: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: ten steps of rank 0, soon after the start, are traced by torch.profiler: RUN/profile; 0 = off."""
     match_every: Positive = 2
     """roclip: in every n-th epoch a picture is matched with the nearest caption of the support queue."""
 
@@ -239,6 +241,11 @@ class Wandb(Section):
     """Tags of the run there."""
 
 
+class TensorBoard(Section):
+    enabled: bool = False
+    """Whether metrics are also written for TensorBoard, to RUN/tensorboard. Needs the package tensorboard."""
+
+
 class Config(Section):
     """All keys of a config file."""
 
@@ -254,6 +261,7 @@ class Config(Section):
     """Guards, which exclude pairs from all safe sets: {NAME: {setting: value}}, NAME: null is off (pipeline/guards)."""
     evaluation: Evaluation = Evaluation()
     wandb: Wandb = Wandb()
+    tensorboard: TensorBoard = TensorBoard()
 
     def hash(self) -> str:
         """12 hex digits of the keys that affect the trained model."""
@@ -271,7 +279,7 @@ def learnt(values: dict) -> dict[str, object]:
     sources = flat.pop("data.sources", None)
     if sources:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
-    others: tuple[str, ...] = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
+    others: tuple[str, ...] = ("wandb.", "tensorboard.", "evaluation.", "run.", "train.profile", "data.workers", "data.max_bad_fraction", "data.mask")
     others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 

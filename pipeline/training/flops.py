@@ -3,6 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.distributed import comm
 from pipeline.training.model import build_model, picture_size
 
 # 1e12 operations a second of matrix products without sparsity: bfloat16, TensorFloat-32, float32 (NVIDIA's data
@@ -36,6 +37,12 @@ def flops_a_view(model: dict) -> int:
     with FlopCounterMode(display=False) as counter:
         (clip.encode_image(pixels_BCHW).sum() + clip.encode_text(tokens_BL).sum()).backward()
     return counter.get_total_flops() // 2
+
+
+def least_seconds(model: dict, device: torch.device, precision: str) -> float | None:
+    """Seconds that all devices of the run together take for a view at least; None where their peak is not known."""
+    peak = peak_flops(device, precision)
+    return flops_a_view(model) / (peak * comm.world()) if peak else None
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
