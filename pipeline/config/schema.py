@@ -279,7 +279,16 @@ def learnt(values: dict) -> dict[str, object]:
     sources = flat.pop("data.sources", None)
     if sources:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
-    others: tuple[str, ...] = ("wandb.", "tensorboard.", "evaluation.", "run.", "train.profile", "data.workers", "data.max_bad_fraction", "data.mask")
+    others: tuple[str, ...] = (
+        "wandb.",
+        "tensorboard.",
+        "evaluation.",
+        "run.",
+        "train.profile",
+        "data.workers",
+        "data.max_bad_fraction",
+        "data.mask",
+    )
     others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 

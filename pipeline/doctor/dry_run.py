@@ -44,9 +44,15 @@ def dry_run(config: Config) -> str:
         ("memory", f"{human(sum(memory.values()))} a process without activations: " + listed(memory)),
         ("FLOPs", f"{flops / 1e9:.4g}e9 for a view of a pair, forward and backward"),
     ]
-    stages = [("stage", "epochs", "steps", "learning rate: first", "highest", "last"), *stage_rows(config, epochs, steps)]
+    stages = [
+        ("stage", "epochs", "steps", "learning rate: first", "highest", "last"),
+        *stage_rows(config, epochs, steps),
+    ]
     seconds = step_seconds(config, views, losses(config, epochs))
-    timed = [("loss", "views", "seconds a step", "pairs/s", "FLOPs a step", "MFU"), *timed_rows(config, views, seconds, flops)]
+    timed = [
+        ("loss", "views", "seconds a step", "pairs/s", "FLOPs a step", "MFU"),
+        *timed_rows(config, views, seconds, flops),
+    ]
     peak = f"largest memory of this process so far: {human(memory_peak())}"
     note = "Steps are timed on random pairs that lie in memory. Selection rounds, evaluation and saving come on top."
     return "\n\n".join((table(about), table(stages), table(timed), f"{peak}\n{note}"))

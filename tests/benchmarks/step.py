@@ -1,15 +1,15 @@
-"""The training step beside open_clip's: `safeclip train` with preset=clip and open_clip_train on the same shards, model,
-batch, precision, threads and number of reading processes, in turns within one run.
+"""The training step beside open_clip's: `safeclip train` with preset=clip and open_clip_train on the same shards,
+model, batch, precision, threads and number of reading processes, in turns within one run.
 
 python -m tests.benchmarks.step [--cases small_32 vit_s_32_224] [--processes 1 2] [--zero 0 1 2 3] [--workers 1]
-[--threads 1] [--rounds 5] [--steps 20] [--profile] [--dir runs/step]
+[--threads 1] [--rounds 5] [--steps 20] [--skip N] [--profile] [--dir runs/step]
 
 Each side trains in processes of its own, and waits while another is measured. Samples/s of all processes together, the
 median over the rounds; the first steps of each turn are not timed, for batches were read in the pause. ratio: the
-median over the rounds of ours over theirs in the same round. Transforms: crops alone (open_clip's default). zero_N: ours
-at that ZeRO stage; open_clip: DistributedDataParallel, local loss with gathered gradients. bf16: ours DeepSpeed's,
-theirs amp_bf16. mfu: model FLOPs utilization, on GPUs whose peak is known. --profile: tables of torch.profiler in --dir.
-Last line: one JSON object.
+median over the rounds of ours over theirs in the same round. Transforms: crops alone (open_clip's default). zero_N:
+ours at that ZeRO stage; open_clip: DistributedDataParallel, local loss with gathered gradients. bf16: ours
+DeepSpeed's, theirs amp_bf16. mfu: model FLOPs utilization, on GPUs whose peak is known. --profile: tables of
+torch.profiler in --dir. Last line: one JSON object.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PHOTOS = yaml.safe_load(Path("configs/photos.yaml").read_text())["model"]
 # model, batch of each process, precision, folder of the data (None: textures as JPEG of 256 to 512 pixels a side)
 CASES = {
     "small_32": (PHOTOS, 256, "fp32", Path("data/photos")),
-    "vit_s_32_224": ({"name": "ViT-S-32-alt"}, 32, "fp32", None),
+    "vit_s_32_224": ({"name": "ViT-S-32-alt"}, 16, "fp32", None),
     "rn50": ({"name": "RN50"}, 256, "bf16", None),
     "vit_b_32": ({"name": "ViT-B-32"}, 1024, "bf16", None),
     "vit_b_16": ({"name": "ViT-B-16"}, 512, "bf16", None),
@@ -146,7 +146,7 @@ def measure(case, processes, args):
         for stage in args.zero:
             log = args.dir / f"{case}_{processes}_zero_{stage}.log"
             sides[f"zero_{stage}"] = Side("ours", our_job(case, stage, processes, args), processes, log)
-        skipped = 4 * args.workers + 2
+        skipped = args.skip if args.skip is not None else 4 * args.workers + 2
         found = {name: [] for name in sides}
         for turn in range(args.rounds):
             for name, side in sides.items():
@@ -189,6 +189,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--skip", type=int, help="steps of a turn that are not timed; default: those read in the pause")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--dir", type=Path, default=Path("runs/step"))
     args = parser.parse_args()

@@ -1,5 +1,5 @@
-"""One training loop that tests/benchmarks/step.py measures, a process a rank: python -m tests.benchmarks.step_sides NAME
-JOB
+"""One training loop that tests/benchmarks/step.py measures, a process a rank: python -m tests.benchmarks.step_sides
+NAME JOB
 
 Trains until it is ended. Rank 0 waits between stretches of steps for what tests/benchmarks/step.py asks of it.
 """
