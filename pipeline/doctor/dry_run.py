@@ -5,7 +5,7 @@ Reads the index and no shard, and writes nothing: run.dir may be that of a run t
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ from pipeline.training.start import make_views, steps_per_epoch
 from pipeline.training.support_queue import SupportQueue
 from shards.views.loader import Batch, Views
 
-Rows = list[tuple[str, ...]]
+Rows = Sequence[tuple[str, ...]]
 
 
 def dry_run(config: Config) -> str:
