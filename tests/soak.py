@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from pipeline.training import checkpoint
+from tests.helpers.runs import TIMED
 
 PAIRS, BATCH = 2_400, 48
 STEPS = PAIRS // BATCH  # of an epoch
@@ -129,8 +130,7 @@ def weights(run):
     folder, warnings = checkpoint.newest_complete(run)
     assert folder and not warnings, warnings
     rows = [json.loads(row) for row in whole_lines(run / "metrics.jsonl")]
-    timed = ("seconds", "samples_per_s", "data_wait")
-    rows = [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     return digest, hashlib.sha256(json.dumps(rows).encode()).hexdigest(), len(rows)
 

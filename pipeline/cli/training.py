@@ -50,8 +50,11 @@ def doctor(config: str, overrides: tuple[str, ...], ranks: int | None, content: 
 @click.command(cls=Command)
 @click.argument("config", type=PATH)
 @OVERRIDES
-def train(config: str, overrides: tuple[str, ...]) -> None:
+@click.option("--dry-run", is_flag=True, help="print plan, schedule, memory and time of a step; train nothing")
+def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Train from a config, or resume a run. A run resumes from the newest complete checkpoint of run.dir."""
+    if dry_run:
+        return tell_plan(config, overrides)
     from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal
 
     try:
@@ -76,6 +79,20 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     except Preempted:  # on all ranks
         comm.shutdown()
         sys.exit(EXIT_CODE)
+
+
+def tell_plan(config: str, overrides: tuple[str, ...]) -> None:
+    """Print what a run of this config would be."""
+    from pipeline.config.load import load_config
+
+    loaded = load_config(config, overrides)
+    from pipeline.distributed import comm
+    from pipeline.doctor.dry_run import dry_run
+
+    text = dry_run(loaded)
+    if comm.is_rank0():
+        print(text)
+    comm.shutdown()
 
 
 @click.command(cls=Command)

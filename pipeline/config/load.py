@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -128,6 +129,10 @@ def check(config: Config) -> None:
         )
     if (model.name is None) == (model.config is None):
         raise UserError("model: expected either model.name (an open_clip architecture) or model.config, and not both")
+    if config.tensorboard.enabled and not find_spec("tensorboard"):
+        raise UserError(
+            "tensorboard.enabled: the package is not installed; run `pip install tensorboard`, or set it to false"
+        )
     if config.train.batch_size % data.streams:
         raise UserError(
             f"data.streams: got {data.streams}, which does not divide train.batch_size "

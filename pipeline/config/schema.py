@@ -189,6 +189,8 @@ class Train(Section):
     """If a gradient is infinite or NaN: stop, or skip the step and count it."""
     support_queue: Batch = 256
     """Size of the support queue of each modality: past embeddings that are searched for the nearest neighbour."""
+    profile: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: ten steps of rank 0, soon after the start, are traced by torch.profiler: RUN/profile; 0 = off."""
     match_every: Positive = 2
     """roclip: in every n-th epoch a picture is matched with the nearest caption of the support queue."""
 
@@ -263,6 +265,11 @@ class Wandb(Section):
     """Tags of the run there."""
 
 
+class TensorBoard(Section):
+    enabled: bool = False
+    """Whether metrics are also written for TensorBoard, to RUN/tensorboard. Needs the package tensorboard."""
+
+
 class Config(Section):
     """All keys of a config file."""
 
@@ -278,12 +285,18 @@ class Config(Section):
     """Guards, which exclude pairs from all safe sets: {NAME: {setting: value}}, NAME: null is off (pipeline/guards)."""
     evaluation: Evaluation = Evaluation()
     wandb: Wandb = Wandb()
+    tensorboard: TensorBoard = TensorBoard()
 
     def hash(self) -> str:
         """12 hex digits of the keys that affect the trained model."""
         return hashlib.sha256(json.dumps(learnt(self.model_dump()), sort_keys=True).encode()).hexdigest()[:12]
 
 
+# What a trained model does not depend on, or depends on by rounding alone, like the number of processes. The data have a
+# fingerprint of their own.
+OTHERS: tuple[str, ...] = ("wandb.", "tensorboard.", "evaluation.", "run.", "train.profile")
+OTHERS += ("data.workers", "data.max_bad_fraction", "data.mask", "data.index", "data.cache", "data.remote")
+OTHERS += ("data.allow_pipe", "train.accumulate", "train.checkpoint_activations", "train.compile")
 # Keys that came after the first runs, and are off by default: the hash of a config without them stays.
 LATER = ("train.average", "model.lock_image", "model.lock_text", "model.mean", "model.std", "model.patch_dropout")
 
@@ -299,14 +312,10 @@ def learnt(values: dict) -> dict[str, object]:
     sources = flat.pop("data.sources", None)
     if sources:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
-    others: tuple[str, ...] = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
-    others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
-    # Equal up to rounding, like the number of processes.
-    others += ("train.accumulate", "train.checkpoint_activations", "train.compile")
     for key in LATER:  # a config without one is what it was before
         if not flat.get(key):
             flat.pop(key, None)
-    return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
+    return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(OTHERS)}
 
 
 def differences(old: dict, new: dict) -> list[tuple[str, object, object]]:

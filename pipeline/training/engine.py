@@ -48,6 +48,8 @@ def start_engine(towers: Towers, train: Train, device: torch.device, universal: 
     engine, *_ = deepspeed.initialize(
         model=towers.to(device), optimizer=optimizer, config=config, dist_init_required=False
     )
+    if comm.world() == 1 and stage == 0 and train.precision == "fp32":
+        engine.enable_backward_allreduce = False  # else it copies all gradients into a buffer and back, for nobody
     if comm.world() > 1:
         comm.wait_long(engine.data_parallel_group)  # of the default's ranks, with torch's default timeout
     engine.checkpoint_engine = memory_writer()

@@ -1,4 +1,4 @@
-"""Figures of a run: on rank 0 metrics.jsonl and Weights & Biases if configured, and the progress line."""
+"""Figures of a run on rank 0: metrics.jsonl, Weights & Biases and TensorBoard if configured, and the progress line."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ from shards.storage.files import write_bytes
 
 if TYPE_CHECKING:
     import wandb  # half a second, and only where it is used
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class MetricsLogger:
     """Appends to RUN/metrics.jsonl. length: bytes of it to keep; lines written after the checkpoint are removed."""
 
     def __init__(self, run_dir: Path, config: Config, length: int = 0):
-        self.file, self.wandb, self.last = None, None, 0.0
+        self.file, self.wandb, self.tensorboard, self.last = None, None, None, 0.0
         if not comm.is_rank0():
             return
         path = run_dir / "metrics.jsonl"
@@ -49,6 +50,8 @@ class MetricsLogger:
                 resume="allow",
                 settings=wandb.Settings(silent=True),
             )
+        if config.tensorboard.enabled:
+            self.tensorboard = tensorboard_writer(run_dir, path)
 
     def log(self, *, step: int, **figures: object) -> None:
         """Write one line: figures of one step, selection round or evaluation."""
@@ -57,6 +60,10 @@ class MetricsLogger:
         figures = {"step": step, **figures}
         self.file.write((json.dumps(figures) + "\n").encode())
         self.file.flush()
+        if self.tensorboard:
+            for name, value in flat(figures):
+                if isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             shown: dict[str, Any] = {key: value for key, value in flat(figures) if isinstance(value, (int, float, str))}
             if figures.get("stage") == "selection":
@@ -76,11 +83,13 @@ class MetricsLogger:
             logger.info(text)
 
     def close(self) -> None:
-        """Close metrics.jsonl and the run of Weights & Biases, if they are open."""
+        """Close metrics.jsonl, the run of Weights & Biases and TensorBoard's file, if they are open."""
         if self.file:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 def keep_whole_lines(file: BinaryIO, length: int) -> None:
@@ -89,6 +98,15 @@ def keep_whole_lines(file: BinaryIO, length: int) -> None:
     if len(kept) < length:
         logger.warning(f"{file.name}: lines are lost: {len(kept):,} of {length:,} bytes are there")
     file.truncate(kept.rfind(b"\n") + 1)
+
+
+def tensorboard_writer(run_dir: Path, metrics: Path) -> "SummaryWriter":
+    """Writer of RUN/tensorboard. TensorBoard does not show what an earlier start wrote there for steps after those in
+    `metrics`: they are done anew."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    steps = [json.loads(line)["step"] for line in metrics.read_bytes().splitlines()[-1:]]
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps[0] + 1 if steps else 0)
 
 
 def flat(figures: dict, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -118,33 +136,3 @@ def commit() -> str | None:
         return subprocess.run(words, cwd=folder, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git
         return None
-
-
-class Meter:
-    """Throughput, fraction of the time spent waiting for data, and time left, of the steps from `first` to `total`."""
-
-    def __init__(self, total: int, first: int = 0):
-        self.total, self.first, self.done, self.samples, self.waited = total, first, first, 0, 0.0
-        self.started = time.monotonic()
-
-    def step(self, samples: int) -> None:
-        self.done, self.samples = self.done + 1, self.samples + samples
-
-    @property
-    def seconds(self) -> float:
-        return max(1e-9, time.monotonic() - self.started)
-
-    def figures(self) -> dict[str, float]:
-        """{"samples_per_s", "data_wait": fraction of the time}."""
-        return {
-            "samples_per_s": round(self.samples / self.seconds, 1),
-            "data_wait": round(self.waited / self.seconds, 3),
-        }
-
-    def line(self, steps_left: int) -> str:
-        """For the progress line; `steps_left` of the whole run."""
-        figures, eta = self.figures(), self.seconds / max(1, self.done - self.first) * steps_left
-        return (
-            f"{figures['samples_per_s']:7.0f} samples/s  data {figures['data_wait']:4.0%}  "
-            f"ETA {int(eta // 3600)}:{int(eta % 3600 // 60):02d}:{int(eta % 60):02d}"
-        )

@@ -22,7 +22,8 @@ from pipeline.training.bad_samples import bad_so_far, record, stop_where_bad
 from pipeline.training.copy_ahead import copied_ahead
 from pipeline.training.curriculum import Epoch, Step, epoch_steps, learning_rate, steps_of_loss
 from pipeline.training.garbage import collected_at_fixed_steps
-from pipeline.training.metrics import Meter
+from pipeline.training.meter import Meter
+from pipeline.training.profile import Profile
 from pipeline.training.selection_round import mask_for
 from pipeline.training.signals import Agreement, StopSignal
 from pipeline.training.start import Run
@@ -51,7 +52,7 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
     new one. Raises UserError for mistakes in the input, and Preempted after a stop signal, with the state saved.
     """
     with nullcontext(stop) if stop else StopSignal() as stop, comm.naming_the_lost(), Run(config) as run:
-        state, clock = run.state, SaveClock()
+        state, clock, profile = run.state, SaveClock(), Profile(run.run_dir, bool(config.train.profile))
         if any(comm.all_reduce_max(stop.received)):
             run.exit_preempted()  # asked while it started
         stop_where_bad(run, *bad_so_far(run))
@@ -59,7 +60,7 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
             mask = mask_for(run, epoch, stop)
             steps = epoch_steps(epoch, run.index.counts, mask, config, run.index.repetitions)
             first = state["epoch_step"]
-            meter, bad = Meter(len(steps), first), []
+            meter, bad = Meter(len(steps), first, run.view_seconds), []
             dataset = TrainBatches(
                 run.samples,
                 steps,
@@ -89,7 +90,8 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                     state["loss_steps"][step.loss] += 1
                 state["sample_views"] += config.train.batch_size * len(run.views.of[step.loss])
                 bad += batch.bad
-                meter.step(config.train.batch_size)
+                meter.step(config.train.batch_size, len(run.views.of[step.loss]))
+                profile.step()
                 if meter.done % LOG_EVERY == 0 or meter.done == len(steps):
                     report(run, epoch, step, meter, loss, scale, rate)
                 if meter.done < len(steps) and save_now(run, clock, bad, stop):

@@ -23,7 +23,7 @@ from pipeline.safety.score_files import ScoreFiles, prune_scores
 from pipeline.safety.scoring import Reading, score_all_pairs
 from pipeline.training.bad_samples import record, stop_where_bad
 from pipeline.training.curriculum import Epoch
-from pipeline.training.metrics import Meter
+from pipeline.training.meter import Meter
 from pipeline.training.signals import Agreement, StopSignal
 from pipeline.training.start import Run
 from shards.errors import UserError

@@ -20,6 +20,7 @@ from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint, weight_average
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import start_engine
+from pipeline.training.flops import least_seconds
 from pipeline.training.lease import Lease
 from pipeline.training.levers import apply_levers
 from pipeline.training.metrics import MetricsLogger
@@ -117,6 +118,7 @@ class Run:
         self.average = WeightAverage(self.engine, config.train.average) if config.train.average else None
         if self.average and found and (found / weight_average.NAME).exists():
             self.average.load(found / weight_average.NAME)
+        self.view_seconds = least_seconds(config.model.model_dump(), self.device, config.train.precision)
         self.logger = MetricsLogger(self.run_dir, config, self.state["metrics_bytes"])
         self.bad_samples = BadSamplesFiles(self.run_dir / "bad_samples", range(comm.rank(), PARTS, comm.world()))
         self.saver = checkpoint.Saver(
@@ -214,7 +216,7 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
     found: Path | None = None
     warnings: list[str] = []
     if restart:
-        for name in ("masks", "checkpoints", "bad_samples"):
+        for name in ("masks", "checkpoints", "bad_samples", "tensorboard", "profile"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for name in ("eval.json", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)

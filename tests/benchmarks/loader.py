@@ -10,7 +10,9 @@ PNG) and 224 px (textures as JPEG, 256 to 512 pixels a side), each with crops al
 colour jitter; raw: bytes only (pread: the system's reads alone; crc: their comparison with the index, part of ours,
 and its share of a sample's time); start: seconds to the first batch at 90 % of an epoch of 100,000 over those at 0 %;
 view: bytes read by an epoch over 15 % of the samples over those of a whole one, all reads of the process counted;
-growth: of a reader's memory from its 2nd epoch of 1,280 samples to its 12th.
+views: seconds of a pair that is read in two views
+over those of one in one view, with crops alone, and with colours changed by the reader or later on the device; growth:
+of a reader's memory from its 2nd epoch of 1,280 samples to its 12th.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from tests.benchmarks.loader_data import data_sets
 from tests.benchmarks.loader_sides import STREAMS, WINDOW, our_augment
 
 BATCH = {32: 256, 224: 64}
-PARTS = ("speed", "raw", "start", "view", "growth")
+PARTS = ("speed", "raw", "start", "view", "views", "growth")
 
 
 class Side:
@@ -151,6 +153,26 @@ def view(index, views):
     return {"bytes": found, "ratio": round(found[1] / found[0], 3)}
 
 
+def two_views(folder, size, rounds):
+    """{augmentation: {"us_a_pair": [in one view, in two], "ratio"}} in this process, in turns; ratio: median of the
+    rounds."""
+    index, found = ShardIndex.load(folder / "index"), {}
+    steps, samples = make_steps(index, BATCH[size])[:8], Samples(index)
+    for name, colour, on_device in (("crops", False, False), ("colours", True, False), ("on_device", True, True)):
+        view, seconds = View(our_augment(colour)), {1: [], 2: []}
+        for _ in range(rounds + 1):  # the first warms up
+            for count, times in seconds.items():
+                views = Views(size, Tokenizer(), {"clip": (view,) * count}, on_device)
+                started = time.process_time()
+                for _ in batches(TrainBatches(samples, steps, views, seed=0, epoch=0)):
+                    pass
+                times.append((time.process_time() - started) / (len(steps) * BATCH[size]))
+        one, two = (times[1:] for times in seconds.values())
+        us = [round(1e6 * statistics.median(times), 1) for times in (one, two)]
+        found[name] = {"us_a_pair": us, "ratio": round(statistics.median(b / a for a, b in zip(one, two)), 2)}
+    return found
+
+
 def growth(index, views):
     """Resident memory of a reader after its 2nd epoch and after its 12th."""
     steps, samples, resident = make_steps(index, 64)[:20], Samples(index), []
@@ -196,6 +218,8 @@ def main():
         figures["start"] = start(index, views, args.rounds)
     if "view" in args.only:
         figures["view"] = view(index, views)
+    if "views" in args.only:
+        figures["views"] = {f"{size}_px": two_views(folders[size], size, args.rounds) for size in (32, 224)}
     if "growth" in args.only:
         views = Views(224, Tokenizer(), {"clip": (View(plain),)})
         figures["growth"] = growth(ShardIndex.load(folders[224] / "index"), views)

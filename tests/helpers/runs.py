@@ -100,11 +100,14 @@ def weights(made, steps=STEPS):
     return (folder / "model.safetensors").read_bytes()
 
 
+# What depends on the clock and the machine in a line of metrics.jsonl.
+TIMED = ("seconds", "samples_per_s", "samples_per_s_per_gpu", "data_wait", "memory_gb", "mfu")
+
+
 def metrics(made):
     """Lines of metrics.jsonl without what depends on the clock."""
-    timed = ("seconds", "samples_per_s", "data_wait")
     rows = [json.loads(line) for line in open(f"{made.run.dir}/metrics.jsonl")]
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
 
 
 def safeclip(*words, processes=1, cwd=None, check=True):

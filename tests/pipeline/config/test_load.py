@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import pipeline.attacks  # noqa: F401  its sections too
 from pipeline.cli.main import main
+from pipeline.config import load
 from pipeline.config.load import load_config, make_config, read_yaml, to_yaml
 from pipeline.config.renamed import RENAMED
 from pipeline.config.schema import PRESETS, Config
@@ -250,6 +251,12 @@ def test_a_file_that_is_no_config_is_refused(file, text):
         load_config(file(text))
 
 
+def test_tensorboard_that_is_not_installed_is_refused(file, monkeypatch):
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="tensorboard.enabled: .*pip install tensorboard"):
+        load_config(file(BASE), ["tensorboard.enabled=true"])
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere.yaml"):
         load_config(tmp_path / "nowhere.yaml")
@@ -259,6 +266,7 @@ def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(file):
     path = file(BASE)
     same = load_config(path).hash()
     assert load_config(path, ["run.dir=x", "data.workers=7", "wandb.mode=offline"]).hash() == same
+    assert load_config(path, ["tensorboard.enabled=true", "train.profile=1"]).hash() == same
     assert load_config(path, ["data.cache=/x", "data.remote_timeout=1", "data.allow_pipe=true"]).hash() == same
     assert load_config(path, ["run.seed=1"]).hash() != same
     sources = [

@@ -13,7 +13,7 @@ from pipeline.training import checkpoint
 from pipeline.training import engine as engines
 from pipeline.training import run as running
 from pipeline.training.model import Towers, build_model, pixel_stats
-from pipeline.training.run import train_step
+from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
 from shards.build.shapes import shapes
 from shards.order.safe_mask import SafeMask

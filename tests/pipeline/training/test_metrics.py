@@ -81,3 +81,27 @@ def test_whole_lines_before_the_checkpoint_are_kept(tmp_path, length, expected):
 def test_the_commit_is_this_projects_or_none(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there
     assert commit() is None
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    """A run that was cut off after its checkpoint: what it logged then is not shown, what it logs anew is."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, length = Config(preset="clip"), 0
+    config.tensorboard.enabled = True
+    for steps, loss in (((20, 40, 60), 1.0), ((60, 80), 2.0)):
+        logger = MetricsLogger(tmp_path, config, length)
+        for step in steps:
+            logger.log(step=step, epoch=0, stage="clip", loss=loss, eval={"top1": step / 100})
+            length = logger.length() if step == 40 else length
+        logger.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [
+        (20, 1.0),
+        (40, 1.0),
+        (60, 2.0),
+        (80, 2.0),
+    ]
+    assert found.Scalars("eval/top1")[-1].value == pytest.approx(0.8)
+    assert "stage" not in found.Tags()["scalars"]
