@@ -45,7 +45,7 @@ def dry_run(config: Config) -> str:
         ("steps", f"{steps:,} an epoch, {train.epochs * steps:,} in {train.epochs} epochs"),
         ("precision", f"{train.precision}, ZeRO {train.zero_stage}, on {comm.device().type}"),
         ("memory", f"{human(sum(memory.values()))} a process without activations: " + listed(memory)),
-        ("FLOPs", f"{flops / 1e9:.4g}e9 for a view of a pair, forward and backward" if flops else "not known"),
+        ("FLOPs", f"{flops:.3g} for a view of a pair, forward and backward" if flops else "not known"),
     ]
     stages = [
         ("stage", "epochs", "steps", "learning rate: first", "highest", "last"),
