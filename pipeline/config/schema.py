@@ -292,8 +292,8 @@ class Config(Section):
         return hashlib.sha256(json.dumps(learnt(self.model_dump()), sort_keys=True).encode()).hexdigest()[:12]
 
 
-# What a trained model does not depend on, or by rounding alone, as on the number of processes. The data have a fingerprint
-# of their own.
+# What a trained model does not depend on, or by rounding alone, as on the number of processes. The data have a
+# fingerprint of their own.
 OTHERS: tuple[str, ...] = ("wandb.", "tensorboard.", "evaluation.", "run.", "train.profile")
 OTHERS += ("data.workers", "data.max_bad_fraction", "data.mask", "data.index", "data.cache", "data.remote")
 OTHERS += ("data.allow_pipe", "train.accumulate", "train.checkpoint_activations", "train.compile")
