@@ -13,8 +13,8 @@ from pipeline.guards import make_guards
 from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.training.curriculum import curriculum
 from pipeline.training.model import open_clip_config
-from pipeline.training.pretrained import make_towers
 from pipeline.training.precision import precision_here
+from pipeline.training.pretrained import make_towers
 from shards.index.shard_index import ShardIndex
 
 Findings = list[tuple[str, str, str]]  # (level, about, text)
