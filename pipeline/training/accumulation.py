@@ -20,15 +20,14 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-# Of (image_BD, text_BD, logit scale ...), as the towers give them.
-LossOf = Callable[..., Tensor]
+LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # of image_BD, text_BD and scale, as model.Towers gives them
 
 
 def backward_in_parts(
     engine: DeepSpeedEngine, images_BCHW: Tensor, tokens_BL: Tensor, parts: int, loss_of: LossOf
 ) -> tuple[Tensor, list[Tensor]]:
-    """(loss, [image_BD, text_BD, logit scale ...]), both without a graph. The engine has the gradients of
-    loss_of(image_BD, text_BD, logit scale ...), and is ready for its step.
+    """(loss, [image_BD, text_BD, scale]), both without a graph. The engine has the gradients of
+    loss_of(image_BD, text_BD, scale), and is ready for its step.
 
     B rows are taken in so many parts; all ranks call, with the same number. A part draws the same random numbers
     (dropout) in both of its forward passes.
@@ -39,22 +38,19 @@ def backward_in_parts(
         for part in part_of:
             draws.append(random_state(images_BCHW.device))
             found.append(engine(*part))
-    image_parts, text_parts, *numbers = zip(*found)
-    outputs = [torch.cat(image_parts), torch.cat(text_parts), *(number[0] for number in numbers)]
-    # Leaves: what is behind them comes in the second pass. The clone of a number is no view of a weight.
-    leaves = [x.detach().clone().requires_grad_() for x in outputs]
+    image_parts, text_parts, (scale, *_) = zip(*found)
+    leaves = [x.detach().requires_grad_() for x in (torch.cat(image_parts), torch.cat(text_parts), scale)]
     loss = loss_of(*leaves)
     loss.backward()
-    image_grads, text_grads = (leaf.grad.tensor_split(parts) for leaf in leaves[:2])
-    for number, part in enumerate(part_of):
+    image_grad_BD, text_grad_BD, scale_grad = (leaf.grad for leaf in leaves)
+    grads = list(zip(image_grad_BD.tensor_split(parts), text_grad_BD.tensor_split(parts)))
+    for number, (part, (image_grad_PD, text_grad_PD)) in enumerate(zip(part_of, grads)):
         set_random_state(images_BCHW.device, draws[number])
         engine.set_gradient_accumulation_boundary(number == parts - 1)
-        image_PD, text_PD, *numbers = engine(*part)
+        image_PD, text_PD, scale = engine(*part)
         # Its gradient is that of the loss. Every parameter takes part in every backward pass (ZeRO-3).
-        product = (image_PD * image_grads[number]).sum() + (text_PD * text_grads[number]).sum()
-        for value, leaf in zip(numbers, leaves[2:], strict=True):
-            product = product + (value * leaf.grad).sum() / parts
-        engine.backward(product)
+        product = (image_PD * image_grad_PD).sum() + (text_PD * text_grad_PD).sum()
+        engine.backward(product + (scale * scale_grad).sum() / parts)
     return loss.detach(), [leaf.detach() for leaf in leaves]
 
 

@@ -30,8 +30,10 @@ def share_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def batch_norms(module: nn.Module) -> list[str]:
-    """Names of the batch norms in `module`."""
-    return [name for name, child in module.named_modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+    """Names of the batch norms in `module` that are trained: those of a frozen tower use their stored statistics."""
+    kind = nn.modules.batchnorm._BatchNorm
+    found = [(name, child) for name, child in module.named_modules() if isinstance(child, kind)]
+    return [name for name, child in found if any(p.requires_grad for p in child.parameters())]
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):

@@ -18,22 +18,23 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.steps import KINDS, ROWS, global_batch, own_rows, towers
 
 STAGES = (0, 1, 2, 3)
+SIGMOID = {**VIT, "custom_text": True, "init_logit_bias": -10}
 DROPPED = copy.deepcopy(VIT)
 DROPPED["vision_cfg"]["patch_dropout"] = 0.5
 
 
-def start(stage, config=VIT, **changes):
+def start(stage, config=VIT):
     # A large eps: where a true gradient is 0 (the keys' bias) Adam would step by the sign of its rounding error.
-    settings = Train(batch_size=ROWS, lr=1e-3, eps=1e-2, zero_stage=stage, **changes)
+    settings = Train(batch_size=ROWS, lr=1e-3, eps=1e-2, zero_stage=stage)
     return engines.start_engine(towers(config), settings, comm.device())
 
 
-def stepped(stage, kind, parts):
-    """(losses, weights, queues) of two steps."""
-    engine = start(stage)
+def stepped(stage, kind, config, parts):
+    """(losses, weights, queues) of two steps, of one at ZeRO-3, which is slow here."""
+    engine = start(stage, config)
     queues = {name: SupportQueue(12, 16, comm.device()) for name in ("image", "text")}
     losses = []
-    for step in range(2):
+    for step in range(1 if stage == 3 else 2):
         batch = own_rows(global_batch(kind, 16, step))
         loss, _, finite = train_step(engine, queues, batch, "clip" if kind == "crossed" else kind, parts)
         assert finite
@@ -42,13 +43,15 @@ def stepped(stage, kind, parts):
 
 
 def whole_and_parts(cases):
-    return {case: [stepped(*case, parts) for parts in (1, 3)] for case in cases}
+    return [[stepped(*case, parts) for parts in (1, 3)] for case in cases]
 
 
 def test_parts_train_what_the_whole_batch_trains():
     """Every loss, at every ZeRO stage; 3 parts of 4 or 8 rows are of different sizes."""
-    cases = [(stage, "crossed") for stage in STAGES] + [(1, kind) for kind in KINDS if kind != "crossed"]
-    for key, (whole, parts) in run_ranks(whole_and_parts, 2, cases)[0].items():
+    cases = [(stage, "crossed", VIT) for stage in STAGES] + [(1, "crossed", SIGMOID)]
+    cases += [(1, kind, VIT) for kind in KINDS if kind != "crossed"]
+    for (stage, kind, _), (whole, parts) in zip(cases, run_ranks(whole_and_parts, 2, cases)[0]):
+        key = stage, kind
         assert parts[0] == pytest.approx(whole[0], rel=1e-6), key
         assert whole[1], key
         for name, weight in whole[1].items():

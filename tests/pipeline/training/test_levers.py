@@ -20,12 +20,13 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.steps import ROWS, global_batch, own_rows, towers
 
 TIMM = {**VIT, "vision_cfg": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear"}}
+LEAN = {**VIT, "vision_cfg": VIT["vision_cfg"] | {"layers": 1}, "text_cfg": VIT["text_cfg"] | {"layers": 1}}
 OPENAI_RESNET = {**VIT, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}
 
 
 def trained(change, stage, clip=0.0):
     """(weights after a step, embeddings then in eval mode, gradient norm) with `change` made to the CLIP."""
-    model = towers(VIT)
+    model = towers(LEAN)
     names = list(model.state_dict())
     change(model.clip)
     assert list(model.state_dict()) == names
@@ -48,8 +49,8 @@ def compiled(clip):
 
 
 def results():
-    kinds = {(plain, 0): 1e-3, (plain, 1): 0.0, (compiled, 1): 0.0, (plain, 3): 1e-3, (checkpoint_activations, 3): 0.0}
-    return {(change.__name__, stage): trained(change, stage, clip) for (change, stage), clip in kinds.items()}
+    clips = {(plain, 0): 10.0, (plain, 1): 10.0, (compiled, 1): 10.0, (plain, 3): 0.0, (checkpoint_activations, 3): 0.0}
+    return {(change.__name__, stage): trained(change, stage, clip) for (change, stage), clip in clips.items()}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_two_ranks_train_and_score_what_plain_towers_do(found, change, stage):
 
 def norm_of_whole_batch():
     """The norm of the gradient of one rank with the whole batch, by torch's own function."""
-    model = towers(VIT)
+    model = towers(LEAN)
     batch = own_rows(global_batch("clip", 16))
     step_loss("clip", *model(batch.images, batch.tokens), {}, batch.valid).backward()
     return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
@@ -78,7 +79,7 @@ def norm_of_whole_batch():
 
 def test_the_gradient_norm_is_that_of_the_whole_batch_before_clipping(found):
     (wanted,) = run_ranks(norm_of_whole_batch, 1)
-    assert wanted > 0.01
+    assert wanted > 20  # at stages 0 and 1 it is clipped at 10
     for (name, stage), (_, _, norm) in found.items():
         assert norm == pytest.approx(wanted, rel=1e-4), (name, stage)
 
