@@ -10,9 +10,9 @@ PNG) and 224 px (textures as JPEG, 256 to 512 pixels a side), each with crops al
 colour jitter; raw: bytes only (pread: the system's reads alone; crc: their comparison with the index, part of ours,
 and its share of a sample's time); start: seconds to the first batch at 90 % of an epoch of 100,000 over those at 0 %;
 view: bytes read by an epoch over 15 % of the samples over those of a whole one, all reads of the process counted;
-views: seconds of a pair that is read in two views
-over those of one in one view, with crops alone, and with colours changed by the reader or later on the device; growth:
-of a reader's memory from its 2nd epoch of 1,280 samples to its 12th.
+views: processor time of a pair that is read in two views over that of one view, with crops alone, and with colours
+changed by the reader or later on the device; growth: of a reader's memory from its 2nd epoch of 1,280 samples to its
+12th.
 """
 
 import argparse

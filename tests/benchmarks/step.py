@@ -15,6 +15,7 @@ torch.profiler in --dir. Last line: one JSON object.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -193,6 +194,7 @@ def main():
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--dir", type=Path, default=Path("runs/step"))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the sides end too
     make_data(args.dir / "224")
     figures = {"workers": args.workers, "threads": args.threads, "rounds": args.rounds, "steps": args.steps}
     for case in args.cases:
