@@ -6,15 +6,17 @@ import gc
 import pytest
 import torch
 
-from pipeline.config.load import make_config
+from pipeline.config.load import make_config, to_yaml
 from pipeline.config.schema import Train, differences
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
 from pipeline.training.garbage import EVERY, collected_at_fixed_steps
 from pipeline.training.levers import apply_levers, checkpoint_activations, compile_towers, drop_patches
 from pipeline.training.precision import tf32, with_precision
+from pipeline.training.start import check_config
 from pipeline.training.step import step_loss, train_step
 from shards.errors import UserError
+from shards.storage.files import write_bytes
 from tests.helpers.models import RESNET, VIT
 from tests.helpers.ranks import run_ranks
 from tests.helpers.steps import ROWS, global_batch, own_rows, towers
@@ -143,6 +145,19 @@ def test_auto_is_bf16_where_the_gpu_has_it(monkeypatch, able, word):
 def test_auto_is_fp32_on_the_cpu_with_the_hash_of_fp32():
     config = make_config({"preset": "default"})
     assert with_precision(config).hash() == make_config({"preset": "default", "train": {"precision": "fp32"}}).hash()
+
+
+def test_a_run_does_not_resume_at_another_precision(tmp_path):
+    """Where it is known; "auto" is resolved by a start, and not by `safeclip doctor`, which may be called elsewhere."""
+    begun = make_config({"preset": "default", "train": {"precision": "bf16"}})
+    write_bytes(tmp_path / "config.yaml", to_yaml({"hash": begun.hash(), **begun.model_dump()}))
+    auto = make_config({"preset": "default"})
+    check_config(auto, tmp_path)
+    with pytest.raises(UserError, match="train.precision: 'bf16' -> 'fp32'"):
+        check_config(with_precision(auto), tmp_path)
+    other = make_config({"preset": "default", "train": {"lr": 0.5}})
+    with pytest.raises(UserError, match=r"another config \(train.lr: 0.0005 -> 0.5\)"):
+        check_config(other, tmp_path)
 
 
 def test_tf32_is_on_in_a_step_only(monkeypatch):
