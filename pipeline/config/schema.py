@@ -270,6 +270,10 @@ class Config(Section):
         return hashlib.sha256(json.dumps(learnt(self.model_dump()), sort_keys=True).encode()).hexdigest()[:12]
 
 
+# Keys that older runs do not have, with the value that means what was done then: it is not hashed, and they resume.
+NEWER: dict[str, object] = {"model.lock_image": False, "model.lock_text": False, "model.mean": None, "model.std": None}
+
+
 def learnt(values: dict) -> dict[str, object]:
     """{"a.b": value}: keys of a Config's dict that affect the trained model."""
     flat = {
@@ -283,6 +287,7 @@ def learnt(values: dict) -> dict[str, object]:
         flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
     others: tuple[str, ...] = ("wandb.", "evaluation.", "run.", "data.workers", "data.max_bad_fraction", "data.mask")
     others += ("data.index", "data.cache", "data.remote", "data.allow_pipe")  # the data have a fingerprint of their own
+    flat = {key: value for key, value in flat.items() if key not in NEWER or value != NEWER[key]}
     return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(others)}
 
 
