@@ -120,7 +120,7 @@ def tokenizer_for(model: dict) -> Callable[[list[str]], torch.Tensor]:
         return HFTokenizer(name, length, tokenizer_mode=text.get("tokenizer_mode"), **settings)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(
-            f"model: the tokenizer {name} cannot be had ({' '.join(str(error).split())[:200]}); "
+            f"model.config.text_cfg.hf_tokenizer_name: {name} cannot be had ({' '.join(str(error).split())[:200]}); "
             "it needs `pip install transformers` and its files on this host"
         ) from None
 

@@ -72,6 +72,8 @@ def find_weights(model: dict, where: str) -> Path:
     """The file of weights of model.pretrained. Raises UserError where there is none, or where the config beside it is
     another one."""
     path = Path(model["pretrained"])
+    if not path.exists():
+        raise UserError(f"{where}: there is no such file or folder; {WANTED}")
     if not path.is_dir():
         if path.suffix not in FILES:
             raise UserError(f"{where}: got a name that ends in {path.suffix!r}; {WANTED}")

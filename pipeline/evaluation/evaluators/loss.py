@@ -22,7 +22,8 @@ class Loss(Evaluator):
     def __call__(self, embedded: Embedded) -> dict:
         pairs, loss = embedded.pairs, None
         if len(pairs.image_ND):
-            loss = contrastive_loss(pairs.image_ND, pairs.text_UD[pairs.text_N], embedded.scale)
+            scale = embedded.scale[:1]  # InfoNCE also of a model with a logit bias, so that losses compare
+            loss = contrastive_loss(pairs.image_ND, pairs.text_UD[pairs.text_N], scale)
         return {"pairs": {**pairs.counts, "loss": loss}}
 
     def line(self, figures: dict) -> str:

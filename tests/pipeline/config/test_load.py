@@ -77,6 +77,9 @@ def test_the_configs_of_large_sets_leave_a_preset_whole(name):
         ("data.cache_gb=0", "data.cache_gb"),
         ("data.remote_timeout=-1", "data.remote_timeout"),
         ("model.config={embed_dim: 3}", "model.name"),
+        ("model.lock_image=true", "model.lock_image: freezes random weights"),
+        ("model.mean=[0.5]", "model.mean"),
+        ("model.std=[1, 0, 1]", "model.std"),
         ("train.epochs", "a.b=value"),
         ("train.lr=[", "train.lr"),
         ("preset=[]", "preset"),
@@ -269,6 +272,8 @@ def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(file):
     assert load_config(path, ["tensorboard.enabled=true", "train.profile=1"]).hash() == same
     assert load_config(path, ["data.cache=/x", "data.remote_timeout=1", "data.allow_pipe=true"]).hash() == same
     assert load_config(path, ["run.seed=1"]).hash() != same
+    given = ["model.pretrained=x"]
+    assert load_config(path, given).hash() != load_config(path, [*given, "model.lock_text=true"]).hash()
     sources = [
         load_config(path, ['data.index=""', f"data.sources={{a: {{index: {i}, weight: {w}}}}}"])
         for i, w in ("x1", "y1", "x2")

@@ -54,12 +54,12 @@ def held_out(tmp_path):
     return write_pairs(tmp_path / "held_out", BAD)
 
 
-def figures_of(index, **changes):
+def figures_of(index, model=MODEL, **changes):
     """Figures of a model of fixed weights on the pairs of an index, and their line in the log."""
     config = Config(evaluation=Evaluation(pairs=index, **changes))
     config.data.workers = 0
     torch.manual_seed(0)
-    towers = Towers(build_model({"config": MODEL}), *pixel_stats())
+    towers = Towers(build_model({"config": model}), *pixel_stats())
     evaluators = Evaluators(config)
     figures = evaluators(towers, Views(16, tokenizer_for({"config": MODEL}), {}), torch.device("cpu"))
     return figures, evaluators.line(figures)
@@ -98,6 +98,11 @@ def test_bad_pairs_are_counted_and_in_no_figure(held_out, tmp_path):
     assert found["pairs"]["count"] == 17
     assert found["pairs"].pop("loss") == pytest.approx(without["pairs"].pop("loss"), rel=1e-5)
     assert found == without
+
+
+def test_a_logit_bias_changes_no_figure(held_out):
+    biased = {**MODEL, "init_logit_bias": -10, "init_logit_scale": math.log(1 / 0.07)}
+    assert figures_of(held_out, biased) == figures_of(held_out)
 
 
 def test_a_figure_of_no_pair_is_none(tmp_path):

@@ -209,7 +209,8 @@ def test_a_run_begins_with_the_weights_of_every_form(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "plain.safetensors").read_bytes()[:99])
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.bin")
     bad = [("code.pt", "cannot be read"), ("cut.safetensors", "cannot be read"), ("other.bin", "has neither tower")]
-    bad += [("none.pt", "cannot be read"), ("none.txt", "ends in '.txt'")]
+    (tmp_path / "some.txt").touch()
+    bad += [("none.pt", "no such file"), ("some.txt", "ends in '.txt'")]
     for name, words in bad:
         with pytest.raises(UserError, match=words) as error:
             make_towers(model_keys(SIGMOID, pretrained=str(tmp_path / name)))
