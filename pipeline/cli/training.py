@@ -13,8 +13,8 @@ from pipeline.cli.options import COUNT, OVERRIDES, PATH, Command
 def config(config: str, overrides: tuple[str, ...]) -> None:
     """Print every key of a preset (default: paper) or a file. Shows value, meaning, default and allowed values."""
     from pipeline.config.load import load_config, make_config, override
+    from pipeline.config.presets import PRESETS
     from pipeline.config.reference import listing
-    from pipeline.config.schema import PRESETS
 
     if config in PRESETS:
         values = {"preset": config}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.config.presets import PRESETS
 from pipeline.config.renamed import RENAMED
-from pipeline.config.schema import PRESETS, Config
+from pipeline.config.schema import Config
 from pipeline.settings import read
 from shards.errors import UserError
 

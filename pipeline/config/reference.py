@@ -10,7 +10,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config.schema import PRESETS, Config
+from pipeline.config.presets import PRESETS
+from pipeline.config.schema import Config
 from pipeline.guards import REGISTRY
 from pipeline.settings import Key, keys
 

@@ -1,4 +1,4 @@
-"""Every configuration key with its default, which is that of the released recipe if it has one, and the presets."""
+"""Every configuration key with its default, which is that of the released recipe if it has one."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
+from pipeline.config.learnt import learnt
 from pipeline.settings import FromMapping, Place, Section
 from shards.samples.decode import Limits
 from shards.views.augment import Fraction, ImageAugment
@@ -290,86 +291,3 @@ class Config(Section):
     def hash(self) -> str:
         """12 hex digits of the keys that affect the trained model."""
         return hashlib.sha256(json.dumps(learnt(self.model_dump()), sort_keys=True).encode()).hexdigest()[:12]
-
-
-# What a trained model does not depend on, or by rounding alone, as on the number of processes. The data have a
-# fingerprint of their own.
-OTHERS: tuple[str, ...] = ("wandb.", "tensorboard.", "evaluation.", "run.", "train.profile")
-OTHERS += ("data.workers", "data.max_bad_fraction", "data.mask", "data.index", "data.cache", "data.remote")
-OTHERS += ("data.allow_pipe", "train.accumulate", "train.checkpoint_activations", "train.compile")
-# Keys that came after the first runs, and are off by default: the hash of a config without them stays.
-LATER = ("train.average", "model.lock_image", "model.lock_text", "model.mean", "model.std", "model.patch_dropout")
-
-
-def learnt(values: dict) -> dict[str, object]:
-    """{"a.b": value}: keys of a Config's dict that affect the trained model."""
-    flat = {
-        f"{section}.{key}": value
-        for section, part in values.items()
-        if isinstance(part, dict)
-        for key, value in part.items()
-    }
-    sources = flat.pop("data.sources", None)
-    if sources:
-        flat["data.weights"] = {name: source["weight"] for name, source in sources.items()}
-    for key in LATER:  # a config without one is what it was before
-        if not flat.get(key):
-            flat.pop(key, None)
-    return {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(OTHERS)}
-
-
-def differences(old: dict, new: dict) -> list[tuple[str, object, object]]:
-    """[(key, old value, new value)] of two Config dicts, among the keys of `learnt`."""
-    old, new = learnt(old), learnt(new)
-    return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
-
-
-# Plain CLIP: one view a pair, captions as they are, one schedule.
-CLIP = {
-    "data": {"clip_eda": 0.0, "unimodal_eda": 0.0, "clip_augment": {"blur": 0.5}},
-    "train": {"method": "clip", "unimodal_epochs": 0, "low_rate_epochs": 0, "clip_views": 1, "schedule": "run"},
-}
-# What a preset sets beyond the defaults above, which are those of the released recipe.
-PRESETS: dict[str, dict] = {
-    "paper": {},
-    # The released recipe without its faults (pipeline/safety/README.md).
-    "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_fraction": 0.05}},
-    "clip": {**CLIP, "train": {**CLIP["train"], "precision": "auto"}},
-    # Yang and Mirzasoleiman 2023: one strong augmented view of picture and caption, the caption's drawn once.
-    "roclip": {"train": {**CLIP["train"], "method": "roclip"}},
-    # Bansal et al. 2023: fine-tuning of model.pretrained on the clean part data.mask, at a fiftieth of the rate.
-    "cleanclip": {
-        "data": {"eda_once": False},
-        "train": {**CLIP["train"], "method": "cleanclip", "lr": 1e-5, "warmup_steps": 50},
-    },
-    "default": {
-        "data": {
-            "clip_eda": 0.0,
-            "eda_synonyms": "table",
-            "eda_clean": False,
-            "eda_once": False,
-            "clip_augment": {"blur": 0.5},
-            "unimodal_augment": {"blur": 0.5},
-        },
-        "train": {
-            "unimodal_epochs": 0,
-            "low_rate_epochs": 0,
-            "steps_before_selection": None,
-            "clip_views": 1,
-            "schedule": "run",
-            "precision": "auto",
-        },
-        "selection": {
-            "first_fraction": 0.99,
-            "growth": 0.0,
-            "max_fraction": 0.99,
-            "mixture": "converged",
-            "rank_by": "score",
-            "scored_view": "plain",
-            "risky": "skip",
-            "refill": True,
-            "every": None,
-        },
-        "guards": {"duplicates": {}, "trigger_clusters": {}},
-    },
-}

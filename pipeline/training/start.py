@@ -12,8 +12,9 @@ import torch
 
 from pipeline import logs
 from pipeline.config.data import describe, open_index, open_samples
+from pipeline.config.learnt import differences
 from pipeline.config.load import read_yaml, to_yaml
-from pipeline.config.schema import Config, differences
+from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.guards import REGISTRY
 from pipeline.guards.excluded import Excluded

@@ -16,8 +16,9 @@ import pipeline.attacks  # noqa: F401  its sections too
 from pipeline.cli.main import main
 from pipeline.config import load
 from pipeline.config.load import load_config, make_config, read_yaml, to_yaml
+from pipeline.config.presets import PRESETS
 from pipeline.config.renamed import RENAMED
-from pipeline.config.schema import PRESETS, Config
+from pipeline.config.schema import Config
 from pipeline.guards import REGISTRY
 from pipeline.settings import Section, keys
 from shards.errors import UserError

@@ -6,8 +6,9 @@ import gc
 import pytest
 import torch
 
+from pipeline.config.learnt import differences
 from pipeline.config.load import make_config, to_yaml
-from pipeline.config.schema import Train, differences
+from pipeline.config.schema import Train
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
 from pipeline.training.garbage import EVERY, collected_at_fixed_steps
