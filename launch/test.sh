@@ -7,5 +7,5 @@ install test
 ruff check --quiet pipeline shards tests
 ruff format --quiet --check pipeline shards tests
 mypy
-# Three files at a time on two cores: many tests start processes that wait for each other.
-exec python -m pytest --numprocesses 3 --dist loadfile "$@"
+# Four files at a time on two cores: many tests start processes that wait for each other. In tests/conftest.py's order.
+exec python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

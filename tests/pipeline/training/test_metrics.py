@@ -1,6 +1,7 @@
 """Weights & Biases, offline: what it is told of a run is read from the file that would be uploaded."""
 
 import json
+import time
 
 import pytest
 
@@ -43,6 +44,9 @@ def logged(tmp_path_factory):
         logger.log(step=number, epoch=number, stage="selection", **found)
         length = logger.length()
         logger.close()
+    ended = time.monotonic() + 60  # wandb's own process writes the files
+    while sum(kind == "run" for kind, _ in records(run_dir)) < 2 and time.monotonic() < ended:
+        time.sleep(0.1)
     return run_dir, config
 
 

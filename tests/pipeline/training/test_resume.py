@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from pipeline.distributed import comm
 from pipeline.training import checkpoint
 from pipeline.training import run as running
+from pipeline.training import step as training_step
 from pipeline.training.curriculum import curriculum
 from shards.build.shapes import shapes
 from shards.errors import RunFailed, UserError
@@ -120,7 +121,7 @@ def start_on_two(folder, stages):
 def test_a_run_resumes_with_another_number_of_ranks(data):
     """Saved by 2 ranks in mid-epoch, it continues with 1, 2 and 4: the same masks, and losses within 1e-4."""
     run_ranks(start_on_two, 2, data, (0, 1, 2, 3))
-    for world, stages in ((2, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (4, (0, 3))):
+    for world, stages in ((2, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (4, (3,))):
         for stage in stages:
             shutil.copytree(data / f"two{stage}", data / f"on{world}_{stage}")
         run_ranks(continue_on, world, data, stages)
@@ -232,14 +233,14 @@ def test_a_full_disk_stops_all_ranks_and_leaves_the_last_checkpoint(data):
 
 def poisoned(folder, on_nan, stage):
     """The gradient of step 3 is no number on the last rank."""
-    original, calls = running.clip_loss, []
+    original, calls = training_step.clip_loss, []
 
     def clip_loss(*arguments):
         calls.append(1)
         loss = original(*arguments)
         return loss * float("nan") if len(calls) == 3 and comm.rank() == comm.world() - 1 else loss
 
-    running.clip_loss = clip_loss
+    training_step.clip_loss = clip_loss
     made = config(
         folder, f"nan_{on_nan}{stage}", train__on_nan=on_nan, train__zero_stage=stage, train__unimodal_epochs=0
     )
@@ -249,7 +250,7 @@ def poisoned(folder, on_nan, stage):
     except RunFailed as error:
         return str(error)
     finally:
-        running.clip_loss = original
+        training_step.clip_loss = original
 
 
 def poisoned_all(folder):
