@@ -254,7 +254,7 @@ def poisoned(folder, on_nan, stage):
 
 
 def poisoned_all(folder):
-    return {(on_nan, stage): poisoned(folder, on_nan, stage) for stage in (0, 1, 2, 3) for on_nan in ("stop", "skip")}
+    return {(on_nan, stage): poisoned(folder, on_nan, stage) for stage in (0, 1, 3) for on_nan in ("stop", "skip")}
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_or_is_counted(data):
@@ -268,6 +268,6 @@ def test_a_gradient_that_is_no_number_stops_the_run_or_is_counted(data):
             )
             folder, _ = checkpoint.newest_complete(data / f"nan_stop{stage}")
             assert folder.name == "step_00000000"
-    for stage in (0, 1, 2, 3):
+    for stage in (0, 1, 3):
         folder, _ = checkpoint.newest_complete(data / f"nan_skip{stage}")
         assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())

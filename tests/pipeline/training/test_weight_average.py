@@ -20,6 +20,7 @@ from tests.helpers.models import VIT
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config, cut_off
 
+STAGES = ((0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"))  # of ZeRO
 ROWS, STEPS, DECAY = 8, 3, 0.3  # the second step's decay is 0.25 by the warm-up of the decay, the third's 0.3
 
 
@@ -46,11 +47,14 @@ def averaged(stage, precision, folder):
     return seen, state, average.state(), applied, engines.consolidated_state(engine)
 
 
+def averaged_at_all(folder):
+    return [averaged(*stage, folder) for stage in STAGES]
+
+
 def test_it_is_the_formulas_at_every_stage_and_the_same_for_any_number_of_ranks(tmp_path):
-    for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")):
-        ((seen, state, _, applied, after), _), (one,) = (
-            run_ranks(averaged, ranks, stage, precision, tmp_path) for ranks in (2, 1)
-        )
+    two, _ = run_ranks(averaged_at_all, 2, tmp_path)
+    (ones,) = run_ranks(averaged_at_all, 1, tmp_path)
+    for (_, precision), (seen, state, _, applied, after), one in zip(STAGES, two, ones):
         for name, value in seen[0].items():
             expected = value.float()
             for step in range(1, STEPS + 1):
@@ -64,12 +68,16 @@ def test_it_is_the_formulas_at_every_stage_and_the_same_for_any_number_of_ranks(
         assert any(not torch.equal(applied[name], after[name]) for name in after)
 
 
+def whole_and_cut(whole, cut):
+    train(whole)
+    cut_off(cut, 13)
+    train(cut)
+
+
 def test_a_run_resumes_with_its_average_which_is_exported(tmp_path):
     shapes(tmp_path / "shapes", pairs=240, test=36)
     whole, cut = (config(tmp_path, name, train__average=0.9) for name in ("whole", "cut"))
-    run_ranks(train, 1, whole)
-    run_ranks(cut_off, 1, cut, 13)
-    run_ranks(train, 1, cut)
+    run_ranks(whole_and_cut, 1, whole, cut)
     found = [newest_complete(made.run.dir)[0] / "average.safetensors" for made in (whole, cut)]
     assert found[0].read_bytes() == found[1].read_bytes()
     export_run(whole.run.dir, whole, tmp_path / "export")
