@@ -51,7 +51,11 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
     evaluators: {name of their figures in metrics.jsonl: evaluator}. stop: an active StopSignal of the caller, else a
     new one. Raises UserError for mistakes in the input, and Preempted after a stop signal, with the state saved.
     """
-    with nullcontext(stop) if stop else StopSignal() as stop, comm.naming_the_lost(), Run(config) as run:
+    with (
+        nullcontext(stop) if stop else StopSignal() as stop,
+        comm.naming_the_lost(),
+        Run(config, lambda: stop.received) as run,
+    ):
         state, clock, profile = run.state, SaveClock(), Profile(run.run_dir, bool(config.train.profile))
         if any(comm.all_reduce_max(stop.received)):
             run.exit_preempted()  # asked while it started

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -67,8 +68,11 @@ class Run:
     mask: SafeMask | None
     excluded: Excluded | None
 
-    def __init__(self, config: Config):
-        """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank."""
+    def __init__(self, config: Config, stop: Callable[[], bool] = lambda: False):
+        """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank.
+
+        stop: whether the run was asked to stop; then the shards are not all verified, for the caller trains nothing.
+        """
         if not config.run.dir:
             raise UserError("run.dir: missing; name the run's directory with run.dir=DIR")
         comm.init(config.run.timeout)
@@ -77,7 +81,7 @@ class Run:
         self.index = open_index(config.data)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
         self.readers = Readers(self.samples, self.views, config.data.workers, ignore_in_worker)
-        comm.on_rank0(self.samples.verify, config.data.remote_timeout)
+        comm.on_rank0(self.samples.verify, config.data.remote_timeout, stop)
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         self.epochs = curriculum(config.train, config.selection.every, self.steps_per_epoch)
         self.mask, self.excluded, data = None, None, self.index.fingerprint

@@ -6,7 +6,7 @@ shards/index/scan.py), then the list of the shards in columns, and DIR/index.jso
 (shards/index/shard_list.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -112,15 +112,15 @@ class ShardIndex:
             check_rows(len(column), entry.samples)
             return column
 
-    def verify(self, timeout: float = remote.TIMEOUT) -> None:
+    def verify(self, timeout: float = remote.TIMEOUT, stop: Callable[[], bool] = lambda: False) -> None:
         """Raise UserError if a table is missing, or a shard is missing or does not hold what was indexed.
 
         Of the tables some are opened, from all over the index; any that is damaged is told when it is read. Size and
         time of change of local shards are compared. Where only the time differs the shard is read, and its fingerprint
         decides; the result is kept beside the index if that can be written. Of shards behind URLs the sizes of some are
-        compared, from all over the index.
+        compared, from all over the index. After stop() is true no further shard is compared.
         """
-        verify(self.shards, timeout)
+        verify(self.shards, timeout, stop)
 
 
 @lru_cache(maxsize=64)

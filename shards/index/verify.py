@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from shards.errors import ChangedShard, UserError
 from shards.index.scan import fingerprint_of, saved, table_name
 from shards.index.shard_list import PIPE, Part, Shard, ShardList
+from shards.progress import progress
 from shards.storage import remote
 from shards.storage.columns import PIECE, to_text
 from shards.storage.files import write_bytes
@@ -26,7 +27,7 @@ THREADS = 32  # which wait for the disk or the network
 BLOCK = 256  # shards that a thread compares at a time, at most
 
 
-def verify(shards: ShardList, timeout: float = remote.TIMEOUT) -> None:
+def verify(shards: ShardList, timeout: float = remote.TIMEOUT, stop: Callable[[], bool] = lambda: False) -> None:
     """As ShardIndex.verify. Raises UserError."""
     for part in shards.parts:
         check_names(part)
@@ -39,14 +40,15 @@ def verify(shards: ShardList, timeout: float = remote.TIMEOUT) -> None:
     def compare(first: int) -> tuple[str | None, int]:
         """(what is wrong with the first shard of a block that is not as indexed, number of such shards)."""
         some = zip(shards.between(first, first + size), tried_S[first : first + size])
-        found = ((shard, difference(shard, timeout)) for shard, tried in some if tried)
+        found = ((shard, difference(shard, timeout)) for shard, tried in some if tried and not stop())
         wrong = [f"shard {shard.path}: {what}" for shard, what in found if what]
         return wrong[0] if wrong else None, len(wrong)
 
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(lambda number: check_table(shards[number]), tables):
             pass
-        found = list(pool.map(compare, range(0, len(shards), size)))
+        blocks = range(0, len(shards), size)
+        found = list(progress(pool.map(compare, blocks), len(blocks), f"blocks of {size} shards compared"))
     first, count = next((what for what, _ in found if what), None), sum(many for _, many in found)
     if first:
         more = f" (and {count - 1} more such shards)" if count > 1 else ""

@@ -1,6 +1,7 @@
 """Samples: (shard, position) -> a picture and a caption, with the attack overlay applied while reading."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -36,11 +37,11 @@ class Samples:
                 "make it again with `safeclip attack`"
             )
 
-    def verify(self, timeout: float = TIMEOUT) -> None:
+    def verify(self, timeout: float = TIMEOUT, stop: Callable[[], bool] = lambda: False) -> None:
         """`ShardIndex.verify` of all shards that are read, those of the overlay included. Raises UserError."""
-        self.index.verify(timeout)
+        self.index.verify(timeout, stop)
         if self.source:
-            self.source.verify(timeout)
+            self.source.verify(timeout, stop)
 
     def scattered(self) -> "Samples":
         """The same samples, for reading a few of many shards: remote shards are not fetched whole."""

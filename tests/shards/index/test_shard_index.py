@@ -119,6 +119,20 @@ def test_a_changed_shard_is_refused_by_name(make_shards, tmp_path):
         index.verify()
 
 
+def test_no_shard_is_compared_after_a_stop(make_shards, tmp_path):
+    paths = make_shards([1] * 40)
+    index = build_index([str(p) for p in paths], tmp_path / "index")
+    for path in paths:
+        path.unlink()
+    with pytest.raises(UserError, match="and 39 more such shards"):
+        index.verify()
+    asked = []
+    with pytest.raises(UserError, match="missing") as stopped:
+        index.verify(stop=lambda: asked.append(1) or len(asked) > 5)
+    assert "39 more" not in str(stopped.value) and len(asked) == 40
+    index.verify(stop=lambda: True)
+
+
 def test_other_bytes_of_the_same_size_are_refused(make_shards, tmp_path):
     (path,) = make_shards([2])
     index = build_index([str(path)], tmp_path / "index")
