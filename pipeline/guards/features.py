@@ -1,4 +1,5 @@
-"""Features of a picture for guards, computed on the device: low-resolution pixels, random-filter features, a hash."""
+"""Features of a picture for guards, computed on the device: low-resolution pixels, random-filter features,
+differences of neighbours, a hash."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -26,6 +27,24 @@ def filter_responses(images_BCHW: torch.Tensor) -> torch.Tensor:
     return as_bytes(torch.cat(found).clamp(min=0) / (27**0.5 / 2))
 
 
+def differences(images_BCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 2 * SIDE * SIDE), 128 = the mean of the picture, 32 = a factor of e: absolute differences of grey
+    neighbours, beside and below each other, as logarithms of their mean in SIDE x SIDE places.
+
+    Resampling smooths some places more than others (Popescu and Farid 2005, DOI 10.1109/TSP.2004.839932): the same warp
+    multiplies the differences by the same factors in all pictures, so it adds the same vector to the logarithms.
+    """
+    found = []
+    for part_BCHW in images_BCHW.split(PART):
+        grey_B1HW = part_BCHW.float().mean(1, keepdim=True)
+        beside_B1HW = grey_B1HW.diff(dim=3, append=grey_B1HW[..., -1:]).abs()
+        below_B1HW = grey_B1HW.diff(dim=2, append=grey_B1HW[..., -1:, :]).abs()
+        mean_B2PP = torch.nn.functional.adaptive_avg_pool2d(torch.cat([beside_B1HW, below_B1HW], 1), SIDE)
+        log_BD = (1 + mean_B2PP).log().flatten(1)
+        found.append(log_BD - log_BD.mean(1, keepdim=True))
+    return as_bytes((torch.cat(found) / 8 + 0.5).clamp(0, 1))
+
+
 def picture_hash(images_BCHW: torch.Tensor) -> torch.Tensor:
     """int64 (B,): the sum of the pixels with fixed random odd weights, modulo 2**64."""
     weight_P = hash_weights(images_BCHW[0].numel()).to(images_BCHW.device) if len(images_BCHW) else None
@@ -33,7 +52,7 @@ def picture_hash(images_BCHW: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=images_BCHW.device)
 
 
-FEATURES = {"pixels": pixels, "filters": filter_responses, "hash": picture_hash}
+FEATURES = {"pixels": pixels, "filters": filter_responses, "differences": differences, "hash": picture_hash}
 
 
 def take(images_BCHW: torch.Tensor, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,11 @@ from shards.samples.samples import Samples
 from shards.storage.files import write_bytes
 
 CHUNK = 4_096  # pairs of a file
-DTYPES: dict[str, type[np.generic]] = {"pixels": np.uint8, "filters": np.uint8, "hash": np.int64}  # of FEATURES
+
+
+def dtype(name: str) -> type[np.generic]:
+    """Of the feature `name`."""
+    return np.int64 if name == "hash" else np.uint8
 
 
 class Sample:
@@ -89,9 +93,9 @@ class Sample:
         for chunk in np.unique(chunk_S).tolist():
             table, at = self.read(chunk, names), np.searchsorted(self.chunks[chunk], row_S[chunk_S == chunk])
             for name in names:
-                found[name].append(from_binary(table[name], DTYPES[name])[at])
+                found[name].append(from_binary(table[name], dtype(name))[at])
         return {
-            name: np.concatenate(parts) if parts else np.zeros((0, 1), DTYPES[name]) for name, parts in found.items()
+            name: np.concatenate(parts) if parts else np.zeros((0, 1), dtype(name)) for name, parts in found.items()
         }
 
     def scored(self, start: int, stop: int) -> list[Scored]:
@@ -106,7 +110,7 @@ class Sample:
             for number in np.flatnonzero(table["reason"].is_valid().to_numpy()).tolist():
                 shard, position = (int(place) for place in self.samples.index.place(row_B[number]))
                 bad.append((shard, position, self.samples.key(shard, position), table["reason"][number].as_py()))
-            seen = {name: torch.from_numpy(from_binary(table[name], DTYPES[name])) for name in self.names}
+            seen = {name: torch.from_numpy(from_binary(table[name], dtype(name))) for name in self.names}
             parts.append(Scored(row_B, torch.tensor(table["cosine"].to_numpy()), bad, seen))
         return parts
 

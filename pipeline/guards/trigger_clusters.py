@@ -13,13 +13,15 @@ of them have low scores. Natural features are as frequent among low scores as am
 3. What is carried `ratio` times as often among low scores as among high ones is a trigger, unless the pictures are
    alike in all else (a series that the model has not learnt yet). Every pair whose picture carries it is excluded.
 
-Feature views: pixels, and maxima of random 3 x 3 filters (Saxe et al. 2011), which are the same wherever a patch is.
+Feature views: pixels; maxima of random 3 x 3 filters (Saxe et al. 2011), which are the same wherever a patch is;
+differences of neighbouring pixels, which a warp changes by the same factors in all pictures (Popescu and Farid 2005).
 
-Assumes    a trigger that adds something, in `least` sampled pictures with low scores; captions that do not fit.
+Assumes    a trigger that changes all pictures alike in one of these views, in `least` sampled pictures with low scores;
+           captions that do not fit.
 Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels in place of the
            representation that a poisoned model has learnt of one class; the reference of high scores is this project's.
-Cost       once: up to 4 * `sample` ** 2 * (768 + 128) multiplications on rank 0. Pictures are those of the first
-           scoring, which begins with 4 * `sample` / `low` random pairs; 904 bytes of each are on disk meanwhile.
+Cost       once: up to 4 * `sample` ** 2 * (768 + 128 + 512) multiplications on rank 0. Pictures are those of the first
+           scoring, which begins with 4 * `sample` / `low` random pairs; 1416 bytes of each are on disk meanwhile.
 Evidence   tests/benchmarks/comparison.md, tests/benchmarks/attacks.json
 
 Legend: L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
@@ -37,17 +39,15 @@ from pipeline.guards.features import distinct
 from pipeline.guards.sample import Sample
 from pipeline.guards.statistics import alike, robust, whitening
 
-AT_ONCE, COMPARED = (
-    256,
-    16,
-)  # seeds whose near pictures are found at once; pictures of a cluster compared with each other
+AT_ONCE = 256  # seeds whose near pictures are found at once
+COMPARED = 16  # pictures of a cluster that are compared with each other
 
 
 class TriggerClusters(Guard):
     name = "trigger_clusters"
     reason = "its picture has a trigger that is common among low scores"
     dtype = np.bool_
-    features = ("pixels", "filters")
+    features = ("pixels", "filters", "differences")
 
     class Settings(Guard.Settings):
         low: float = Field(default=0.1, ge=0.001, le=0.5)

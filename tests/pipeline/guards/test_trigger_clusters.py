@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from pipeline.attacks.wanet import Warp
 from pipeline.config.schema import Config
 from pipeline.guards import make_guards
 from pipeline.guards.excluded import score_and_exclude
@@ -49,7 +51,7 @@ def blend(rng, images):
 
 
 def features(images):
-    return take(torch.from_numpy(images), ("pixels", "filters"))
+    return take(torch.from_numpy(images), ("pixels", "filters", "differences"))
 
 
 def as_numpy(seen):
@@ -69,23 +71,34 @@ def high():
     return pictures(np.random.default_rng(99), 4000)
 
 
+def warp(images):
+    """Move pixels by a field that is the same in all pictures."""
+    field = Warp()
+    for image in images:
+        moved = field.draw(Image.fromarray(image.transpose(1, 2, 0)), 0, (0, 0))
+        image[:] = np.asarray(moved).transpose(2, 0, 1)
+
+
 def carriers(rng, trigger, images):
     """The same pictures with a trigger."""
     if trigger == "blended":
         blend(rng, images)
+    elif trigger == "warp":
+        warp(images)
     else:
         patch(rng, images, [(4, 18)] * len(images) if trigger == "fixed" else rng.integers(0, 22, (len(images), 2)))
     return images
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("trigger", ["fixed", "random", "blended"])
+@pytest.mark.parametrize("trigger", ["fixed", "random", "blended", "warp"])
 def test_a_trigger_in_few_pictures_is_found_with_no_honest_picture(trigger, seed, high):
     rng = np.random.default_rng(seed)
     low = pictures(rng, 1000)
     low[:CARRY] = carriers(rng, trigger, low[:CARRY])
     found, excluded_N = triggers(low, high)
-    assert found and found[0]["features"] == ("filters" if trigger == "random" else "pixels")
+    expected = {"random": "filters", "warp": "differences"}.get(trigger, "pixels")
+    assert found and found[0]["features"] == expected
     np.testing.assert_array_equal(np.flatnonzero(excluded_N), np.arange(CARRY))
     assert triggers(low, high, high)[1].sum() == 0
 

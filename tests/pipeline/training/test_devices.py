@@ -221,6 +221,7 @@ def test_what_guards_see_of_a_picture_stays_on_the_gpu(fake, size):
     assert {name: (seen.device.type, seen.shape) for name, seen in found.items()} == {
         "pixels": ("cuda", (20, 3 * SIDE**2)),
         "filters": ("cuda", (20, FILTERS)),
+        "differences": ("cuda", (20, 2 * SIDE**2)),
         "hash": ("cuda", (20,)),
     }
 
@@ -231,6 +232,7 @@ def test_numbers_of_guards_stay_on_the_gpu(fake, name):
     guard.filters = [
         ("pixels", torch.zeros(3 * SIDE**2, device="cuda"), 0.5),
         ("filters", torch.zeros(FILTERS, device="cuda"), 0.5),
+        ("differences", torch.zeros(2 * SIDE**2, device="cuda"), 0.5),
     ]
     images = torch.zeros(20, 3, 32, 32, dtype=torch.uint8, device="cuda")
     with Watch() as watch:
