@@ -3,28 +3,26 @@
 A poisoned pair has a picture with a trigger and a caption of something else, so at the first selection round nearly all
 of them have low scores. Natural features are as frequent among low scores as among high ones. So:
 
-1. Sampled pictures are whitened: their features turned into numbers without correlation, of variance 1, by the mean and
-   the covariance of pictures with high scores (half of those sampled; the others are the reference of step 3). A
-   trigger becomes a long constant vector t, for it follows none of the correlations of natural pictures: two pictures
-   that carry it have a cosine of about t.t / (D + t.t), two others one of 0 +- 1 / sqrt(D).
+1. Sampled pictures are whitened: their features are made uncorrelated, of variance 1, by the mean and the covariance of
+   pictures with high scores (half of those sampled; the others are the reference of step 3). A trigger becomes a long
+   constant vector t, for it follows none of the correlations of natural pictures: two pictures that carry it have a
+   cosine of about t.t / (D + t.t), two others one of 0 +- 1 / sqrt(D).
 2. Each sampled picture with a low score and `least` near ones (a cosine beyond `near` deviations) gives a cluster. Its
-   mean is the matched filter of what they share, the linear detector of the highest signal-to-noise ratio (Turin 1960).
-   A picture carries it if its response is more than half of the cluster's mean response, each member's without itself.
+   mean is the matched filter of what they share, the best linear detector (Turin 1960). A picture carries it if its
+   response is more than half of the cluster's mean response, each member's without itself.
 3. What is carried `ratio` times as often among low scores as among high ones is a trigger, unless the pictures are
    alike in all else (a series that the model has not learnt yet). Every pair whose picture carries it is excluded.
 
 Feature views: pixels; maxima of random 3 x 3 filters (Saxe et al. 2011), which are the same wherever a patch is;
 differences of neighbouring pixels, which a warp changes by the same factors in all pictures (Popescu and Farid 2005).
 
-Assumes    a trigger that changes all pictures alike in one of these views, in `least` sampled pictures with low scores;
-           captions that do not fit.
-Source     the filter is that of Tran, Li and Madry 2018 (spectral signatures), on whitened pixels in place of the
-           representation that a poisoned model has learnt of one class; the reference of high scores is this project's.
-Cost       once: up to 4 * `sample` ** 2 * (768 + 128 + 512) multiplications on rank 0. Pictures are those of the first
-           scoring, which begins with 4 * `sample` / `low` random pairs; 1416 bytes of each are on disk meanwhile.
+Assumes    `least` sampled pictures with low scores that a trigger changes alike in a view; captions that do not fit.
+Source     spectral signatures (Tran, Li and Madry 2018), on whitened pixels in place of the representation of one class
+           that a poisoned model has; the reference of high scores is this project's.
+Cost       once: up to 4 * `sample` ** 2 * (768 + 128 + 512) multiplications on rank 0, and 1,416 bytes on disk for each
+           of the 4 * `sample` / `low` random pairs with which the first scoring begins.
 Evidence   tests/benchmarks/comparison.md, tests/benchmarks/attacks.json
-
-Legend: L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
+Legend     L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -70,16 +68,14 @@ class TriggerClusters(Guard):
 
     def learn(self, sample: Sample, device: torch.device) -> dict:
         low, high = self.choose(sample.cos_R, sample.row_R)
-        triggers = comm.on_rank0(lambda: self.find(*(sample.features(rows, self.features) for rows in (low, high))))
-        self.filters = [
-            (one["features"], torch.tensor(one["filter"], device=device), one["threshold"]) for one in triggers
-        ]
+        found = comm.on_rank0(lambda: self.find(*(sample.features(rows, self.features) for rows in (low, high))))
+        filters = (torch.tensor(one["filter"], device=device) for one in found)
+        self.filters = [(one["features"], filter_D, one["threshold"]) for one, filter_D in zip(found, filters)]
         self.features = tuple(dict.fromkeys(name for name, _, _ in self.filters))
-        return {"triggers": [{key: one[key] for key in ("features", "pictures", "ratio", "alike")} for one in triggers]}
+        return {"triggers": [{key: one[key] for key in ("features", "pictures", "ratio", "alike")} for one in found]}
 
     def choose(self, score_R: np.ndarray, row_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high): sorted rows of `sample` and 2 * `sample` pairs, or of fewer where there are no more. score_R: of
-        the rows, which are in random order."""
+        """(low, high): sorted rows of at most `sample` and 2 * `sample` pairs. score_R: of row_R, in random order."""
         settings, there_R = self.settings, ~np.isnan(score_R)
         row_R, score_R = row_R[there_R], score_R[there_R]
         threshold, median = np.quantile(score_R, [settings.low, 0.5]) if len(row_R) else (0, 0)
