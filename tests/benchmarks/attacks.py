@@ -33,7 +33,7 @@ from shards.order.safe_mask import SafeMask
 from shards.storage.files import write_json
 
 FILE = Path(__file__).with_suffix(".json")
-OUT_OF_REACH = ("class_to_class", "label_consistent", "wanet")  # captions that fit, and warps: no guard aims at them
+OUT_OF_REACH = ("class_to_class", "label_consistent")  # captions that fit: no guard aims at them
 
 
 class AfterFirstRound(StopSignal):
