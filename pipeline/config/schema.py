@@ -185,7 +185,7 @@ class Train(Section):
     """Number format of the forward and backward pass; auto: bf16 where all processes have a GPU that calculates in it,
     else fp32."""
     zero_stage: int = Field(default=1, ge=0, le=3)
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage. A run that one process begins in fp32 is at 0: there is nothing to share out."""
     on_nan: Literal["stop", "skip"] = "stop"
     """If a gradient is infinite or NaN: stop, or skip the step and count it."""
     support_queue: Batch = 256

@@ -14,7 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.doctor.footprint import human, measure, memory_parts
 from pipeline.training.curriculum import LOSS, Epoch, curriculum, learning_rate
-from pipeline.training.engine import start_engine
+from pipeline.training.engine import stage_of_new_run, start_engine
 from pipeline.training.flops import flops_a_view, peak_flops
 from pipeline.training.levers import apply_levers
 from pipeline.training.meter import memory_peak
@@ -33,6 +33,7 @@ def dry_run(config: Config) -> str:
     comm.init(config.run.timeout)
     config = with_precision(config)
     train, model, world = config.train, config.model.model_dump(), comm.world()
+    stage = stage_of_new_run(train, world)
     index, size = open_index(config.data), measure(config)
     steps = steps_per_epoch(config, index, world)
     epochs = curriculum(train, config.selection.every, steps)
@@ -43,7 +44,7 @@ def dry_run(config: Config) -> str:
         ("model", f"{config.model.name or 'model.config'}, {size['parameters']:,} parameters"),
         ("batch", f"{train.batch_size} pairs, {train.batch_size // world} on each of {world} process(es)"),
         ("steps", f"{steps:,} an epoch, {train.epochs * steps:,} in {train.epochs} epochs"),
-        ("precision", f"{train.precision}, ZeRO {train.zero_stage}, on {comm.device().type}"),
+        ("precision", f"{train.precision}, ZeRO {stage}, on {comm.device().type}"),
         ("memory", f"{human(sum(memory.values()))} a process without activations: " + listed(memory)),
         ("FLOPs", f"{flops:.3g} for a view of a pair, forward and backward" if flops else "not known"),
     ]
@@ -98,7 +99,8 @@ def step_seconds(config: Config, views: Views, kinds: list[str]) -> dict[str, fl
     torch.manual_seed(config.run.seed)
     towers = make_towers(config.model.model_dump())
     apply_levers(towers, config)
-    engine = start_engine(towers, train, device)
+    stage = stage_of_new_run(train, comm.world())
+    engine = start_engine(towers, train.model_copy(update={"zero_stage": stage}), device)
     width = measure(config)["embed_dim"]
     queues = {name: SupportQueue(train.support_queue, width, device) for name in ("image", "text")}
     found = {}

@@ -12,6 +12,7 @@ from pipeline.distributed import comm
 from pipeline.guards import make_guards
 from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.training.curriculum import curriculum
+from pipeline.training.engine import stage_of_new_run
 from pipeline.training.model import open_clip_config
 from pipeline.training.precision import precision_here
 from pipeline.training.pretrained import make_towers
@@ -37,13 +38,19 @@ def measure(config: Config) -> dict[str, int]:
     return {"parameters": sum(count for count, _ in counts), "trained": trained, "embed_dim": width}
 
 
+def how(config: Config, ranks: int) -> tuple[int, bool]:
+    """(ZeRO stage, whether it is in bf16) of a new run of `ranks` processes like this one."""
+    train = config.train.model_copy(update={"precision": precision_here(config.train.precision)})
+    return stage_of_new_run(train, ranks), train.precision == "bf16"
+
+
 def memory_parts(config: Config, size: dict[str, int], ranks: int) -> dict[str, float]:
     """{what: bytes} that one rank holds on its device all the time; activations come on top.
 
     ZeRO shares out the optimizer's state from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et al. 2020,
     section 5).
     """
-    count, stage, half = size["trained"], config.train.zero_stage, precision_here(config.train.precision) == "bf16"
+    count, (stage, half) = size["trained"], how(config, ranks)
     one = 2 if half else 4
     master = 4 if half or stage else 0  # DeepSpeed's flat fp32 copy of the part that this rank steps
     partitions = lambda first_stage: ranks if stage >= first_stage else 1  # noqa: E731
@@ -105,7 +112,7 @@ def check_disk(config: Config, index: ShardIndex, size: dict[str, int], ranks: i
         return []
     place = existing(config.run.dir)
     free = shutil.disk_usage(place).free
-    one = checkpoint_bytes(config, size)
+    one = checkpoint_bytes(config, size, ranks)
     epochs = curriculum(config.train, config.selection.every, index.views // config.train.batch_size)
     rounds = sum(epoch.round is not None for epoch in epochs)
     scored = min(rounds, config.run.keep + 1)  # with those that are being made
@@ -123,10 +130,10 @@ def check_disk(config: Config, index: ShardIndex, size: dict[str, int], ranks: i
     return [("ok", "disk", text)]
 
 
-def checkpoint_bytes(config: Config, size: dict[str, int]) -> int:
+def checkpoint_bytes(config: Config, size: dict[str, int], ranks: int) -> int:
     """About how large one checkpoint is: DeepSpeed's weights and AdamW's two moments, its fp32 master, the CLIP in
     fp32, the support queues."""
-    stage, half = config.train.zero_stage, precision_here(config.train.precision) == "bf16"
+    stage, half = how(config, ranks)
     weights = (0 if stage == 3 else 2 if half else 4) + 4
     moments = 8 + (4 if half or stage else 0)
     return (

@@ -6,7 +6,7 @@ RUN/checkpoints/step_00001200/
     average.safetensors   the same with averaged weights (train.average)
     support_queue.safetensors
                           past embeddings of each modality
-    state.json            step, epoch, step in the epoch, world size, ...
+    state.json            step, epoch, step in the epoch, world size, ZeRO stage, ...
     COMPLETE              {"files": {name: bytes}}, written last: a folder without it, or with other sizes, is ignored
     universal/            DeepSpeed's universal form, made when a run resumes with another number of ranks
 """
@@ -127,9 +127,8 @@ class Saver:
                     for key, value in queue.state_dict().items()
                 }
             )
-            files[folder / "state.json"] = (
-                json.dumps(state | {"world": comm.world(), "order": ORDER}, indent=1) + "\n"
-            ).encode()
+            how = {"world": comm.world(), "zero_stage": self.engine.zero_optimization_stage(), "order": ORDER}
+            files[folder / "state.json"] = (json.dumps(state | how, indent=1) + "\n").encode()
         self.error = None
         self.written.clear()
         self.thread = threading.Thread(target=self.write, args=(folder, files, comm.rank(), comm.world()), daemon=True)

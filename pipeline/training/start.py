@@ -21,7 +21,7 @@ from pipeline.guards import REGISTRY
 from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint, weight_average
 from pipeline.training.curriculum import curriculum
-from pipeline.training.engine import start_engine
+from pipeline.training.engine import stage_of_new_run, start_engine
 from pipeline.training.flops import least_seconds
 from pipeline.training.lease import Lease
 from pipeline.training.levers import apply_levers
@@ -108,14 +108,16 @@ class Run:
         config = self.config
         synonyms = synonyms_of(config)
         self.state = copy.deepcopy(FRESH) | {"data": data, "synonyms": synonyms}
-        universal = False
+        stage, universal = stage_of_new_run(config.train, comm.world()), False
         if found:
             self.state |= checkpoint.load_state(found)
             check_synonyms(synonyms, self.state["synonyms"])
-            universal = self.state["world"] != comm.world() and config.train.zero_stage > 0
+            stage = config.train.zero_stage if self.state.get("zero_stage") != 0 else 0
+            universal = self.state["world"] != comm.world() and stage > 0
             if universal:
                 comm.on_rank0(checkpoint.to_universal, found)
-        self.engine = start_engine(towers, config.train, self.device, universal)
+        train = config.train.model_copy(update={"zero_stage": stage})
+        self.engine = start_engine(towers, train, self.device, universal)
         width = open_clip_config(config.model.model_dump())["embed_dim"]
         self.queues = {name: SupportQueue(config.train.support_queue, width, self.device) for name in ("image", "text")}
         if found:

@@ -5,16 +5,18 @@ Pictures: the SimCLR augmentations (Chen et al. 2020, appendix A). Captions: sha
 
 import hashlib
 from dataclasses import dataclass
+from math import sqrt
 from typing import Annotated
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from PIL import Image, ImageEnhance, ImageFilter
 from pydantic import Field
 
-LARGE = (
-    128  # pixels of the shorter side from which on a picture is cropped at whole pixels, and a JPEG may come smaller
-)
+# Pixels of the shorter side from which on a picture is cropped at whole pixels, and a JPEG may come smaller.
+LARGE = 128
+NARROW, WIDE = float(np.log(3 / 4)), float(np.log(4 / 3))  # of the ratio of a crop's sides
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=10)]
 
@@ -45,10 +47,21 @@ class ImageAugment:
     """Probability of a Gaussian blur, of a deviation from 0.1 to 2 pixels at 224 pixels."""
 
 
+class Key(ISeedSequence):
+    """Philox(Key(words)) is Philox(key=words) in a third of its time, most of which goes into a seed of the system's
+    that it does not use."""
+
+    def __init__(self, words_2: np.ndarray):
+        self.words_2 = words_2
+
+    def generate_state(self, n_words: int, dtype: object = None) -> np.ndarray:
+        return self.words_2
+
+
 def sample_rng(seed: int, epoch: int | str, shard: int, position: int, view: int) -> np.random.Generator:
     """A pure function of its key."""
     key = hashlib.blake2b(f"{seed}/{epoch}/{shard}/{position}/{view}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
+    return np.random.Generator(np.random.Philox(Key(np.frombuffer(key, np.uint64))))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -73,13 +86,11 @@ def drawn_view(
     image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, augment: ImageAugment
 ) -> tuple[np.ndarray, Colour]:
     """(uint8 (size, size, 3), Colour): a random view whose colours are drawn but not changed yet."""
-    image_HWC = np.asarray(image)
-    height, width, _ = image_HWC.shape
-    pixels_HWC = resized(image_HWC, size, random_box(width, height, augment.crop_min, rng))
-    flip, jitter, grey, blur = rng.random(4)
+    pixels_HWC = resized(image, size, random_box(*size_of(image), augment.crop_min, rng))
+    flip, jitter, grey, blur = rng.random(4).tolist()
     colour = Colour(
         draw_jitter(augment, rng) if jitter < augment.jitter else [],
-        bool(grey < augment.grey),
+        grey < augment.grey,
         rng.uniform(0.1, 2.0) * size / 224 if blur < augment.blur else 0.0,
     )
     return pixels_HWC[:, ::-1] if flip < augment.flip else pixels_HWC, colour
@@ -99,27 +110,37 @@ def coloured(pixels_HWC: np.ndarray, colour: Colour) -> np.ndarray:
 
 def plain_view(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """uint8 (size, size, 3): shorter side to `size`, centre crop; one bicubic resize."""
-    image_HWC = np.asarray(image)
-    height, width, _ = image_HWC.shape
+    width, height = size_of(image)
     if (width, height) == (size, size):
-        return image_HWC
+        return np.asarray(image)
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    return resized(image_HWC, size, (left, top, left + side, top + side))
+    return resized(image, size, (left, top, left + side, top + side))
 
 
-def resized(image_HWC: np.ndarray, size: int, box: Box) -> np.ndarray:
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height) in pixels."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def for_views(pixels_HWC: np.ndarray) -> Image.Image | np.ndarray:
+    """The same picture as `resized` takes it, for several views: PIL's where PIL resizes it."""
+    return Image.fromarray(pixels_HWC) if min(size_of(pixels_HWC)) < LARGE else pixels_HWC
+
+
+def resized(image: Image.Image | np.ndarray, size: int, box: Box) -> np.ndarray:
     """uint8 (size, size, 3): a box of a picture, resized with bicubic antialiased interpolation.
 
     box: (left, top, right, bottom) in pixels, which may be fractions. PIL resizes small pictures. Large ones are
     resized by torch in a sixth of the time, with the box rounded to whole pixels.
     """
-    height, width, _ = image_HWC.shape
+    width, height = size_of(image)
     if min(width, height) < LARGE:
-        return np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.Resampling.BICUBIC, box=box))
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     left, top, right, bottom = (round(edge) for edge in box)
     left, top = min(left, width - 1), min(top, height - 1)
-    cut_HWC = np.require(image_HWC[top : max(bottom, top + 1), left : max(right, left + 1)], requirements="W")
+    cut_HWC = np.require(np.asarray(image)[top : max(bottom, top + 1), left : max(right, left + 1)], requirements="W")
     cut_1CHW = torch.from_numpy(cut_HWC).permute(2, 0, 1)[None]
     found_1CHW = torch.nn.functional.interpolate(cut_1CHW, (size, size), mode="bicubic", antialias=True)
     return found_1CHW[0].permute(1, 2, 0).numpy()
@@ -136,12 +157,13 @@ def random_box(width: int, height: int, crop_min: float, rng: np.random.Generato
     to 4/3."""
     if crop_min >= 1:
         return 0, 0, width, height
+    draw = rng.random  # low + (high - low) * draw() is rng.uniform(low, high), in a third of its time
     for _ in range(10):
-        area = width * height * rng.uniform(crop_min, 1.0)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
+        area = width * height * (crop_min + (1.0 - crop_min) * draw())
+        ratio = float(np.exp(NARROW + (WIDE - NARROW) * draw()))  # math.exp rounds otherwise
+        w, h = sqrt(area * ratio), sqrt(area / ratio)
         if w <= width and h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            left, top = (width - w) * draw(), (height - h) * draw()
             return left, top, left + w, top + h
     side = min(width, height)  # no crop of that area fits: the centre
     left, top = (width - side) / 2, (height - side) / 2

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from shards.errors import BadSample
@@ -24,6 +25,7 @@ from shards.views.augment import (
     ImageAugment,
     coloured,
     drawn_view,
+    for_views,
     image_view,
     least_side,
     plain_view,
@@ -77,11 +79,13 @@ class View:
     def crop_min(self) -> float:
         return self.augment.crop_min if self.augment else 1.0
 
-    def picture(self, pixels_HWC: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, Colour]:
+    def picture(
+        self, image: Image.Image | np.ndarray, size: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Colour]:
         """(uint8 (size, size, 3), Colour): colours are drawn, and not changed yet."""
         if self.augment is None:
-            return plain_view(pixels_HWC, size), Colour([], False, 0.0)
-        return drawn_view(pixels_HWC, size, rng, self.augment)
+            return plain_view(image, size), Colour([], False, 0.0)
+        return drawn_view(image, size, rng, self.augment)
 
 
 @dataclass(frozen=True)
@@ -147,13 +151,13 @@ class TrainJob:
         least = max(least_side(size, view.crop_min) for view in kinds)
 
         def read(row: int, shard: int, position: int) -> list[tuple]:
-            pixels_HWC, captions = samples.pixels(shard, position, least), samples.captions(shard, position)
+            image, captions = for_views(samples.pixels(shard, position, least)), samples.captions(shard, position)
             found = []
             for number, view in enumerate(kinds, 1):
                 # Other views in each pass of the epoch, and for each repetition within a pass.
                 key = self.pass_number * 4 + number + (int(self.repetition_B[row]) << 32)
                 rng = sample_rng(self.seed, self.epoch, shard, position, key)
-                pixels, colour = view.picture(pixels_HWC, size, rng)
+                pixels, colour = view.picture(image, size, rng)
                 picture = pixels if views.on_device else coloured(pixels, colour)
                 caption = captions[0] if len(captions) == 1 else captions[rng.integers(len(captions))]
                 text = views.caption(view, number, caption, rng, self.seed, shard, position)

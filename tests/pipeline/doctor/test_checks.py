@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from pipeline.config.schema import Data
+from pipeline.distributed import comm
 from pipeline.doctor import checks as doctor
 from pipeline.doctor import footprint
 from pipeline.training import checkpoint
@@ -27,25 +28,29 @@ from tests.helpers.tars import write_tar
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data, and a finished run of each ZeRO stage and of bf16."""
+    """Data, and a finished run of one process, of one in bf16, and of two at each ZeRO stage."""
     made = tmp_path_factory.mktemp("doctor")
     shapes(made / "shapes", pairs=240, test=36)
-    run_ranks(train_each, 1, made)
+    for world in (1, 2):
+        run_ranks(train_each, world, made)
     return made
 
 
-KINDS = {f"stage{stage}": {"train__zero_stage": stage} for stage in range(4)} | {"bf16": {"train__precision": "bf16"}}
+# Processes and config of each run.
+KINDS = {"one": (1, {}), "bf16": (1, {"train__precision": "bf16"})}
+KINDS |= {f"stage{stage}": (2, {"train__zero_stage": stage}) for stage in range(4)}
 
 
 def train_each(folder):
-    for name, changes in KINDS.items():
-        running.train(config(folder, name, **changes))
+    for name, (world, changes) in KINDS.items():
+        if world == comm.world():
+            running.train(config(folder, name, **changes))
 
 
 @pytest.fixture
 def world(folder, tmp_path):
     """A copy that a test may break; its data have an index of their own."""
-    shutil.copytree(folder / "stage1", tmp_path / "run")
+    shutil.copytree(folder / "one", tmp_path / "run")
     shapes(tmp_path / "shapes", pairs=240, test=36)
     return tmp_path
 
@@ -142,7 +147,7 @@ def test_a_mask_that_is_gone_in_mid_epoch_is_fatal(world):
 def test_the_disk_must_hold_a_checkpoint_beside_the_last(world, monkeypatch):
     made, usage = config(world, "run"), namedtuple("usage", "total used free")
     index, size = ShardIndex.load(made.data.index), footprint.measure(made)
-    one = footprint.checkpoint_bytes(made, size)
+    one = footprint.checkpoint_bytes(made, size, 1)
     for free, expected in ((1.9 * one, "fatal"), (2.1 * one, "warning"), (100 * one, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
         assert footprint.check_disk(made, index, size, 1)[0][0] == expected
@@ -180,9 +185,10 @@ def test_a_sample_that_no_rank_can_hold_is_fatal(world, monkeypatch):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_checkpoint_is_as_large_as_was_said(folder, name):
-    made = config(folder, name, **KINDS[name])
+    world, changes = KINDS[name]
+    made = config(folder, name, **changes)
     newest = checkpoint.newest_complete(folder / name)[0]
-    said = footprint.checkpoint_bytes(made, footprint.measure(made))
+    said = footprint.checkpoint_bytes(made, footprint.measure(made), world)
     found = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     assert said == pytest.approx(found, rel=0.05)
 

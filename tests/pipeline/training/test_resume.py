@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.config.schema import Train
 from pipeline.distributed import comm
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from pipeline.training import step as training_step
 from pipeline.training.curriculum import curriculum
+from pipeline.training.engine import stage_of_new_run
 from shards.build.shapes import shapes
 from shards.errors import RunFailed, UserError
 from tests.helpers.ranks import run_ranks
@@ -134,6 +136,38 @@ def test_a_run_resumes_with_another_number_of_ranks(data):
             folder = checkpoint.newest_complete(data / f"two{stage}")[0]
             converted = data / f"on{world}_{stage}" / "checkpoints" / folder.name / "universal"
             assert converted.exists() == (world != 2 and stage > 0)
+
+
+def start_alone(folder, stage):
+    cut_off(five_epochs(folder, f"alone{stage}", stage), 22)
+
+
+def test_a_run_of_one_process_is_at_stage_0_and_resumes_so_with_more(data):
+    run_ranks(start_alone, 1, data, 3)
+    folder, _ = checkpoint.newest_complete(data / "alone3")
+    assert checkpoint.load_state(folder)["zero_stage"] == 0
+    found = {}
+    for world in (1, 2):
+        shutil.copytree(data / "alone3", data / f"alone_on{world}")
+        run_ranks(continue_alone, world, data)
+        made = five_epochs(data, f"alone_on{world}", 3)
+        last, _ = checkpoint.newest_complete(made.run.dir)
+        state = checkpoint.load_state(last)
+        assert (state["world"], state["zero_stage"]) == (world, 0)
+        assert not list(Path(made.run.dir).rglob("universal"))
+        found[world] = losses(made)
+    assert len(found[1]) == 20 and found[2] == pytest.approx(found[1], abs=1e-4)
+
+
+def continue_alone(folder):
+    running.LOG_EVERY = 1
+    running.train(five_epochs(folder, f"alone_on{comm.world()}", 3))
+
+
+def test_only_a_run_of_one_process_in_fp32_changes_its_stage():
+    for stage in range(4):
+        found = [stage_of_new_run(Train(zero_stage=stage, precision=p), w) for p in ("fp32", "bf16") for w in (1, 2)]
+        assert found == [0, stage, stage, stage]
 
 
 def damage(folder, how):

@@ -1,5 +1,7 @@
 """Views: pure functions of their key, in range, never empty."""
 
+import hashlib
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from PIL import Image
 from shards.views.augment import (
     LARGE,
     ImageAugment,
+    for_views,
     image_view,
     least_side,
     plain_view,
@@ -30,6 +33,22 @@ def test_a_view_is_a_function_of_its_key(seed, epoch, shard, position, view):
 def test_other_keys_give_other_draws():
     draws = {sample_rng(*key).random() for key in np.ndindex(2, 2, 2, 2, 2)}
     assert len(draws) == 32
+
+
+def test_the_key_of_the_generator_is_a_hash():
+    """Draws of runs that exist: they must stay."""
+    key = hashlib.blake2b(b"3/run/1/2/4", digest_size=16).digest()
+    wanted = np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
+    found = sample_rng(3, "run", 1, 2, 4)
+    assert found.random(9).tolist() == wanted.random(9).tolist()
+    assert found.permutation(9).tolist() == wanted.permutation(9).tolist()
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([8, 40, 200]))
+def test_a_picture_that_is_prepared_for_several_views_gives_the_same(width, height, size):
+    pixels_HWC = np.asarray(PICTURE.resize((width, height)))
+    for view in (plain_view, lambda image, size: image_view(image, size, sample_rng(0, 0, 0, 0, 0), ImageAugment())):
+        assert np.array_equal(view(for_views(pixels_HWC), size), view(pixels_HWC, size))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 300), st.integers(1, 300), st.floats(0.01, 1))
