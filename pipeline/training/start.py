@@ -159,7 +159,8 @@ class Run:
         config, state = self.config, self.state
         text = (
             f"{self.run_dir}: {describe(self.index)}, {comm.world()} process(es) on {self.device.type} in "
-            f"{config.train.precision}, {config.train.epochs} epochs of {self.steps_per_epoch} steps"
+            f"{config.train.precision} at ZeRO {self.engine.zero_optimization_stage()}, "
+            f"{config.train.epochs} epochs of {self.steps_per_epoch} steps"
         )
         if state["synonyms"]:
             text += f", synonyms of captions from {state['synonyms']}"
