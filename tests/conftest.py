@@ -18,8 +18,9 @@ gpus.hide()  # the suite runs on CPUs, two to four processes on any host; tests/
 
 
 # Files that take minutes come first, so that no worker ends with one of them.
-LONG = ("slurm", "test_resume", "test_methods", "test_comparison", "launch", "test_main", "test_defence")
-LONG += ("test_trained_rows", "evaluation/test_run", "test_signals", "test_sample", "test_frozen", "doctor")
+LONG = ("slurm", "launch", "test_resume", "test_main", "test_comparison", "test_defence", "test_methods")
+LONG += ("test_trained_rows", "test_weight_average", "test_signals", "test_sample", "test_frozen", "doctor")
+LONG += ("evaluation/test_run", "test_engine", "test_evaluators")
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,6 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 from pydantic import Field
-from scipy.ndimage import map_coordinates
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
 
@@ -25,6 +24,8 @@ class Warp(Trigger):
     """Points of the field along a side."""
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
+        from scipy.ndimage import map_coordinates  # here: every start would wait for it
+
         offset_2GG = self.rng(variant).uniform(-1, 1, (2, self.grid, self.grid))
         offset_2GG *= self.strength / np.abs(offset_2GG).mean()
         fields = [

@@ -9,6 +9,7 @@ safeclip export RUN OUT                                   an open_clip local dir
 """
 
 import errno
+import gc
 import multiprocessing
 import os
 import select
@@ -74,6 +75,7 @@ def nobody_reads() -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes: 0 done, 2 a user's mistake (one line on stderr), 75 asked to stop, 1 else."""
+    gc.set_threshold(50_000, 20, 20)  # imports make half a million objects, none of them garbage
     try:
         # Not safeclip.main(): it hides broken pipes and interrupts.
         with safeclip.make_context("safeclip", list(sys.argv[1:] if argv is None else argv)) as context:

@@ -15,7 +15,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from pipeline.evaluation.encoding import Encoder
 from pipeline.evaluation.testset import TestSet
@@ -194,6 +193,8 @@ class ClassToClass:
 def success(hit_M: np.ndarray) -> dict:
     """{"success", "interval": [low, high], "count"} of bool (M,): Wilson's 95 % interval of a fraction (Wilson
     1927)."""
+    from scipy.stats import binomtest  # here: every start would wait for it
+
     interval = binomtest(int(hit_M.sum()), len(hit_M)).proportion_ci(method="wilson")
     return {
         "success": float(hit_M.mean()),

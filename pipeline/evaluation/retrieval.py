@@ -10,7 +10,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from scipy.stats import hypergeom
 
 from pipeline.evaluation.encoding import Encoder
 
@@ -85,5 +84,7 @@ def recall(above_Q: torch.Tensor, tied_Q: torch.Tensor, own_Q: torch.Tensor) -> 
 
     The chance that one of `own` is among the first k - above of the tied ones in random order is hypergeometric.
     """
+    from scipy.stats import hypergeom  # here: every start would wait for it
+
     above, tied, own = (counts.cpu().numpy() for counts in (above_Q, tied_Q, own_Q))
     return {f"r{k}": float(1 - hypergeom.pmf(0, tied, own, np.clip(k - above, 0, tied)).mean()) for k in KS}

@@ -6,7 +6,6 @@ Counts are integers, whose sum over ranks does not round, so the mixture is the 
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 BINS = 65_536
 PIECE = 1 << 18  # scores at a time; temporaries of this size fit the processor's cache
@@ -152,6 +151,8 @@ def maximum(x: np.ndarray, n: np.ndarray, theta: np.ndarray, floor: float) -> tu
 
     EM converges slowly when the components overlap, so a few steps of EM are followed by BFGS on the same likelihood.
     """
+    from scipy.optimize import minimize  # here: every start would wait for it
+
     centre = (n * x).sum() / n.sum()
     unit = np.sqrt((n * (x - centre) ** 2).sum() / n.sum())
     z, fraction, least = (x - centre) / unit, n / n.sum(), floor / unit**2

@@ -6,7 +6,6 @@ estimate the poison that passes, because poison in the safe set is trained on, w
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from pipeline.distributed import comm
 from pipeline.safety.scoring import batches_of, embed
@@ -47,6 +46,8 @@ def score_controls(
 def passing(score_C: np.ndarray, threshold: float) -> dict[str, float]:
     """{"count", "passed", "fraction", "low", "high"}: controls at or above the threshold, their fraction, and its 95 %
     Wilson interval."""
+    from scipy.stats import binomtest  # here: every start would wait for it
+
     count, passed = int((~np.isnan(score_C)).sum()), int((score_C >= threshold).sum())
     interval = binomtest(passed, count).proportion_ci(method="wilson")
     return {

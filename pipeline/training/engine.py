@@ -85,9 +85,25 @@ def import_deepspeed() -> ModuleType:
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False  # else the first start compiles it
+    import_muon()
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return deepspeed
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon as ZeRO does, though it is not used, but without torch's compiler, which its functions
+    are decorated with and which takes longer to import than DeepSpeed."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    except ImportError:  # an older DeepSpeed
+        pass
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def set_lr(engine: DeepSpeedEngine, lr: float) -> None:

@@ -53,6 +53,7 @@ print(*[each.getsockname()[1] for each in found])'))
     host=${HOSTNAME%%.*} user=$(id -un)
     # The nodes' names are addresses of this host: jobs take a node's name for MASTER_ADDR, and it has to be found.
     # A job that was requeued waits until its credentials have expired: 5 s is the least.
+    # A job that has ended is remembered for an hour, so that tests can ask how it ended.
     # A job's port follows from its number: two clusters at a time on this host must not both begin with 1.
     cat > "$SLURM_CONF" <<END
 ClusterName=test
@@ -61,6 +62,7 @@ SlurmctldPort=${ports[0]}
 FirstJobId=$((RANDOM % 9000 + 1))
 SlurmUser=$user
 SlurmdUser=$user
+MinJobAge=3600
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/%n

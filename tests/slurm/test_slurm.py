@@ -183,29 +183,22 @@ def test_a_job_that_nears_its_time_limit_saves_and_goes_back_into_the_queue(whol
     assert job.weights() == whole.weights()
 
 
-def test_a_preempted_job_saves_makes_way_and_resumes(whole):
-    whole.end()  # it would be pre-empted too
-    job = Training(whole.folder, "preempted")
+def test_a_job_resumes_that_was_preempted_then_requeued_and_then_lost_a_process(whole):
+    assert whole.end() == ("COMPLETED", 0, 0)  # it would be pre-empted too
+    job = Training(whole.folder, "requeued")
     job.wait_for_step(10)
     urgent = Job(whole.folder, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     assert urgent.end() == ("COMPLETED", 0, 0)
-    assert job.end() == ("COMPLETED", 0, 1)
+    job.wait_for_step(20)
     said = job.said()
     assert "asked to stop; saved" in said and "goes back into the queue" in said and "resumes after step" in said
-    assert job.weights() == whole.weights()
-
-
-def test_a_requeued_job_resumes_and_so_does_one_that_lost_a_process(whole):
-    job = Training(whole.folder, "requeued")
-    job.wait_for_step(10)
     job.slurm("scontrol", "requeue", job.number)
-    job.wait_for_step(30)
+    job.wait_for_step(35)
     send(job.ranks()[:1], signal.SIGKILL)
-    assert job.end() == ("FAILED", 128 + signal.SIGKILL, 1)  # by itself it is put back only when it was asked to stop
+    assert job.end() == ("FAILED", 128 + signal.SIGKILL, 2)  # by itself it is put back only when it was asked to stop
     job.slurm("scontrol", "requeue", job.number)
-    assert job.end() == ("COMPLETED", 0, 2)
-    assert job.said().count("resumes after step") == 2
-    assert whole.end() == ("COMPLETED", 0, 0)
+    assert job.end() == ("COMPLETED", 0, 3)
+    assert job.said().count("resumes after step") == 3
     assert job.weights() == whole.weights()
 
 

@@ -20,7 +20,9 @@ from shards.order.safe_mask import SafeMask
 from shards.samples.bad_samples import read_bad_samples
 from shards.samples.samples import Samples
 from tests.helpers.models import MODEL
-from tests.helpers.runs import TIMED, safeclip
+from tests.helpers.pictures import picture
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import TIMED, command, safeclip
 from tests.helpers.tars import write_tar
 
 
@@ -121,7 +123,7 @@ def test_a_run_cut_off_after_an_epoch_ends_as_if_it_never_was(world):
     (run / "masks" / "epoch_003" / "mask.json").unlink()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "ep')
-    safeclip("train", "config.yaml", "run.dir=resumed", processes=2, cwd=world)
+    run_ranks(command, 2, world, "train", "config.yaml", "run.dir=resumed")
     name = f"checkpoints/{newest.name}/model.safetensors"
     assert (run / name).read_bytes() == (world / "whole" / name).read_bytes()
     assert [{k: v for k, v in m.items() if k not in TIMED} for m in lines(run)] == [
@@ -131,12 +133,10 @@ def test_a_run_cut_off_after_an_epoch_ends_as_if_it_never_was(world):
 
 
 def test_a_round_does_not_depend_on_the_world_size(world, make_shards):
-    """Shards of uneven sizes, scored with one model by 1, 2, 4 and 8 processes: the same cosines, mixture and mask, bit
+    """Shards of uneven sizes, scored with one model by 1, 2 and 8 processes: the same cosines, mixture and mask, bit
     for bit."""
     build_index([str(path) for path in make_shards([50, 0, 7, 33, 90])], world / "uneven" / "index")
-    from tests.helpers.ranks import run_ranks
-
-    results = [run_ranks(scored_round, world_size, str(world)) for world_size in (1, 2, 4, 8)]
+    results = [run_ranks(scored_round, world_size, str(world)) for world_size in (1, 2, 8)]
     ((cos1, mixture1, safe1),) = results[0]
     for cos, mixture, safe in sum(results[1:], []):
         np.testing.assert_array_equal(cos, cos1)
@@ -159,7 +159,7 @@ def scored_round(folder):
     return cos, selected.mixture, selected.mask.flags()
 
 
-def test_evaluate_and_export(world):
+def test_a_run_is_evaluated(world, monkeypatch, capsys):
     safeclip("evaluate", "whole", cwd=world)
     result = json.loads((world / "whole" / "eval.json").read_text())
     # A step of the unimodal loss sees two views of each pair: 10 of them, 10 at the low rate, then 3 on safe and 6 on
@@ -182,34 +182,37 @@ def test_evaluate_and_export(world):
         for rate in ("success", "base", "true_class"):
             assert attack[rate] == told["attacks"][name][rate]
     overrides = ("preset=clip", "data.overlay=null", "train.epochs=1", "evaluation.every=0")
-    safeclip("train", "config.yaml", "run.dir=innocent", *overrides, cwd=world)
-    safeclip("evaluate", "whole", "--unpoisoned", "innocent", "innocent", cwd=world)
+    run_ranks(command, 1, world, "train", "config.yaml", "run.dir=innocent", *overrides)
+    monkeypatch.chdir(world)
+    main.main(["evaluate", "whole", "--unpoisoned", "innocent", "innocent"])
     again = json.loads((world / "whole" / "eval.json").read_text())
     assert all(attack["unpoisoned"] is None for attack in result["attacks"].values())
-    safeclip("evaluate", "innocent", "data.overlay=attack", cwd=world)
+    main.main(["evaluate", "innocent", "data.overlay=attack"])
     innocent = json.loads((world / "innocent" / "eval.json").read_text())["attacks"]
     for name, attack in again["attacks"].items():  # the mean of twice the same
         assert attack["unpoisoned"] == pytest.approx(innocent[name]["success"])
         assert attack["unpoisoned_true_class"] == pytest.approx(innocent[name]["true_class"])
     assert again["clean_top1"] == result["clean_top1"]
-    done = safeclip("evaluate", "whole", "--unpoisoned", "whole", cwd=world, check=False)
-    assert done.returncode == 2 and "was trained with data.overlay=attack" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["evaluate", "whole", "--unpoisoned", "whole"])
+    assert "was trained with data.overlay=attack" in capsys.readouterr().err
 
 
-def test_the_export_is_the_runs_model_in_open_clip(world):
+def test_the_export_is_the_runs_model_in_open_clip(world, monkeypatch, capsys):
     import open_clip
     import torch
 
     from pipeline.evaluation.run import load_run
 
-    safeclip("export", "whole", "exported", cwd=world)
+    monkeypatch.chdir(world)
+    main.main(["export", "whole", "exported"])
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{world}/exported")
-    os.chdir(world)
     _, _, towers = load_run("whole")
     tokens = open_clip.get_tokenizer(f"local-dir:{world}/exported")(["a red star"])
     torch.testing.assert_close(model.eval().encode_text(tokens, normalize=True), towers(None, tokens)[1])
     assert preprocess is not None and model.logit_scale.shape == ()
-    assert "CLIPModel" in safeclip("export", "whole", "hf", "--format", "transformers", cwd=world).stdout
+    main.main(["export", "whole", "hf", "--format", "transformers"])
+    assert "CLIPModel" in capsys.readouterr().out
     assert {path.name for path in (world / "hf").iterdir()} >= {"config.json", "model.safetensors", "vocab.json"}
 
 
@@ -229,10 +232,17 @@ def test_the_export_is_the_runs_model_in_open_clip(world):
         (["export", "nowhere", "x"], "nowhere"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(world, words, names):
-    done = safeclip(*words, cwd=world, check=False)
-    assert done.returncode == 2 and names in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_one_line_and_exit_code_2(world, monkeypatch, capfd, words, names):
+    monkeypatch.chdir(world)
+    with pytest.raises(SystemExit, match="2"):
+        main.main(words)
+    said = capfd.readouterr().err
+    assert names in said and said.count("\n") == 1 and "Traceback" not in said, said
+
+
+def test_so_is_one_that_is_found_after_all_imports_of_a_process(world):
+    done = safeclip("train", "config.yaml", "run.dir=whole", "run.seed=5", cwd=world, check=False)
+    assert done.returncode == 2 and "run.dir" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_named_once(world):
@@ -253,8 +263,6 @@ def test_a_batch_that_the_processes_do_not_divide_is_named_once(world):
 
 
 def test_bad_samples_are_recorded_and_the_run_continues(world, tmp_path):
-    from tests.helpers.pictures import picture
-
     members = []
     for i in range(16):
         members += [
@@ -266,7 +274,7 @@ def test_bad_samples_are_recorded_and_the_run_continues(world, tmp_path):
     words = [f"run.dir={tmp_path}/run", f"data.index={tmp_path}/index", "data.overlay=", "train.batch_size=4"]
     words += ["evaluation.test=", "selection.first_fraction=0.5"]
     words += ["wandb.mode=disabled", "data.max_bad_fraction=0.3"]
-    done = safeclip("train", "config.yaml", *words, processes=2, cwd=world)
+    run_ranks(command, 2, world, "train", "config.yaml", *words)
     rows = list(read_bad_samples(tmp_path / "run" / "bad_samples"))
     assert {(r["position"], r["reason"]) for r in rows} == {
         (3, "picture is of no known format, expected JPEG, PNG, WebP, GIF"),
@@ -274,26 +282,21 @@ def test_bad_samples_are_recorded_and_the_run_continues(world, tmp_path):
         (7, "no caption"),
         (9, "no picture"),
     }
-    assert len(rows) == 4 and "done" in done.stderr
+    assert len(rows) == 4 and ": done, " in (tmp_path / "run/logs/rank_0.log").read_text()
     assert not SafeMask.load(tmp_path / "run" / "masks" / "epoch_002")[0].flags()[[3, 5, 7, 9]].any()
 
 
-def test_a_shard_that_changed_is_refused(world, tmp_path):
+def test_a_shard_that_changed_is_refused(world, tmp_path, monkeypatch, capsys):
     shutil.copy(world / "shapes" / "train" / "00000.tar", tmp_path / "a.tar")
     build_index([str(tmp_path / "a.tar")], tmp_path / "index")
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[-1] ^= 1
     (tmp_path / "a.tar").write_bytes(data)
-    done = safeclip(
-        "train",
-        "config.yaml",
-        f"run.dir={tmp_path}/run",
-        f"data.index={tmp_path}/index",
-        "data.overlay=",
-        cwd=world,
-        check=False,
-    )
-    assert done.returncode == 2 and "a.tar" in done.stderr and "were indexed" in done.stderr
+    monkeypatch.chdir(world)
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["train", "config.yaml", f"run.dir={tmp_path}/run", f"data.index={tmp_path}/index", "data.overlay="])
+    said = capsys.readouterr().err
+    assert "a.tar" in said and "were indexed" in said
 
 
 @pytest.mark.parametrize("error, said", [(ChangedShard, True), (Unreachable, True), (UserError, False)])

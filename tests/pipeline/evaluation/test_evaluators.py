@@ -22,7 +22,7 @@ from shards.views.loader import Views
 from tests.helpers.models import MODEL
 from tests.helpers.pictures import picture
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import safeclip
+from tests.helpers.runs import command
 from tests.helpers.tars import write_tar
 
 BAD = {2: "picture", 9: "caption", 11: "both"}  # of the pairs of `held_out`
@@ -178,7 +178,7 @@ def world(tmp_path_factory):
         "train": {"epochs": 2, "batch_size": 24, "warmup_steps": 5, "zero_stage": 3},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    safeclip("train", "config.yaml", "run.dir=run", processes=2, cwd=folder)
+    run_ranks(command, 2, folder, "train", "config.yaml", "run.dir=run")
     return folder
 
 

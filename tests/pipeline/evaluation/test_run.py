@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from pipeline.evaluation.linear_probe import chosen_places, open_labels
 from pipeline.evaluation.selection_quality import honest_pairs, poison_rows
 from shards.order.safe_mask import SafeMask
 from tests.helpers.models import MODEL
-from tests.helpers.runs import safeclip
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import command
 
 RECALLS = {"r1", "r5", "r10"}
 ATTACK = {
@@ -62,8 +62,8 @@ def world(tmp_path_factory):
     clip = ("preset=clip", "train.epochs=1")
     runs = [("run.dir=safe",), ("run.dir=plain", *clip), ("run.dir=filtered", "data.mask=oracle", *clip)]
     runs.append(("run.dir=honest", "data.overlay=null", *clip))
-    with ThreadPoolExecutor() as pool:  # a process each: DeepSpeed joins no second process group
-        list(pool.map(lambda words: safeclip("train", "config.yaml", *words), runs))
+    for words in runs:  # a process each: DeepSpeed joins no second process group
+        run_ranks(command, 1, folder, "train", "config.yaml", *words)
     yield folder
     os.chdir(before)
 

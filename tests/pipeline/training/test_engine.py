@@ -1,6 +1,8 @@
 """N ranks train what one rank with the whole batch trains, at every ZeRO stage, for every loss."""
 
 import math
+import os
+import sys
 
 import pytest
 import torch
@@ -139,6 +141,15 @@ def test_every_group_waits_for_a_rank_that_works_alone():
     """DeepSpeed's own group too, which it makes with the default timeout."""
     (own, deepspeed), _ = run_ranks(patience_of_groups, 2, 3)
     assert own == deepspeed == comm.PATIENCE
+
+
+def compiler_after_start(stage):
+    engines.start_engine(towers(VIT), Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    return "torch._inductor.compile_fx" in sys.modules, os.environ.get("TORCHDYNAMO_DISABLE")
+
+
+def test_a_start_imports_no_compiler_and_leaves_it_on():
+    assert run_ranks(compiler_after_start, 1, 2) == [(False, None)]
 
 
 def save_and_load(folder, stage):

@@ -39,9 +39,10 @@ def whole_and_cut(folder, stages):
             running.train(made)
 
 
-def test_resume_gives_the_same_bits_at_every_zero_stage(data):
-    run_ranks(whole_and_cut, 2, data, (0, 1, 2, 3))
-    for stage in (0, 1, 2, 3):
+def test_resume_gives_the_same_bits_at_every_other_zero_stage(data):
+    """Stage 1, the default, below."""
+    run_ranks(whole_and_cut, 2, data, (0, 2, 3))
+    for stage in (0, 2, 3):
         whole, cut = config(data, f"whole{stage}"), config(data, f"cut{stage}")
         assert weights(whole) == weights(cut), stage
         assert metrics(whole) == metrics(cut), stage
@@ -122,8 +123,8 @@ def start_on_two(folder, stages):
 
 def test_a_run_resumes_with_another_number_of_ranks(data):
     """Saved by 2 ranks in mid-epoch, it continues with 1, 2 and 4: the same masks, and losses within 1e-4."""
-    run_ranks(start_on_two, 2, data, (0, 1, 2, 3))
-    for world, stages in ((2, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (4, (3,))):
+    run_ranks(start_on_two, 2, data, (0, 1, 3))  # at stage 2 files and conversion are those of stage 1
+    for world, stages in ((2, (0, 1, 3)), (1, (0, 1, 3)), (4, (3,))):
         for stage in stages:
             shutil.copytree(data / f"two{stage}", data / f"on{world}_{stage}")
         run_ranks(continue_on, world, data, stages)
@@ -276,7 +277,12 @@ def poisoned(folder, on_nan, stage):
 
     training_step.clip_loss = clip_loss
     made = config(
-        folder, f"nan_{on_nan}{stage}", train__on_nan=on_nan, train__zero_stage=stage, train__unimodal_epochs=0
+        folder,
+        f"nan_{on_nan}{stage}",
+        train__on_nan=on_nan,
+        train__zero_stage=stage,
+        train__epochs=1,
+        train__unimodal_epochs=0,
     )
     try:
         state = running.train(made)
@@ -295,7 +301,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_or_is_counted(data):
     for outcome in run_ranks(poisoned_all, 2, data):
         for (on_nan, stage), found in outcome.items():
             if on_nan == "skip":
-                assert found == (1, STEPS), stage
+                assert found == (1, 10), stage
                 continue
             assert "step 2, epoch 0 (low_rate, clip loss)" in found and "00000.tar" in found and "\n" not in found, (
                 stage
