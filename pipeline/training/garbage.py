@@ -12,11 +12,13 @@ EVERY = 200  # steps
 def collected_at_fixed_steps(steps: Iterable[Item]) -> Iterator[Item]:
     """Yield from `steps`, with a collection before the first and after every 200th of them, and none between.
 
-    What is there before the first step (the model, the index) is left out of the collections until the last.
+    What is there before the first step of the process (imported modules, the model, the index) is left out of all
+    collections from then on.
     """
     was_on = gc.isenabled()
     gc.collect()
-    gc.freeze()
+    if not gc.get_freeze_count():
+        gc.freeze()
     gc.disable()
     try:
         for number, step in enumerate(steps):
@@ -24,6 +26,5 @@ def collected_at_fixed_steps(steps: Iterable[Item]) -> Iterator[Item]:
                 gc.collect()
             yield step
     finally:
-        gc.unfreeze()
         if was_on:
             gc.enable()

@@ -1,6 +1,5 @@
 """Run a function in N gloo processes, as torchrun would, and get what every rank returns."""
 
-import gc
 import multiprocessing
 import os
 import socket
@@ -40,9 +39,6 @@ def _rank(rank, world, port, folder, environment, function, args, timeout):
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    # A run collects garbage before each epoch. What was imported is none, and takes a third of a small run to look at.
-    gc.freeze()
-    gc.unfreeze = lambda: None
     from pipeline.distributed import comm
 
     comm.init(timeout)
