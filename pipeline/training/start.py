@@ -2,8 +2,6 @@
 
 import copy
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +11,8 @@ import torch
 
 from pipeline import logs
 from pipeline.config.data import describe, open_index, open_samples
-from pipeline.config.learnt import differences
-from pipeline.config.load import read_yaml, to_yaml
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
-from pipeline.guards import REGISTRY
 from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint, weight_average
 from pipeline.training.curriculum import curriculum
@@ -29,6 +24,7 @@ from pipeline.training.metrics import MetricsLogger
 from pipeline.training.model import Towers, open_clip_config, picture_size, tokenizer_for
 from pipeline.training.precision import with_precision
 from pipeline.training.pretrained import make_towers
+from pipeline.training.run_dir import claim
 from pipeline.training.signals import Preempted, ignore_in_worker
 from pipeline.training.support_queue import SupportQueue
 from pipeline.training.weight_average import WeightAverage
@@ -36,7 +32,6 @@ from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, fingerprint
 from shards.samples.bad_samples import PARTS, BadSamplesFiles
-from shards.storage.files import write_bytes
 from shards.views.eda import Eda, synonym_source
 from shards.views.loader import View, Views
 from shards.views.readers import Readers
@@ -211,73 +206,6 @@ def steps_per_epoch(config: Config, index: ShardIndex, world: int) -> int:
             "take a smaller batch"
         )
     return index.views // batch
-
-
-def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
-    """(newest complete checkpoint or None, warnings); writes config.yaml. Rank 0 calls.
-
-    Raises UserError as `inspect` does, unless a fresh start is asked for.
-    """
-    # The launcher restarts a failed job with the same arguments; run.restart applies to its first start only.
-    restarted = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    restart = config.run.restart and not restarted
-    found: Path | None = None
-    warnings: list[str] = []
-    if restart:
-        for name in ("masks", "checkpoints", "bad_samples", "tensorboard", "profile"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in ("eval.json", "wandb_id"):
-            (run_dir / name).unlink(missing_ok=True)
-    else:
-        found, warnings = inspect(config, run_dir, fingerprint)
-    path = run_dir / "config.yaml"
-    if not found or not path.exists() or config.run.accept_changes:
-        values = {"hash": config.hash(), **config.model_dump()}
-        values["guards"] = dict.fromkeys(REGISTRY) | values["guards"]  # null: off, also where a preset has it
-        values["run"].update(restart=False, accept_changes=False)
-        write_bytes(path, to_yaml(values))
-    return found, warnings
-
-
-def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
-    """(newest complete checkpoint or None, warnings) of a run directory, which is only read.
-
-    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint. The
-    config of a start that did not reach its first checkpoint binds nobody.
-    """
-    found, warnings = checkpoint.newest_complete(run_dir)
-    metrics = run_dir / "metrics.jsonl"
-    first = [folder.name for folder in checkpoint.checkpoints(run_dir)] == ["step_00000000"]
-    if not found and not first and metrics.exists() and metrics.stat().st_size:
-        raise UserError(
-            f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); "
-            "bring one back, or start it anew with run.restart=true"
-        )
-    if found and (run_dir / "config.yaml").exists():
-        check_config(config, run_dir)
-    if found and checkpoint.load_state(found)["data"] != fingerprint:
-        raise UserError(
-            f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
-            "bring them back, or take another run.dir"
-        )
-    return found, warnings
-
-
-def check_config(config: Config, run_dir: Path) -> None:
-    """Raise UserError, naming the keys, if the run directory has a config with another hash."""
-    there = read_yaml(run_dir / "config.yaml")
-    if there.pop("hash", None) == config.hash() or config.run.accept_changes:
-        return
-    found = differences(there, config.model_dump())
-    # A run has what "auto" means where it runs; `safeclip doctor` may be called elsewhere.
-    found = [one for one in found if (one[0], one[2]) != ("train.precision", "auto")]
-    if not found:
-        return
-    changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in found)
-    raise UserError(
-        f"run.dir: {run_dir} holds a run with another config ({changed}); "
-        "use the same config, another run.dir, or run.accept_changes=true to continue with the new values"
-    )
 
 
 def make_views(config: Config) -> Views:

@@ -14,6 +14,7 @@ from pipeline.config.schema import Data
 from pipeline.distributed import comm
 from pipeline.doctor import checks as doctor
 from pipeline.doctor import footprint
+from pipeline.doctor.shards import check_bad_samples
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from shards.build.shapes import shapes
@@ -204,13 +205,13 @@ def test_what_the_index_counted_is_compared_with_what_the_run_allows(tmp_path):
         members += [(f"{i:02d}.txt", b"a red star" if i != 7 else b"")] if i != 3 else [("03.json", b"{}")]
     build_index([str(write_tar(tmp_path / "a.tar", members))], tmp_path / "index")
     index, data = ShardIndex.load(tmp_path / "index"), Data()
-    ((level, about, text),) = doctor.check_bad_samples(data, index)
+    ((level, about, text),) = check_bad_samples(data, index)
     assert (level, about) == ("fatal", "data") and "2 samples, 5.00% of an epoch, cannot be used" in text
     assert "1 x empty caption" in text and text.endswith("or set data.max_bad_fraction=0.06")
     data.max_bad_fraction = 0.06
-    assert doctor.check_bad_samples(data, index)[0][0] == "ok"
+    assert check_bad_samples(data, index)[0][0] == "ok"
     data.max_bad_fraction, data.mask = 0.01, "mask"  # which may leave them out
-    assert doctor.check_bad_samples(data, index)[0][0] == "warning"
+    assert check_bad_samples(data, index)[0][0] == "warning"
 
 
 def test_the_command_tells_by_its_exit_code(world, monkeypatch, capfd):

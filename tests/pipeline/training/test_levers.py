@@ -14,7 +14,7 @@ from pipeline.training import engine as engines
 from pipeline.training.garbage import EVERY, collected_at_fixed_steps
 from pipeline.training.levers import apply_levers, checkpoint_activations, compile_towers, drop_patches
 from pipeline.training.precision import tf32, with_precision
-from pipeline.training.start import check_config
+from pipeline.training.run_dir import check_config
 from pipeline.training.step import step_loss, train_step
 from shards.errors import UserError
 from shards.storage.files import write_bytes

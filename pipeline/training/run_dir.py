@@ -1,0 +1,80 @@
+"""The run directory at a start: whether it holds a run that goes on, and of which config and data."""
+
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.config.learnt import differences
+from pipeline.config.load import read_yaml, to_yaml
+from pipeline.config.schema import Config
+from pipeline.guards import REGISTRY
+from pipeline.training import checkpoint
+from shards.errors import UserError
+from shards.storage.files import write_bytes
+
+
+def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
+    """(newest complete checkpoint or None, warnings); writes config.yaml. Rank 0 calls.
+
+    Raises UserError as `inspect` does, unless a fresh start is asked for.
+    """
+    # The launcher restarts a failed job with the same arguments; run.restart applies to its first start only.
+    restarted = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    restart = config.run.restart and not restarted
+    found: Path | None = None
+    warnings: list[str] = []
+    if restart:
+        for name in ("masks", "checkpoints", "bad_samples", "tensorboard", "profile"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for name in ("eval.json", "wandb_id"):
+            (run_dir / name).unlink(missing_ok=True)
+    else:
+        found, warnings = inspect(config, run_dir, fingerprint)
+    path = run_dir / "config.yaml"
+    if not found or not path.exists() or config.run.accept_changes:
+        values = {"hash": config.hash(), **config.model_dump()}
+        values["guards"] = dict.fromkeys(REGISTRY) | values["guards"]  # null: off, also where a preset has it
+        values["run"].update(restart=False, accept_changes=False)
+        write_bytes(path, to_yaml(values))
+    return found, warnings
+
+
+def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
+    """(newest complete checkpoint or None, warnings) of a run directory, which is only read.
+
+    Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint. The
+    config of a start that did not reach its first checkpoint binds nobody.
+    """
+    found, warnings = checkpoint.newest_complete(run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    first = [folder.name for folder in checkpoint.checkpoints(run_dir)] == ["step_00000000"]
+    if not found and not first and metrics.exists() and metrics.stat().st_size:
+        raise UserError(
+            f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); "
+            "bring one back, or start it anew with run.restart=true"
+        )
+    if found and (run_dir / "config.yaml").exists():
+        check_config(config, run_dir)
+    if found and checkpoint.load_state(found)["data"] != fingerprint:
+        raise UserError(
+            f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
+            "bring them back, or take another run.dir"
+        )
+    return found, warnings
+
+
+def check_config(config: Config, run_dir: Path) -> None:
+    """Raise UserError, naming the keys, if the run directory has a config with another hash."""
+    there = read_yaml(run_dir / "config.yaml")
+    if there.pop("hash", None) == config.hash() or config.run.accept_changes:
+        return
+    found = differences(there, config.model_dump())
+    # A run has what "auto" means where it runs; `safeclip doctor` may be called elsewhere.
+    found = [one for one in found if (one[0], one[2]) != ("train.precision", "auto")]
+    if not found:
+        return
+    changed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in found)
+    raise UserError(
+        f"run.dir: {run_dir} holds a run with another config ({changed}); "
+        "use the same config, another run.dir, or run.accept_changes=true to continue with the new values"
+    )
