@@ -32,6 +32,7 @@ from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask
 from shards.storage.files import write_json
 
+PAIRS = (5_000, 10_000, 20_000, 50_000)  # marks of the axis
 FILE = Path(__file__).with_suffix(".json")
 OUT_OF_REACH = ("class_to_class", "label_consistent")  # captions that fit: no guard aims at them
 
@@ -106,6 +107,8 @@ def draw(runs, path):
         axes[1].scatter(passing, held_R, alpha=0.6)
     axes[0].axvline(LEAST_PAIRS, color="grey", linestyle=":", label="a run warns below")
     axes[0].set(xscale="log", xlabel="pairs", ylabel="least excluded of an attack, %")
+    axes[0].set_xticks(PAIRS, [f"{pairs:,}" for pairs in PAIRS])
+    axes[0].minorticks_off()
     axes[1].set(xlabel="negative controls that pass at the first round, %")
     axes[0].legend()
     figure.savefig(path, dpi=120)
