@@ -44,7 +44,7 @@ class Meter:
     def line(self, steps_left: int) -> str:
         """For the progress line; `steps_left` of the whole run."""
         figures, eta = self.figures(), self.seconds / max(1, self.done - self.first) * steps_left
-        each = f" ({figures['samples_per_s_per_gpu']:.0f} a GPU)" if comm.world() > 1 else ""
+        each = f" ({figures['samples_per_s_per_gpu']:.0f} a process)" if comm.world() > 1 else ""
         mfu = f"  MFU {figures['mfu']:.0%}" if "mfu" in figures else ""
         return (
             f"{figures['samples_per_s']:7.0f} samples/s{each}  data {figures['data_wait']:4.0%}{mfu}  "

@@ -25,7 +25,7 @@ def test_figures_of_an_epoch_with_steps_of_one_and_two_views(clock, monkeypatch)
     assert figures == {"samples_per_s": 30.0, "samples_per_s_per_gpu": 7.5, "data_wait": 0.25, "mfu": 0.4}
     assert meter.done == 4
     line = meter.line(steps_left=30)
-    for words in ("30 samples/s (8 a GPU)", "data  25%", "MFU 40%", "ETA 0:01:00"):
+    for words in ("30 samples/s (8 a process)", "data  25%", "MFU 40%", "ETA 0:01:00"):
         assert words in line
 
 
