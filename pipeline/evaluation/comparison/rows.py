@@ -41,9 +41,12 @@ class GroupRows:
         success = rate_of(self.of("none"), attack)
         return None if success is None else success < TOOK
 
-    def unpoisoned(self, attack: str, key: str = "success") -> float | None:
-        """Mean rate of plain CLIP that never saw poison; None where it was not run."""
-        return rate_of(self.of("none", controls=True), attack, key)
+    def unpoisoned(self, attack: str, rows: list[dict], key: str = "success") -> float | None:
+        """Mean rate of plain CLIP that never saw poison, of the seeds of `rows`: triggers and targets differ by seed.
+        None where one was not run."""
+        seeds = {row["seed"] for row in rows}
+        found = [row for row in self.of("none", controls=True) if row["seed"] in seeds]
+        return rate_of(found, attack, key) if len(found) == len(seeds) else None
 
     def title(self, attack: str) -> str:
         """The attack's name, with a mark where rules may be chosen on it."""

@@ -36,7 +36,7 @@ def success_cell(found: GroupRows, attack: str, rows: list[dict]) -> str:
     values = [row["attacks"][attack]["success"] for row in rows if attack in row["attacks"]]
     if not values:
         return ""
-    text = f"{percent(mean(values))} / {percent(max(values))} ({percent(found.unpoisoned(attack))})"
+    text = f"{percent(mean(values))} / {percent(max(values))} ({percent(found.unpoisoned(attack, rows))})"
     void = found.void(attack)
     return text if void is False else f"void: {text}" if void else f"{text}, undefended not run"
 
@@ -135,8 +135,8 @@ def attack_table(found: GroupRows) -> str:
             judged = [row["attacks"][attack] for row in rows]
             cells = [percent(rate_of(rows, attack)) + (" void" if found.void(attack) else ""), interval(judged)]
             cells.append(percent(rate_of(rows, attack, "base")))
-            cells += [percent(found.unpoisoned(attack)), percent(rate_of(rows, attack, "true_class"))]
-            cells.append(percent(found.unpoisoned(attack, "true_class")))
+            cells += [percent(found.unpoisoned(attack, rows)), percent(rate_of(rows, attack, "true_class"))]
+            cells.append(percent(found.unpoisoned(attack, rows, "true_class")))
             for key in ("recall", "fpr_at_full_recall"):
                 last = [one["rounds"][key][-1] for one in judged if one.get("rounds") and one["rounds"].get(key)]
                 cells.append(percent(mean(last)) if last else "")
