@@ -13,7 +13,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 EVERY = 30.0  # seconds between lines
-DELAY = 1.0  # seconds before a bar shows
 
 
 def progress(items: Iterable[Item], total: int | None, what: str, shown: bool = True) -> Iterator[Item]:
@@ -23,7 +22,7 @@ def progress(items: Iterable[Item], total: int | None, what: str, shown: bool = 
     ranks other than 0.
     """
     terminal, said = sys.stderr.isatty(), time.monotonic()
-    bar = tqdm(items, what, total, dynamic_ncols=True, disable=not (shown and terminal), delay=DELAY)
+    bar = tqdm(items, what, total, dynamic_ncols=True, disable=not (shown and terminal))
     for done, item in enumerate(bar, 1):
         yield item
         if shown and not terminal and time.monotonic() - said >= EVERY:

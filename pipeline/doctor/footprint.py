@@ -10,6 +10,7 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.guards import make_guards
+from pipeline.guards.features import FILTERS, SIDE
 from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.training.curriculum import curriculum
 from pipeline.training.engine import stage_of_new_run
@@ -23,7 +24,7 @@ Findings = list[tuple[str, str, str]]  # (level, about, text)
 SCORE_BYTES = 40  # of a pair in a round's score files: position, key, cosine
 HOST_BYTES = 4 + 1 / 8  # of a pair: its score and its bit of the mask, mapped by all ranks of a host
 # Of trigger_clusters, for each of `sample`: the features of a picture with a low score and of two with high ones.
-SAMPLE_BYTES = 3 * (768 + 128)
+SAMPLE_BYTES = 3 * (3 * SIDE**2 + FILTERS + 2 * SIDE**2)
 SPARE = 0.9  # fraction of a device's memory that may be spoken for before activations
 
 

@@ -27,11 +27,21 @@ class ScoreFiles:
     score. FOLDER/made.json says of which model and config they are; those of another are not used.
     """
 
-    def __init__(self, folder: Path, index: ShardIndex, step: int | str, config: str = "", numbers: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        index: ShardIndex,
+        step: int | str,
+        config: str = "",
+        numbers: Mapping[str, Sequence[str]] | None = None,
+    ):
         """`step`: the training step of the model that scores; `config`: the hash of its config; `numbers`: names of
-        what is written beside the cosines (scoring.PictureNumbers), until `conclude`."""
+        what is written beside the cosines (scoring.PictureNumbers), until `conclude`, with the features of a picture
+        that each is made of."""
         self.folder, self.index = folder, index
-        self.made = {"step": step, "config": config, **({"numbers": list(numbers)} if numbers else {})}
+        self.made: dict = {"step": step, "config": config}
+        if numbers:
+            self.made["numbers"] = {name: list(features) for name, features in numbers.items()}
 
     def path(self, shard: int) -> Path:
         """File of a shard that was just scored."""

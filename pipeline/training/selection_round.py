@@ -77,7 +77,8 @@ def mask_for(run: Run, epoch: Epoch, stop: StopSignal) -> SafeMask | None:
 
 def score_files(run: Run, epoch: Epoch, folder: Path) -> ScoreFiles:
     """Of the round in `folder`; at the first round with the numbers of the guards."""
-    numbers = [guard.name for guard in make_guards(run.config.guards)] if epoch.round == 0 else []
+    guards = make_guards(run.config.guards) if epoch.round == 0 else []
+    numbers = {guard.name: guard.features for guard in guards}
     return ScoreFiles(folder / "scores", run.index, run.state["step"], run.config.hash(), numbers)
 
 

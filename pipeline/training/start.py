@@ -66,7 +66,8 @@ class Run:
     def __init__(self, config: Config, stop: Callable[[], bool] = lambda: False):
         """Open everything that `config` names, and the newest complete checkpoint. Raises UserError on every rank.
 
-        stop: whether the run was asked to stop; then the shards are not all verified, for the caller trains nothing.
+        stop: whether the run was asked to stop. Verification ends then, and Preempted is raised, before anything is
+        written.
         """
         if not config.run.dir:
             raise UserError("run.dir: missing; name the run's directory with run.dir=DIR")
@@ -77,6 +78,9 @@ class Run:
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
         self.readers = Readers(self.samples, self.views, config.data.workers, ignore_in_worker)
         comm.on_rank0(self.samples.verify, config.data.remote_timeout, stop)
+        if any(comm.all_reduce_max(stop())):
+            logger.info(f"{config.run.dir}: asked to stop before it began; start it again")
+            raise Preempted
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         self.epochs = curriculum(config.train, config.selection.every, self.steps_per_epoch)
         self.mask, self.excluded, data = None, None, self.index.fingerprint
@@ -107,7 +111,10 @@ class Run:
         if found:
             self.state |= checkpoint.load_state(found)
             check_synonyms(synonyms, self.state["synonyms"])
-            stage = config.train.zero_stage if self.state.get("zero_stage") != 0 else 0
+            if self.state.get("zero_stage") != 0:  # states before this key are of runs at the config's stage
+                stage = config.train.zero_stage
+            else:
+                stage = 0
             universal = self.state["world"] != comm.world() and stage > 0
             if universal:
                 comm.on_rank0(checkpoint.to_universal, found)

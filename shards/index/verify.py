@@ -48,7 +48,7 @@ def verify(shards: ShardList, timeout: float = remote.TIMEOUT, stop: Callable[[]
         for _ in pool.map(lambda number: check_table(shards[number]), tables):
             pass
         blocks = range(0, len(shards), size)
-        found = list(progress(pool.map(compare, blocks), len(blocks), f"blocks of {size} shards compared"))
+        found = list(progress(pool.map(compare, blocks), len(blocks), "parts of the index verified"))
     first, count = next((what for what, _ in found if what), None), sum(many for _, many in found)
     if first:
         more = f" (and {count - 1} more such shards)" if count > 1 else ""

@@ -50,7 +50,7 @@ def guarded(folder, max_pairs=2):
     index = ShardIndex.load(folder / "index")
     reading = Reading(towers, Samples(index), make_views(config), 4, torch.device("cpu"))
     guards = make_guards({"duplicates": {"max_pairs": max_pairs}})
-    files = ScoreFiles(folder / f"at_most_{max_pairs}" / "scores", index, 0, numbers=["duplicates"])
+    files = ScoreFiles(folder / f"at_most_{max_pairs}" / "scores", index, 0, numbers={"duplicates": ["hash"]})
     watch = lambda what: lambda done, rounds: None  # noqa: E731
     return *score_and_exclude(guards, folder / "guards", reading, files, 0, watch), files
 

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.training import start
 from pipeline.training.model import build_model, picture_size, tokenizer_for
+from pipeline.training.signals import Preempted
 from shards.build.shapes import shapes
 from shards.errors import UserError
 from tests.helpers.models import MODEL
@@ -37,3 +38,10 @@ def test_an_error_of_a_start_is_in_the_log_file_of_its_rank(tmp_path, monkeypatc
     with pytest.raises(ValueError):
         start.Run(config(tmp_path, "run"))
     assert "ValueError: of the engine" in (tmp_path / "run/logs/rank_0.log").read_text()
+
+
+def test_a_start_that_is_asked_to_stop_claims_nothing(tmp_path):
+    shapes(tmp_path / "shapes", pairs=24, test=4)
+    with pytest.raises(Preempted):
+        start.Run(config(tmp_path, "run"), stop=lambda: True)
+    assert not (tmp_path / "run").exists()
