@@ -37,12 +37,17 @@ def apply_mask(
 
     Shards that are in OUT already are kept, so that the same command resumes after a failure; OUT/applied.json says of
     which mask they are. OUT/sizes.json holds the samples of each shard, as open_clip reads them. `review`: the ticks of
-    a report, which the mask gives way to. Raises UserError naming the shard that is not the mask's, before anything of
-    it is copied.
+    a report, which the mask gives way to. Raises UserError if the mask keeps no pair, or naming the shard that is not
+    the mask's, before anything of it is copied.
     """
     saved, out = SavedMask(folder), Path(out)
     if review:
         saved.mask = reviewed(saved, review)
+    if not saved.mask.counts(keep).any():
+        raise UserError(
+            f"mask {folder}: has no {keep} pair, so nothing would be copied; make one that has, for example of scores "
+            f"with `safeclip mask filter {folder} --by cosine --remove .05 --out MASK`"
+        )
     paths = find_shards(saved, patterns, share)
     numbers = list(paths)
     claim(out, saved, keep)

@@ -53,7 +53,10 @@ def audit(
     suspect = combined(found, worst)
     against = against_truth(data, found, suspect)
     write_findings(data, found, suspect, out)
-    command = f"safeclip mask apply {data.saved.folder} SHARDS --out DIR --review review.csv"
+    mask, first = str(data.saved.folder), ""
+    if not data.saved.mask.fraction:  # the scores are no two groups, so the mask calls no pair safe
+        mask, first = "MASK", f"safeclip mask filter {mask} --by cosine --remove .05 --out MASK && "
+    command = f"{first}safeclip mask apply {mask} SHARDS --out DIR --review review.csv"
     size = write_report(out / "report.html", data, found, suspect, about, against, command)
     suspects = int(suspect.issue_N.sum())
     meta = data.saved.meta

@@ -75,7 +75,9 @@ def read_yaml(path: str | Path) -> dict:
     try:
         values = yaml.load(Path(path).read_text(), Loader)
     except OSError as error:
-        raise UserError(f"config {path}: {error.strerror or error}; give the path of a YAML file") from None
+        raise UserError(
+            f"config {Path(path).absolute()}: {error.strerror or error}; give the path of a YAML file"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such day
         raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -221,7 +221,8 @@ class Selection(Section):
     max_fraction: Fraction = 0.85
     """Largest safe fraction after the first round. All fractions are of the pairs that no guard excludes."""
     negative_controls: Count = 500
-    """Number of mismatched pairs that are scored in every round and never trained on; 0 = none."""
+    """Number of mismatched pairs that are scored in every round and never trained on, at most half of the pairs; 0 =
+    none."""
     every: Positive | None = 1
     """Selection round before every n-th SafeCLIP epoch; null: before number 0, 2, 6, 14, ... of them, as long as at
     least as many epochs follow as were before. The safe fraction grows with the epochs, also between rounds."""

@@ -47,6 +47,13 @@ def test_apply_keeps_every_member_of_the_kept_samples(here, capsys, keep):
     assert sizes == {f"0000{n}.tar": len(samples([here / f"out/a/0000{n}.tar"])) for n in range(3)}
 
 
+def test_a_mask_that_keeps_no_pair_is_refused_before_anything_is_copied(here, capsys):
+    index = build_index([f"data/{name}" for name in NAMES], here / "index")
+    save_mask(here / "masks" / "whole", index, np.linspace(0, 1, 40, dtype=np.float32), fraction=1.0)
+    words = ("mask", "apply", "masks/whole", *ALL, "--out", "out", "--keep", "risky")
+    assert "has no risky pair" in refused(capsys, *words) and not Path("out").exists()
+
+
 def test_apply_resumes_with_the_shards_that_are_missing(here, capsys):
     run(capsys, "mask", "apply", "masks/one", ALL[0], "--out", "out")
     first = Path("out/a/00000.tar").stat()
