@@ -3,14 +3,14 @@
 #   launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=runs/cc3m
 #   NODES=4 MASTER_ADDR=node1 launch/torchrun.sh configs/cc3m_rn50.yaml run.dir=/shared/cc3m      on each of 4 nodes,
 #                                                                                                 node1 being one
-# When a process dies, all are started again, RESTARTS times at most (3), and resume from the last checkpoint. NODES=2:4
-# starts with
-# 2 to 4 nodes, and continues with those that are left; their processes must divide the batch.
+# When a process dies, all are started again, RESTARTS times at most (3), and resume from the last checkpoint.
+# NODES=2:4 starts with 2 to 4 nodes, and continues with those that are left; their processes must divide the batch.
 # SIGTERM or SIGUSR1 to this script: the run saves and stops, and the script ends with 75. The same command resumes.
 # COMMAND=doctor checks instead of training. COMMAND=index, COMMAND="mask apply" and others prepare data (README.md).
 set -euo pipefail
-cd "$(dirname "$0")/.."
-[ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
+here="$(cd "$(dirname "$0")/.." && pwd)"
+[ ! -d "$here/.venv" ] || export PATH="$here/.venv/bin:$PATH"
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"  # relative paths are those of the folder in which it is called
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
