@@ -78,7 +78,8 @@ class Run:
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
         self.readers = Readers(self.samples, self.views, config.data.workers, ignore_in_worker)
         comm.on_rank0(self.samples.verify, config.data.remote_timeout, stop)
-        if any(comm.all_reduce_max(stop())):
+        # With run.restart the directory is emptied first: a job that is put back into the queue does not do it again.
+        if any(comm.all_reduce_max(stop())) and not config.run.restart:
             logger.info(f"{config.run.dir}: asked to stop before it began; start it again")
             raise Preempted
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())

@@ -45,3 +45,5 @@ def test_a_start_that_is_asked_to_stop_claims_nothing(tmp_path):
     with pytest.raises(Preempted):
         start.Run(config(tmp_path, "run"), stop=lambda: True)
     assert not (tmp_path / "run").exists()
+    with start.Run(config(tmp_path, "run", run__restart=True), stop=lambda: True) as run:
+        assert run.state["step"] == 0
