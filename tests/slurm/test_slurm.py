@@ -189,9 +189,8 @@ def test_a_job_resumes_that_was_preempted_then_requeued_and_then_lost_a_process(
     job.wait_for_step(10)
     urgent = Job(whole.folder, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     assert urgent.end() == ("COMPLETED", 0, 0)
-    job.wait_for_step(20)
-    said = job.said()
-    assert "asked to stop; saved" in said and "goes back into the queue" in said and "resumes after step" in said
+    wait(lambda: "resumes after step" in job.said(), job)
+    assert "asked to stop; saved" in job.said() and "goes back into the queue" in job.said()
     job.slurm("scontrol", "requeue", job.number)
     job.wait_for_step(35)
     send(job.ranks()[:1], signal.SIGKILL)
