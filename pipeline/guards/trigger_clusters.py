@@ -69,8 +69,7 @@ class TriggerClusters(Guard):
     def learn(self, sample: Sample, device: torch.device) -> dict:
         low, high = self.choose(sample.cos_R, sample.row_R)
         found = comm.on_rank0(lambda: self.find(*(sample.features(rows, self.features) for rows in (low, high))))
-        filters = (torch.tensor(one["filter"], device=device) for one in found)
-        self.filters = [(one["features"], filter_D, one["threshold"]) for one, filter_D in zip(found, filters)]
+        self.filters = [(it["features"], torch.tensor(it["filter"], device=device), it["threshold"]) for it in found]
         self.features = tuple(dict.fromkeys(name for name, _, _ in self.filters))
         return {"triggers": [{key: one[key] for key in ("features", "pictures", "ratio", "alike")} for one in found]}
 
