@@ -144,7 +144,7 @@ def test_what_another_host_alone_lacks_is_said_by_its_first_process(capsys, monk
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(SystemExit, match="2"):
         main(["train", "nowhere.yaml"])
-    assert re.fullmatch(r"safeclip: rank 8 \S+: config nowhere.yaml: .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"safeclip: rank 8 \S+: config \S+/nowhere.yaml: .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])

@@ -78,8 +78,8 @@ def test_an_attack_that_does_not_take_undefended_is_void_in_every_row():
     for defence, seeds, text in [
         ("none", "0 1†", "void: 60.0 / 70.0 (2.0)"),
         ("dao", "0 1†", "void: 20.0 / 30.0 (2.0)"),
-        ("default", "0†", "void: 20.0 / 20.0 (2.0)"),
-        ("default", "3", "void: 20.0 / 20.0 (2.0)"),
+        ("default", "0†", "void: 20.0 / 20.0 (1.0)"),
+        ("default", "3", "void: 20.0 / 20.0 (?)"),
     ]:
         assert cells(table, defence, seeds)["blended†"] == text
     assert cells(attack_table(found), "blended†", "dao")["success"] == "20.0 void"
