@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a CLIP that was not poisoned: install, build the data, poison it, train plain CLIP and SafeCLIP with 2
 # processes, evaluate both, print one table. Writes runs/quickstart/result.json and result.png. What is finished is used
-# again; delete runs/quickstart to train anew. SEED=1 gives another seed, PRESETS="clip paper default" trains the
-# published rule too.
+# again; delete runs/quickstart to train anew. SEED=1 gives another seed, PRESETS="clip paper default" trains and
+# evaluates the published recipe too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh

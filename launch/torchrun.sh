@@ -23,7 +23,17 @@ port=${MASTER_PORT:-29500}
 meeting=(--rdzv-backend c10d --rdzv-id "$port" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:$port")
 [ "${NODES:-1}" != 1 ] || meeting=(--standalone)
 
-torchrun --nnodes "${NODES:-1}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" "${meeting[@]}" \
+export SAFECLIP_ENDS; SAFECLIP_ENDS=$(mktemp)  # how processes end that are not to be started again
+trap 'rm -f "$SAFECLIP_ENDS"' EXIT
+
+# torchrun, without its traceback when it is asked to stop.
+python -c 'import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.run import main
+try:
+    main()
+except SignalException:
+    sys.exit(75)' --nnodes "${NODES:-1}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" "${meeting[@]}" \
     -m pipeline.cli ${COMMAND:-train} "$@" &
 agent=$! stopped=
 # The agent hands SIGTERM on to its processes and waits for them.
@@ -33,4 +43,5 @@ wait $agent || code=$?
 # A signal ends `wait` at once: wait for the agent itself.
 while kill -0 $agent 2>/dev/null; do code=0; wait $agent || code=$?; done
 [ -z "$stopped" ] || [ $code = 0 ] || exit 75
-exit $code
+[ $code != 0 ] || code=$(tail -n 1 "$SAFECLIP_ENDS")
+exit "${code:-0}"

@@ -73,6 +73,16 @@ def nobody_reads() -> bool:
     return gone
 
 
+def handed_on(code: int) -> int:
+    """The exit code of this process, all others having the same. Under launch/torchrun.sh 0, and the code in a file of
+    the script: at any other code torchrun starts all processes again, which would end as before."""
+    if ends := os.environ.get("SAFECLIP_ENDS"):
+        with open(ends, "a") as file:
+            file.write(f"{code}\n")
+        return 0
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes: 0 done, 2 a user's mistake (one line on stderr), 75 asked to stop, 1 else."""
     gc.set_threshold(50_000, 20, 20)  # imports make half a million objects, none of them garbage
@@ -81,12 +91,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         with safeclip.make_context("safeclip", list(sys.argv[1:] if argv is None else argv)) as context:
             safeclip.invoke(context)
         sys.stdout.flush()
-    except click.exceptions.Exit as end:  # --help
-        sys.exit(end.exit_code)
+        handed_on(0)
+    except click.exceptions.Exit as end:  # --help, or all processes end
+        sys.exit(handed_on(end.exit_code))
     except (UserError, click.UsageError) as error:
         if says(error):
             print(f"safeclip: {logs.origin() if logs.rank() else ''}{own_words(error)}", file=sys.stderr)
-        sys.exit(2)
+        # Of several nodes perhaps only one has met it: the others have to be started again, and told so.
+        everywhere = isinstance(error, UserError) and error.everywhere or os.environ.get("GROUP_WORLD_SIZE") == "1"
+        sys.exit(handed_on(2) if everywhere else 2)
     except RunFailed as error:
         print(f"safeclip: {error}", file=sys.stderr)
         sys.exit(1)

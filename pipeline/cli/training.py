@@ -1,7 +1,5 @@
 """Commands of a run: config, doctor, train, evaluate, compare, export."""
 
-import sys
-
 import click
 
 from pipeline.cli.options import COUNT, OVERRIDES, PATH, Command
@@ -41,10 +39,10 @@ def doctor(config: str, overrides: tuple[str, ...], ranks: int | None, content: 
     found = examine(loaded, ranks, content)
     if comm.is_rank0():
         for level, about, text in found:
-            print(f"{level:8s}{about}: {text}")
+            print(f"{level:8s}{about}: {text.removeprefix(f'{about}: ')}")
     comm.shutdown()
     if any(level == "fatal" for level, *_ in found):
-        sys.exit(2)
+        raise click.exceptions.Exit(2)
 
 
 @click.command(cls=Command)
@@ -78,7 +76,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
             comm.shutdown()
     except Preempted:  # on all ranks
         comm.shutdown()
-        sys.exit(EXIT_CODE)
+        raise click.exceptions.Exit(EXIT_CODE) from None
 
 
 def tell_plan(config: str, overrides: tuple[str, ...]) -> None:
@@ -139,9 +137,9 @@ def compare(clip_run: str, safeclip_run: str, out: str) -> None:
 )
 def export(run: str, out: str, form: str) -> None:
     """Write a run's model for open_clip or transformers."""
-    from pipeline.config.load import load_config
+    from pipeline.config.load import load_run_config
     from pipeline.training.export import export_run
 
-    export_run(run, load_config(f"{run}/config.yaml"), out, form)
+    export_run(run, load_run_config(run), out, form)
     loads = f'open_clip.create_model_and_transforms("local-dir:{out}")'
     print(f"{out}: {loads if form == 'open_clip' else f'transformers.CLIPModel.from_pretrained({out!r})'}")

@@ -46,6 +46,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
+def load_run_config(run_dir: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Config of a run, with `overrides`. Raises UserError."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.exists():
+        raise UserError(f"run {run_dir}: no config.yaml in it; give a directory that `safeclip train` wrote")
+    return load_config(path, overrides)
+
+
 def make_config(values: dict, own: Mapping[str, dict] = {}) -> Config:
     """Config of a preset, `own` settings for it and `values`, each over the one before. Raises UserError."""
     preset = values.get("preset", "paper")

@@ -12,9 +12,9 @@ import torch
 from pipeline.config.data import describe, open_index
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
-from pipeline.doctor.footprint import human, measure, memory_parts
+from pipeline.doctor.footprint import how, human, measure, memory_parts
 from pipeline.training.curriculum import LOSS, Epoch, curriculum, learning_rate
-from pipeline.training.engine import stage_of_new_run, start_engine
+from pipeline.training.engine import start_engine
 from pipeline.training.flops import flops_a_view, peak_flops
 from pipeline.training.levers import apply_levers
 from pipeline.training.meter import memory_peak
@@ -33,7 +33,7 @@ def dry_run(config: Config) -> str:
     comm.init(config.run.timeout)
     config = with_precision(config)
     train, model, world = config.train, config.model.model_dump(), comm.world()
-    stage = stage_of_new_run(train, world)
+    stage = how(config, world)[0]
     index, size = open_index(config.data), measure(config)
     steps = steps_per_epoch(config, index, world)
     epochs = curriculum(train, config.selection.every, steps)
@@ -99,7 +99,7 @@ def step_seconds(config: Config, views: Views, kinds: list[str]) -> dict[str, fl
     torch.manual_seed(config.run.seed)
     towers = make_towers(config.model.model_dump())
     apply_levers(towers, config)
-    stage = stage_of_new_run(train, comm.world())
+    stage = how(config, comm.world())[0]
     engine = start_engine(towers, train.model_copy(update={"zero_stage": stage}), device)
     width = measure(config)["embed_dim"]
     queues = {name: SupportQueue(train.support_queue, width, device) for name in ("image", "text")}

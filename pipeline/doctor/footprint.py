@@ -12,8 +12,9 @@ from pipeline.distributed import comm
 from pipeline.guards import make_guards
 from pipeline.guards.features import FILTERS, SIDE
 from pipeline.guards.trigger_clusters import TriggerClusters
+from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
-from pipeline.training.engine import stage_of_new_run
+from pipeline.training.engine import stage_of_run
 from pipeline.training.model import open_clip_config
 from pipeline.training.precision import precision_here
 from pipeline.training.pretrained import make_towers
@@ -40,9 +41,10 @@ def measure(config: Config) -> dict[str, int]:
 
 
 def how(config: Config, ranks: int) -> tuple[int, bool]:
-    """(ZeRO stage, whether it is in bf16) of a new run of `ranks` processes like this one."""
+    """(ZeRO stage, whether it is in bf16) of the run of run.dir with `ranks` processes like this one."""
     train = config.train.model_copy(update={"precision": precision_here(config.train.precision)})
-    return stage_of_new_run(train, ranks), train.precision == "bf16"
+    found = checkpoint.newest_complete(config.run.dir)[0] if config.run.dir else None
+    return stage_of_run(train, ranks, checkpoint.load_state(found) if found else None), train.precision == "bf16"
 
 
 def memory_parts(config: Config, size: dict[str, int], ranks: int) -> dict[str, float]:
@@ -79,7 +81,7 @@ def check_memory(config: Config, index: ShardIndex, size: dict[str, int], ranks:
     )
     found = [("ok", "memory", text)]
     if total > SPARE * there:
-        found = [("fatal", "memory", f"{text}; take a higher train.zero_stage, more processes, or a smaller model")]
+        found = [("fatal", "memory", f"{text}; take more processes with a higher train.zero_stage, or a smaller model")]
     return found + check_host(config, index)
 
 

@@ -47,7 +47,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from pipeline.config.data import open_index, open_overlay, open_samples
-from pipeline.config.load import load_config
+from pipeline.config.load import load_run_config
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.evaluation.attack_success import TOOK
@@ -81,7 +81,7 @@ def evaluate_run(
     """
     run_dir = Path(run_dir)
     config, folder, towers = load_run(run_dir, overrides)
-    trained = load_config(run_dir / "config.yaml").data.overlay
+    trained = load_run_config(run_dir).data.overlay
     index = open_index(config.data)
     overlay = open_overlay(config.data, index)
     # Plain CLIP is its own baseline.
@@ -102,7 +102,7 @@ def evaluate_run(
         **dict.fromkeys(("clean_top1", "clean_top5", "unreadable", "retrieval", "pairs")),
         **figures,
         "linear_probe": probe(embedded, config, index),
-        "epochs": state["epoch"],
+        "epochs": min(state["epoch"], config.train.epochs),  # the first may be of two parts
         "seconds": round(state["seconds"], 1),
         "sample_views": state["sample_views"],
         **selection_figures(run_dir, config, trained, overlay, index, attacks),
@@ -179,10 +179,7 @@ def is_undefended(config: Config) -> bool:
 
 def plain_attacks(baseline: str, config: Config, overlay: Overlay | None, index: ShardIndex) -> dict:
     """The attacks of the eval.json of a run of plain CLIP on the same poison as `overlay`. Raises UserError."""
-    path = Path(baseline) / "config.yaml"
-    if not path.exists():
-        raise UserError(f"--baseline {baseline}: no config.yaml in it; name a directory that `safeclip train` wrote")
-    other = load_config(path)
+    other = load_run_config(baseline)
     if not is_undefended(other):
         mask = f" with data.mask={other.data.mask}" if other.data.mask else ""
         raise UserError(
@@ -215,9 +212,7 @@ def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     """(config, newest complete checkpoint, towers with its weights on this process's device) of a run directory. Raises
     UserError."""
     run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(f"run {run_dir}: no config.yaml in it; give a directory that `safeclip train` wrote")
-    config = load_config(run_dir / "config.yaml", overrides)
+    config = load_run_config(run_dir, overrides)
     folder, warnings = checkpoint.newest_complete(run_dir)
     if folder is None:
         raise UserError(f"run {run_dir}: no complete checkpoint in it ({'; '.join(warnings) or 'none at all'})")

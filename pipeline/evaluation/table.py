@@ -45,7 +45,7 @@ def percent(fraction: float | None) -> str:
 
 
 def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path: Path) -> None:
-    """Left: clean accuracy and attack success over epochs, of both runs. Right: safe fraction and poison fraction of
+    """Left: clean accuracy and attack success over steps, of both runs. Right: safe fraction and poison fraction of
     the safe set."""
     import matplotlib
 
@@ -56,19 +56,19 @@ def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path:
     kinds = list(result["clip"]["attacks"])
     colours = dict(zip(["clean", *kinds], ["#222222", "#d1495b", "#edae49", "#30638e", "#66a182"]))
     for axis, metrics, title in ((left, clip_metrics, "plain CLIP"), (middle, safe_metrics, "SafeCLIP")):
-        found = [(line["epoch"] + 1, line["eval"]) for line in metrics if "eval" in line]
-        clean = [(epoch, figures["clean_top1"]) for epoch, figures in found if "clean_top1" in figures]
+        found = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
+        clean = [(step, figures["clean_top1"]) for step, figures in found if "clean_top1" in figures]
         axis.plot(
-            [epoch for epoch, _ in clean],
+            [step for step, _ in clean],
             [100 * accuracy for _, accuracy in clean],
             color=colours["clean"],
             lw=2.5,
             label="clean accuracy",
         )
         for kind in kinds:
-            rates = [(epoch, figures["attacks"][kind]["success"]) for epoch, figures in found if "attacks" in figures]
+            rates = [(step, figures["attacks"][kind]["success"]) for step, figures in found if "attacks" in figures]
             axis.plot(
-                [epoch for epoch, _ in rates],
+                [step for step, _ in rates],
                 [100 * rate for _, rate in rates],
                 color=colours[kind],
                 lw=1.8,
@@ -76,13 +76,13 @@ def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path:
                 ms=3,
                 label=f"{kind} success",
             )
-        axis.set(title=title, xlabel="epoch", ylabel="% of test pictures", ylim=(-3, 103))
+        axis.set(title=title, xlabel="step", ylabel="% of test pictures", ylim=(-3, 103))
         axis.grid(alpha=0.25)
     left.legend(loc="center right", fontsize=9)
     rounds = [line for line in safe_metrics if line["stage"] == "selection"]
-    epochs = [line["epoch"] + 1 for line in rounds]
+    steps = [line["step"] for line in rounds]
     right.plot(
-        epochs,
+        steps,
         [100 * line["fraction"] for line in rounds],
         color=colours["clean"],
         lw=2.5,
@@ -91,7 +91,7 @@ def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path:
     for kind in kinds:
         fractions = result["safeclip"]["attacks"][kind]["fraction_in_safe_set"]
         right.plot(
-            epochs[: len(fractions)],  # of a run without poison there are none
+            steps[: len(fractions)],  # of a run without poison there are none
             [100 * s for s in fractions],
             color=colours[kind],
             lw=1.8,
@@ -101,13 +101,13 @@ def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path:
         )
     fractions = result["safeclip"]["poison_in_safe_set"]
     right.plot(
-        epochs[: len(fractions)],
+        steps[: len(fractions)],
         [100 * s for s in fractions],
         color="#888888",
         ls="--",
         label="poison fraction in the safe set",
     )
-    right.set(title="SafeCLIP's rounds", xlabel="before epoch", ylabel="%", ylim=(-3, 103))
+    right.set(title="SafeCLIP's rounds", xlabel="step", ylabel="%", ylim=(-3, 103))
     right.grid(alpha=0.25)
     right.legend(loc="center right", fontsize=8)
     figure.savefig(path, dpi=110)

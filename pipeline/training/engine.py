@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -34,12 +35,15 @@ SETTINGS: dict[int, dict[str, int | bool]] = {
 }
 
 
-def stage_of_new_run(train: Train, world: int) -> int:
-    """ZeRO stage at which a run of `world` processes begins. train.precision: fp32 or bf16.
+def stage_of_run(train: Train, world: int, state: Mapping | None) -> int:
+    """ZeRO stage of a run of `world` processes. train.precision: fp32 or bf16; state: of the checkpoint from which it
+    resumes, None of a new run.
 
-    A single process has nothing to share out: in fp32, stages 1 to 3 would only copy its weights and gradients. Its run
-    stays at stage 0 when it resumes with more processes.
+    A single process has nothing to share out: in fp32, stages 1 to 3 would only copy its weights and gradients. A run
+    that begins so stays at stage 0 when it resumes with more processes.
     """
+    if state:
+        return 0 if state.get("zero_stage") == 0 else train.zero_stage  # older states do not have it
     return 0 if world == 1 and train.precision == "fp32" else train.zero_stage
 
 

@@ -9,7 +9,7 @@ from pipeline.training.model import build_model, open_clip_config, picture_size
 # 1e12 operations a second of matrix products without sparsity: bfloat16, TensorFloat-32, float32 (NVIDIA's data
 # sheets). The first name that is a part of the device's name counts.
 PEAK = {
-    "B200": (2250, 1120, 75),
+    "B200": (2250, 1125, 75),
     "GH200": (989, 495, 67),
     "H200 NVL": (835, 418, 60),
     "H200": (989, 495, 67),

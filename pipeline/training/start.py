@@ -16,7 +16,7 @@ from pipeline.distributed import comm
 from pipeline.guards.excluded import Excluded
 from pipeline.training import checkpoint, weight_average
 from pipeline.training.curriculum import curriculum
-from pipeline.training.engine import stage_of_new_run, start_engine
+from pipeline.training.engine import stage_of_run, start_engine
 from pipeline.training.flops import least_seconds
 from pipeline.training.lease import Lease
 from pipeline.training.levers import apply_levers
@@ -108,14 +108,11 @@ class Run:
         config = self.config
         synonyms = synonyms_of(config)
         self.state = copy.deepcopy(FRESH) | {"data": data, "synonyms": synonyms}
-        stage, universal = stage_of_new_run(config.train, comm.world()), False
-        if found:
-            self.state |= checkpoint.load_state(found)
+        there, universal = checkpoint.load_state(found) if found else None, False
+        stage = stage_of_run(config.train, comm.world(), there)
+        if there:
+            self.state |= there
             check_synonyms(synonyms, self.state["synonyms"])
-            if self.state.get("zero_stage") != 0:  # states before this key are of runs at the config's stage
-                stage = config.train.zero_stage
-            else:
-                stage = 0
             universal = self.state["world"] != comm.world() and stage > 0
             if universal:
                 comm.on_rank0(checkpoint.to_universal, found)

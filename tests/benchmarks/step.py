@@ -67,9 +67,12 @@ class Side:
 
     def answer(self):
         try:
+            while not self.connection.poll(1):
+                if any(process.poll() is not None for process in self.ranks):
+                    raise EOFError
             return self.connection.recv()
         except EOFError:
-            raise SystemExit(f"a process died; {self.log} says why") from None
+            raise SystemExit(f"a process died; {self.log} says why, or the memory did not suffice") from None
 
     def seconds(self, skipped, timed, profile=None):
         """Of `timed` steps behind `skipped` ones."""

@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
     return made
 
 
-def launch(folder, name, **env):
-    words = ["bash", str(ROOT / "launch" / "torchrun.sh"), f"{folder}/config.yaml", f"run.dir={folder}/{name}"]
+def launch(folder, name, *words, **env):
+    words = ["bash", str(ROOT / "launch" / "torchrun.sh"), f"{folder}/config.yaml", f"run.dir={folder}/{name}", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in env.items()}}
     log = open(folder / f"{name}.log", "ab")
     return subprocess.Popen(words, env=env, stdout=log, stderr=log)
@@ -66,7 +66,7 @@ def trainers(folder, name):
             words = (place / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if f"run.dir={folder}/{name}".encode() in words and not any(b"torchrun" in word for word in words):
+        if f"run.dir={folder}/{name}".encode() in words and not any(b"torch" in word for word in words):
             found.append(int(place.name))
     return found
 
@@ -109,5 +109,15 @@ def test_a_signal_to_the_script_saves_and_the_same_command_resumes(folder):
         assert not trainers(folder, "stopped")
     said = (folder / "stopped.log").read_text()
     assert said.count("asked to stop before it began") == said.count("asked to stop; saved") == 1
+    assert "Traceback" not in said
     assert end(launch(folder, "stopped", PROCESSES=2)) == 0
     assert weights(folder, "stopped") == weights(folder, "whole")
+
+
+@pytest.mark.parametrize("words, found", [("train.lr=-1", "train.lr: got -1"), ("data.index=nowhere", "nowhere")])
+def test_a_mistake_of_the_user_is_said_once_and_not_tried_again(folder, words, found):
+    """The first is found by each rank by itself, before they know each other, the second by rank 0."""
+    name = words.partition("=")[0]
+    assert end(launch(folder, name, words, PROCESSES=2)) == 2
+    said = (folder / f"{name}.log").read_text()
+    assert said.count("safeclip:") == 1 and found in said and "Traceback" not in said

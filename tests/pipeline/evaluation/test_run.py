@@ -158,7 +158,7 @@ def test_a_baseline_is_plain_clip_on_the_same_poison(world, capsys):
     assert "train.method=safeclip" in refused(capsys, "safe", "--baseline", "safe")
     assert "data.mask=oracle" in refused(capsys, "safe", "--baseline", "filtered")
     assert "data.overlay=None, this evaluation's is attack" in refused(capsys, "safe", "--baseline", "honest")
-    assert "--baseline nowhere: no config.yaml" in refused(capsys, "safe", "--baseline", "nowhere")
+    assert "run nowhere: no config.yaml" in refused(capsys, "safe", "--baseline", "nowhere")
     shutil.copytree("attack", "moved")
     assert evaluated("safe", "data.overlay=moved", "--baseline", "plain")["attacks"]["patch"]["took"] is False
     main(["attack", "attack.yaml", "attacks.patch.size=0.4", "out=other"])  # the same rows, another trigger

@@ -15,7 +15,7 @@ from pipeline.training import checkpoint
 from pipeline.training import run as running
 from pipeline.training import step as training_step
 from pipeline.training.curriculum import curriculum
-from pipeline.training.engine import stage_of_new_run
+from pipeline.training.engine import stage_of_run
 from shards.build.shapes import shapes
 from shards.errors import RunFailed, UserError
 from tests.helpers.ranks import run_ranks
@@ -167,8 +167,11 @@ def continue_alone(folder):
 
 def test_only_a_run_of_one_process_in_fp32_changes_its_stage():
     for stage in range(4):
-        found = [stage_of_new_run(Train(zero_stage=stage, precision=p), w) for p in ("fp32", "bf16") for w in (1, 2)]
+        found = [stage_of_run(Train(zero_stage=stage, precision=p), w, None) for p in ("fp32", "bf16") for w in (1, 2)]
         assert found == [0, stage, stage, stage]
+        states = {"zero_stage": 0}, {"zero_stage": 1}, {"step": 1}
+        began = [stage_of_run(Train(zero_stage=stage), 2, state) for state in states]
+        assert began == [0, stage, stage]
 
 
 def damage(folder, how):
