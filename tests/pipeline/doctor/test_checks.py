@@ -164,6 +164,8 @@ def test_a_model_that_no_rank_can_hold_is_fatal(world):
     (level, _, text), *_ = footprint.check_memory(made, index, size, 1)
     assert level == "fatal" and "train.zero_stage" in text
     made.train.zero_stage = 3
+    assert footprint.check_memory(made, index, size, 100_000)[0][0] == "fatal"  # one process began it, at stage 0
+    made.run.dir = None
     assert footprint.check_memory(made, index, size, 100_000)[0][0] == "ok"
 
 
