@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from shards.views.loader import Batch
+from shards.views.batch import Batch
 
 
 def copied_ahead(reading: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

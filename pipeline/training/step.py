@@ -11,7 +11,7 @@ from pipeline.training.accumulation import backward_in_parts
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from pipeline.training.precision import tf32
 from pipeline.training.support_queue import SupportQueue
-from shards.views.loader import Batch
+from shards.views.batch import Batch
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -7,7 +7,7 @@ H height, W width.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -15,10 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from shards.errors import BadSample
 from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask
-from shards.samples.colour import NUMBERS, as_numbers, coloured_batch
 from shards.samples.samples import Samples
 from shards.views.augment import (
     Colour,
@@ -31,40 +29,10 @@ from shards.views.augment import (
     plain_view,
     sample_rng,
 )
+from shards.views.batch import Batch, collate
 
 Item = TypeVar("Item")
 Rows = Sequence[int] | np.ndarray
-
-
-@dataclass
-class Batch:
-    """One rank's rows of a batch. A row that could not be read is there, blank and with valid = False."""
-
-    images: torch.Tensor  # uint8 (V*B, C, H, W): all first views, then all second views
-    tokens: torch.Tensor  # int64 (V*B, L), or (T, L) with caption_of
-    valid: torch.Tensor  # bool (B,)
-    rows: torch.Tensor  # int64 (B,): number of the sample over all shards
-    bad: list[tuple[int, int, str, str]]  # shard, position, key, reason
-    colours: torch.Tensor | None = (
-        None  # float32 (V*B, P): drawn, and yet to be changed on the device (shards/samples/colour.py)
-    )
-    caption_of: torch.Tensor | None = None  # int64 (T,), ascending: the row of each caption, where rows have several
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`, and the colours changed."""
-        there = (self.images, self.tokens, self.valid, self.colours, self.caption_of)
-        images, tokens, valid, colours, caption_of = (
-            None if x is None else x.to(device, non_blocking=True) for x in there
-        )
-        if colours is not None:
-            images = coloured_batch(images, colours)
-        return Batch(images, tokens, valid, self.rows, self.bad, caption_of=caption_of)
-
-    def pin_memory(self) -> "Batch":
-        """For torch's DataLoader, which pins only what it knows: else a copy to the GPU waits for the step before."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        pinned: dict = {name: x.pin_memory() if torch.is_tensor(x) else x for name, x in found.items()}
-        return Batch(**pinned)
 
 
 @dataclass(frozen=True)
@@ -267,41 +235,3 @@ class PlainBatches(JobBatches):
     def job(self, i: int) -> PlainJob:
         row_B, caption_row_B = (np.asarray(rows, np.int64) for rows in self.batches[i])
         return PlainJob(row_B, caption_row_B, self.views.scored_as)
-
-
-def collate(
-    samples: Samples,
-    views: Views,
-    shard_B: np.ndarray,
-    position_B: np.ndarray,
-    read: Callable[[int, int, int], list[tuple]],
-    count: int,
-    drawn: bool = False,
-) -> Batch:
-    """Read every sample of a batch into `count` views; rows that fail stay, blank and invalid.
-
-    read(row, shard, position): list of (picture, captions), or of (picture, captions, Colour), which is kept where it
-    is `drawn` and not done yet; one caption where there are several views. Raises BadSample.
-    """
-    size, rows = views.size, len(shard_B)
-    images = np.zeros((count, rows, 3, size, size), np.uint8)
-    captions = [[[""] for _ in range(rows)] for _ in range(count)]
-    colours_VBP = np.zeros((count, rows, NUMBERS), np.float32) if drawn else None
-    valid, bad = np.zeros(rows, bool), []
-    for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
-        try:
-            for view, (picture, found, *colour) in enumerate(read(row, shard, position)):
-                images[view, row], captions[view][row] = picture.transpose(2, 0, 1), found
-                if drawn:
-                    colours_VBP[view, row] = as_numbers(*colour)
-            valid[row] = True
-        except BadSample as error:
-            images[:, row] = 0
-            bad.append((shard, position, samples.key(shard, position), str(error)))
-    tokens = views.tokenize([caption for view in captions for found in view for caption in found])
-    caption_of = [row for view in captions for row, found in enumerate(view) for _ in found]
-    pixels = torch.from_numpy(images.reshape(count * rows, 3, size, size))
-    numbers = torch.from_numpy(samples.index.offsets[shard_B] + position_B)
-    colours = torch.from_numpy(colours_VBP.reshape(count * rows, NUMBERS)) if drawn else None
-    several = torch.tensor(caption_of) if len(caption_of) > count * rows else None
-    return Batch(pixels, tokens, torch.from_numpy(valid), numbers, bad, colours, several)

@@ -20,7 +20,7 @@ from pipeline.training.engine import start_engine
 from pipeline.training.levers import apply_levers
 from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats
 from pipeline.training.step import train_step
-from shards.views.loader import Batch
+from shards.views.batch import Batch
 from tests.helpers.ranks import run_ranks
 
 SMALL = {

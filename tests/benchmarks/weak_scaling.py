@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats
 from pipeline.training.run import train_step
 from pipeline.training.support_queue import SupportQueue
-from shards.views.loader import Batch
+from shards.views.batch import Batch
 
 VIEWS = {"clip": 1, "unimodal": 2}
 

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.distributed import comm
 from pipeline.training.model import Towers, build_model, pixel_stats
-from shards.views.loader import Batch
+from shards.views.batch import Batch
 
 ROWS = 8
 KINDS = ("clip", "crossed", "unimodal", "match", "cleanclip")  # crossed: the CLIP loss over two views

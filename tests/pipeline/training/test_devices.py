@@ -24,7 +24,7 @@ from pipeline.training.model import Towers, build_model, param_groups, picture_s
 from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
 from shards.samples.colour import NUMBERS
-from shards.views.loader import Batch
+from shards.views.batch import Batch
 from tests.helpers.models import MODEL
 
 ROOT, ROWS, WIDTH = Path(__file__).parents[3], 4, MODEL["embed_dim"]

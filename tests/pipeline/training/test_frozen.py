@@ -18,7 +18,7 @@ from pipeline.training.support_queue import SupportQueue
 from shards.build.shapes import shapes
 from shards.order.safe_mask import SafeMask
 from shards.storage.files import write_bytes
-from shards.views.loader import Batch
+from shards.views.batch import Batch
 from tests.helpers.models import RESNET, SIGMOID, VIT
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config, cut_off, metrics

@@ -26,7 +26,8 @@ from pipeline.training.support_queue import SupportQueue
 from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
-from shards.views.loader import Batch, PlainBatches, TrainBatches
+from shards.views.batch import Batch
+from shards.views.loader import PlainBatches, TrainBatches
 from tests.helpers.models import MODEL
 from tests.helpers.ranks import run_ranks
 

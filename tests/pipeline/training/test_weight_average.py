@@ -15,7 +15,7 @@ from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.run import train, train_step
 from pipeline.training.weight_average import WeightAverage
 from shards.build.shapes import shapes
-from shards.views.loader import Batch
+from shards.views.batch import Batch
 from tests.helpers.models import VIT
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config, cut_off
