@@ -23,8 +23,7 @@ from pipeline.training.pretrained import make_towers
 from pipeline.training.start import make_views, steps_per_epoch
 from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
-from shards.views.batch import Batch
-from shards.views.loader import Views
+from shards.views.batch import Batch, Views
 
 Rows = Sequence[tuple[str, ...]]
 

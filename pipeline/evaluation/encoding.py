@@ -13,7 +13,7 @@ from shards.errors import BadSample
 from shards.samples.overlay import Trigger
 from shards.samples.samples import Samples
 from shards.views.augment import plain_view
-from shards.views.loader import Views
+from shards.views.batch import Views
 from shards.views.readers import batches
 
 Item = TypeVar("Item")

@@ -10,7 +10,7 @@ import torch
 from pipeline.distributed import comm
 from pipeline.safety.scoring import batches_of, embed
 from shards.samples.samples import Samples
-from shards.views.loader import Views
+from shards.views.batch import Views
 
 
 def choose(samples: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,8 +13,8 @@ from pipeline.distributed import comm, hosts
 from pipeline.safety.score_files import ScoreFiles, Unread
 from shards.samples.samples import Samples
 from shards.storage.prefetch import fetched_ahead
-from shards.views.batch import Batch
-from shards.views.loader import PlainBatches, Rows, Views
+from shards.views.batch import Batch, Views
+from shards.views.loader import PlainBatches, Rows
 from shards.views.readers import Readers, batches
 
 NO_ROWS = np.zeros(0, np.int64)

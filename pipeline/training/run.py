@@ -30,7 +30,8 @@ from pipeline.training.start import Run
 from pipeline.training.step import train_step
 from shards.errors import RunFailed
 from shards.storage.prefetch import fetched_ahead
-from shards.views.loader import TrainBatches, Views
+from shards.views.batch import Views
+from shards.views.loader import TrainBatches
 
 logger = logging.getLogger(__name__)
 

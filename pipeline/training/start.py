@@ -32,8 +32,8 @@ from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.order.safe_mask import SafeMask, fingerprint
 from shards.samples.bad_samples import PARTS, BadSamplesFiles
+from shards.views.batch import View, Views
 from shards.views.eda import Eda, synonym_source
-from shards.views.loader import View, Views
 from shards.views.readers import Readers
 
 logger = logging.getLogger(__name__)

@@ -1,20 +1,21 @@
-"""A batch of pairs, and how it is read."""
+"""The views of a pair, and a batch of pairs.
+
+Legend: B rows of this rank, V views, L tokens, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
 from shards.errors import BadSample
 from shards.samples.colour import NUMBERS, as_numbers, coloured_batch
 from shards.samples.samples import Samples
-
-if TYPE_CHECKING:
-    from shards.views.loader import Views
+from shards.views.augment import Colour, ImageAugment, drawn_view, plain_view, sample_rng
 
 
 @dataclass
@@ -44,6 +45,50 @@ class Batch:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         pinned: dict = {name: x.pin_memory() if torch.is_tensor(x) else x for name, x in found.items()}
         return Batch(**pinned)
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view of a sample is drawn. augment: None for the picture as it is; eda: (caption, rng) -> caption, None
+    for the caption as it is."""
+
+    augment: ImageAugment | None = None
+    eda: Callable[[str, np.random.Generator], str] | None = None
+
+    @property
+    def crop_min(self) -> float:
+        return self.augment.crop_min if self.augment else 1.0
+
+    def picture(
+        self, image: Image.Image | np.ndarray, size: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Colour]:
+        """(uint8 (size, size, 3), Colour): colours are drawn, and not changed yet."""
+        if self.augment is None:
+            return plain_view(image, size), Colour([], False, 0.0)
+        return drawn_view(image, size, rng, self.augment)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How samples become rows: picture size in pixels, tokenizer (-> (N, L) int64), and the views that each
+    loss takes."""
+
+    size: int
+    tokenize: Callable[[list[str]], torch.Tensor]
+    of: dict[str, tuple[View, ...]]  # by loss
+    on_device: bool = False  # the colours are changed where the batch goes to, not where it is read
+    eda_once: bool = False  # a caption's variants are drawn once for the whole run, not in every epoch
+    scored_as: tuple[int, int] | None = (
+        None  # (seed, epoch): pairs are scored by an augmented view, the first of the CLIP loss; None: as they are
+    )
+
+    def caption(
+        self, view: View, number: int, caption: str, rng: np.random.Generator, seed: int, shard: int, position: int
+    ) -> str:
+        """The caption of view `number` (from 1)."""
+        if view.eda is None:
+            return caption
+        return view.eda(caption, sample_rng(seed, "run", shard, position, number) if self.eda_once else rng)
 
 
 def collate(

@@ -1,82 +1,25 @@
 """Batches: plan + reader + decode + augment, in the worker processes of torch's DataLoader.
 
 A batch is a pure function of its number, so any number of workers gives the same batches in the same order, and
-starting at batch k reads nothing of the batches before it. Legend: B rows of this rank, V views, L tokens, C channels,
-H height, W width.
+starting at batch k reads nothing of the batches before it. Legend: B rows of this rank.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
-from shards.views.augment import (
-    Colour,
-    ImageAugment,
-    coloured,
-    drawn_view,
-    for_views,
-    image_view,
-    least_side,
-    plain_view,
-    sample_rng,
-)
-from shards.views.batch import Batch, collate
+from shards.views.augment import coloured, for_views, image_view, least_side, plain_view, sample_rng
+from shards.views.batch import Batch, View, Views, collate
 
 Item = TypeVar("Item")
 Rows = Sequence[int] | np.ndarray
-
-
-@dataclass(frozen=True)
-class View:
-    """How one view of a sample is drawn. augment: None for the picture as it is; eda: (caption, rng) -> caption, None
-    for the caption as it is."""
-
-    augment: ImageAugment | None = None
-    eda: Callable[[str, np.random.Generator], str] | None = None
-
-    @property
-    def crop_min(self) -> float:
-        return self.augment.crop_min if self.augment else 1.0
-
-    def picture(
-        self, image: Image.Image | np.ndarray, size: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, Colour]:
-        """(uint8 (size, size, 3), Colour): colours are drawn, and not changed yet."""
-        if self.augment is None:
-            return plain_view(image, size), Colour([], False, 0.0)
-        return drawn_view(image, size, rng, self.augment)
-
-
-@dataclass(frozen=True)
-class Views:
-    """How samples become rows: picture size in pixels, tokenizer (-> (N, L) int64), and the views that each
-    loss takes."""
-
-    size: int
-    tokenize: Callable[[list[str]], torch.Tensor]
-    of: dict[str, tuple[View, ...]]  # by loss
-    on_device: bool = False  # the colours are changed where the batch goes to, not where it is read
-    eda_once: bool = False  # a caption's variants are drawn once for the whole run, not in every epoch
-    scored_as: tuple[int, int] | None = (
-        None  # (seed, epoch): pairs are scored by an augmented view, the first of the CLIP loss; None: as they are
-    )
-
-    def caption(
-        self, view: View, number: int, caption: str, rng: np.random.Generator, seed: int, shard: int, position: int
-    ) -> str:
-        """The caption of view `number` (from 1)."""
-        if view.eda is None:
-            return caption
-        return view.eda(caption, sample_rng(seed, "run", shard, position, number) if self.eda_once else rng)
 
 
 class TrainStep(Protocol):

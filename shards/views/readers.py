@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shards.samples.samples import Samples
-from shards.views.batch import Batch
-from shards.views.loader import JobBatches, PlainJob, TrainJob, Views
+from shards.views.batch import Batch, Views
+from shards.views.loader import JobBatches, PlainJob, TrainJob
 
 Item = TypeVar("Item")
 InWorker = Callable[[int], None]

@@ -33,7 +33,8 @@ from shards.index.shard_index import ShardIndex
 from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
-from shards.views.loader import TrainBatches, View, Views
+from shards.views.batch import View, Views
+from shards.views.loader import TrainBatches
 from shards.views.readers import batches
 from tests.benchmarks.loader_data import data_sets
 from tests.benchmarks.loader_sides import STREAMS, WINDOW, our_augment

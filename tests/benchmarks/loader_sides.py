@@ -37,7 +37,8 @@ def ours(folder, size, colour, workers, batch, pairs):
     from shards.index.shard_index import ShardIndex
     from shards.order.plan import EpochPlan
     from shards.samples.samples import Samples
-    from shards.views.loader import TrainBatches, View, Views
+    from shards.views.batch import View, Views
+    from shards.views.loader import TrainBatches
     from shards.views.readers import batches
 
     index = ShardIndex.load(Path(folder) / "index")

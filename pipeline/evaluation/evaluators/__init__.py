@@ -16,7 +16,7 @@ from pipeline.evaluation.held_out import Embedded, HeldOut
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
-from shards.views.loader import Views
+from shards.views.batch import Views
 
 REGISTRY: dict[str, type[Evaluator]] = {kind.name: kind for kind in (Loss, Retrieval, ZeroShot, Attacks)}
 

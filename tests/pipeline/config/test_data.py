@@ -16,7 +16,8 @@ from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
 from shards.index.shard_list import ShardList
 from shards.order.safe_mask import SavedMask
-from shards.views.loader import PlainBatches, Views
+from shards.views.batch import Views
+from shards.views.loader import PlainBatches
 from shards.views.readers import batches
 from tests.helpers.saved_masks import cosines
 

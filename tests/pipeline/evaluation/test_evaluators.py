@@ -18,7 +18,7 @@ from pipeline.training.model import Towers, build_model, pixel_stats, tokenizer_
 from shards.build.shapes import shapes
 from shards.errors import UserError
 from shards.index.build_index import build_index
-from shards.views.loader import Views
+from shards.views.batch import Views
 from tests.helpers.models import MODEL
 from tests.helpers.pictures import picture
 from tests.helpers.ranks import run_ranks

@@ -15,7 +15,8 @@ from shards.index.build_index import build_index
 from shards.order.plan import EpochPlan
 from shards.samples.samples import Samples
 from shards.storage.captions import MAX_CAPTIONS, MAX_TRIED, json_texts, usable
-from shards.views.loader import PlainBatches, TrainBatches, View, Views
+from shards.views.batch import View, Views
+from shards.views.loader import PlainBatches, TrainBatches
 from tests.helpers.pictures import picture
 from tests.helpers.tars import write_tar
 

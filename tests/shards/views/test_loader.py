@@ -11,8 +11,9 @@ from shards.order.plan import EpochPlan
 from shards.samples import samples as samples_module
 from shards.samples.samples import Samples
 from shards.views.augment import ImageAugment
+from shards.views.batch import View, Views
 from shards.views.eda import Eda
-from shards.views.loader import PlainBatches, TrainBatches, View, Views
+from shards.views.loader import PlainBatches, TrainBatches
 from shards.views.readers import batches
 
 COUNT, SIZE = 40, 4

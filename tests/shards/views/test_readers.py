@@ -14,7 +14,8 @@ from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
 from shards.views.augment import ImageAugment
-from shards.views.loader import PlainBatches, TrainBatches, View, Views
+from shards.views.batch import View, Views
+from shards.views.loader import PlainBatches, TrainBatches
 from shards.views.readers import Readers, batches
 
 COUNT = 40
