@@ -12,6 +12,7 @@ from pipeline.evaluation.comparison.rows import GroupRows, counted, groups_of, m
 from pipeline.evaluation.comparison.sets import RATE
 from pipeline.evaluation.comparison.table import (
     attack_table,
+    excess_table,
     knowledge_table,
     main_table,
     rate_table,
@@ -80,6 +81,8 @@ def section(name: str, groups: list[GroupRows]) -> list[str]:
     """Parts about one set. groups: its own."""
     parts = [f"## {name}\n"] if groups else []
     parts += [table for chosen in (True, False) if (table := summary_table(groups, chosen))]
+    if table := excess_table(groups):
+        parts += [f"Success above that of models of the same seed that never saw poison:\n\n{table}\n"]
     parts += mixtures([row for one in groups for row in (*one.poisoned, *one.controls)])
     for one in groups:
         parts += [f"### {name}, group {one.group}\n", main_table(one) + "\n"]

@@ -68,6 +68,35 @@ def summary_table(groups: list[GroupRows], chosen: bool) -> str:
     return f"Groups together, over the runs that all these defences have ({where}):\n\n{markdown(head, lines)}\n"
 
 
+def excess_table(groups: list[GroupRows]) -> str:
+    """Success above the rate of plain CLIP of the same seed that never saw poison, over the attacks that take: mean
+    over attacks and seeds, the largest means of an attack, and the worst run. groups: of one set."""
+    head = ["defence", "seeds", "attacks", "mean", "three worst attacks", "worst run"]
+    lines = []
+    for defence, chosen in ((name, chosen) for name in DEFENCES for chosen in (True, False)):
+        rows = [(one, row) for one in groups for row in one.of(defence, chosen)]
+        above: dict[str, dict[int, float]] = {}  # {attack: {seed: fraction}}
+        for one, row in rows:
+            for attack in (name for name in row["attacks"] if one.void(name) is False):
+                never = one.unpoisoned(attack, [row])
+                if never is not None:
+                    success = row["attacks"][attack]["success"]
+                    above.setdefault(f"{one.group} {one.title(attack)}", {})[row["seed"]] = success - never
+        if above:
+            seeds = {seed for found in above.values() for seed in found}
+            by_seed = [mean(found.get(seed) for found in above.values()) for seed in seeds]
+            by_attack = sorted(((mean(found.values()), name) for name, found in above.items()), reverse=True)
+            worst = max(
+                (value, f"{name}, seed {seed}") for name, found in above.items() for seed, value in found.items()
+            )
+            cells = [runs([row for _, row in rows if row["seed"] in seeds])[0], str(len(above)), with_interval(by_seed)]
+            cells += [
+                "; ".join(f"{percent(value)} {name}" for value, name in several) for several in (by_attack[:3], [worst])
+            ]
+            lines.append([defence, *cells])
+    return markdown(head, lines) if lines else ""
+
+
 def knowledge_table(found: GroupRows) -> str:
     """What the models know, and what they cost beside plain CLIP on the same poison."""
     recall = [
@@ -184,9 +213,9 @@ def with_interval(values: list[float | None]) -> str:
     if len(known) < 2:
         return f"{known[0]:.1f}" if len(known) else ""
     half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5
-    return f"{known.mean():.1f} ± {half:.1f}"
+    return f"{percent(known.mean() / 100)} ± {half:.1f}"
 
 
 def percent(fraction: float | None) -> str:
     """ "12.3", "?" of None."""
-    return "?" if fraction is None else f"{100 * fraction:.1f}"
+    return "?" if fraction is None else f"{round(100 * fraction, 1) + 0.0:.1f}"  # no -0.0

@@ -12,6 +12,7 @@ from pipeline.evaluation.comparison.results import append_result
 from pipeline.evaluation.comparison.rows import GroupRows, counted, groups_of, mixtures
 from pipeline.evaluation.comparison.table import (
     attack_table,
+    excess_table,
     knowledge_table,
     main_table,
     rate_table,
@@ -85,6 +86,22 @@ def test_an_attack_that_does_not_take_undefended_is_void_in_every_row():
     assert cells(attack_table(found), "blended†", "dao")["success"] == "20.0 void"
     undefended_missing = main_table(group(rows=[r for r in ROWS if r["defence"] != "none"]))
     assert cells(undefended_missing, "dao")["badnets†"] == "4.0 / 6.0 (?), undefended not run"
+
+
+def test_excess_is_above_the_model_of_the_same_seed_and_of_attacks_that_take():
+    """blended does not take; on badnets dao is at 2 and 6 %, models that never saw poison are at 3 and 5 %."""
+    table = excess_table([group()])
+    dao = cells(table, "dao")
+    half = stats.t.ppf(0.975, 1) * np.std([-1, 1], ddof=1) / 2**0.5
+    assert dao == {
+        "defence": "dao",
+        "seeds": "0 1†",
+        "attacks": "1",
+        "mean": f"0.0 ± {half:.1f}",
+        "three worst attacks": "0.0 a badnets†",
+        "worst run": "1.0 a badnets†, seed 1",
+    }
+    assert "| 3 |" not in table  # no model of that seed that never saw poison
 
 
 def test_what_rules_may_be_chosen_on_is_marked():
