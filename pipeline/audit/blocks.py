@@ -62,11 +62,11 @@ def places(ordered_U: np.ndarray, value_B: np.ndarray, side: Literal["left", "ri
     return place_B
 
 
-def counts_below(score_N: np.ndarray, value_M: np.ndarray) -> np.ndarray:
-    """int64 (M,): how many scores are below each value; NaN is below none."""
+def counts_up_to(score_N: np.ndarray, value_M: np.ndarray) -> np.ndarray:
+    """int64 (M,): how many scores are at most each value; NaN is none of them."""
     ordered_M = np.sort(value_M)
     count_M = np.zeros(len(value_M) + 1, np.int64)
     for part in blocks(len(score_N)):
         there_B = score_N[part][~np.isnan(score_N[part])]
-        count_M += np.bincount(np.searchsorted(ordered_M, there_B, "right"), minlength=len(count_M))
+        count_M += np.bincount(np.searchsorted(ordered_M, there_B), minlength=len(count_M))
     return np.cumsum(count_M)[np.searchsorted(ordered_M, value_M)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from pipeline.audit.blocks import counts_below
+from pipeline.audit.blocks import counts_up_to
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors import REGISTRY, Finding
 from pipeline.audit.detectors.neighbourhood import unit
@@ -53,12 +53,13 @@ class Items:
         return items
 
     def ranks(self) -> dict[str, list[float | None]]:
-        """{detector: of each pair the fraction of pairs that it scores lower, None where it does not judge it}."""
+        """{detector: of each pair the fraction of the others that it scores at most as high, None where it does not
+        judge it}. A detector that has nothing to say of many pairs gives them one score, and ranks none of them low."""
         ranks: dict[str, list[float | None]] = {}
         for name, finding in self.found.items():
             if REGISTRY[name].ranks:
                 score_M, judged = (finding.score_N[self.rows], np.count_nonzero(~np.isnan(finding.score_N)))
-                rank_M = counts_below(finding.score_N, score_M) / max(1, judged)
+                rank_M = (counts_up_to(finding.score_N, score_M) - 1) / max(1, judged)
                 ranks[name] = [None if np.isnan(s) else round(r, 5) for s, r in zip(score_M, rank_M.tolist())]
         return ranks
 

@@ -16,8 +16,9 @@ from PIL import Image
 
 from pipeline.audit.apply import apply_mask
 from pipeline.audit.audit import audit
-from pipeline.audit.detectors import REGISTRY, neighbourhood
+from pipeline.audit.detectors import REGISTRY, Finding, neighbourhood
 from pipeline.audit.report import cosine_histogram, render
+from pipeline.audit.report_items import Items
 from pipeline.audit.report_map import SIDE, places
 from pipeline.audit.score import score
 from shards.errors import UserError
@@ -374,3 +375,12 @@ def test_a_wrong_review_is_named_by_its_line(audited, tmp_path, line, words):
 def test_render_refuses_what_is_no_number():
     with pytest.raises(ValueError):
         render({"x": float("nan")})
+
+
+def test_a_detector_that_gives_all_pairs_one_score_ranks_none_low():
+    """Else it would be named as the reason of any suspect."""
+    first, second = [name for name, one in REGISTRY.items() if one.ranks][:2]
+    score_N, flag_N = np.array([3, 1, 2], np.float32), np.zeros(3, bool)
+    items = Items(None, {first: Finding(score_N, flag_N), second: Finding(np.ones(3, np.float32), flag_N)})
+    items.rows = [0, 1, 2]
+    assert items.ranks() == {first: [0.66667, 0.0, 0.33333], second: [0.66667] * 3}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata
 
 from pipeline.audit import blocks as blocks_module
-from pipeline.audit.blocks import blocks, counts_below, lowest_flags, order_fractions, places, worst_rows
+from pipeline.audit.blocks import blocks, counts_up_to, lowest_flags, order_fractions, places, worst_rows
 from pipeline.audit.findings import lowest_sum, mean_log_rank
 from pipeline.audit.hash_groups import repeated
 from pipeline.audit.notes import Notes
@@ -61,7 +61,7 @@ def test_ranks_are_those_of_whole_arrays(scores, size):
     expected_N[there[np.argsort(score_N[there], kind="stable")]] = np.arange(len(there)) / max(1, len(score_N))
     np.testing.assert_array_equal(order_fractions(score_N), expected_N)
     known_N = score_N[there]
-    assert counts_below(score_N, known_N).tolist() == [int((known_N < value).sum()) for value in known_N]
+    assert counts_up_to(score_N, known_N).tolist() == [int((known_N <= value).sum()) for value in known_N]
     ordered = np.sort(known_N)
     for side in ("left", "right"):
         assert places(ordered, score_N[there], side).tolist() == np.searchsorted(ordered, known_N, side).tolist()
