@@ -1,6 +1,11 @@
 """What makes a step of training cheaper and leaves the model what it is: the weights have the same names and shapes."""
 
+import os
+import shutil
+from importlib.util import find_spec
+
 import open_clip
+import torch
 from timm.layers import PatchDropout
 from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 from torch import nn
@@ -22,6 +27,7 @@ def apply_levers(towers: Towers, config: Config) -> None:
     if train.checkpoint_activations:
         checkpoint_activations(towers.clip)
     if train.compile:
+        check_compiler(comm.device())
         compile_towers(towers.clip, train.zero_stage)
 
 
@@ -51,6 +57,13 @@ def checkpoint_activations(clip: open_clip.CLIP) -> None:
             f"train.checkpoint_activations: the image tower is a {name}, which has batch norm or no such blocks; "
             "set train.checkpoint_activations=false, or take a vision transformer such as ViT-B-32"
         )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile would find no compiler in the first step."""
+    name = "Triton" if device.type == "cuda" else os.environ.get("CXX", "g++")
+    if not (find_spec("triton") if device.type == "cuda" else shutil.which(name)):
+        raise UserError(f"train.compile: {name} was not found; install it, or set train.compile=false")
 
 
 def compile_towers(clip: open_clip.CLIP, zero_stage: int, backend: str = "inductor") -> None:

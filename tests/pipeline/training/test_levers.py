@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from pipeline.config.load import make_config, to_yaml
 from pipeline.config.schema import Train
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
+from pipeline.training import levers
 from pipeline.training.garbage import EVERY, collected_at_fixed_steps
-from pipeline.training.levers import apply_levers, checkpoint_activations, compile_towers, drop_patches
+from pipeline.training.levers import apply_levers, check_compiler, checkpoint_activations, compile_towers, drop_patches
 from pipeline.training.precision import tf32, with_precision
 from pipeline.training.run_dir import check_config
 from pipeline.training.step import step_loss, train_step
@@ -111,6 +113,17 @@ def test_what_a_model_cannot_do_is_refused_by_name():
             checkpoint_activations(towers(config).clip)
     with pytest.raises(UserError, match="train.compile: .* train.zero_stage 3"):
         compile_towers(towers(VIT).clip, 3)
+
+
+def test_a_compiler_that_is_lacking_is_named_before_the_run_begins(monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)
+    check_compiler(torch.device("cpu"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="train.compile: no-such-compiler was not found"):
+        check_compiler(torch.device("cpu"))
+    monkeypatch.setattr(levers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="train.compile: Triton was not found"):
+        check_compiler(torch.device("cuda"))
 
 
 def test_levers_are_off_by_default_and_change_no_hash_of_a_run():
