@@ -22,6 +22,7 @@ DIRTY = {
     "sig": {},
     "wanet": {},
     "colour_filter": {},
+    "transform": {"change": "grey"},
     "caption_adaptive": {"trigger": PATCH},
     "multi_trigger": {"triggers": [PATCH, {"pattern": "sinusoid"}]},
 }

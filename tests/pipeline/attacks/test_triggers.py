@@ -1,6 +1,7 @@
 """Triggers: each by its paper's formula, at any picture size, and the same in a picture whenever it is read."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pipeline.attacks.badnets import Patch
 from pipeline.attacks.blended import Blend
 from pipeline.attacks.colour_filter import ToneCurve
 from pipeline.attacks.sig import Sinusoid
+from pipeline.attacks.transform import CHANGES, Transformation
 from pipeline.attacks.wanet import Warp
 from shards.views.augment import plain_view
 
@@ -27,6 +29,7 @@ PLAIN = [
     {"pattern": "warp", "variants": 2},
     {"pattern": "tone_curve", "variants": 2},
     {"pattern": "several", "triggers": SEVERAL},
+    *({"pattern": "transformation", "change": change} for change in CHANGES),
 ]
 samples = st.tuples(st.integers(0, 2**40), st.integers(0, 2**40))
 
@@ -151,6 +154,21 @@ def test_a_colour_filter_is_a_gamma_for_each_channel(strength, seed):
             <= 0.51
         )
     assert strength < 0.05 or sorted(gammas) == [-1, 0, 1]
+
+
+def test_transformations_are_what_their_names_say():
+    image = noise(24, 32)
+    found = {change: numbers(Transformation(change=change).apply(image, (0, 1))) for change in CHANGES}
+    pixels = numbers(image)
+    np.testing.assert_array_equal(found["flip"], pixels[::-1])
+    np.testing.assert_array_equal(found["swap"], pixels[..., ::-1])
+    assert (found["grey"] == found["grey"][..., :1]).all()
+    np.testing.assert_array_equal(found["posterize"], pixels // 64 * 64)
+    assert len(np.unique(found["pixelate"].reshape(-1, 3), axis=0)) == 64
+    assert found["contrast"].std() < 0.5 * pixels.std() and found["blur"].std() < 0.7 * pixels.std()
+    assert (found["rotate"][0, 0] == 0).all() and (found["vignette"][[0, -1], [0, -1]] == 0).all()
+    np.testing.assert_array_equal(found["vignette"][16, 12], pixels[16, 12])
+    assert set(CHANGES) == set(get_args(Transformation.model_fields["change"].annotation))
 
 
 def test_of_several_triggers_each_picture_shows_one():
