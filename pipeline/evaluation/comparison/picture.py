@@ -21,8 +21,9 @@ MARKERS = {**dict(zip(DEFENCES, "os^v<>DPX*hp8d", strict=True)), NEVER: "x"}
 
 
 def draw(groups: list[GroupRows], path: Path) -> None:
-    """A line of panels for each set, a panel for each of its groups: of each defence the mean success
-    of the attacks that take undefended, large, and each attack, small."""
+    """A line of panels for each set, a panel for each of its groups: of each defence the mean success of the attacks
+    that take undefended, large, and each attack, small. Groups of which none takes are left out, or else all stay."""
+    groups = [one for one in groups if not all(map(one.void, one.attacks))] or groups
     names = list(dict.fromkeys(one.name for one in groups))
     columns = max(sum(one.name == name for one in groups) for name in names)
     size = (4.4 * columns + 2, 4.2 * len(names))
