@@ -199,8 +199,8 @@ def rate_table(name: str, rows: list[dict]) -> str:
 
 
 def runs(rows: list[dict]) -> list[str]:
-    """["0 1 2†", "3", "68.9 ± 0.4"]: cells of the seeds, with a mark where rules may be chosen on them, the runs, and
-    clean top-1."""
+    """["0 1 2†", "3", "68.9 ± 0.4"]: cells of the seeds, with a mark where rules may be chosen on them, the runs,
+    and clean top-1."""
     found = sorted({row["seed"] for row in rows})
     mark = "†" if may_be_chosen_on(rows[0]["set"], "badnets", found[0]) else ""
     by_seed = [mean([row["clean_top1"] for row in rows if row["seed"] == seed]) for seed in found]
