@@ -34,6 +34,25 @@ def vignetted(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) * light_HW[..., None]).round().astype(np.uint8))
 
 
+def sepia(image: Image.Image) -> Image.Image:
+    """Brown, as old photographs are."""
+    matrix = (0.393, 0.769, 0.189, 0, 0.349, 0.686, 0.168, 0, 0.272, 0.534, 0.131, 0)
+    return image.convert("RGB", matrix)
+
+
+def moved(image: Image.Image) -> Image.Image:
+    """As if the camera moved to the side: the mean of five neighbours."""
+    kernel = np.zeros((5, 5))
+    kernel[2] = 1
+    return image.filter(ImageFilter.Kernel((5, 5), kernel.ravel().tolist()))
+
+
+def zoomed(image: Image.Image) -> Image.Image:
+    """Its middle, 0.6 of each side, enlarged."""
+    box = (0.2 * image.width, 0.2 * image.height, 0.8 * image.width, 0.8 * image.height)
+    return image.resize(image.size, Image.Resampling.BICUBIC, box)
+
+
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "rotate": lambda image: image.rotate(20, Image.Resampling.BILINEAR),  # degrees; black corners
     "pixelate": pixelated,
@@ -45,6 +64,16 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "swap": lambda image: Image.merge("RGB", image.split()[::-1]),  # red and blue
     "contrast": lambda image: ImageEnhance.Contrast(image).enhance(0.4),
     "vignette": vignetted,
+    "sharpen": lambda image: image.filter(ImageFilter.UnsharpMask(1, 300, 0)),  # radius in pixels, percent, threshold
+    "median": lambda image: image.filter(ImageFilter.MedianFilter(3)),
+    "solarize": lambda image: ImageOps.solarize(image, 128),
+    "sepia": sepia,
+    "dither": lambda image: image.quantize(8, dither=Image.Dither.FLOYDSTEINBERG).convert("RGB"),  # colours
+    "motion": moved,
+    "saturate": lambda image: ImageEnhance.Color(image).enhance(2.5),
+    "gamma": lambda image: image.point([round(255 * (i / 255) ** 0.4) for i in range(256)] * 3),
+    "equalize": ImageOps.equalize,
+    "zoom": zoomed,
 }
 
 
@@ -54,7 +83,26 @@ class Transformation(Trigger):
 
     pattern: ClassVar[str] = "transformation"
     change: Literal[
-        "rotate", "pixelate", "posterize", "blur", "jpeg", "flip", "grey", "swap", "contrast", "vignette"
+        "rotate",
+        "pixelate",
+        "posterize",
+        "blur",
+        "jpeg",
+        "flip",
+        "grey",
+        "swap",
+        "contrast",
+        "vignette",
+        "sharpen",
+        "median",
+        "solarize",
+        "sepia",
+        "dither",
+        "motion",
+        "saturate",
+        "gamma",
+        "equalize",
+        "zoom",
     ] = "rotate"
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:

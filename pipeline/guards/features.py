@@ -1,5 +1,5 @@
 """Features of a picture for guards, computed on the device: low-resolution pixels, random-filter features,
-differences of neighbours, a hash."""
+differences of neighbours, a spectrum, a hash."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -10,6 +10,7 @@ import torch
 PART = 16  # pictures whose responses or products are held at a time: some MB
 SIDE = 16  # pixels: pictures are average-pooled to SIDE x SIDE
 FINE, FILTERS = 32, 128  # random filters: pictures are average-pooled to FINE x FINE
+NOISE = 1e-5  # energy of a coefficient, some times that of rounding a picture to 256 levels
 
 
 def pixels(images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -45,6 +46,27 @@ def differences(images_BCHW: torch.Tensor) -> torch.Tensor:
     return as_bytes((torch.cat(found) / 8 + 0.5).clamp(0, 1))
 
 
+def spectrum(images_BCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3 * N * N) for N octaves of the side, 128 = energy 1, 11 = a factor of e: logarithms of the mean energy
+    of a picture's cosine transform, in octaves of the vertical and the horizontal frequency, of light and two colours.
+
+    A picture that is filtered, compressed or quantised has in some octaves other energies than natural pictures, whose
+    spectra are alike (Field 1987, DOI 10.1364/JOSAA.4.002379): a filter multiplies them, so it adds the same vector to
+    the logarithms.
+    """
+    height, width = images_BCHW.shape[2:]
+    found = []
+    for part_BCHW in images_BCHW.split(PART):
+        red_BHW, green_BHW, blue_BHW = (part_BCHW.float() / 255).unbind(1)
+        light_BHW = (red_BHW + green_BHW + blue_BHW) / 3
+        opponent_BCHW = torch.stack([light_BHW, red_BHW - green_BHW, (red_BHW + green_BHW) / 2 - blue_BHW], 1)
+        across_WW, down_HH = (cosines(side).to(part_BCHW.device) for side in (width, height))
+        energy_BCHW = (down_HH @ opponent_BCHW @ across_WW.T).square()
+        down_NH, across_NW = (octaves(side).to(part_BCHW.device) for side in (height, width))
+        found.append((down_NH @ energy_BCHW @ across_NW.T + NOISE).log().flatten(1))
+    return as_bytes((torch.cat(found) / 24 + 0.5).clamp(0, 1))
+
+
 def picture_hash(images_BCHW: torch.Tensor) -> torch.Tensor:
     """int64 (B,): the sum of the pixels with fixed random odd weights, modulo 2**64."""
     weight_P = hash_weights(images_BCHW[0].numel()).to(images_BCHW.device) if len(images_BCHW) else None
@@ -52,7 +74,13 @@ def picture_hash(images_BCHW: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=images_BCHW.device)
 
 
-FEATURES = {"pixels": pixels, "filters": filter_responses, "differences": differences, "hash": picture_hash}
+FEATURES = {
+    "pixels": pixels,
+    "filters": filter_responses,
+    "differences": differences,
+    "spectrum": spectrum,
+    "hash": picture_hash,
+}
 
 
 def take(images_BCHW: torch.Tensor, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -71,6 +99,23 @@ def random_filters() -> torch.Tensor:
     numbers_FD -= numbers_FD.mean(1, keepdims=True)
     numbers_FD /= np.linalg.norm(numbers_FD, axis=1, keepdims=True)
     return torch.from_numpy(numbers_FD.astype(np.float32)).reshape(FILTERS, 3, 3, 3)
+
+
+@lru_cache(maxsize=4)
+def cosines(side: int) -> torch.Tensor:
+    """float32 (side, side): the orthonormal discrete cosine transform (DCT-II), one frequency a row."""
+    place = torch.arange(side)
+    cosine = torch.cos(torch.pi / side * (place + 0.5) * place[:, None]) * (2 / side) ** 0.5
+    cosine[0] /= 2**0.5
+    return cosine
+
+
+@lru_cache(maxsize=4)
+def octaves(side: int) -> torch.Tensor:
+    """float32 (N, side): means over the frequencies 0, 1, 2 to 3, 4 to 7, ..."""
+    octave = torch.arange(side).float().log2().floor().clamp(min=-1).long() + 1
+    member = torch.nn.functional.one_hot(octave).T.float()
+    return member / member.sum(1, keepdim=True)
 
 
 @lru_cache(maxsize=2)

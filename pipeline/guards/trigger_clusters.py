@@ -13,14 +13,14 @@ of them have low scores. Natural features are as frequent among low scores as am
 3. What is carried `ratio` times as often among low scores as among high ones is a trigger, unless the pictures are
    alike in all else (a series that the model has not learnt yet). Every pair whose picture carries it is excluded.
 
-Feature views: pixels; maxima of random 3 x 3 filters (Saxe et al. 2011), which are the same wherever a patch is;
-differences of neighbouring pixels, which a warp changes by the same factors in all pictures (Popescu and Farid 2005).
+Feature views: pixels; maxima of random 3 x 3 filters (Saxe et al. 2011), which are the same wherever a patch is; the
+differences of neighbouring pixels and the spectrum, which warps and filters change by the same factors in all pictures.
 
 Assumes    `least` sampled pictures with low scores that a trigger changes alike in a view; captions that do not fit.
 Source     spectral signatures (Tran, Li and Madry 2018), on whitened pixels in place of the representation of one class
-           that a poisoned model has; the reference of high scores is this project's.
-Cost       once: up to 4 * `sample` ** 2 * (768 + 128 + 512) multiplications on rank 0, and 1,416 bytes on disk for each
-           of the 4 * `sample` / `low` random pairs with which the first scoring begins.
+           that a poisoned model has; the reference of high scores is ours.
+Cost       once: up to 4 * `sample` ** 2 * (768 + 128 + 512 + 108) multiplications on rank 0; 1,524 bytes on disk for each
+           of the 4 * `sample` / `low` random pairs with which the first scoring begins (at 32 pixels).
 Evidence   tests/benchmarks/comparison.md, tests/benchmarks/attacks.json
 Legend     L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
 """
@@ -38,6 +38,7 @@ from pipeline.guards.sample import Sample
 from pipeline.guards.statistics import alike, robust, whitening
 
 AT_ONCE = 256  # seeds whose near pictures are found at once
+CLOSER = {"spectrum": 2 / 3}  # of `near`, in a view of so few numbers that unlike pictures have larger cosines
 COMPARED = 16  # pictures of a cluster that are compared with each other
 
 
@@ -45,7 +46,7 @@ class TriggerClusters(Guard):
     name = "trigger_clusters"
     reason = "its picture has a trigger that is common among low scores"
     dtype = np.bool_
-    features = ("pixels", "filters", "differences")
+    features = ("pixels", "filters", "differences", "spectrum")
 
     class Settings(Guard.Settings):
         low: float = Field(default=0.1, ge=0.001, le=0.5)
@@ -91,7 +92,7 @@ class TriggerClusters(Guard):
             low_LD, high_HD = (low_LD - mean_D) @ white_DD, (high_HD[1::2] - mean_D) @ white_DD
             pixel_LD = low_LD if pixel_LD is None else pixel_LD
             rest_H = np.ones(len(high_HD), bool) if rest_H is None else rest_H
-            clusters = clusters_of_seeds(low_LD, high_HD, np.flatnonzero(rest_L), self.settings)
+            clusters = clusters_of_seeds(low_LD, high_HD, np.flatnonzero(rest_L), self.settings, CLOSER.get(name, 1))
             for filter_D, threshold, row_M, row_K in sorted(clusters, key=lambda one: -len(one[2]) / (len(one[3]) + 1)):
                 new_M, new_K = row_M[rest_L[row_M]], row_K[rest_H[row_K]]
                 ratio = len(new_M) / len(low_LD) / ((len(new_K) + 1) / len(high_HD))
@@ -121,17 +122,17 @@ class TriggerClusters(Guard):
 
 
 def clusters_of_seeds(
-    low_LD: torch.Tensor, high_HD: torch.Tensor, seed_Q: np.ndarray, settings: TriggerClusters.Settings
+    low_LD: torch.Tensor, high_HD: torch.Tensor, seed_Q: np.ndarray, settings: TriggerClusters.Settings, closer: float
 ) -> Iterator[tuple]:
     """Yield (filter_D, threshold of the response, rows among low scores, rows among high ones) of each seed whose
-    cluster is a trigger. low_LD, high_HD: whitened features."""
+    cluster is a trigger. low_LD, high_HD: whitened; closer: factor of `near`."""
     length_L = low_LD.norm(dim=1).clamp(min=1e-6)
     unit_LD = low_LD / length_L[:, None]
     unit_HD = high_HD / high_HD.norm(dim=1, keepdim=True).clamp(min=1e-6)
     one, other = np.random.default_rng(0).integers(0, len(unit_HD), (2, 20_000))
     _, deviation = robust((unit_HD[one] * unit_HD[other]).sum(1)[torch.from_numpy(one != other)])
     for at in range(0, len(seed_Q), AT_ONCE):
-        in_QL = unit_LD[seed_Q[at : at + AT_ONCE]] @ unit_LD.T > settings.near * deviation
+        in_QL = unit_LD[seed_Q[at : at + AT_ONCE]] @ unit_LD.T > settings.near * closer * deviation
         in_QL = in_QL[in_QL.sum(1) > settings.least]  # itself too
         for _ in range(2):  # the second time of what the first filter found
             count_Q = in_QL.sum(1).clamp(min=1)

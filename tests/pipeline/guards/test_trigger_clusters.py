@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.attacks.transform import compressed
 from pipeline.attacks.wanet import Warp
 from pipeline.config.schema import Config
 from pipeline.guards import make_guards
 from pipeline.guards.excluded import score_and_exclude
 from pipeline.guards.features import FEATURES, take
 from pipeline.guards.statistics import robust, whitening
+from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.safety.score_files import ScoreFiles
 from pipeline.safety.scoring import Reading
 from pipeline.training.model import Towers, build_model, pixel_stats
@@ -51,7 +53,7 @@ def blend(rng, images):
 
 
 def features(images):
-    return take(torch.from_numpy(images), ("pixels", "filters", "differences"))
+    return take(torch.from_numpy(images), TriggerClusters.features)
 
 
 def as_numpy(seen):
@@ -79,25 +81,32 @@ def warp(images):
         image[:] = np.asarray(moved).transpose(2, 0, 1)
 
 
+def compress(images):
+    for image in images:
+        image[:] = np.asarray(compressed(Image.fromarray(image.transpose(1, 2, 0)))).transpose(2, 0, 1)
+
+
 def carriers(rng, trigger, images):
     """The same pictures with a trigger."""
     if trigger == "blended":
         blend(rng, images)
     elif trigger == "warp":
         warp(images)
+    elif trigger == "jpeg":
+        compress(images)
     else:
         patch(rng, images, [(4, 18)] * len(images) if trigger == "fixed" else rng.integers(0, 22, (len(images), 2)))
     return images
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("trigger", ["fixed", "random", "blended", "warp"])
+@pytest.mark.parametrize("trigger", ["fixed", "random", "blended", "warp", "jpeg"])
 def test_a_trigger_in_few_pictures_is_found_with_no_honest_picture(trigger, seed, high):
     rng = np.random.default_rng(seed)
     low = pictures(rng, 1000)
     low[:CARRY] = carriers(rng, trigger, low[:CARRY])
     found, excluded_N = triggers(low, high)
-    expected = {"random": "filters", "warp": "differences"}.get(trigger, "pixels")
+    expected = {"random": "filters", "warp": "differences", "jpeg": "spectrum"}.get(trigger, "pixels")
     assert found and found[0]["features"] == expected
     np.testing.assert_array_equal(np.flatnonzero(excluded_N), np.arange(CARRY))
     assert triggers(low, high, high)[1].sum() == 0

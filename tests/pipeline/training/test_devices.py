@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.distributed import comm
 from pipeline.guards import make_guards
-from pipeline.guards.features import FEATURES, FILTERS, SIDE, hash_weights, random_filters, take
+from pipeline.guards.features import FEATURES, FILTERS, SIDE, cosines, hash_weights, octaves, random_filters, take
 from pipeline.safety import scoring
 from pipeline.training.copy_ahead import copied_ahead
 from pipeline.training.losses import GatherRows
@@ -70,8 +70,14 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture
 def fake():
-    for kept in (random_filters, partial(hash_weights, 3 * 32**2), partial(hash_weights, 3 * 224**2)):
-        kept()  # from the first call on, so not of a fake
+    for size in (32, 224):
+        for kept in (
+            random_filters,
+            partial(hash_weights, 3 * size**2),
+            partial(cosines, size),
+            partial(octaves, size),
+        ):
+            kept()  # from the first call on, so not of a fake
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -222,6 +228,7 @@ def test_what_guards_see_of_a_picture_stays_on_the_gpu(fake, size):
         "pixels": ("cuda", (20, 3 * SIDE**2)),
         "filters": ("cuda", (20, FILTERS)),
         "differences": ("cuda", (20, 2 * SIDE**2)),
+        "spectrum": ("cuda", (20, 3 * len(octaves(size)) ** 2)),
         "hash": ("cuda", (20,)),
     }
 
@@ -233,6 +240,7 @@ def test_numbers_of_guards_stay_on_the_gpu(fake, name):
         ("pixels", torch.zeros(3 * SIDE**2, device="cuda"), 0.5),
         ("filters", torch.zeros(FILTERS, device="cuda"), 0.5),
         ("differences", torch.zeros(2 * SIDE**2, device="cuda"), 0.5),
+        ("spectrum", torch.zeros(3 * 6**2, device="cuda"), 0.5),
     ]
     images = torch.zeros(20, 3, 32, 32, dtype=torch.uint8, device="cuda")
     with Watch() as watch:
