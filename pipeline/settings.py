@@ -115,6 +115,9 @@ def allowed(node: dict) -> str:
         return f"one of {', '.join(map(str, node['enum']))}"
     if "properties" in node:
         return f"a mapping of {', '.join(node['properties'])}"
+    if node.get("items"):
+        count = f" of {node['minItems']}" if "minItems" in node and node["minItems"] == node.get("maxItems") else ""
+        return f"a list{count} (each {allowed(node['items'])})"
     bounds = " and ".join(f"{sign} {node[bound]:.10g}" for bound, sign in BOUNDS.items() if bound in node)
     return f"{TYPES[node['type']]} {bounds}".strip() if "type" in node else "a value of JSON"
 

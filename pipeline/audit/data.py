@@ -2,6 +2,7 @@
 required."""
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,8 @@ from shards.order.safe_mask import SavedMask
 from shards.samples.bad_samples import read_bad_samples
 from shards.samples.samples import Samples
 from shards.storage.files import read_json
+
+logger = logging.getLogger(__name__)
 
 
 class Scored(NamedTuple):
@@ -54,13 +57,16 @@ class AuditData:
         """`source`: run directory, folder of `safeclip score`, or a mask's folder. Raises UserError."""
         self.source, self.sample = Path(source), sample
         self.cache: dict[str, Any] = {}
-        self.run_dir = self.source if (self.source / "masks").is_dir() else None
+        parts_of_run = (self.source / "masks", self.source / "checkpoints")
+        self.run_dir = self.source if any(part.is_dir() for part in parts_of_run) else None
         self.scores = Path(scores) if scores else self.source if (self.source / "score.json").exists() else None
         self.rounds = []
         if self.run_dir:
             self.rounds = [SavedMask(path.parent) for path in sorted(self.run_dir.glob("masks/epoch_*/mask.json"))]
             if not self.rounds:
-                raise UserError(f"run {source}: no mask in it yet; audit what `safeclip score --model {source}` writes")
+                raise UserError(
+                    f"run {source}: no selection round; use `safeclip score --model {source} --out OUT`, audit OUT"
+                )
             self.saved = self.rounds[-1]
         else:
             self.saved = SavedMask(self.source)
@@ -148,6 +154,7 @@ class AuditData:
                 found.verify(data.remote_timeout)
             except UserError as error:
                 self.no_pictures = str(error)
+                logger.warning(f"no pictures: {error}")
                 if truth:
                     raise
                 return

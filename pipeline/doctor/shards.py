@@ -4,18 +4,13 @@ import math
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.config.data import describe, open_cache, open_index, open_overlay
 from pipeline.config.schema import Config, Data
 from pipeline.doctor.footprint import Findings, human
-from pipeline.doctor.samples import try_samples
+from pipeline.doctor.samples import try_samples, unusable
 from shards.errors import UserError
-from shards.index import scan
-from shards.index.scan import Finding, fingerprint_of
+from shards.index.scan import fingerprint_of
 from shards.index.shard_index import Shard, ShardIndex
 from shards.samples.samples import Samples
 
@@ -38,7 +33,8 @@ def check_shards(config: Config, content: bool = False) -> Findings:
                 (
                     "fatal",
                     "data",
-                    f"{len(changed)} shard(s) do not hold what was indexed, the first: {changed[0]}; index them again",
+                    f"{len(changed)} shard(s) do not hold what was indexed, the first: {changed[0]}; index them again "
+                    "with --out NEW_FOLDER",
                 )
             )
         else:
@@ -64,16 +60,6 @@ def check_bad_samples(data: Data, index: ShardIndex) -> Findings:
     enough = min(1.0, math.ceil(110 * fraction) / 100)
     text += f", and the run stops there; mend or leave out their shards, or set data.max_bad_fraction={enough:g}"
     return [("warning" if data.mask else "fatal", "data", text)]
-
-
-def unusable(table: str) -> dict[int, str]:
-    """{position: reason} of the samples of a shard that its index found to be unusable."""
-    sizes = pq.read_table(table, columns=[name for name in pq.read_schema(table).names if name.endswith("_size")])
-    image_N, *texts = (column.to_numpy() for column in sizes.columns)
-    found = {int(position): "no picture" for position in np.flatnonzero(image_N <= 0)}
-    found |= {int(position): "no caption" for position in np.flatnonzero(np.maximum.reduce(texts) <= 0)}
-    listed = (Finding(**one) for one in (scan.saved(Path(table)) or {"findings": []})["findings"])
-    return found | {one.position: one.kind for one in listed if one.position is not None and not one.damage}
 
 
 def changed_shards(index: ShardIndex, data: Data) -> list[str]:

@@ -19,8 +19,8 @@ differences of neighbouring pixels and the spectrum, which warps and filters cha
 Assumes    `least` sampled pictures with low scores that a trigger changes alike in a view; captions that do not fit.
 Source     spectral signatures (Tran, Li and Madry 2018), on whitened pixels in place of the representation of one class
            that a poisoned model has; the reference of high scores is ours.
-Cost       once: up to 4 * `sample` ** 2 * (768 + 128 + 512 + 108) multiplications on rank 0; 1,524 bytes on disk for each
-           of the 4 * `sample` / `low` random pairs with which the first scoring begins (at 32 pixels).
+Cost       once: up to 4 * `sample` ** 2 * (768 + 128 + 512 + 108) multiplications on rank 0; on disk 1,524 bytes for
+           each of the 4 * `sample` / `low` random pairs with which the first scoring begins (pictures of 32 pixels).
 Evidence   tests/benchmarks/comparison.md, tests/benchmarks/attacks.json
 Legend     L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.storage.paths import braces
+from shards.storage.paths import expanded as without_variables
 from shards.storage.remote import is_remote
 
 WORD = re.compile(r"[a-z0-9]+")  # of fsspec's chained URLs: simplecache::s3://...
@@ -17,7 +18,7 @@ def named(patterns: Iterable[str | Path]) -> list[str]:
     """The paths and URLs that `patterns` name, in order. Raises UserError.
 
     A pattern is a path or URL with braces and wildcards, several of them joined by `::`, or a list of patterns, one a
-    line: `@FILE` or FILE.txt. Empty lines and lines that begin with # are left out.
+    line: `@FILE` or FILE.txt. There ~ and $NAME are replaced; empty lines and lines that begin with # are left out.
     """
     return [path for pattern in patterns for path in expanded(str(pattern))]
 
@@ -70,4 +71,7 @@ def lines(path: str) -> list[str]:
         raise UserError(
             f"list {path}: {f'names a list, {nested}' if nested else 'names no shard'}; expected a shard a line"
         )
-    return found
+    try:
+        return ["::".join(map(without_variables, joined(line))) for line in found]
+    except UserError as error:
+        raise UserError(f"list {path}: {error}") from None

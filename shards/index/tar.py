@@ -22,6 +22,15 @@ MAGIC = {
     b"\xfd7zXZ\0": "compressed with xz, unpack it with unxz",
     b"\x28\xb5\x2f\xfd": "compressed with zstd, unpack it with unzstd",
     b"PK\3\4": "a zip archive, pack its files with tar",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive, pack its files with tar",
+    b"PAR1": "a Parquet file",
+    b"\x89PNG\r\n": "a PNG picture, pack pictures and captions with tar",
+    b"\xff\xd8\xff": "a JPEG picture, pack pictures and captions with tar",
+    b"version https://git-lfs": "a Git LFS pointer, get the file itself with git lfs pull",
+    b"<!doctype html": "a web page, such as a server's message; fetch the file itself",
+    b"<html": "a web page, such as a server's message; fetch the file itself",
+    b"{": "a JSON file",
+    b"[": "a JSON file",
 }
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 
@@ -137,10 +146,11 @@ def members(
 
 def other_file(start: bytes) -> str | None:
     """What a file is whose first block is no header; None where it may be a damaged tar."""
-    known = next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
+    plain = start.lstrip().lower()
+    known = next((what for magic, what in MAGIC.items() if start.startswith(magic) or plain.startswith(magic)), None)
     if known is None:
-        try:
-            text = start[: start.rfind(b"\n") + 1].decode("utf-8")
+        try:  # of a cut block up to its last line: the cut may be in a character
+            text = (start if len(start) < BLOCK else start[: start.rfind(b"\n") + 1]).decode("utf-8")
         except UnicodeDecodeError:
             return None
         if not text or not text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable():

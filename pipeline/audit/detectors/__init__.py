@@ -92,7 +92,6 @@ LACKS = {
     "hash_N": "no picture hashes: `safeclip score` makes them where it reads the pictures itself",
     "captions": "no captions: the shards are not where they were",
     "rounds": "no run: scores alone have no history",
-    "samples": "no pictures: the shards are not where they were, or the scores name none",
     "excluded": "no run whose guards excluded pairs (config key guards)",
 }
 
@@ -102,7 +101,7 @@ def lacking(kind: type[Detector], data: AuditData) -> str | None:
     for name in kind.needs:
         value = getattr(data, name)
         if value is None or (isinstance(value, Sized) and not len(value)):
-            return LACKS[name]
+            return f"no pictures: {data.no_pictures}" if name == "samples" else LACKS[name]
     scored = int((~np.isnan(data.score_N)).sum()) if kind.least else 0
     return f"{scored} scored pairs, at least {kind.least} are needed" if scored < kind.least else None
 

@@ -175,7 +175,7 @@ def test_any_value_is_within_bounds_or_refused_by_name(name, value):
     if value is not None and value != {}:
         found = functools.reduce(operator.getitem, name.split("."), config.model_dump())
         assert found == type(found)(value)  # a float of a whole number
-        for sign, bound in re.findall(r"(>=|>|<=|<) (\S+)", KEYS[name].allowed):
+        for sign, bound in re.findall(r"(>=|>|<=|<) ([^\s)]+)", KEYS[name].allowed):
             assert eval(f"{found} {sign} {bound}")
 
 
@@ -184,7 +184,7 @@ def beyond(allowed):
     found = [{"a": 1}, [1]]
     if "number" in allowed:
         found += [math.nan, math.inf, -math.inf, 10**400, -(10**400), "1", True]
-    for sign, bound in re.findall(r"(>=|>|<=|<) (\S+)", allowed):
+    for sign, bound in re.findall(r"(>=|>|<=|<) ([^\s)]+)", allowed):
         step = 0 if sign in "<>" else 1 if "whole" in allowed else 1e-3 * max(1.0, abs(float(bound)))
         found.append(float(bound) - step if sign[0] == ">" else float(bound) + step)
         if "whole" in allowed:

@@ -14,12 +14,14 @@ from pipeline.config.schema import Data
 from pipeline.distributed import comm
 from pipeline.doctor import checks as doctor
 from pipeline.doctor import footprint
+from pipeline.doctor.samples import try_samples
 from pipeline.doctor.shards import check_bad_samples
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from shards.build.shapes import shapes
 from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 from tests.helpers.models import MODEL
 from tests.helpers.pictures import picture
 from tests.helpers.ranks import run_ranks
@@ -203,8 +205,8 @@ def test_a_checkpoint_is_as_large_as_was_said(folder, name):
 def test_what_the_index_counted_is_compared_with_what_the_run_allows(tmp_path):
     members = []
     for i in range(40):
-        members += [(f"{i:02d}.png", picture(i))] if i != 3 else []
-        members += [(f"{i:02d}.txt", b"a red star" if i != 7 else b"")] if i != 3 else [("03.json", b"{}")]
+        members += [(f"{i:02d}.png", picture(i))] if i != 20 else []
+        members += [(f"{i:02d}.txt", b"a red star" if i != 7 else b"")] if i != 20 else [("20.json", b"{}")]
     build_index([str(write_tar(tmp_path / "a.tar", members))], tmp_path / "index")
     index, data = ShardIndex.load(tmp_path / "index"), Data()
     ((level, about, text),) = check_bad_samples(data, index)
@@ -214,6 +216,7 @@ def test_what_the_index_counted_is_compared_with_what_the_run_allows(tmp_path):
     assert check_bad_samples(data, index)[0][0] == "ok"
     data.max_bad_fraction, data.mask = 0.01, "mask"  # which may leave them out
     assert check_bad_samples(data, index)[0][0] == "warning"
+    assert try_samples(Samples(index), "data") == []  # the middle one is known to be bad
 
 
 def test_the_command_tells_by_its_exit_code(world, monkeypatch, capfd):

@@ -271,6 +271,11 @@ def test_an_index_of_nothing_usable_says_why(tmp_path, content, reason):
         (lzma.compress, "compressed with xz"),
         (lambda data: b"\x28\xb5\x2f\xfd" + data, "compressed with zstd"),
         (lambda data: b"PK\3\4" + data, "a zip archive"),
+        (lambda data: b"PAR1" + data, "a Parquet file"),
+        (lambda data: picture(0), "a PNG picture"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
+        (lambda data: b"\n<!DOCTYPE html><p>404</p>", "a web page"),
+        (lambda data: b'[{"caption": "a red star"}]', "a JSON file"),
         (lambda data: b"/data/00000.tar\n/data/00001.tar\n", "a text file"),
     ],
 )
@@ -279,7 +284,7 @@ def test_a_file_that_is_no_tar_is_called_what_it_is(tmp_path, pack, said):
     other.write_bytes(pack(sound.read_bytes()))
     with pytest.raises(UserError, match=f"b.tar: no tar: {said}") as error:
         build_index([str(sound), str(other)], tmp_path / "index")
-    assert "fetch" not in str(error.value)
+    assert "fetch or write" not in str(error.value)
     assert listed([sound, other], tmp_path)[0].counts.tolist() == [2, 0]
 
 
