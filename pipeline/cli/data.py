@@ -67,7 +67,7 @@ def from_csv(**options: Any) -> None:
 @shards.command()
 @click.argument("folder", type=PATH)
 @click.option("--out", type=PATH, required=True, metavar="DIR")
-@click.option("--classes", is_flag=True, help="the name of a picture's folder is its class, and its caption")
+@click.option("--classes", is_flag=True, help="the first folder in a picture's path is its class and caption")
 @click.option("--per-shard", type=COUNT, default=10_000)
 def from_folder(**options: Any) -> None:
     """Take pictures with KEY.txt beside, or a folder a class."""

@@ -20,7 +20,8 @@ class Path(click.ParamType):
             raise UserError(f"{param.opts[0]}: {error}") from None
 
 
-PATH, COUNT, FRACTION = Path(), click.IntRange(min=1), click.FloatRange(0, 1)
+PATH, COUNT = Path(), click.IntRange(min=1)
+FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
 

@@ -197,7 +197,8 @@ def named(holder: dict) -> str:
 
 
 def in_use(holder: dict, age: float) -> str:
-    return (
+    text = (
         f"is in use by {named(holder)} since {holder.get('since', '?')}, last seen {max(0.0, age):.0f} s ago; "
-        f"stop that run or wait for its end, or take another run.dir. If it died, start again in {STALE:.0f} s"
+        "stop that run or wait for its end, or take another run.dir"
     )
+    return text if is_alive(holder) else f"{text}. If it died, start again in {STALE:.0f} s"

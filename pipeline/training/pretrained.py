@@ -6,6 +6,7 @@ model.pretrained   a run directory, of which the newest complete checkpoint is t
 """
 
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ WANTED = "name a run directory, an open_clip local directory, or a file of weigh
 # Of an open_clip config, what its weights do not depend on, or what their shapes show.
 FREE = {"timm_model_pretrained", "hf_model_pretrained", "hf_model_name", "hf_tokenizer_name", "image_size"}
 FREE |= {"patch_dropout", "timm_drop", "timm_drop_path"}
+WRAPPED = r"^(module\.|_orig_mod\.)+"  # what DistributedDataParallel and torch.compile put before each name
 NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # which OpenAI's files hold beside them
 
 
@@ -151,7 +153,7 @@ def adapted(state: dict[str, Tensor], custom: bool) -> dict[str, Tensor]:
     tower under "text."."""
     result = {}
     for name, tensor in state.items():
-        name = name.removeprefix("module.")
+        name = re.sub(WRAPPED, "", name)
         if name in NO_WEIGHTS or name.endswith("position_ids"):
             continue
         if name in ("logit_scale", "logit_bias"):

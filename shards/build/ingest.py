@@ -122,4 +122,4 @@ def pictures_below(folder: Path) -> tuple[list[str], int]:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder was put there by a program, not by a person."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")

@@ -91,6 +91,8 @@ def build_index(
     """
     if not str(out):
         raise UserError("--out: got an empty path, expected a folder for the index")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"--out: {out} is a file, expected a folder for the index")
     check_members(text, image)
     urls, out = expand(paths), Path(out)
     scan = partial(scan_shard, text=text, image=image, tables=out / "tables", timeout=timeout, allow_pipe=allow_pipe)

@@ -80,6 +80,8 @@ def decode_image(data: bytes, limits: Limits = Limits(), least: float | None = N
         return decoded(data, limits, least)
     except BadSample:
         raise
+    except Image.DecompressionBombError:
+        raise BadSample(f"picture of more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
     except Exception as error:  # PIL raises many kinds for damaged data; the sample is bad and the run is not
         pixels = only_pixels(data)
         if len(pixels) < len(data):

@@ -16,6 +16,7 @@ MAX_CAPTIONS = 8  # usable captions of a sample, of the first MAX_TRIED; all are
 MAX_TRIED = 32
 # A letter or a digit that no normalising removes: not of an entity, a terminal escape or a tokenizer's own word.
 # U+FF06 and U+FF1C are the fullwidth & and <, which become the plain ones.
+FILLERS = "\u115f\u1160\u3164\uffa0\u2800"  # letters and a symbol without ink: Hangul fillers, Braille's blank
 CERTAIN = re.compile(r"[^&<\x1b\uff06\uff1c]*[0-9A-Za-z][^&<\x1b\uff06\uff1c]*")
 OWN_WORDS = re.compile("<(start|end)_of_text>", re.IGNORECASE)
 SHOWN = 8  # fields of a .json that a reason names
@@ -104,7 +105,7 @@ def is_visible(character: str) -> bool:
     category, number = unicodedata.category(character), ord(character)
     if category == "Cn":
         return not (0xFDD0 <= number <= 0xFDEF or number & 0xFFFE == 0xFFFE)  # these are never assigned
-    return category[0] in "LNPS" or category == "Co"
+    return category[0] in "LNPS" and character not in FILLERS or category == "Co"
 
 
 def json_texts(data: bytes, field: str) -> list[bytes]:

@@ -1,6 +1,7 @@
 """An audit of a run: the history of every pair over its rounds, and what the guards excluded."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,12 +11,14 @@ import yaml
 from pipeline.attacks.manifest import make_attack
 from pipeline.audit.audit import audit
 from pipeline.audit.data import AuditData
+from pipeline.audit.detectors import REGISTRY, lacking
 from pipeline.config.schema import Config, Selection
 from pipeline.guards.duplicates import Duplicates
 from pipeline.safety.round import mask_folder, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles
 from pipeline.training import run as running
 from shards.build.shapes import shapes
+from shards.errors import UserError
 from shards.index.build_index import build_index
 from tests.helpers.audits import make_pairs
 from tests.helpers.ranks import run_ranks
@@ -99,3 +102,19 @@ def test_what_the_guards_of_a_run_excluded_is_a_finding(tmp_path):
     assert set(np.flatnonzero(column(tmp_path / "out", "is_excluded_issue"))) == set(data.excluded.row_M)
     assert not data.saved.mask.flags()[data.excluded.row_M].any() and not len(data.reasons)
     assert "6 pairs by duplicates" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_run_without_a_selection_round_is_told_to_be_scored(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="no selection round; use `safeclip score --model"):
+        AuditData(tmp_path / "run")
+
+
+def test_a_changed_shard_is_why_there_are_no_pictures(pairs, caplog):
+    folder, index, cos_N = pairs
+    run = make_run(folder / "run", index, cos_N, np.zeros(PAIRS, bool))
+    shard = Path(index.shards[0].path)
+    shard.write_bytes(shard.read_bytes().replace(b"thing", b"thong"))
+    data = AuditData(run)
+    assert lacking(REGISTRY["dark"], data) == f"no pictures: {data.no_pictures}"
+    assert f"no pictures: shard {shard}" in caplog.text and str(shard) in data.no_pictures

@@ -199,7 +199,9 @@ def test_a_run_begins_with_the_weights_of_every_form(tmp_path):
     state = given.clip.state_dict()
     scalars = {name: value.reshape(()) if name.startswith("logit") else value for name, value in state.items()}
     plain = {name.removeprefix("text."): value for name, value in state.items()}
-    torch.save({"epoch": 3, "state_dict": {f"module.{n}": v for n, v in scalars.items()}}, tmp_path / "epoch_3.pt")
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module._orig_mod.{n}": v for n, v in scalars.items()}}, tmp_path / "epoch_3.pt"
+    )
     save_file(plain, tmp_path / "plain.safetensors")
     save_run(tmp_path / "run", SIGMOID, given)
     local = local_directory(tmp_path / "local", SIGMOID, given, **stats)

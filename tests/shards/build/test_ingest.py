@@ -190,7 +190,7 @@ def test_a_list_of_which_nothing_can_be_used_is_refused_and_may_be_mended(folder
 
 
 def test_links_are_followed_and_what_is_hidden_is_left_out(folder):
-    for name in ("cat/1", "__MACOSX/2", ".cache/3", "cat/._1", "../elsewhere/4"):
+    for name in ("cat/1", "__MACOSX/2", "@eaDir/5", ".cache/3", "cat/._1", "../elsewhere/4"):
         path = folder / "classes" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(int(name[-1])))
@@ -198,7 +198,7 @@ def test_links_are_followed_and_what_is_hidden_is_left_out(folder):
     (folder / "classes" / "cat" / "up").symlink_to("..")  # no end
     (folder / "elsewhere" / "cats").symlink_to("../classes/cat")
     text = from_folder(folder / "classes", folder / "out", classes=True, workers=1)
-    assert "4 hidden files or folders were left out" in text  # one is seen by two ways
+    assert "5 hidden files or folders were left out" in text  # one is seen by two ways
     assert (folder / "out" / "classnames.txt").read_text() == "cat\nfox\n"
     pairs = made(folder / "out")[0]
     assert {(image, caption) for image, caption in pairs} == {

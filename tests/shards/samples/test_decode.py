@@ -187,7 +187,7 @@ REST = [(b"IDAT", zlib.compress(b"\0" * 4)), (b"IEND", b"")]
 
 def test_a_bomb_is_refused_before_it_is_decoded():
     bomb = png((b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)), *REST)
-    with pytest.raises(BadSample, match="pixels|decoded"):
+    with pytest.raises(BadSample, match="picture of more than [0-9]+ pixels"):
         decoded(bomb)
     with pytest.raises(BadSample, match="bytes"):
         decoded(bytes(1000), Limits(max_bytes=999))
@@ -298,6 +298,7 @@ INVISIBLE = [
     "&amp;nbsp;",
     "\x1b[31m",
 ]
+INVISIBLE += ["\u115f\u1160\u3164\uffa0", "\u2800"]  # fillers
 INVISIBLE += ["\u202e\u3000", "<start_of_text><END_OF_TEXT>", "\uff06nbsp;", "\uff1cstart_of_text>", "\ufdd0\U0001ffff"]
 
 
