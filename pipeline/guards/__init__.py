@@ -6,10 +6,11 @@ from pydantic import create_model
 
 from pipeline.guards.base import Guard
 from pipeline.guards.duplicates import Duplicates
+from pipeline.guards.trigger_classifier import TriggerClassifier
 from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.settings import Section, read
 
-REGISTRY: dict[str, type[Guard]] = {guard.name: guard for guard in (Duplicates, TriggerClusters)}
+REGISTRY: dict[str, type[Guard]] = {guard.name: guard for guard in (Duplicates, TriggerClusters, TriggerClassifier)}
 ALL: dict[str, Any] = {name: (guard.Settings | None, None) for name, guard in REGISTRY.items()}
 Guards = create_model("Guards", __base__=Section, **ALL)
 

@@ -84,7 +84,10 @@ def score_and_exclude(
     names = dict.fromkeys(name for guard in guards for name in guard.features)
     sample = Sample(folder / "sample", samples, size, names, seed)
     sample.score(reading, files.made, watch("sample"))
-    about = [guard.learn(sample, device) for guard in guards]
+    about = []
+    for guard in guards:
+        about.append(guard.learn(sample, device))
+        sample.learnt.append(guard)
     numbers = GuardNumbers(guards, sample, samples.index, device)
     score_N, bad = score_all_pairs(*reading, files, watch("scoring"), numbers)
     masks = numbers.masks(watch("guards"))

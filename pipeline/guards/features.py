@@ -1,5 +1,5 @@
 """Features of a picture for guards, computed on the device: low-resolution pixels, random-filter features,
-differences of neighbours, a spectrum, a hash."""
+differences of neighbours, a spectrum, colours, a hash."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -10,6 +10,7 @@ import torch
 PART = 16  # pictures whose responses or products are held at a time: some MB
 SIDE = 16  # pixels: pictures are average-pooled to SIDE x SIDE
 FINE, FILTERS = 32, 128  # random filters: pictures are average-pooled to FINE x FINE
+LEVELS = 16  # of each channel in a histogram
 NOISE = 1e-5  # energy of a coefficient, some times that of rounding a picture to 256 levels
 
 
@@ -67,6 +68,27 @@ def spectrum(images_BCHW: torch.Tensor) -> torch.Tensor:
     return as_bytes((torch.cat(found) / 24 + 0.5).clamp(0, 1))
 
 
+def colours(images_BCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3 * LEVELS + 3), 255 = 1: square roots of the histogram of each channel, and logarithms of the trace,
+    the sum of the principal minors, and the determinant of the channels' covariance.
+
+    The last is small where colours follow from the light alone, as in sepia.
+    """
+    found = []
+    for part_BCHW in images_BCHW.split(PART):
+        level_BCP = part_BCHW.flatten(2) // (256 // LEVELS)
+        histogram_BCL = torch.stack([(level_BCP == level).float().mean(2) for level in range(LEVELS)], 2)
+        channel_BCP = part_BCHW.flatten(2).float() / 255
+        centred_BCP = channel_BCP - channel_BCP.mean(2, keepdim=True)
+        covariance_BCC = centred_BCP @ centred_BCP.transpose(1, 2) / centred_BCP.shape[2]
+        (a, b, c), (_, d, e), (_, _, f) = (row_BC.unbind(1) for row_BC in covariance_BCC.unbind(1))
+        trace, minors = a + d + f, a * d - b * b + a * f - c * c + d * f - e * e
+        determinant = a * (d * f - e * e) - b * (b * f - c * e) + c * (b * e - c * d)
+        powers_B3 = torch.stack([trace, minors.clamp(min=0) ** (1 / 2), determinant.clamp(min=0) ** (1 / 3)], 1)
+        found.append(torch.cat([histogram_BCL.flatten(1).sqrt(), 1 + (powers_B3 + NOISE).log() / 14], 1))
+    return as_bytes(torch.cat(found).clamp(0, 1))
+
+
 def picture_hash(images_BCHW: torch.Tensor) -> torch.Tensor:
     """int64 (B,): the sum of the pixels with fixed random odd weights, modulo 2**64."""
     weight_P = hash_weights(images_BCHW[0].numel()).to(images_BCHW.device) if len(images_BCHW) else None
@@ -79,6 +101,7 @@ FEATURES = {
     "filters": filter_responses,
     "differences": differences,
     "spectrum": spectrum,
+    "colours": colours,
     "hash": picture_hash,
 }
 
@@ -126,5 +149,5 @@ def hash_weights(count: int) -> torch.Tensor:
 
 def distinct(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Features without exact duplicates, whose common features would hide those of a trigger."""
-    _, first = np.unique(seen["pixels"], axis=0, return_index=True)
+    _, first = np.unique(next(iter(seen.values())), axis=0, return_index=True)
     return {name: seen_SD[np.sort(first)] for name, seen_SD in seen.items()}

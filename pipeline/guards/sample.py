@@ -1,11 +1,14 @@
 """A random sample of the pairs that is scored before all others, with the features of its pictures: guards learn on it,
 and know what to look for in the pass over the others."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +22,9 @@ from pipeline.safety.scoring import Reading, Scored, batches_of, joined, score_b
 from shards.samples.samples import Samples
 from shards.storage.files import write_bytes
 
+if TYPE_CHECKING:
+    from pipeline.guards.base import Guard
+
 CHUNK = 4_096  # pairs of a file
 
 
@@ -29,7 +35,7 @@ def dtype(name: str) -> type[np.generic]:
 
 class Sample:
     """row_R: the rows of the sample, in random order; cos_R: their cosines, NaN = unreadable; row_K: the same rows in
-    ascending order.
+    ascending order; learnt: the guards that have learnt on it, in order.
 
     FOLDER/00007.parquet has rows 7 * CHUNK to 8 * CHUNK of row_K: row, cosine, reason (why it cannot be read), and the
     bytes of each feature.
@@ -40,6 +46,7 @@ class Sample:
         self.folder, self.samples, self.names = folder, samples, tuple(features)
         self.row_R = np.random.default_rng([seed, 3]).choice(count, size, replace=False)
         self.row_K = np.sort(self.row_R)
+        self.learnt: list[Guard] = []
         self.chunks = [self.row_K[at : at + CHUNK] for at in range(0, size, CHUNK)]
 
     def path(self, chunk: int) -> Path:
@@ -98,6 +105,21 @@ class Sample:
             name: np.concatenate(parts) if parts else np.zeros((0, 1), dtype(name)) for name, parts in found.items()
         }
 
+    def low_and_high(self, fraction: float, count: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted rows: of at most `count` pairs of the lowest `fraction` of the cosines, and of at most 2 * `count`
+        above their median; without those whose pictures an earlier guard excludes."""
+        low, high = low_and_high(self.cos_R, self.row_R, fraction, count)
+        return self.left(low, device), self.left(high, device)
+
+    def left(self, row_S: np.ndarray, device: torch.device) -> np.ndarray:
+        """The rows whose pictures no guard of `learnt` excludes."""
+        for guard in self.learnt:
+            if guard.dtype == np.bool_ and guard.features:
+                seen = self.features(row_S, guard.features)
+                excluded_S = guard.numbers({name: torch.from_numpy(seen[name]).to(device) for name in seen})
+                row_S = row_S[~excluded_S.cpu().numpy()]
+        return row_S
+
     def scored(self, start: int, stop: int) -> list[Scored]:
         """The pairs of the sample among the rows from start to stop, with their features; in parts."""
         first, last = np.searchsorted(self.row_K, [start, stop]).tolist()
@@ -113,6 +135,14 @@ class Sample:
             seen = {name: torch.from_numpy(from_binary(table[name], dtype(name))) for name in self.names}
             parts.append(Scored(row_B, torch.tensor(table["cosine"].to_numpy()), bad, seen))
         return parts
+
+
+def low_and_high(score_R: np.ndarray, row_R: np.ndarray, fraction: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`Sample.low_and_high` of the rows row_R, in random order; scores that are NaN do not count."""
+    there_R = ~np.isnan(score_R)
+    row_R, score_R = row_R[there_R], score_R[there_R]
+    threshold, median = np.quantile(score_R, [fraction, 0.5]) if len(row_R) else (0, 0)
+    return np.sort(row_R[score_R < threshold][:count]), np.sort(row_R[score_R > median][: 2 * count])
 
 
 @lru_cache(maxsize=1)

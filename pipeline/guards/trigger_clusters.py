@@ -68,19 +68,14 @@ class TriggerClusters(Guard):
         return min(count, int(4 * self.settings.sample / self.settings.low))
 
     def learn(self, sample: Sample, device: torch.device) -> dict:
-        low, high = self.choose(sample.cos_R, sample.row_R)
-        found = comm.on_rank0(lambda: self.find(*(sample.features(rows, self.features) for rows in (low, high))))
+        found = comm.on_rank0(self.find_in, sample, device)
         self.filters = [(it["features"], torch.tensor(it["filter"], device=device), it["threshold"]) for it in found]
         self.features = tuple(dict.fromkeys(name for name, _, _ in self.filters))
         return {"triggers": [{key: one[key] for key in ("features", "pictures", "ratio", "alike")} for one in found]}
 
-    def choose(self, score_R: np.ndarray, row_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high): sorted rows of at most `sample` and 2 * `sample` pairs. score_R: of row_R, in random order."""
-        settings, there_R = self.settings, ~np.isnan(score_R)
-        row_R, score_R = row_R[there_R], score_R[there_R]
-        threshold, median = np.quantile(score_R, [settings.low, 0.5]) if len(row_R) else (0, 0)
-        low, high = row_R[score_R < threshold], row_R[score_R > median]
-        return np.sort(low[: settings.sample]), np.sort(high[: 2 * settings.sample])
+    def find_in(self, sample: Sample, device: torch.device) -> list[dict]:
+        low, high = sample.low_and_high(self.settings.low, self.settings.sample, device)
+        return self.find(sample.features(low, self.features), sample.features(high, self.features))
 
     def find(self, low: dict, high: dict) -> list[dict]:
         """Triggers of a sample, each without the pictures of earlier ones. low, high: {feature view: uint8 (., D)}."""

@@ -68,6 +68,9 @@ DEFENCES = {
     "paper": Defence("SafeCLIP, the released recipe (Yang et al. 2024)", ("preset=paper",), control=True),
     "paper_fixed": Defence("SafeCLIP, the recipe without its faults", ("preset=paper_fixed",), control=True),
     "default": Defence("SafeCLIP, preset default", ("preset=default",), control=True),
+    "default_classifier": Defence(
+        "preset default with the guard trigger_classifier", ("preset=default", "guards.trigger_classifier={}")
+    ),
     "default_no_clusters": Defence(
         "preset default without the guard trigger_clusters", ("preset=default", "guards.trigger_clusters=null")
     ),

@@ -14,6 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.guards import make_guards
 from pipeline.guards.excluded import score_and_exclude
 from pipeline.guards.features import FEATURES, take
+from pipeline.guards.sample import low_and_high
 from pipeline.guards.statistics import robust, whitening
 from pipeline.guards.trigger_clusters import TriggerClusters
 from pipeline.safety.score_files import ScoreFiles
@@ -25,19 +26,10 @@ from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.samples import Samples
 from tests.helpers.models import MODEL
+from tests.helpers.natural import pictures
 from tests.helpers.ranks import run_ranks
 
-CARRY, SIDE = 20, 32
-
-
-def pictures(rng, count):
-    """uint8 (N, 3, SIDE, SIDE) with the correlations of natural pictures: energy falls with the square of the
-    frequency."""
-    frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.fftfreq(SIDE)[None]) + 1 / SIDE
-    spectrum = np.fft.fft2(rng.normal(size=(count, 3, SIDE, SIDE))) / frequency**1.5
-    smooth = np.fft.ifft2(spectrum).real
-    smooth = smooth / smooth.std((1, 2, 3), keepdims=True)
-    return np.clip(128 + 45 * smooth, 0, 255).astype(np.uint8)
+CARRY = 20
 
 
 def patch(rng, images, where):
@@ -137,20 +129,19 @@ def test_copies_and_a_series_of_look_alikes_are_no_trigger_and_hide_none(high):
 
 @given(
     st.lists(st.floats(-1, 1, width=32) | st.just(float("nan")), max_size=60),
-    st.integers(64, 80),
+    st.integers(0, 80),
     st.floats(0.05, 0.5),
     st.integers(0, 3),
 )
 def test_low_and_high_scores_are_chosen_from_opposite_ends(scores, sample, low, seed):
-    (guard,) = make_guards({"trigger_clusters": {"sample": sample, "low": low}})
     score_N = np.array(scores, np.float32)
     row_R = np.random.default_rng(seed).permutation(len(score_N))
-    low_L, high_H = guard.choose(score_N[row_R], row_R)
+    low_L, high_H = low_and_high(score_N[row_R], row_R, low, sample)
     there = np.sort(score_N[~np.isnan(score_N)])
     assert (np.diff(low_L) > 0).all() and (np.diff(high_H) > 0).all()
     assert (score_N[low_L] < np.quantile(there, low)).all() if len(there) else len(low_L) == 0
     assert (score_N[high_H] > np.median(there)).all() if len(there) else len(high_H) == 0
-    assert len(low_L) <= low * len(there) + 1 and len(high_H) <= len(there) / 2
+    assert len(low_L) <= min(low * len(there) + 1, sample) and len(high_H) <= min(len(there) / 2, 2 * sample)
 
 
 def test_whitened_pictures_have_no_correlations():
@@ -176,25 +167,30 @@ def data(tmp_path_factory):
     return folder
 
 
-def excluded(folder, world):
+GUARDS = {
+    "trigger_clusters": {"low": 0.3, "near": 3.0, "least": 3, "ratio": 1.5},  # so that there is something to find
+    "trigger_classifier": {"low": 0.2, "least": 2, "ratio": 1.2},
+}
+
+
+def excluded(folder, world, name):
     config = Config()
     config.model.config = MODEL
     torch.manual_seed(0)
     towers, index = Towers(build_model({"config": MODEL}), *pixel_stats()), ShardIndex.load(folder / "shapes" / "index")
     reading = Reading(towers, Samples(index), make_views(config), 32, torch.device("cpu"))
-    settings = {"low": 0.3, "near": 3.0, "least": 3, "ratio": 1.5}  # so that there is something to find
-    guards, files = make_guards({"trigger_clusters": settings}), ScoreFiles(folder / f"scores{world}", index, 0)
+    guards, files = make_guards({name: GUARDS[name]}), ScoreFiles(folder / f"scores_{name}{world}", index, 0)
     watch = lambda what: lambda done, rounds: None  # noqa: E731
-    _, _, found = score_and_exclude(guards, folder / f"guards{world}", reading, files, 0, watch)
-    return found.masks["trigger_clusters"].flags(), [filter_D.numpy() for _, filter_D, _ in found.guards[0].filters]
+    _, _, found = score_and_exclude(guards, folder / f"guards_{name}{world}", reading, files, 0, watch)
+    return found.masks[name].flags()
 
 
-def test_two_processes_find_to_the_bit_what_one_finds(data):
-    (one,) = run_ranks(excluded, 1, data, 1)
-    assert 0 < (~one[0]).sum() < 400
-    for flags, weights in run_ranks(excluded, 2, data, 2):
-        np.testing.assert_array_equal(flags, one[0])
-        assert all((a == b).all() for a, b in zip(weights, one[1], strict=True))
+@pytest.mark.parametrize("name", GUARDS)
+def test_two_processes_exclude_what_one_excludes(data, name):
+    (one,) = run_ranks(excluded, 1, data, 1, name)
+    assert 0 < (~one).sum() < 400
+    for flags in run_ranks(excluded, 2, data, 2, name):
+        np.testing.assert_array_equal(flags, one)
 
 
 @pytest.mark.parametrize(

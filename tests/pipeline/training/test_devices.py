@@ -16,7 +16,18 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.distributed import comm
 from pipeline.guards import make_guards
-from pipeline.guards.features import FEATURES, FILTERS, SIDE, cosines, hash_weights, octaves, random_filters, take
+from pipeline.guards.features import (
+    FEATURES,
+    FILTERS,
+    LEVELS,
+    SIDE,
+    cosines,
+    hash_weights,
+    octaves,
+    random_filters,
+    take,
+)
+from pipeline.guards.trigger_classifier import network_of
 from pipeline.safety import scoring
 from pipeline.training.copy_ahead import copied_ahead
 from pipeline.training.losses import GatherRows
@@ -229,11 +240,12 @@ def test_what_guards_see_of_a_picture_stays_on_the_gpu(fake, size):
         "filters": ("cuda", (20, FILTERS)),
         "differences": ("cuda", (20, 2 * SIDE**2)),
         "spectrum": ("cuda", (20, 3 * len(octaves(size)) ** 2)),
+        "colours": ("cuda", (20, 3 * LEVELS + 3)),
         "hash": ("cuda", (20,)),
     }
 
 
-@pytest.mark.parametrize("name", ["trigger_clusters", "duplicates"])
+@pytest.mark.parametrize("name", ["trigger_clusters", "trigger_classifier", "duplicates"])
 def test_numbers_of_guards_stay_on_the_gpu(fake, name):
     (guard,) = make_guards({name: {}})
     guard.filters = [
@@ -242,6 +254,9 @@ def test_numbers_of_guards_stay_on_the_gpu(fake, name):
         ("differences", torch.zeros(2 * SIDE**2, device="cuda"), 0.5),
         ("spectrum", torch.zeros(3 * 6**2, device="cuda"), 0.5),
     ]
+    guard.threshold = 0.5
+    with torch.device("cuda"):
+        guard.networks = [network_of(torch.zeros(2, 3 * 6**2 + 3 * LEVELS + 3, dtype=torch.float64))] * 2
     images = torch.zeros(20, 3, 32, 32, dtype=torch.uint8, device="cuda")
     with Watch() as watch:
         found = guard.numbers(take(images, guard.features))
