@@ -14,10 +14,11 @@ from pipeline.evaluation.comparison.rows import NEVER, GroupRows, mean, rate_of,
 # Undefended grey, filters blue, fine-tuning and other training pink and brown, SafeCLIP orange and red, the oracle
 # green.
 SHADES = (
-    "#222222 #888888 #1f77b4 #9ecae1 #17becf #0b3d91 #e377c2 #8c564b #ff7f0e #ffbb78 #d62728 #9467bd #bcbd22 #2ca02c"
+    "#222222 #888888 #1f77b4 #9ecae1 #17becf #0b3d91 #e377c2 #8c564b #ff7f0e #ffbb78 #d62728 #8b0000 #9467bd #bcbd22 "
+    "#2ca02c"
 )
 COLOURS = {**dict(zip(DEFENCES, SHADES.split(), strict=True)), NEVER: "#2ca02c"}
-MARKERS = {**dict(zip(DEFENCES, "os^v<>DPX*hp8d", strict=True)), NEVER: "x"}
+MARKERS = {**dict(zip(DEFENCES, "os^v<>DPX*hHp8d", strict=True)), NEVER: "x"}
 
 
 def draw(groups: list[GroupRows], path: Path) -> None:

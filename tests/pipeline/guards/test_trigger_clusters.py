@@ -26,7 +26,7 @@ from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.samples import Samples
 from tests.helpers.models import MODEL
-from tests.helpers.natural import pictures
+from tests.helpers.natural import SIDE, pictures
 from tests.helpers.ranks import run_ranks
 
 CARRY = 20
