@@ -50,7 +50,8 @@ class GroupRows:
 
     def title(self, attack: str) -> str:
         """The attack's name, with a mark where rules may be chosen on it."""
-        return attack + ("†" if may_be_chosen_on(self.name, attack, CHOSEN_SEEDS[0]) else "")
+        seeds = {*CHOSEN_SEEDS, *(row["seed"] for row in self.poisoned)}
+        return attack + "†" * any(may_be_chosen_on(self.name, attack, seed) for seed in seeds)
 
 
 def counted(rows: list[dict]) -> list[dict]:
