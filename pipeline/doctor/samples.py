@@ -19,13 +19,12 @@ def try_samples(samples: Samples, about: str) -> Findings:
     changed. What the index found to be unusable is not tried."""
     index = samples.index
     filled = [s for s, count in enumerate(index.counts) if count and not index.shards[s].path.startswith("pipe:")]
-    tried = filled[:: -(-len(filled) // SPREAD) or 1]
-    bad = []
-    for shard in tried:
+    tried, bad = 0, []
+    for shard in filled[:: -(-len(filled) // SPREAD) or 1]:
         usable_U = np.setdiff1d(np.arange(index.counts[shard]), list(unusable(index.shards[shard].table)))
         if not len(usable_U):
             continue
-        position = int(usable_U[len(usable_U) // 2])
+        tried, position = tried + 1, int(usable_U[len(usable_U) // 2])
         try:
             samples.image(shard, position)
             samples.caption(shard, position)
@@ -36,10 +35,10 @@ def try_samples(samples: Samples, about: str) -> Findings:
     if not bad:
         return []
     text = (
-        f"{len(bad)} of {len(tried)} samples that were tried cannot be read, the first: {bad[0]}; "
+        f"{len(bad)} of {tried} samples that were tried cannot be read, the first: {bad[0]}; "
         "if it is not that sample alone, index the shards again or mend them"
     )
-    return [("warning" if len(bad) < len(tried) else "fatal", about, text)]
+    return [("warning" if len(bad) < tried else "fatal", about, text)]
 
 
 def unusable(table: str) -> dict[int, str]:
