@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The table of defences: every set of configs/comparison.yaml, its attacks under every defence, three seeds. What has a
-# row in
-# tests/benchmarks/results.jsonl is not run again; an interrupted call resumes when it is given again.
+# row in tests/benchmarks/results.jsonl is not run again; an interrupted call resumes when it is given again.
 #   launch/reproduce.sh                                                     everything: days on 2 cores
 #   launch/reproduce.sh --sets photos --attacks a --defences none oracle --seeds 0
 #   launch/reproduce.sh --sets photos --rates 25 50 100 200 400             how many poisoned pairs it takes

@@ -7,7 +7,7 @@ and shifts pictures; the other transformations are this project's choice.
 
 import io
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -75,6 +75,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "equalize": ImageOps.equalize,
     "zoom": zoomed,
 }
+Change: TypeAlias = Literal[tuple(CHANGES)]  # type: ignore[valid-type]
 
 
 @trigger
@@ -82,28 +83,7 @@ class Transformation(Trigger):
     """The same for every picture and seed."""
 
     pattern: ClassVar[str] = "transformation"
-    change: Literal[
-        "rotate",
-        "pixelate",
-        "posterize",
-        "blur",
-        "jpeg",
-        "flip",
-        "grey",
-        "swap",
-        "contrast",
-        "vignette",
-        "sharpen",
-        "median",
-        "solarize",
-        "sepia",
-        "dither",
-        "motion",
-        "saturate",
-        "gamma",
-        "equalize",
-        "zoom",
-    ] = "rotate"
+    change: Change = "rotate"
 
     def draw(self, image: Image.Image, variant: int, sample: tuple[int, int]) -> Image.Image:
         return CHANGES[self.change](image)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
+from pipeline.distributed import comm
+from pipeline.guards.features import distinct
 from pipeline.settings import FrozenSection
 
 if TYPE_CHECKING:
@@ -56,3 +59,39 @@ class Guard(ABC):
 
         number_M: `numbers` of this rank's pairs; valid_M: False for pairs that cannot be read. Where it takes long, all
         ranks call each_round(done, rounds) now and then."""
+
+
+class TriggerGuard(Guard):
+    """Base of guards that learn from a random sample what is common in pictures with low scores and rare in those with
+    high scores, and exclude all pairs whose pictures have it. Uint8 features only."""
+
+    dtype = np.bool_
+
+    class Settings(Guard.Settings):
+        low: float = Field(default=0.1, ge=0.001, le=0.5)
+        """Fraction of the pairs whose scores are low. Those above the median are high."""
+        sample: int = Field(default=8_192, ge=64, le=10**7)
+        """Pairs with low scores, and twice as many with high ones, whose pictures are compared, at most."""
+        least: int = Field(default=8, ge=2, le=10**7)
+        """Smallest number of pictures with low scores that a trigger is found in."""
+
+    settings: Settings
+
+    def sampled(self, count: int) -> int:
+        return min(count, int(4 * self.settings.sample / self.settings.low))
+
+    def found_in(self, sample: Sample, device: torch.device) -> Any:
+        """What `find` finds in the sample, on all ranks. All ranks call."""
+        return comm.on_rank0(self.find_on_rank0, sample, device)
+
+    def find_on_rank0(self, sample: Sample, device: torch.device) -> Any:
+        low, high = sample.low_and_high(self.settings.low, self.settings.sample, device)
+        return self.find(*(distinct(sample.features(rows, self.features)) for rows in (low, high)))
+
+    @abstractmethod
+    def find(self, low: dict[str, np.ndarray], high: dict[str, np.ndarray]) -> Any:
+        """What distinguishes pictures with low scores from those with high scores. low, high: {feature: uint8 (., D)},
+        without pictures that occur twice."""
+
+    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray, each_round: Callable[[int, int], None]) -> np.ndarray:
+        return number_M & valid_M

@@ -18,16 +18,14 @@ Evidence   pipeline/guards/README.md, tests/benchmarks/attacks.json
 Legend     L sampled pairs of low scores, H of high scores, N both, D numbers of a picture.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
 
-from pipeline.distributed import comm
-from pipeline.guards.base import Guard
-from pipeline.guards.features import distinct
+from pipeline.guards.base import TriggerGuard
 from pipeline.guards.sample import Sample
 
 WIDTH, DROPOUT = 64, 0.3  # of the networks' two hidden layers
@@ -35,42 +33,27 @@ EPOCHS, BATCH, RATE, DECAY = 30, 256, 2e-3, 1e-2  # AdamW with a cosine schedule
 FARTHEST = 8.0  # deviations of a number that count
 
 
-class TriggerClassifier(Guard):
+class TriggerClassifier(TriggerGuard):
     name = "trigger_classifier"
     reason = "its picture has statistics that are common among low scores only"
-    dtype = np.bool_
     features: tuple[str, ...] = ("spectrum", "colours")
 
-    class Settings(Guard.Settings):
-        low: float = Field(default=0.1, ge=0.001, le=0.5)
-        """Fraction of the pairs whose scores are low. Those above the median are high."""
-        sample: int = Field(default=8_192, ge=64, le=10**7)
-        """Pairs with low scores, and twice as many with high ones, from which the networks learn, at most."""
-        least: int = Field(default=8, ge=2, le=10**7)
-        """Smallest number of pictures with low scores beyond the threshold."""
+    class Settings(TriggerGuard.Settings):
         ratio: float = Field(default=10.0, ge=1, le=1e6)
         """Times that such pictures are more frequent among low scores than among high ones."""
 
     settings: Settings
 
-    def sampled(self, count: int) -> int:
-        return min(count, int(4 * self.settings.sample / self.settings.low))
-
     def learn(self, sample: Sample, device: torch.device) -> dict:
-        found = comm.on_rank0(self.find_in, sample, device)
+        found = self.found_in(sample, device)
         if not found:
             self.features = ()
             return {"pictures": 0}
         self.threshold, self.networks = found["threshold"], [network.to(device) for network in found["networks"]]
         return {"pictures": found["pictures"], "ratio": found["ratio"]}
 
-    def find_in(self, sample: Sample, device: torch.device) -> dict | None:
-        low, high = sample.low_and_high(self.settings.low, self.settings.sample, device)
-        return self.find(sample.features(low, self.features), sample.features(high, self.features))
-
     def find(self, low: dict, high: dict) -> dict | None:
         """Networks and threshold, if any is `ratio` times as frequent. low, high: {feature view: uint8 (., D)}."""
-        low, high = distinct(low), distinct(high)
         x_ND = torch.cat([self.joined({name: torch.from_numpy(seen[name]) for name in seen}) for seen in (low, high)])
         low_N = torch.arange(len(x_ND)) < len(next(iter(low.values())))
         half_N = torch.from_numpy(np.random.default_rng(0).integers(0, 2, len(x_ND)))
@@ -97,9 +80,6 @@ class TriggerClassifier(Guard):
     def numbers(self, seen: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """bool (B,): whether a picture is excluded."""
         return judged(self.networks, self.joined(seen)) >= self.threshold
-
-    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray, each_round: Callable[[int, int], None]) -> np.ndarray:
-        return number_M & valid_M
 
 
 class Standardised(nn.Module):

@@ -25,15 +25,14 @@ Evidence   tests/benchmarks/comparison.md, tests/benchmarks/attacks.json
 Legend     L sampled pairs of low scores, H of high scores, Q seeds, D numbers of a picture.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from pipeline.distributed import comm
-from pipeline.guards.base import Guard
-from pipeline.guards.features import distinct
+from pipeline.guards.base import TriggerGuard
 from pipeline.guards.sample import Sample
 from pipeline.guards.statistics import alike, robust, whitening
 
@@ -42,21 +41,14 @@ CLOSER = {"spectrum": 2 / 3}  # of `near`, in a view of so few numbers that unli
 COMPARED = 16  # pictures of a cluster that are compared with each other
 
 
-class TriggerClusters(Guard):
+class TriggerClusters(TriggerGuard):
     name = "trigger_clusters"
     reason = "its picture has a trigger that is common among low scores"
-    dtype = np.bool_
     features = ("pixels", "filters", "differences", "spectrum")
 
-    class Settings(Guard.Settings):
-        low: float = Field(default=0.1, ge=0.001, le=0.5)
-        """Fraction of the pairs whose scores are low. Those above the median are high."""
-        sample: int = Field(default=8_192, ge=64, le=10**7)
-        """Pairs with low scores, and twice as many with high ones, whose pictures are compared, at most."""
+    class Settings(TriggerGuard.Settings):
         near: float = Field(default=6.0, ge=0, le=1e6)
         """Robust deviations of the cosines of random pictures, beyond which two are near."""
-        least: int = Field(default=8, ge=2, le=10**7)
-        """Smallest number of near pictures of a seed, and of pictures with a trigger."""
         ratio: float = Field(default=6.0, ge=1, le=1e6)
         """Times that a trigger is more frequent among low scores than among high ones."""
         alike: float = Field(default=0.35, ge=-1, le=1)
@@ -64,22 +56,14 @@ class TriggerClusters(Guard):
 
     settings: Settings
 
-    def sampled(self, count: int) -> int:
-        return min(count, int(4 * self.settings.sample / self.settings.low))
-
     def learn(self, sample: Sample, device: torch.device) -> dict:
-        found = comm.on_rank0(self.find_in, sample, device)
+        found = self.found_in(sample, device)
         self.filters = [(it["features"], torch.tensor(it["filter"], device=device), it["threshold"]) for it in found]
         self.features = tuple(dict.fromkeys(name for name, _, _ in self.filters))
         return {"triggers": [{key: one[key] for key in ("features", "pictures", "ratio", "alike")} for one in found]}
 
-    def find_in(self, sample: Sample, device: torch.device) -> list[dict]:
-        low, high = sample.low_and_high(self.settings.low, self.settings.sample, device)
-        return self.find(sample.features(low, self.features), sample.features(high, self.features))
-
     def find(self, low: dict, high: dict) -> list[dict]:
         """Triggers of a sample, each without the pictures of earlier ones. low, high: {feature view: uint8 (., D)}."""
-        low, high = distinct(low), distinct(high)
         found, pixel_LD, rest_L, rest_H = [], None, np.ones(len(low["pixels"]), bool), None
         for name in self.features if len(low["pixels"]) and len(high["pixels"]) > 1 else ():
             low_LD, high_HD = (torch.from_numpy(seen[name]).to(comm.device()).float() / 255 for seen in (low, high))
@@ -111,9 +95,6 @@ class TriggerClusters(Guard):
         for name, filter_D, threshold in self.filters:
             excluded_B |= (seen[name].float() / 255) @ filter_D > threshold
         return excluded_B
-
-    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray, each_round: Callable[[int, int], None]) -> np.ndarray:
-        return number_M & valid_M
 
 
 def clusters_of_seeds(
