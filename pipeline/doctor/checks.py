@@ -85,7 +85,7 @@ def check_config(config: Config, index: ShardIndex, ranks: int) -> Findings:
             "ok",
             "config",
             f"{config.train.epochs} epochs of {steps:,} steps, {rounds} selection rounds; "
-            f"{ranks} process(es) with {local} pairs of each batch of {config.train.batch_size}",
+            f"batches of {config.train.batch_size} pairs, {local} a rank, world size {ranks}",
         )
     ]
     if config.train.warmup_steps > steps * config.train.epochs / 2:

@@ -42,7 +42,7 @@ def dry_run(config: Config) -> str:
     about = [
         ("data", describe(index)),
         ("model", f"{config.model.name or 'model.config'}, {size['parameters']:,} parameters"),
-        ("batch", f"{train.batch_size} pairs, {train.batch_size // world} on each of {world} process(es)"),
+        ("batch", f"{train.batch_size} pairs, {train.batch_size // world} a rank, world size {world}"),
         ("steps", f"{steps:,} an epoch, {train.epochs * steps:,} in {train.epochs} epochs"),
         ("precision", f"{train.precision}, ZeRO {stage}, on {comm.device().type}"),
         ("memory", f"{human(sum(memory.values()))} a process without activations: " + listed(memory)),

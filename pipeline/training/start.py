@@ -158,7 +158,7 @@ class Run:
     def headline(self, found: Path | None) -> str:
         config, state = self.config, self.state
         text = (
-            f"{self.run_dir}: {describe(self.index)}, {comm.world()} process(es) on {self.device.type} in "
+            f"{self.run_dir}: {describe(self.index)}, world size {comm.world()}, on {self.device.type} in "
             f"{config.train.precision} at ZeRO {self.engine.zero_optimization_stage()}, "
             f"{config.train.epochs} epochs of {self.steps_per_epoch} steps"
         )
@@ -169,7 +169,7 @@ class Run:
                 f"; resumes after step {state['step']} (epoch {state['epoch']}, {state['epoch_step']} steps of it done)"
             )
             if state["world"] != comm.world():
-                text += f", saved by {state['world']} process(es), the same global batches"
+                text += f", saved at world size {state['world']}, the same global batches"
         return text
 
 

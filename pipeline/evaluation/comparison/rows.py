@@ -86,8 +86,8 @@ def rate_rows(name: str, rows: list[dict]) -> dict[tuple[str, str, int], list[di
 
 
 def mixtures(rows: list[dict]) -> list[str]:
-    """Lines about runs of one set that should be of one kind and are not (Cell.origin); rows without a digest fit with
-    all."""
+    """A folded list of runs of one set that should be of one kind and are not (Cell.origin), or nothing; rows without a
+    digest fit with all."""
     kinds = {
         "setup": ("configs, data or attack configs", lambda row: f"group {row['group']}"),
         "attack": ("poisons", lambda row: f"group {row['group']}, seed {row['seed']}"),
@@ -102,13 +102,20 @@ def mixtures(rows: list[dict]) -> list[str]:
         for where, by_digest in found.items():
             if len(by_digest) > 1:
                 text = "; ".join(f"{digest} ({named(of_one)})" for digest, of_one in by_digest.items())
-                lines.append(f"**Not comparable**: {where}: different {what}: {text}.\n")
-    return lines
+                lines.append(f"- {where}: different {what}: {text}")
+    if not lines:
+        return []
+    title = f"Not comparable: rows of different configs, data or poison ({len(lines)})"
+    return [f"<details><summary>{title}</summary>\n", "\n".join(lines), "\n</details>\n"]
 
 
 def named(rows: list[dict]) -> str:
-    """ "a dao 0, unpoisoned none 1, commit 1234567890"."""
-    names = [f"{row['group'] if row['poisoned'] else 'unpoisoned'} {row['defence']} {row['seed']}" for row in rows]
+    """ "a dao 0 1, unpoisoned none 1, commit 1234567890"."""
+    seeds: dict[str, set[int]] = {}
+    for row in rows:
+        name = f"{row['group'] if row['poisoned'] else 'unpoisoned'} {row['defence']}"
+        seeds.setdefault(name, set()).add(row["seed"])
+    names = [" ".join([name, *map(str, sorted(some))]) for name, some in seeds.items()]
     return ", ".join(dict.fromkeys([*names, *(f"commit {row['commit']}" for row in rows)]))
 
 

@@ -36,7 +36,7 @@ def test_two_ranks_tell_a_run_whose_shards_are_not_there(folder):
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
         for tar in tars:
             tar.with_suffix(".gone").rename(tar)
-    assert "24 pairs, 12 on each of 2 process(es)" in text
+    assert "24 pairs, 12 a rank, world size 2" in text
     assert "10 an epoch, 40 in 4 epochs" in text
     seconds = {kind: float(took) for kind, took in re.findall(r"^(clip|unimodal) +\d +([\d.]+) ", text, re.M)}
     assert seconds.keys() == {"unimodal", "clip"} and all(seconds.values())

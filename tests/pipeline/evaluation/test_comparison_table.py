@@ -209,7 +209,8 @@ def test_runs_that_are_not_of_one_kind_are_told(tmp_path, key, first, second, te
     rows = [row(*first, 0.7, badnets=0.9), row(*second, 0.7, badnets=0.1), row("default", 0, 0.7, badnets=0.5)]
     assert "Not comparable" not in written(tmp_path, rows)
     rows[0][key], rows[1][key] = "old", "new"
-    assert f"**Not comparable**: {text}" in written(tmp_path, rows)
+    found = written(tmp_path, rows)
+    assert f"\n- {text}" in found and "<summary>Not comparable: " in found
     rows[1][key] = "old"
     assert "Not comparable" not in written(tmp_path, rows)
     others = [{**row("none", 0, 0.7, badnets=0.9), key: "x"}, {**row("dao", 1, 0.7, badnets=0.9), key: "y"}]
