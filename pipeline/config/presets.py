@@ -8,7 +8,10 @@ CLIP = {
 PRESETS: dict[str, dict] = {
     "paper": {},
     # The released recipe without its faults (pipeline/safety/README.md).
-    "paper_fixed": {"selection": {"mixture": "converged", "rank_by": "score", "least_fraction": 0.05}},
+    "paper_fixed": {
+        "train": {"schedule": "run"},
+        "selection": {"mixture": "converged", "rank_by": "score", "least_fraction": 0.05},
+    },
     "clip": {**CLIP, "train": {**CLIP["train"], "precision": "auto"}},
     # Yang and Mirzasoleiman 2023: one strong augmented view of picture and caption, the caption's drawn once.
     "roclip": {"train": {**CLIP["train"], "method": "roclip"}},

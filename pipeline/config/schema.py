@@ -166,9 +166,9 @@ class Train(Section):
     """Learning rate of the low-rate CLIP epochs."""
     warmup_steps: Count = 10_000
     """Steps of linear warm-up to lr."""
-    schedule: Literal["per_loss", "run"] = "per_loss"
-    """run: one cosine over the run. per_loss: after the first selection round each loss begins a warm-up and a cosine
-    of its own."""
+    schedule: Literal["released", "run"] = "released"
+    """run: one linear warm-up and one cosine over the run. released: one over the warm-up epochs and one after them,
+    with the counters of the released code."""
     weight_decay: Rate = 0.1
     """Weight decay of AdamW."""
     beta1: Beta = 0.9

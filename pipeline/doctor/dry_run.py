@@ -6,6 +6,7 @@ Reads the index and no shard, and writes nothing: run.dir may be that of a run t
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +14,7 @@ from pipeline.config.data import describe, open_index
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.doctor.footprint import how, human, measure, memory_parts
-from pipeline.training.curriculum import LOSS, Epoch, curriculum, learning_rate
+from pipeline.training.curriculum import LOSS, Epoch, curriculum, learning_rate, released_rate
 from pipeline.training.engine import start_engine
 from pipeline.training.flops import flops_a_view, peak_flops
 from pipeline.training.levers import apply_levers
@@ -76,13 +77,22 @@ def stage_rows(config: Config, epochs: list[Epoch], steps: int) -> Iterator[tupl
         # Rates are highest where the warm-up ends, or in the middle of the steps before the first selection round.
         peaks = train.warmup_steps - 1, train.warmup_steps, (begin + end) // 2
         places = [begin, *(min(max(place, begin), end) for place in peaks), end]
-        rates = [learning_rate(part[0], place, train.epochs * steps, train) for place in places]
+        rates = [rate_at(config, part[0], place, steps) for place in places]
         shown = [f"{rate:.3g}" for rate in (rates[0], max(rates), rates[-1])]
         done += count
-        if stage == "safeclip" and train.schedule == "per_loss":  # where its steps end depends on the scores
-            shown = ["", f"{train.lr:.3g}", "each loss by itself"]
+        if stage == "safeclip" and train.schedule == "released":
+            shown = ["", f"{train.lr:.3g}", "by the first safe set"]
         first, last = part[0].number, part[-1].number
         yield stage, f"{first}" if first == last else f"{first} to {last}", f"{count:,}", *shown
+
+
+def rate_at(config: Config, epoch: Epoch, step: int, steps: int) -> float:
+    """Learning rate at step `step` of the run; epoch: any of the stage."""
+    train = config.train
+    if train.schedule == "released" and epoch.stage == "unimodal":
+        number, within = divmod(step, steps)
+        return released_rate(replace(epoch, number=number), within, steps, 0.0, train, config.selection.growth)
+    return learning_rate(epoch, step, train.epochs * steps, train)
 
 
 def losses(config: Config, epochs: list[Epoch]) -> list[str]:

@@ -8,9 +8,11 @@ shows in many statistics together. So, of the pairs that earlier guards do not e
    common; those with a trigger do.
 2. Each network judges the other's half. The threshold is the lowest judgement beyond which pictures are `ratio` times
    as frequent among low scores as among high ones.
-3. Every pair whose picture is judged beyond it, by the mean of both networks, is excluded.
+3. Every pair whose picture is judged beyond it, by the mean of both networks, is excluded. More than the fraction `low`
+   of all pairs is no trigger but a part of the data that the model has not learnt yet: then nothing is excluded.
 
-Assumes    a trigger on some percent of the pictures with low scores (1 % of all pairs); captions that do not fit.
+Assumes    a trigger on some percent of the pictures with low scores (1 % of all pairs); captions that do not fit; no
+           class of pictures that the model has not learnt at all: such a class would be excluded. Off by default.
 Source     classifier two-sample tests (Lopez-Paz and Oquab 2017, arXiv:1610.06545), with cross-fitting; that low scores
            are the second sample is this project's.
 Cost       once: some seconds on rank 0; on disk 51 bytes, and the spectrum, for each pair of the random sample.
@@ -18,15 +20,19 @@ Evidence   pipeline/guards/README.md, tests/benchmarks/attacks.json
 Legend     L sampled pairs of low scores, H of high scores, N both, D numbers of a picture.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
 
+from pipeline.distributed import comm
 from pipeline.guards.base import TriggerGuard
 from pipeline.guards.sample import Sample
+
+logger = logging.getLogger(__name__)
 
 WIDTH, DROPOUT = 64, 0.3  # of the networks' two hidden layers
 EPOCHS, BATCH, RATE, DECAY = 30, 256, 2e-3, 1e-2  # AdamW with a cosine schedule
@@ -80,6 +86,17 @@ class TriggerClassifier(TriggerGuard):
     def numbers(self, seen: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """bool (B,): whether a picture is excluded."""
         return judged(self.networks, self.joined(seen)) >= self.threshold
+
+    def excluded(self, number_M: np.ndarray, valid_M: np.ndarray, each_round: Callable[[int, int], None]) -> np.ndarray:
+        excluded_M = super().excluded(number_M, valid_M, each_round)
+        count, pairs = comm.all_reduce_sum(np.array([excluded_M.sum(), valid_M.sum()])).tolist()
+        if count <= self.settings.low * pairs:
+            return excluded_M
+        logger.warning(
+            f"guard {self.name}: excludes nothing, for what it found is in {count / pairs:.0%} of the pairs, more than "
+            f"the fraction low ({self.settings.low:g}): probably a class that the model has not learnt yet"
+        )
+        return np.zeros_like(excluded_M)
 
 
 class Standardised(nn.Module):

@@ -114,15 +114,15 @@ def fit_mixture(counts_K: np.ndarray, low: float, high: float) -> Mixture:
 
 
 def fit_sklearn(scores_N: np.ndarray) -> Mixture:
-    """Mixture by sklearn.mixture.GaussianMixture(2, random_state=0), as in the released recipe.
+    """Mixture by sklearn.mixture.GaussianMixture(2, random_state=0) of the scores from the highest to the lowest, as in
+    the released recipe: its start depends on their order.
 
     It holds all scores in memory and stops at its default tolerance, before the maximum. Raises DegenerateFit if there
     are fewer than 3 different scores.
     """
     from sklearn.mixture import GaussianMixture
 
-    x_N1 = np.asarray(scores_N, np.float64)[:, None]
-    x_N1 = x_N1[~np.isnan(x_N1[:, 0])]
+    x_N1 = np.sort(scores_N[~np.isnan(scores_N)])[::-1, None]
     if len(np.unique(x_N1[: 1 << 16])) < 3 and len(np.unique(x_N1)) < 3:
         raise DegenerateFit("fewer than 3 different scores")
     found = GaussianMixture(2, random_state=0).fit(x_N1)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config.schema import Config, Selection, Train
-from pipeline.safety.selection import scheduled_fraction
+from pipeline.config.schema import Config, Train
 from shards.errors import UserError
 from shards.order.plan import EpochPlan
 from shards.order.safe_mask import SafeMask
@@ -158,25 +157,25 @@ def learning_rate(epoch: Epoch, step: int, steps: int, train: Train) -> float:
     return train.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
 
 
-def steps_of_loss(
-    loss: str, views: int, first_fraction: float, first_views: float, train: Train, chosen: Selection
-) -> int:
-    """Steps with `loss` ("clip" or "unimodal") that all SafeCLIP epochs have together, where every selection round
-    selects its fraction.
+def released_rate(
+    epoch: Epoch, number: int, steps_per_epoch: int, first_fraction: float, train: Train, growth: float
+) -> float:
+    """Rate of step `number` (of those of the epoch with its loss, from 0) of a unimodal or SafeCLIP epoch, by the
+    counters of the released code (train.schedule=released).
 
-    views: samples of an epoch over all pairs; first_fraction, first_views: of the first safe set, the fraction of the
-    pairs and of the views (the same without weights of data.sources). The pairs that come in later are taken to have
-    the mean weight of the others.
+    Each part of the run has one linear warm-up and one cosine: the warm-up epochs over their steps, and both losses of
+    the SafeCLIP epochs over as many steps as the CLIP loss would have without a limit to the safe fraction. The counter
+    is (epoch's number from 1) * (mean steps of an epoch) + `number`. So it begins some epochs after the start of the
+    cosine, and runs on after its end, where the rate rises again. first_fraction: of the first safe set.
     """
-    total, fraction, whole = 0, first_fraction, views // train.batch_size
-    for epoch in curriculum(train, chosen.every, whole):
-        if epoch.stage == "safeclip":
-            fraction = fraction if epoch.round is None else scheduled_fraction(first_fraction, epoch.round, chosen)
-            part = (fraction - first_fraction) / (1 - first_fraction) if first_fraction < 1 else 0.0
-            safe = round((first_views + (1 - first_views) * part) * views)
-            safe_steps = safe // train.batch_size
-            risky_steps = 0 if chosen.risky == "skip" else min((views - safe) // train.batch_size, whole - safe_steps)
-            clip_steps = whole - risky_steps if chosen.refill else safe_steps
-            total += max(0, risky_steps - epoch.begin) if loss == "unimodal" else clip_steps
-            total -= max(0, epoch.begin - risky_steps) if loss == "clip" else 0
-    return total
+    warmup_epochs, warm = train.unimodal_epochs + train.low_rate_epochs, train.warmup_steps
+    epochs, fractions = warmup_epochs, float(warmup_epochs)
+    if epoch.stage == "safeclip":
+        epochs = train.epochs - warmup_epochs
+        fractions = sum(first_fraction + number * growth for number in range(epochs))
+    steps = round(fractions * steps_per_epoch)
+    counter = (epoch.number + 1) * (steps // epochs) + number
+    if counter < warm:
+        return train.lr * (counter + 1) / warm
+    past = (counter - warm) / (steps - warm) if steps > warm else 0.0
+    return train.lr * 0.5 * (1 + math.cos(math.pi * past))

@@ -20,7 +20,7 @@ from pipeline.safety.score_files import Unread
 from pipeline.training import engine as engines
 from pipeline.training.bad_samples import bad_so_far, record, stop_where_bad
 from pipeline.training.copy_ahead import copied_ahead
-from pipeline.training.curriculum import Epoch, Step, epoch_steps, learning_rate, steps_of_loss
+from pipeline.training.curriculum import Epoch, Step, epoch_steps, learning_rate, released_rate
 from pipeline.training.garbage import collected_at_fixed_steps
 from pipeline.training.meter import Meter
 from pipeline.training.profile import Profile
@@ -80,7 +80,7 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                 waiting = time.monotonic()
                 batch = next(reading)
                 meter.waited += time.monotonic() - waiting
-                rate = rate_at(run, epoch, step.loss)
+                rate = rate_at(run, epoch, step)
                 seed = (config.run.seed << 40) + (state["step"] << 14) + comm.rank()
                 torch.manual_seed(seed % 2**64)  # dropout, if any
                 engines.set_lr(run.engine, rate)
@@ -91,8 +91,6 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                 if run.average and finite:
                     run.average.update(state["step"])
                 state["epoch_step"] += 1
-                if epoch.stage == "safeclip":
-                    state["loss_steps"][step.loss] += 1
                 state["sample_views"] += config.train.batch_size * len(run.views.of[step.loss])
                 bad += batch.bad
                 meter.step(config.train.batch_size, len(run.views.of[step.loss]))
@@ -110,14 +108,13 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
     return state
 
 
-def rate_at(run: Run, epoch: Epoch, loss: str) -> float:
-    """Learning rate of the next step, by the run's schedule or by that of its loss (train.schedule=per_loss)."""
-    config, state = run.config, run.state
-    if config.train.schedule == "per_loss" and epoch.stage == "safeclip":
-        first = state["first_fraction"], state["first_views"]
-        steps = steps_of_loss(loss, run.index.views, *first, config.train, config.selection)
-        return learning_rate(epoch, state["loss_steps"][loss], steps, config.train)
-    return learning_rate(epoch, state["step"], config.train.epochs * run.steps_per_epoch, config.train)
+def rate_at(run: Run, epoch: Epoch, step: Step) -> float:
+    """Learning rate of a step, by train.schedule."""
+    train, state, steps = run.config.train, run.state, run.steps_per_epoch
+    if train.schedule == "released" and epoch.stage in ("unimodal", "safeclip"):
+        number = step.pass_number * step.plan.steps + step.number
+        return released_rate(epoch, number, steps, state["first_views"], train, run.config.selection.growth)
+    return learning_rate(epoch, state["step"], train.epochs * steps, train)
 
 
 class SaveClock:

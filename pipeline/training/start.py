@@ -48,7 +48,6 @@ FRESH: dict = {
     "skipped": 0,  # steps with an infinite or NaN gradient
     "first_fraction": None,  # of the pairs, in the first safe set
     "first_views": None,  # the same of the samples of an epoch; differs with weights of data.sources
-    "loss_steps": {"clip": 0, "unimodal": 0},  # since the first selection round
     "metrics_bytes": 0,
 }
 

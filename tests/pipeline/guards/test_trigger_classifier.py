@@ -62,6 +62,15 @@ def test_nothing_is_found_where_pictures_of_low_and_high_scores_are_alike(high):
     assert excluded(low[:3], high)[0].sum() == 0 and excluded(low[:0], high[:0])[0].sum() == 0
 
 
+def test_what_more_pairs_have_than_scores_are_low_excludes_nothing(caplog):
+    (guard,) = make_guards({"trigger_classifier": {"low": 0.1}})
+    valid_M, flag_M = np.arange(110) >= 10, np.zeros(110, bool)
+    flag_M[5:20] = True  # 10 of 100 that can be read
+    assert guard.excluded(flag_M, valid_M, None).nonzero()[0].tolist() == list(range(10, 20)) and not caplog.text
+    flag_M[20] = True
+    assert not guard.excluded(flag_M, valid_M, None).any() and "in 11% of the pairs" in caplog.text
+
+
 def test_what_an_earlier_guard_excludes_is_not_learnt_from():
     guard = SimpleNamespace(dtype=np.bool_, features=("pixels",), numbers=lambda seen: seen["pixels"][:, 0] > 7)
     hashes = SimpleNamespace(dtype=np.int64, features=("hash",))

@@ -86,18 +86,19 @@ def test_every_method_is_the_same_on_two_ranks_and_after_two_cuts(data):
             assert (masks[0] != masks[1]).sum() <= 2, preset  # rounding may move a pair at the threshold
 
 
-def test_the_released_recipe_has_a_schedule_a_loss_and_counts_two_views_a_pair(data):
+def test_the_released_recipe_has_the_released_rates_and_counts_two_views_a_pair(data):
     made = config(data, "paper", "two")
     rows = [row for row in metrics(made) if "loss" in row]
     _, state = state_of(made)
-    assert state["sample_views"] == 2 * 24 * state["step"] and sum(state["loss_steps"].values()) == state["step"] - 20
-    for kind in ("unimodal", "clip"):
-        rates = [row["lr"] for row in rows if row["epoch"] >= 2 and row["loss_kind"] == kind]
-        steps, cosine = (
-            len(rates),
-            [(1 + math.cos(math.pi * (n - 2) / (len(rates) - 2))) / 2 for n in range(len(rates))],
-        )
-        assert steps >= 5 and rates == pytest.approx([5e-4, 1e-3, *(1e-3 * x for x in cosine[2:])])
+    assert state["sample_views"] == 2 * 24 * state["step"]
+    first, epochs = state["first_fraction"], made.train.epochs - 2
+    steps = round(10 * sum(first + 0.01 * n for n in range(epochs)))
+    for epoch in range(2, made.train.epochs):
+        for kind in ("unimodal", "clip"):
+            rates = [row["lr"] for row in rows if row["epoch"] == epoch and row["loss_kind"] == kind]
+            counters = [(epoch + 1) * (steps // epochs) + n for n in range(len(rates))]
+            cosine = [(1 + math.cos(math.pi * (c - 2) / (steps - 2))) / 2 for c in counters]
+            assert rates and min(counters) >= 2 and rates == pytest.approx([1e-3 * x for x in cosine], abs=1e-9)
     order = [row["loss_kind"] for row in rows if row["epoch"] == 2]
     assert order == sorted(order, reverse=True)  # unimodal before clip
 

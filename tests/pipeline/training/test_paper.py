@@ -18,7 +18,7 @@ from pipeline.safety.mixture import Mixture, fit_sklearn
 from pipeline.safety.round import select_pairs
 from pipeline.safety.selection import scheduled_fraction, select_top
 from pipeline.training import engine as engines
-from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, steps_of_loss
+from pipeline.training.curriculum import curriculum, epoch_steps, learning_rate, released_rate
 from pipeline.training.model import Towers, build_model, pixel_stats
 from pipeline.training.start import make_views
 from pipeline.training.step import train_step
@@ -54,7 +54,7 @@ def test_the_preset_has_the_released_settings(paper):
         True,
     )
     assert (train.epochs, train.unimodal_epochs, train.low_rate_epochs, train.clip_views) == (32, 5, 1, 2)
-    assert (train.lr, train.low_rate_lr, train.warmup_steps, train.schedule) == (5e-4, 5e-6, 10_000, "per_loss")
+    assert (train.lr, train.low_rate_lr, train.warmup_steps, train.schedule) == (5e-4, 5e-6, 10_000, "released")
     assert (train.weight_decay, train.betas, train.eps, train.clip) == (0.1, (0.9, 0.999), 1e-8, 0.0)
     assert (train.batch_size, train.precision, train.support_queue) == (128, "fp32", 256)
     assert (selection.posterior, selection.first_fraction, selection.least_fraction) == (0.9, None, 0.0)
@@ -105,32 +105,36 @@ def test_a_step_pairs_the_views_as_published_and_fills_the_memory_with_view_1(ki
     np.testing.assert_allclose(newest_BD, wanted_BD, atol=1e-5)
 
 
-def test_the_rate_is_one_cosine_then_constant_then_one_cosine_a_loss(paper):
-    train = paper("train.epochs=10", "train.unimodal_epochs=2", "train.warmup_steps=30").train
-    stages, steps = curriculum(train, 1, 50), 10 * 50
+def test_the_rates_are_those_of_the_released_counters(paper):
+    """22,000 batches an epoch, as CC3M has; a first safe fraction of .2."""
+    train, batches = paper().train, 22_000
+    stages, growth = curriculum(train, 1, batches), paper().selection.growth
 
-    def cosine(step, total):
-        """Linear over 30 steps to 5e-4, then half a cosine over the rest."""
-        past = max(0, step - 30) / (total - 30)
-        return 5e-4 * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * past)) / 2
+    def rate(epoch, number):
+        return released_rate(stages[epoch], number, batches, 0.2, train, growth)
 
-    for step in (0, 14, 29, 30, 75, 99):
-        assert learning_rate(stages[step // 50], step, steps, train) == pytest.approx(cosine(step, 500))
-    assert {learning_rate(stages[2], step, steps, train) for step in range(100, 150)} == {5e-6}
-    for step in (0, 29, 100, 199):
-        assert learning_rate(stages[3], step, 200, train) == pytest.approx(cosine(step, 200))
-    # 7 SafeCLIP epochs over 6,400 pairs from a first fraction of .2: each has the whole batches of both sets, 50 in all
-    # at most.
-    chosen = paper().selection
-    fractions = [0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 0.26]
-    safe = [round(fraction * 6400) // 128 for fraction in fractions]
-    risky = [(6400 - round(fraction * 6400)) // 128 for fraction in fractions]
-    assert steps_of_loss("clip", 6400, 0.2, 0.2, train, chosen) == sum(safe)
-    assert steps_of_loss("unimodal", 6400, 0.2, 0.2, train, chosen) == sum(risky)
-    # Where the first safe set is a fifth of the pairs and half of the views, a further 1 % of the pairs has 1/80 of the
-    # other half.
-    safe = [(0.5 + 0.5 * n / 80) * 6400 // 128 for n in range(7)]
-    assert steps_of_loss("clip", 6400, 0.2, 0.5, train, chosen) == pytest.approx(sum(safe), abs=7)
+    def cosine(counter, steps):
+        return 5e-4 * (1 + math.cos(math.pi * (counter - 10_000) / (steps - 10_000))) / 2
+
+    # The warm-up epochs: six of them, counted from the second. The rate is 0 where the fifth ends.
+    for epoch, number in ((0, 0), (0, 21_999), (3, 500), (4, 0)):
+        assert rate(epoch, number) == pytest.approx(cosine((epoch + 1) * 22_000 + number, 6 * 22_000))
+    assert rate(4, 21_999) == pytest.approx(0, abs=1e-9)
+    assert {learning_rate(stages[5], step, 32 * batches, train) for step in (110_000, 131_999)} == {5e-6}
+    # 26 epochs with .20, .21, ... .45 of the batches: 185,900, or 7,150 an epoch, counted from the eighth.
+    for epoch, number in ((6, 0), (6, 4_399), (20, 17_000), (24, 0)):
+        assert rate(epoch, number) == pytest.approx(cosine((epoch + 1) * 7_150 + number, 185_900))
+    assert rate(25, 0) == pytest.approx(0, abs=1e-9) and rate(31, 9_000) > rate(31, 0) > 5e-5  # it rises again
+
+    short = paper("train.epochs=8", "train.unimodal_epochs=1", "train.warmup_steps=30").train
+    first = curriculum(short, 1, 10)
+    assert [released_rate(first[0], n, 10, 0, short, growth) for n in (0, 9)] == pytest.approx(
+        [5e-4 * 11 / 30, 1e-3 / 3]
+    )
+    # Fewer steps than those of the linear warm-up: 6 * .225 * 10 = 13.5, 2 an epoch.
+    assert [released_rate(first[2], n, 10, 0.2, short, growth) for n in (0, 23, 24, 50)] == pytest.approx(
+        [5e-4 * 7 / 30, 5e-4, 5e-4, 5e-4]
+    )
 
 
 def test_an_epoch_goes_over_the_risky_pairs_first_then_over_the_safe_ones(paper):
@@ -165,7 +169,7 @@ def scores_of_two(seed=0):
 
 def test_the_first_safe_set_is_that_of_sklearns_posterior(paper):
     score_N = scores_of_two()
-    mixture = GaussianMixture(2, random_state=0).fit(score_N.astype(np.float64)[:, None])
+    mixture = GaussianMixture(2, random_state=0).fit(np.sort(score_N)[::-1, None])
     posterior_N = mixture.predict_proba(score_N.astype(np.float64)[:, None])[:, mixture.means_[:, 0].argmax()]
     made = select_pairs(score_N, [1500, 2500], paper().selection, 0)
     assert np.array_equal(made.mask.flags(), posterior_N >= 0.9)
@@ -177,7 +181,7 @@ def test_the_first_safe_set_is_that_of_sklearns_posterior(paper):
 
 def test_later_safe_sets_are_the_highest_posteriors(paper):
     score_N = scores_of_two(1)
-    mixture = GaussianMixture(2, random_state=0).fit(score_N.astype(np.float64)[:, None])
+    mixture = GaussianMixture(2, random_state=0).fit(np.sort(score_N)[::-1, None])
     posterior_N = mixture.predict_proba(score_N.astype(np.float64)[:, None])[:, mixture.means_[:, 0].argmax()]
     made = select_pairs(score_N, [4000], paper().selection, 3, first_fraction=0.3)
     wanted = np.zeros(4000, bool)
@@ -187,7 +191,7 @@ def test_later_safe_sets_are_the_highest_posteriors(paper):
 
 def test_sklearns_mixture_is_the_one_that_is_kept():
     score_N = np.append(scores_of_two(), np.float32("nan"))
-    wanted = GaussianMixture(2, random_state=0).fit(score_N[:-1, None].astype(np.float64))
+    wanted = GaussianMixture(2, random_state=0).fit(np.sort(score_N[:-1])[::-1, None])
     order = wanted.means_[:, 0].argsort()
     found = fit_sklearn(score_N)
     np.testing.assert_allclose(found.mean, wanted.means_[order, 0])
