@@ -1,7 +1,7 @@
 """Loads a configuration: defaults, preset, YAML file and a.b=value arguments, in this order."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,15 +33,17 @@ for one in (Loader, Dumper):
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Config of the YAML file `path` with `overrides` ("a.b=value", YAML values). Raises UserError naming the key.
 
-    A file may hold `presets: {NAME: {...}}`: its own settings for a preset, merged into the built-in ones.
+    A file may hold `presets: {NAME: {...}}`: settings for one preset, over the file's others; overrides are over all.
     """
-    values = read_yaml(path)
-    override(values, overrides)
+    values, words = read_yaml(path), list(overrides)
+    override(values, words)
     own = values.pop("presets", None) or {}
     values.pop("hash", None)  # in the config.yaml of a run directory
     if not isinstance(own, dict) or not all(isinstance(one, dict) for one in own.values()):
         raise UserError("presets: expected a mapping of settings for each preset: {NAME: {train: {lr: 0.001}}}")
-    config = make_config(values, own)
+    values = merged(values, own.get(str(values.get("preset", "paper")), {}))
+    override(values, [word for word in words if not word.startswith("presets.")])
+    config = make_config(values)
     check(config)
     return config
 
@@ -54,13 +56,12 @@ def load_run_config(run_dir: str | Path, overrides: Iterable[str] = ()) -> Confi
     return load_config(path, overrides)
 
 
-def make_config(values: dict, own: Mapping[str, dict] = {}) -> Config:
-    """Config of a preset, `own` settings for it and `values`, each over the one before. Raises UserError."""
+def make_config(values: dict) -> Config:
+    """Config of a preset with `values` over it. Raises UserError."""
     preset = values.get("preset", "paper")
     if preset not in list(PRESETS):
         read(Config, {"preset": preset})  # raises
-    layers = merged(merged(PRESETS[preset], own.get(preset, {})), values)
-    config = read(Config, layers, renamed=RENAMED)
+    config = read(Config, merged(PRESETS[preset], values), renamed=RENAMED)
     if config.guards:
         from pipeline.guards import complete  # only now: it takes torch a second to load
 

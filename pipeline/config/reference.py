@@ -25,7 +25,8 @@ change `pipeline/config/schema.py` instead.
 
 A configuration is made of four layers, each over the one before it: the defaults below, the preset, the YAML file, and
 `a.b=value` words behind it on the command line (values as in YAML). An unknown key, a value of the wrong type and one
-out of bounds are errors that name the key. `presets: {NAME: {...}}` in a file holds settings for that preset only.
+out of bounds are errors that name the key. `presets: {NAME: {...}}` in a file holds settings for that preset only, over
+the file's others.
 
     preset: default
     data: {index: /data/cc3m/index}

@@ -48,9 +48,15 @@ def test_yaml_lies_over_the_preset_and_the_command_line_over_both(file):
 
 
 def test_a_file_can_have_its_own_settings_for_a_preset(file):
-    path = file(BASE + "presets: {clip: {train: {lr: 0.5}}}\n")
+    """Over those of all presets in the file, under those of the command line."""
+    path = file(
+        BASE.replace("batch_size: 8", "batch_size: 8, lr: 0.25, epochs: 7") + "presets: {clip: {train: {lr: 0.5}}}\n"
+    )
     assert load_config(path, ["preset=clip"]).train.lr == 0.5
-    assert load_config(path, ["preset=paper"]).train.lr == 5e-4
+    assert load_config(path, ["preset=paper"]).train.lr == 0.25
+    assert load_config(path, ["preset=clip", "train.lr=1"]).train.lr == 1
+    assert load_config(path, ["preset=clip", "presets.clip.train.lr=2"]).train.lr == 2
+    assert load_config(path, ["preset=clip"]).train.epochs == 7
 
 
 @pytest.mark.parametrize("name", ["cc3m_rn50", "cc12m_vitb32", "laion400m_vitb16"])
