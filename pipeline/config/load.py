@@ -130,6 +130,11 @@ def check(config: Config) -> None:
             "train.method: cleanclip fine-tunes a trained model on clean pairs; "
             "name them with model.pretrained=RUN data.mask=MASK"
         )
+    if method == "safeclip" and config.guards and config.selection.scored_view == "augmented":
+        raise UserError(
+            f"guards: got {', '.join(config.guards)}, but they need pictures as they are, and a selection round reads "
+            "random crops; set selection.scored_view=plain"
+        )
     for key in ("lock_image", "lock_text"):
         if getattr(model, key) and not model.pretrained:
             raise UserError(f"model.{key}: freezes random weights; name trained ones with model.pretrained")

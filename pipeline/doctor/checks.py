@@ -97,6 +97,9 @@ def check_config(config: Config, index: ShardIndex, ranks: int) -> Findings:
                 "the rate will hardly be reached, take fewer",
             )
         )
+    if not rounds and (config.guards or config.train.method == "safeclip"):
+        text = "no selection round, so all pairs are trained on"
+        found.append(("warning", "config", f"{text}; take more train.epochs, or train.method=safeclip with guards"))
     if config.guards and (warning := out_of_range(index.samples)):
         found.append(("warning", "config", warning))
     return found

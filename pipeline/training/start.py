@@ -161,6 +161,8 @@ class Run:
             f"{config.train.precision} at ZeRO {self.engine.zero_optimization_stage()}, "
             f"{config.train.epochs} epochs of {self.steps_per_epoch} steps"
         )
+        if (config.guards or config.train.method == "safeclip") and all(epoch.round is None for epoch in self.epochs):
+            text += ", no selection round: it trains on all pairs"
         if state["synonyms"]:
             text += f", synonyms of captions from {state['synonyms']}"
         if found:

@@ -27,10 +27,10 @@ Written by `launch/reproduce.sh` from `{results}`; `launch/reproduce.sh --report
 
 A table for each set and attack group: the attacks of a group share a poisoned set. Each line counts its own seeds,
 `runs` of them. Clean top-1: mean over seeds ± half of its 95 % interval. Attacks: success, mean / worst run, and in
-brackets the rate at which plain CLIP that never saw poison reads the triggered pictures so (? = not run). void:
-undefended the attack succeeds in less than 80 % on average, so that its column shows nothing. † marks attacks, and
-seeds of a set, that rules may be chosen on (README.md); a figure is evidence for a rule only where one of the two
-bears no mark.
+brackets the rate at which plain CLIP that never saw poison reads the triggered pictures so (? = not run). void: on
+plain CLIP of the same seeds (of all seeds where these were not run) the attack succeeds in less than 80 % on average,
+so that the cell shows nothing. † marks attacks, and seeds of a set, that rules may be chosen on (README.md); a figure
+is evidence for a rule only where one of the two bears no mark.
 
 {defences}
 """

@@ -36,9 +36,11 @@ class GroupRows:
             if row["defence"] == defence and chosen in (None, row["seed"] in CHOSEN_SEEDS)
         ]
 
-    def void(self, attack: str) -> bool | None:
-        """Whether the attack did not take on plain CLIP, so that it shows nothing; None where that was not run."""
-        success = rate_of(self.of("none"), attack)
+    def void(self, attack: str, rows: Iterable[dict] = ()) -> bool | None:
+        """Whether the attack did not take on plain CLIP of the seeds of `rows`, so that it shows nothing; on that of
+        all seeds where these were not run; None where none was run."""
+        seeds = {row["seed"] for row in rows}
+        success = rate_of([row for row in self.of("none") if row["seed"] in seeds] or self.of("none"), attack)
         return None if success is None else success < TOOK
 
     def unpoisoned(self, attack: str, rows: list[dict], key: str = "success") -> float | None:

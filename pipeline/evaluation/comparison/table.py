@@ -37,7 +37,7 @@ def success_cell(found: GroupRows, attack: str, rows: list[dict]) -> str:
     if not values:
         return ""
     text = f"{percent(mean(values))} / {percent(max(values))} ({percent(found.unpoisoned(attack, rows))})"
-    void = found.void(attack)
+    void = found.void(attack, rows)
     return text if void is False else f"void: {text}" if void else f"{text}, undefended not run"
 
 
@@ -50,8 +50,9 @@ def summary_table(groups: list[GroupRows], chosen: bool) -> str:
     names = [name for name in DEFENCES if any(one.of(name, chosen) for one in groups)]
     there = [{(one.group, row["seed"]) for one in groups for row in one.of(name, chosen)} for name in names]
     shared = set.intersection(*there) if there else set()
-    took = [(one, attack) for one in groups for attack in one.attacks if one.void(attack) is False]
-    took = [(one, attack) for one, attack in took if one.group in {group for group, _ in shared}]
+    of_shared = {one: [r for r in one.poisoned if (r["group"], r["seed"]) in shared] for one in groups}
+    took = [(one, attack) for one in groups for attack in one.attacks if one.void(attack, of_shared[one]) is False]
+    took = [(one, attack) for one, attack in took if of_shared[one]]
     if len({group for group, _ in shared}) < 2 or not took:
         return ""
     head = ["defence", "seeds", "runs", "clean top-1", f"{len(took)} attacks that take, mean / worst attack"]
@@ -77,7 +78,8 @@ def excess_table(groups: list[GroupRows]) -> str:
         rows = [(one, row) for one in groups for row in one.of(defence, chosen)]
         above: dict[str, dict[int, float]] = {}  # {attack: {seed: fraction}}
         for one, row in rows:
-            for attack in (name for name in row["attacks"] if one.void(name) is False):
+            block = one.of(defence, chosen)
+            for attack in (name for name in row["attacks"] if one.void(name, block) is False):
                 never = one.unpoisoned(attack, [row])
                 if never is not None:
                     success = row["attacks"][attack]["success"]
@@ -162,7 +164,7 @@ def attack_table(found: GroupRows) -> str:
             if not rows:
                 continue
             judged = [row["attacks"][attack] for row in rows]
-            cells = [percent(rate_of(rows, attack)) + (" void" if found.void(attack) else ""), interval(judged)]
+            cells = [percent(rate_of(rows, attack)) + (" void" if found.void(attack, rows) else ""), interval(judged)]
             cells.append(percent(rate_of(rows, attack, "base")))
             cells += [percent(found.unpoisoned(attack, rows)), percent(rate_of(rows, attack, "true_class"))]
             cells.append(percent(found.unpoisoned(attack, rows, "true_class")))

@@ -117,6 +117,7 @@ def test_the_configs_of_large_sets_leave_a_preset_whole(name):
         ('train.epochs="3"', "train.epochs"),
         ("train.epochs=1.5", "train.epochs"),
         ("train.epochs=true", "train.epochs"),
+        ("guards.duplicates={}", "guards: got duplicates, but they need pictures as they are"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_key(file, override, names):

@@ -86,6 +86,15 @@ def test_a_run_that_can_start_or_resume_is_sound_and_nothing_is_written(world):
     assert sorted(world.rglob("*")) == before
 
 
+def test_a_run_that_never_selects_is_told(world):
+    made = config(world, "new")
+    found = [text for level, _, text in doctor.examine(made) if level == "warning"]
+    assert not any("no selection round" in text for text in found)
+    made.train.epochs = made.train.unimodal_epochs + made.train.low_rate_epochs
+    found = [text for level, _, text in doctor.examine(made) if level == "warning"]
+    assert any("no selection round, so all pairs are trained on" in text for text in found)
+
+
 def test_what_evaluation_names_is_tried(world):
     made = config(world, "new", evaluation__evaluators=["loss"])
     assert "evaluation: evaluation.evaluators: loss needs held-out pairs" in fatal(made)

@@ -84,6 +84,8 @@ def test_an_attack_that_does_not_take_undefended_is_void_in_every_row():
     ]:
         assert cells(table, defence, seeds)["blended†"] == text
     assert cells(attack_table(found), "blended†", "dao")["success"] == "20.0 void"
+    others = [row("none", seed, 0.7, badnets=0.5, blended=0.9) for seed in (3, 4)]  # it is told by the seeds of a line
+    assert cells(main_table(group(rows=[*ROWS, *others])), "default", "3")["blended†"] == "20.0 / 20.0 (?)"
     undefended_missing = main_table(group(rows=[r for r in ROWS if r["defence"] != "none"]))
     assert cells(undefended_missing, "dao")["badnets†"] == "4.0 / 6.0 (?), undefended not run"
 
