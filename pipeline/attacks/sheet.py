@@ -29,9 +29,10 @@ Cell = tuple[str, Image.Image | None, Image.Image | None, str]  # title, picture
 
 
 def show(folder: str | Path, out: str | Path, pairs: int = 4) -> str:
-    """Write a PNG at `out` of the manifest in `folder`: for each attack some `pairs`, and a test picture; returns a
-    line. Raises UserError."""
-    path = Path(folder) / "manifest.json"
+    """Write a PNG at `out` of the manifest in `folder` (or of that name): for each attack some `pairs`, and a test
+    picture; returns a line. Raises UserError."""
+    folder = Path(folder).parent if Path(folder).name == "manifest.json" else Path(folder)
+    path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
         classes, index = manifest["classes"], ShardIndex.load(manifest["index"])

@@ -25,7 +25,7 @@ ATTACKS = {
 
 def test_a_sheet_shows_clean_and_triggered_pictures_side_by_side(data, tmp_path):
     make_attack(attack_config(data, tmp_path, ATTACKS))
-    show(tmp_path, tmp_path / "sheet.png", pairs=3)
+    show(tmp_path / "manifest.json", tmp_path / "sheet.png", pairs=3)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (GAP + 4 * HEIGHT, GAP + 4 * CELL, 3)
     index = ShardIndex.load(data / "index")

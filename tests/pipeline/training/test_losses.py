@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from pipeline.distributed import comm
 from pipeline.training import losses
 from pipeline.training.losses import clip_loss, info_nce, sigmoid_loss, unimodal_loss
+from pipeline.training.step import step_loss
+from pipeline.training.support_queue import SupportQueue
 from tests.helpers.ranks import run_ranks
 
 ROWS, DIM = 6, 5
@@ -49,6 +51,30 @@ def expected_siglip(image1, text1, image2, text2, scale, valid):
 def expected_unimodal(image2, text2, near_image, near_text, scale, valid):
     one, two = (image2, near_image), (text2, near_text)
     return (cross_entropy(*one, scale, valid) + cross_entropy(*two, scale, valid)) / 2
+
+
+def test_the_step_of_cleanclip_adds_half_the_losses_within_the_modalities():
+    """Bansal et al. 2023, equation 5: view 1 is the plain pair, view 2 an augmented one; lambda 1."""
+    image1, image2, text1, text2 = unit(3, 4)
+    scale = torch.tensor([7.0], dtype=torch.float64)
+    found = step_loss("cleanclip", torch.cat([image1, image2]), torch.cat([text1, text2]), scale, {}, VALID)
+    across = (cross_entropy(image1, text1, scale, VALID) + cross_entropy(text1, image1, scale, VALID)) / 2
+    within = (cross_entropy(image1, image2, scale, VALID) + cross_entropy(text1, text2, scale, VALID)) / 2
+    assert found.item() == pytest.approx((across + within).item(), rel=1e-9)
+
+
+def test_the_step_of_roclip_matches_pictures_with_the_nearest_captions_of_the_queue():
+    """Yang and Mirzasoleiman 2023: the CLIP loss of the pictures and these captions, in place of their own."""
+    image, text, stored = unit(4, 3, torch.float32)
+    queue = SupportQueue(ROWS, DIM, "cpu")
+    queue.push(stored.detach(), torch.ones(ROWS, dtype=torch.bool))
+    scale = torch.tensor([7.0])
+    found = step_loss("match", image, text, scale, {"text": queue}, VALID)
+    near = stored[(image @ stored.T).argmax(1)].detach()
+    wanted = (cross_entropy(image, near, scale, VALID) + cross_entropy(near, image, scale, VALID)) / 2
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    found.backward()
+    assert image.grad[VALID].norm() > 0 and text.grad.norm() == 0
 
 
 def test_info_nce_of_two_orthogonal_rows_by_hand():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 from sklearn.mixture import GaussianMixture
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ from pipeline.training.support_queue import SupportQueue
 from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask
 from shards.samples.samples import Samples
+from shards.views.augment import drawn_view, random_box
 from shards.views.batch import Batch
 from shards.views.loader import PlainBatches, TrainBatches
 from tests.helpers.models import MODEL
@@ -135,6 +137,35 @@ def test_the_rates_are_those_of_the_released_counters(paper):
     assert [released_rate(first[2], n, 10, 0.2, short, growth) for n in (0, 23, 24, 50)] == pytest.approx(
         [5e-4 * 7 / 30, 5e-4, 5e-4, 5e-4]
     )
+
+
+def test_the_picture_augmentation_is_drawn_as_published(paper):
+    """Crops of .08 to 1 of the area, sides from 3/4 to 4/3, flips at .5; jitter (.5, .5, .5, .1) at .8, grey at .2,
+    blur always, sigma .1 to 2 at 224 pixels."""
+    augment, rng = paper().data.clip_augment, np.random.default_rng(0)
+    boxes = np.array([random_box(400, 400, augment.crop_min, rng) for _ in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    area, ratio = width * height / 400**2, np.log(width / height)
+    assert area.min() >= 0.08 and area.max() <= 1 and np.abs(ratio).max() <= np.log(4 / 3) + 1e-9
+    small = area < 0.5
+    assert stats.kstest((area[small] - 0.08) / 0.42, "uniform").pvalue > 1e-3
+    assert stats.kstest(ratio[small] / np.log(4 / 3) / 2 + 0.5, "uniform").pvalue > 1e-3
+
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[:, :16] = 255
+    views = [drawn_view(picture, 32, rng, replace(augment, crop_min=1.0)) for _ in range(2000)]
+    flipped = np.mean([pixels[0, 0, 0] == 0 for pixels, _ in views])
+    colours = [colour for _, colour in views]
+    jittered = [dict(colour.jitter) for colour in colours if colour.jitter]
+    shares = flipped, len(jittered) / 2000, np.mean([colour.grey for colour in colours])
+    np.testing.assert_allclose(shares, (0.5, 0.8, 0.2), atol=0.04)
+    sigma = np.array([colour.blur for colour in colours]) * 224 / 32
+    assert stats.kstest((sigma - 0.1) / 1.9, "uniform").pvalue > 1e-3
+    for step in range(3):
+        factor = np.array([one[step] for one in jittered])
+        assert stats.kstest(factor - 0.5, "uniform").pvalue > 1e-3
+    turn = np.array([one[3] for one in jittered]) / 255
+    assert -0.1 <= turn.min() < -0.09 and 0.09 < turn.max() <= 0.1
 
 
 def test_an_epoch_goes_over_the_risky_pairs_first_then_over_the_safe_ones(paper):
