@@ -9,6 +9,7 @@ from pipeline.evaluation.comparison.defences import DEFENCES, Defence
 from pipeline.evaluation.comparison.sets import DataSet, digest, overlay_digest
 from pipeline.training.metrics import commit
 from pipeline.training.precision import with_precision
+from shards.views.eda import synonym_source
 
 FIRST_KEYS = ("name", "config", "pretrained")
 Place = tuple[str, str, str, int, bool]  # set, group, defence, seed, poisoned
@@ -60,6 +61,14 @@ class Cell:
         return with_precision(self.set.load([*self.words, *names]))
 
     @cached_property
+    def synonyms(self) -> str | None:
+        """Source of the synonyms that the run's captions get on this host, "WordNet 3.0" or "table"; None without."""
+        data = self.config.data
+        if not (data.clip_eda or data.unimodal_eda):
+            return None
+        return "table" if data.eda_synonyms == "table" else synonym_source().split(" in ")[0]
+
+    @cached_property
     def run_key(self) -> str:
         """12 hex digits that change with what decides the run: its config, the data, the poison, and what it needs
         first."""
@@ -77,12 +86,15 @@ class Cell:
 
         setup: of what all defences share (data, model, epochs, batch size, learning rate and the attack's config), the
         same in every row of a set and group; attack: of the poison, the same in every row of a seed; recipe: of the
-        run's config but for its seed, the same in every row of a defence.
+        run's config but for its seed (and the source of synonyms, where WordNet is missing), the same in every row of a
+        defence.
         """
         attack = self.set.attacks[self.group].digest(self.set.fingerprint, 0)
         common = self.set.load()
         setup = [model_of(common), common.train.epochs, common.train.batch_size, common.train.lr, attack]
         recipe = self.config.model_copy(update={"run": self.config.run.model_copy(update={"seed": 0})}).hash()
+        if self.synonyms == "table" and self.config.data.eda_synonyms != "table":
+            recipe = digest([recipe, "table"])
         return {"setup": digest(setup), "attack": overlay_digest(self.overlay), "recipe": recipe}
 
     def row(self, figures: dict, seconds_before: float, seconds_own: float) -> dict:
@@ -110,6 +122,7 @@ class Cell:
             **self.origin(),
             "commit": commit(),
             "model": digest([model_of(self.config)]),
+            "synonyms": self.synonyms,
         }
         return {
             **head,

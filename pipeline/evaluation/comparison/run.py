@@ -16,6 +16,7 @@ from pipeline.evaluation.comparison.progress import Progress
 from pipeline.evaluation.comparison.results import append_result, read_results
 from pipeline.evaluation.comparison.sets import DataSet, read_sets
 from shards.errors import UserError
+from shards.views import wordnet
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def compare_sets(
         failed.update({task.name: why for task, why in pool.failed.items()})
         return pool.stopped
 
-    if run([task for one in sets.values() for task in data_tasks(one, work)], lambda pool: "making data"):
+    tasks = [task for one in sets.values() for task in data_tasks(one, work)]
+    if run([*tasks, *wordnet_tasks(sets, rules_of(args), work)], lambda pool: "making data"):
         return failed, True
     made = {
         (one, group, seed): one.overlay(group, seed, work)
@@ -90,10 +92,15 @@ def chosen_groups(named: Sequence[str] | None, sets: dict[str, DataSet]) -> dict
     return {name: [g for g in one.attacks if not named or g in named] for name, one in sets.items()}
 
 
+def rules_of(args: argparse.Namespace) -> Sequence[str]:
+    """Names of the defences."""
+    return args.defences or (CURVES if args.rates else list(DEFENCES))
+
+
 def cells_of(args: argparse.Namespace, one: DataSet, group: str, seed: int, folder: Path) -> list[Cell]:
     """The cells of one poisoned set, and of its controls."""
     named = args.attacks or [group, *([] if args.rates else ["unpoisoned"])]
-    rules = args.defences or (CURVES if args.rates else list(DEFENCES))
+    rules = rules_of(args)
     cells = [Cell(one, group, name, seed, folder) for name in rules] if set(named) != {"unpoisoned"} else []
     if "unpoisoned" in named:
         cells += [Cell(one, group, name, seed, folder, poisoned=False) for name in rules if DEFENCES[name].control]
@@ -105,6 +112,15 @@ def data_tasks(one: DataSet, work: Path) -> list[Task]:
     if not one.data or (Path(one.load().data.index) / "index.json").exists():
         return []
     return [Task(f"{one.name}: data", [*SAFECLIP, "data", *one.data], work / one.name / "data.log")]
+
+
+def wordnet_tasks(sets: dict[str, DataSet], defences: Iterable[str], work: Path) -> list[Task]:
+    """The Task that fetches WordNet where a defence takes synonyms from it and it is not there; not for the user's own
+    shards."""
+    cells = [Cell(one, "", name, 0, Path()) for one in sets.values() if one.data for name in defences]
+    if wordnet.find() or not any(cell.synonyms and cell.config.data.eda_synonyms == "wordnet" for cell in cells):
+        return []
+    return [Task("WordNet", [*SAFECLIP, "data", "wordnet", "data/wordnet"], work / "wordnet.log")]
 
 
 def attack_task(one: DataSet, group: str, seed: int, folder: Path, surrogates: dict[str, Task]) -> Task:

@@ -18,7 +18,7 @@ from pipeline.evaluation.comparison.__main__ import main
 from pipeline.evaluation.comparison.cells import Cell
 from pipeline.evaluation.comparison.plan import Plan, before
 from pipeline.evaluation.comparison.results import append_result, read_results
-from pipeline.evaluation.comparison.run import bring_back
+from pipeline.evaluation.comparison.run import bring_back, wordnet_tasks
 from pipeline.evaluation.comparison.sets import overlay_digest, read_sets
 from shards.build.shapes import shapes
 from shards.errors import UserError
@@ -184,6 +184,22 @@ def test_a_row_tells_what_its_run_was_of(folder):
     one = replace(cell.set, overrides=(*cell.set.overrides, "train.lr=0.123"))
     changed = Cell(one, "a", "none", 0, cell.overlay).origin()
     assert changed["setup"] != none["setup"] and changed["recipe"] != none["recipe"]
+
+
+def test_wordnet_is_fetched_where_a_defence_takes_synonyms_and_a_row_names_their_source(folder, tmp_path, monkeypatch):
+    (none,), (paper,) = cells(folder, "none"), cells(folder, "paper")
+    one, recipes = {"s": replace(paper.set, data=("photos", "x"))}, []
+    for there, source in ((tmp_path, "WordNet 3.0"), (None, "table")):
+        monkeypatch.setattr("shards.views.wordnet.find", lambda: there)
+        monkeypatch.setattr("pipeline.evaluation.comparison.cells.synonym_source", lambda: f"{source} in there")
+        (paper,) = cells(folder, "paper")
+        recipes.append(paper.origin()["recipe"])
+        assert (paper.synonyms, none.synonyms) == (source, None)
+        tasks = wordnet_tasks(one, ["paper"], tmp_path)
+        assert [task.words[-2:] for task in tasks] == ([] if there else [["wordnet", "data/wordnet"]])
+        assert wordnet_tasks(one, ["none", "default"], tmp_path) == []
+        assert wordnet_tasks({"s": none.set}, ["paper"], tmp_path) == []  # the user's own shards
+    assert recipes[0] != recipes[1]
 
 
 def test_a_config_that_is_changed_back_brings_its_row_back(folder, tmp_path):
