@@ -77,6 +77,10 @@ def init(timeout: float = 60.0) -> None:
     if backend != "gloo":
         # Every rank is a member, and gets no mark for those that are not.
         _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    with naming_the_lost():
+        hosts = gather_objects(socket.gethostname())
+    # What ranks of a host share is divided by it; of the launchers only torchrun sets it.
+    env["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
 
 
 def wait_long(group: dist.ProcessGroup) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.data import open_cache
+from pipeline.config.schema import Data
 from pipeline.distributed import comm, meeting
 from shards.errors import RunFailed, UserError
 from tests.helpers.ranks import run_ranks
@@ -110,3 +112,19 @@ def test_deepspeed_is_told_the_gpu_of_a_task_that_sees_no_other(monkeypatch):
         with pytest.raises(Joins):
             comm.init()
         assert os.environ["LOCAL_RANK"] == str(expected) and os.environ["RANK"] == "3" and chosen.pop() == expected
+
+
+def fetched_ahead(cache):
+    return open_cache(Data(cache=str(cache), cache_gb=1)).ahead
+
+
+@pytest.mark.parametrize("stale", ["", "7"])
+def test_ranks_of_a_host_share_the_cache_whatever_started_them(monkeypatch, tmp_path, stale):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", stale)
+    assert run_ranks(fetched_ahead, 2, tmp_path / "cache") == [125_000_000] * 2
+
+
+def test_ranks_of_other_hosts_are_not_counted(monkeypatch):
+    monkeypatch.setattr(comm, "gather_objects", lambda host: [host, "another", host])
+    comm.init()
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"
