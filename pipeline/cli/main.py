@@ -58,7 +58,9 @@ def says(error: Exception) -> bool:
 
     Any process prints what it alone has met, that a server is lost, or that a shard has changed.
     """
-    first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    # Under srun LOCAL_RANK becomes the GPU's number (comm.init); under torchrun, which srun may start, it is the rank.
+    counted = "LOCAL_RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_LOCALID"
+    first = os.environ.get(counted, os.environ.get("LOCAL_RANK", "0")) == "0"
     alone = isinstance(error, UserError) and (error.alone or not error.everywhere and first)
     return logs.rank() == 0 or alone or isinstance(error, (Unreachable, ChangedShard))
 

@@ -58,7 +58,9 @@ def init(timeout: float = 60.0) -> None:
     env.setdefault("LOCAL_RANK", "0")
     env.setdefault("MASTER_PORT", "29500")
     if torch.cuda.is_available():
-        torch.cuda.set_device(own_gpu(int(env["LOCAL_RANK"]), torch.cuda.device_count(), env))
+        # DeepSpeed takes LOCAL_RANK for the GPU's number, throughout training. SLURM_LOCALID stays what it is.
+        env["LOCAL_RANK"] = str(own_gpu(int(env["LOCAL_RANK"]), torch.cuda.device_count(), env))
+        torch.cuda.set_device(int(env["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     store, _heartbeat = meet(int(env["RANK"]), int(env["WORLD_SIZE"]), timeout)
     store.set_timeout(PATIENCE)
@@ -75,6 +77,10 @@ def init(timeout: float = 60.0) -> None:
     if backend != "gloo":
         # Every rank is a member, and gets no mark for those that are not.
         _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    with naming_the_lost():
+        hosts = gather_objects(socket.gethostname())
+    # What ranks of a host share is divided by it; of the launchers only torchrun sets it.
+    env["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
 
 
 def wait_long(group: dist.ProcessGroup) -> None:

@@ -4,13 +4,11 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import DTypeLike
 
 from pipeline.distributed import comm
@@ -67,21 +65,18 @@ def share_between_hosts(array: np.ndarray, ranges_R: Sequence[tuple[int, int]]) 
     """Make a `host_array` the same on every host. ranges_R[r]: (start, stop), what rank r has written of it. All ranks
     call.
 
-    The first rank of each host sends for its host; all hosts send at the same time.
+    The first rank of each host sends for its host; all hosts send at the same time. They have no group of their own:
+    the default group being bound to a GPU, torch makes those that are not members of a new group, though it is gloo,
+    wait for a split of NCCL's communicator, in which the members take no part.
     """
     comm.barrier()
     firsts = first_ranks()
     leaders = sorted(set(firsts))
     if len(leaders) > 1:
-        group = dist.new_group(leaders, backend="gloo", timeout=comm.PATIENCE)
-        if isinstance(group, dist.ProcessGroup):  # this rank is a member
-            size = max(1, PIECE // len(leaders))
-            parts = [
-                pieces((some for first, some in zip(firsts, ranges_R) if first == leader), size) for leader in leaders
-            ]
-            for slices in zip_longest(*parts, fillvalue=slice(0, 0)):
-                send(array, slices, leaders, group)
-            dist.destroy_process_group(group)
+        size = max(1, PIECE // len(leaders))
+        parts = [pieces((some for first, some in zip(firsts, ranges_R) if first == leader), size) for leader in leaders]
+        for slices in zip_longest(*parts, fillvalue=slice(0, 0)):
+            send(array, dict(zip(leaders, slices)))
     comm.barrier()
 
 
@@ -90,17 +85,11 @@ def pieces(ranges: Iterable[tuple[int, int]], size: int) -> list[slice]:
     return [slice(at, min(at + size, stop)) for start, stop in ranges for at in range(start, stop, size)]
 
 
-def send(array: np.ndarray, slices: Sequence[slice], leaders: Sequence[int], group: dist.ProcessGroup) -> None:
-    """slices[h] of `array` from host h, whose first rank is leaders[h], to all others."""
-    sizes = [some.stop - some.start for some in slices]
-    if sum(map(bool, sizes)) == 1:  # the others would send as much of nothing
-        sender = int(np.argmax(sizes))
-        dist.broadcast(torch.from_numpy(array[slices[sender]]), src=leaders[sender], group=group)
-        return
-    own = torch.from_numpy(array[:0]).new_zeros(max(sizes))
-    mine = slices[leaders.index(comm.rank())]
-    own[: mine.stop - mine.start] = torch.from_numpy(array[mine])
-    everyone = [torch.empty_like(own) for _ in leaders]
-    dist.all_gather(everyone, own, group=group)
-    for some, size, found in zip(slices, sizes, everyone):
-        array[some] = found[:size].numpy()
+def send(array: np.ndarray, slices: Mapping[int, slice]) -> None:
+    """slices[r] of `array` from rank r to the others that have one. All ranks call."""
+    me, nothing = comm.rank(), slice(0, 0)
+    to = [rank for rank in slices if rank != me] if me in slices else []
+    mine = slices.get(me, nothing)
+    found_R = comm.exchange([array[mine if rank in to else nothing] for rank in range(comm.world())])
+    for rank in to:
+        array[slices[rank]] = found_R[rank]

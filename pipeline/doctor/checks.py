@@ -6,7 +6,6 @@ torchrun or srun it also checks what only the job itself can see: every host's v
 and the network.
 """
 
-import os
 import socket
 import tempfile
 import time
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from pipeline.config.data import open_index
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
+from pipeline.distributed.hosts import first_ranks
 from pipeline.doctor.footprint import Findings, check_disk, check_memory, existing, measure
 from pipeline.doctor.held_out import check_evaluation
 from pipeline.doctor.model import check_model
@@ -64,7 +64,7 @@ def examine(config: Config, ranks: int | None = None, content: bool = False) -> 
 
 def everywhere(check: Callable[[], Findings]) -> Findings:
     """What `check` finds on each host (on its first rank); what only some hosts find is said of them by name."""
-    mine = check() if os.environ["LOCAL_RANK"] == "0" else None
+    mine = check() if first_ranks()[comm.rank()] == comm.rank() else None
     hosts = [(host, found) for host, found in comm.gather_objects((socket.gethostname(), mine)) if found is not None]
     if all(found == hosts[0][1] for _, found in hosts):
         return hosts[0][1]

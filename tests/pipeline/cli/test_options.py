@@ -147,6 +147,15 @@ def test_what_another_host_alone_lacks_is_said_by_its_first_process(capsys, monk
     assert re.fullmatch(r"safeclip: rank 8 \S+: config \S+/nowhere.yaml: .*\n", capsys.readouterr().err)
 
 
+def test_a_later_process_of_srun_is_not_the_first_because_its_gpu_is(capsys, monkeypatch):
+    for name, value in {"RANK": "9", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "nowhere.yaml"])
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_lists_the_commands_in_the_order_of_their_use(option, capsys):
     with pytest.raises(SystemExit, match="0"):

@@ -1,12 +1,16 @@
 """The process group: how it begins and ends, and what ranks send each other."""
 
+import os
 import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline.config.data import open_cache
+from pipeline.config.schema import Data
 from pipeline.distributed import comm, meeting
 from shards.errors import RunFailed, UserError
 from tests.helpers.ranks import run_ranks
@@ -80,3 +84,47 @@ def test_every_process_has_a_gpu_of_its_own_or_says_what_to_start():
     for env in ({"TORCHELASTIC_RUN_ID": "1", "SLURM_PROCID": "0"}, {}):
         with pytest.raises(UserError, match="LOCAL_RANK: got 1 .*1 GPU.*nproc-per-node"):
             comm.own_gpu(1, 1, env)
+
+
+class Joins(Exception):
+    """init has come to where it joins the others."""
+
+
+def test_deepspeed_is_told_the_gpu_of_a_task_that_sees_no_other(monkeypatch):
+    """It takes LOCAL_RANK for the GPU's number."""
+    chosen = []
+
+    def meet(*where):
+        raise Joins
+
+    srun = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in srun.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(comm, "meet", meet)
+    for count, expected in ((1, 0), (8, 3)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        for name in ("RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        with pytest.raises(Joins):
+            comm.init()
+        assert os.environ["LOCAL_RANK"] == str(expected) and os.environ["RANK"] == "3" and chosen.pop() == expected
+
+
+def fetched_ahead(cache):
+    return open_cache(Data(cache=str(cache), cache_gb=1)).ahead
+
+
+@pytest.mark.parametrize("stale", ["", "7"])
+def test_ranks_of_a_host_share_the_cache_whatever_started_them(monkeypatch, tmp_path, stale):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", stale)
+    assert run_ranks(fetched_ahead, 2, tmp_path / "cache") == [125_000_000] * 2
+
+
+def test_ranks_of_other_hosts_are_not_counted(monkeypatch):
+    monkeypatch.setattr(comm, "gather_objects", lambda host: [host, "another", host])
+    comm.init()
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"

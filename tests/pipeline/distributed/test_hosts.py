@@ -5,6 +5,8 @@ import os
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from pipeline.distributed import comm, hosts
 from shards.errors import UserError
@@ -31,6 +33,27 @@ def test_a_host_has_one_copy_and_all_hosts_end_with_the_same():
     assert np.array_equal(first, whole) and np.array_equal(third, whole) and not second.any()
     for (after,) in (after0, after1, after2):
         assert np.array_equal(after, whole)
+
+
+def as_on_gpus():
+    """How often this rank split the default group while two hosts shared an array, were that group NCCL's and bound to
+    a GPU."""
+    splits = []
+    comm._control = dist.new_group(backend="gloo")
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    type(backend).perform_nocolor_split = lambda self, device: splits.append(device)
+    dist.distributed_c10d._get_split_source = lambda group: backend
+    dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
+    try:
+        _, after = two_hosts()
+    finally:
+        dist.group.WORLD.bound_device_id = None
+    return len(splits), after.tolist()
+
+
+def test_no_rank_waits_for_a_split_of_the_group_of_the_gpus():
+    """Members of a gloo group never take part in it, and the others would wait for good."""
+    assert run_ranks(as_on_gpus, 3) == [(0, list(range(1, COUNT + 1)))] * 3
 
 
 def three_hosts(bounds):

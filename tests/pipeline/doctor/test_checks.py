@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from collections import namedtuple
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_two_processes_try_the_network_and_agree(world):
     assert first == second
     assert any(about == "network" and "2 processes on 1 host" in text for _, about, text in first)
     assert any("saved by 1 processes and now with 2" in text for _, _, text in first)
+
+
+def on_hosts(hosts_R):
+    """What `everywhere` finds, each rank of the host in hosts_R seeing a single GPU."""
+    os.environ["LOCAL_RANK"] = "0"
+    socket.gethostname = lambda: hosts_R[comm.rank()]
+    return doctor.everywhere(lambda: [("ok", "memory", f"as rank {comm.rank()} sees it")])
+
+
+def test_only_the_first_process_of_a_host_checks_it():
+    on_a, on_b = ("ok", "memory", "on a: as rank 0 sees it"), ("ok", "memory", "on b: as rank 1 sees it")
+    assert run_ranks(on_hosts, 3, ["a", "b", "a"]) == [[on_a, on_b]] * 3
 
 
 def test_a_missing_shard_is_fatal(world):
