@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class Unreachable(UserError):
-    """A server of which nothing came for as long as was to be waited."""
+    """A server, or a file system, of which nothing came for as long as was to be waited."""
 
 
 class ChangedShard(UserError):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.config.data import open_index
+from pipeline.config.data import open_index, open_overlay
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.distributed.hosts import first_ranks
@@ -115,7 +115,8 @@ def check_run_dir(config: Config, index: ShardIndex, ranks: int) -> Findings:
     if config.run.restart:
         return [("warning", "run.dir", f"run.restart=true: all state in {run_dir} will be deleted")]
     try:
-        newest, warnings = inspect(config, run_dir, index.fingerprint)
+        overlay = open_overlay(config.data, index)
+        newest, warnings = inspect(config, run_dir, index.fingerprint, overlay.digest if overlay else None)
     except UserError as error:
         return [("fatal", "run.dir", str(error))]
     found = [("warning", "run.dir", f"{text}; delete them when you need them no more") for text in warnings]

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.doctor.footprint import Findings
-from shards.errors import BadSample, ChangedShard
+from shards.errors import BadSample, ChangedShard, Unreachable
 from shards.index import scan
 from shards.index.scan import Finding
 from shards.samples.samples import Samples
@@ -16,7 +16,7 @@ SPREAD = 32  # shards of which one sample is decoded
 
 def try_samples(samples: Samples, about: str) -> Findings:
     """A finding where some of the samples that are tried cannot be read; fatal where that are all, or where a shard has
-    changed. What the index found to be unusable is not tried."""
+    changed or cannot be read. What the index found to be unusable is not tried."""
     index = samples.index
     filled = [s for s, count in enumerate(index.counts) if count and not index.shards[s].path.startswith("pipe:")]
     tried, bad = 0, []
@@ -28,7 +28,7 @@ def try_samples(samples: Samples, about: str) -> Findings:
         try:
             samples.image(shard, position)
             samples.caption(shard, position)
-        except ChangedShard as error:
+        except (ChangedShard, Unreachable) as error:
             return [("fatal", about, str(error))]
         except BadSample as error:
             bad.append(f"{index.shards[shard].path}, sample {samples.key(shard, position)}: {error}")

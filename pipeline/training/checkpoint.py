@@ -13,8 +13,10 @@ RUN/checkpoints/step_00001200/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -32,10 +34,12 @@ from pipeline.training import weight_average
 from pipeline.training.support_queue import SupportQueue
 from pipeline.training.weight_average import WeightAverage
 from shards.errors import UserError
-from shards.storage.files import sync_folder, write_bytes, write_json
+from shards.storage.files import patiently, sync_folder, write_bytes, write_json
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+logger = logging.getLogger(__name__)
 
 MARKER = "COMPLETE"
 # Of the parameters in the optimizer, by model.param_groups: a checkpoint holds them end to end, without names.
@@ -135,45 +139,54 @@ class Saver:
         self.thread.start()
 
     def write(self, folder: Path, files: engines.Files, rank: int, world: int) -> None:
-        """Thread: write this rank's files, then its receipt; on rank 0 also the marker. No collectives."""
+        """Thread: write this rank's files, then its receipt; on rank 0 also the marker. No collectives.
+
+        Whatever goes wrong becomes `error`, which `wait` raises.
+        """
         try:
             sizes = {}
             for path, data in files.items():
                 write_bytes(path, data)
                 sizes[str(Path(path).relative_to(folder))] = len(data)
             write_json(folder / f"receipt_{rank:05d}.json", sizes)
-        except OSError as error:
-            self.error = f"rank {rank}: {error.strerror or error}"
-        self.written.set()
-        if rank == 0 and not self.error:
-            self.complete(folder, world)
+            self.written.set()
+            if rank == 0:
+                self.complete(folder, world)
+        except BaseException as error:
+            self.error = f"rank {rank}: {getattr(error, 'strerror', None) or repr(error)}"
+        finally:
+            self.written.set()
 
     def complete(self, folder: Path, world: int) -> None:
         """Wait for the receipts of all ranks, then turn them into the marker and remove old checkpoints."""
         receipts = [folder / f"receipt_{rank:05d}.json" for rank in range(world)]
-        while not all(path.exists() for path in receipts):
+        while not patiently(lambda: all(path.exists() for path in receipts)):
             if self.abandoned.wait(0.05):
                 return
         files: dict[str, int] = {}
         for path in receipts:
-            files |= json.loads(path.read_text())
+            files |= json.loads(patiently(path.read_text))
+        sync_folder(folder)
+        write_json(folder / MARKER, {"files": files})
         try:
-            sync_folder(folder)
-            write_json(folder / MARKER, {"files": files})
             for path in receipts:
                 path.unlink()
             self.prune()
-        except OSError as error:
-            self.error = f"rank 0: {error.strerror or error}"
+        except Exception as error:  # this checkpoint is complete
+            logger.warning(f"{folder}: old checkpoints cannot be removed ({error}); the next save tries again")
 
     def prune(self) -> None:
-        """Remove old checkpoints, the marker first, so that a partly removed one is not valid."""
+        """Remove old checkpoints, the marker first, so that a partly removed one is not valid. The next save tries
+        again those that cannot be removed, as while another host reads them over NFS."""
         complete = [folder for folder in checkpoints(self.run_dir) if fault(folder) is None]
         for folder in checkpoints(self.run_dir):
             if folder >= complete[-self.keep :][0] or folder in complete and self.is_kept(load_state(folder)):
                 continue
-            (folder / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            try:
+                (folder / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+            except OSError as error:
+                logger.warning(f"{folder}: cannot be removed ({error.strerror}); the next save tries again")
 
     def is_kept(self, state: dict) -> bool:
         """Whether `keep_every` keeps this checkpoint."""
@@ -194,7 +207,9 @@ class Saver:
         errors = errors or [error for error in comm.gather_objects(self.error) if error]
         if errors:
             if comm.is_rank0():
-                shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    if MARKER not in os.listdir(self.folder):
+                        shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(
                 f"checkpoint {self.folder}: cannot be written ({errors[0]}); "
                 "mend that and start the run again, it resumes from the last complete checkpoint"

@@ -22,7 +22,7 @@ from pathlib import Path
 from pipeline.distributed import comm, hosts
 from pipeline.distributed.heartbeat import before_exit
 from shards.errors import UserError
-from shards.storage.files import write_bytes
+from shards.storage.files import patiently, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ NAME = "lease.json"
 BEAT = 10.0  # seconds between renewals
 STALE = 60.0  # seconds without a renewal after which the holder is taken for dead
 SETTLE = 0.5  # seconds in which another start may have taken over the same stale lease
+
+Found = tuple[dict, float, float]  # holder, time of the last renewal, seconds since then by the disk's own clock
 
 
 class Lease:
@@ -69,7 +71,8 @@ class Lease:
                 return self.take_over()
         except OSError as error:
             raise UserError(
-                f"run.dir: {self.path.parent} cannot be written ({error.strerror}); take another run.dir, or mend that"
+                f"run.dir: {self.path.parent} cannot be read or written ({error.strerror}); "
+                "take another run.dir, or mend that"
             ) from None
         return True
 
@@ -102,23 +105,30 @@ class Lease:
         found = look(self.path)
         return bool(found) and found[0].get("token") == self.mine["token"]
 
+    def is_others(self, found: Found | None) -> bool:
+        """Whether what was found names another process; one that is not written whole yet names nobody."""
+        return found is not None and found[0].get("token") not in (None, self.mine["token"])
+
     def renew(self) -> None:
         """Thread: renew the lease until it is released or lost. A disk that does not answer is tried again."""
         renewed = time.monotonic()
         while not self.ended.wait(BEAT) and not self.lost:
             with contextlib.suppress(OSError):
-                if self.is_mine():
-                    os.utime(self.path)
-                elif time.monotonic() - renewed < STALE and not self.path.exists():  # deleted by hand
+                found = look(self.path)
+                if self.is_others(found) or found is None and time.monotonic() - renewed >= STALE:
+                    self.lost = True
+                elif found is None:  # deleted by hand
                     self.create()
                 else:
-                    self.lost = True
+                    os.utime(self.path)
                 renewed = time.monotonic()
 
     def check(self) -> None:
         """Raise UserError if another run has taken the lease over. Rank 0 calls, before it writes a checkpoint."""
-        found = look(self.path)
-        self.lost = self.lost or found is not None and found[0].get("token") != self.mine["token"]
+        found = None
+        with contextlib.suppress(OSError):  # not known now: `renew` goes on asking
+            found = look(self.path)
+        self.lost = self.lost or self.is_others(found)
         if self.lost:
             by = in_use(found[0], found[2]) if found else "was in use by another run"
             raise UserError(
@@ -137,21 +147,26 @@ class Lease:
 
 def holder_of(folder: Path) -> str | None:
     """Who holds the run directory, in words; None where nobody does, or a process that is dead."""
-    found = look(folder / NAME)
+    try:
+        found = look(folder / NAME)
+    except OSError as error:
+        return f"holds a {NAME} that cannot be read ({error.strerror}); mend that, or take another run.dir"
     if not found or is_alive(found[0]) is False or is_alive(found[0]) is None and found[2] >= STALE:
         return None
     return in_use(found[0], found[2])
 
 
-def look(path: Path) -> tuple[dict, float, float] | None:
-    """(holder, time of the last renewal, seconds since then by the disk's own clock); None where there is no lease."""
-    try:
+def look(path: Path) -> Found | None:
+    """The lease at `path`; None where there is none. Raises OSError where that cannot be told."""
+
+    def read() -> tuple[bytes, float]:
         with open(path, "rb") as file:  # opening it makes a network file system ask its server
-            data, renewed = file.read(), os.fstat(file.fileno()).st_mtime
+            return file.read(), os.fstat(file.fileno()).st_mtime
+
+    try:
+        data, renewed = patiently(read)
     except FileNotFoundError:
         return None
-    except OSError:
-        return {}, 0.0, 0.0
     try:
         holder = json.loads(data)
     except ValueError:  # not written whole yet

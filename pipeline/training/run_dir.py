@@ -13,7 +13,7 @@ from shards.errors import UserError
 from shards.storage.files import write_bytes
 
 
-def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
+def claim(config: Config, run_dir: Path, fingerprint: str, overlay: str | None = None) -> tuple[Path | None, list[str]]:
     """(newest complete checkpoint or None, warnings); writes config.yaml. Rank 0 calls.
 
     Raises UserError as `inspect` does, unless a fresh start is asked for.
@@ -29,7 +29,7 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
         for name in ("eval.json", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
     else:
-        found, warnings = inspect(config, run_dir, fingerprint)
+        found, warnings = inspect(config, run_dir, fingerprint, overlay)
     path = run_dir / "config.yaml"
     if not found or not path.exists() or config.run.accept_changes:
         values = {"hash": config.hash(), **config.model_dump()}
@@ -39,8 +39,9 @@ def claim(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None,
     return found, warnings
 
 
-def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | None, list[str]]:
+def inspect(config: Config, run_dir: Path, fingerprint: str, overlay: str | None) -> tuple[Path | None, list[str]]:
     """(newest complete checkpoint or None, warnings) of a run directory, which is only read.
+    overlay: Overlay.digest of data.overlay.
 
     Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint. The
     config of a start that did not reach its first checkpoint binds nobody.
@@ -55,10 +56,17 @@ def inspect(config: Config, run_dir: Path, fingerprint: str) -> tuple[Path | Non
         )
     if found and (run_dir / "config.yaml").exists():
         check_config(config, run_dir)
-    if found and checkpoint.load_state(found)["data"] != fingerprint:
+    state = checkpoint.load_state(found) if found else {}
+    if found and state["data"] != fingerprint:
         raise UserError(
             f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
             "bring them back, or take another run.dir"
+        )
+    # Runs that began before the digest was kept have none.
+    if state.get("overlay", overlay) != overlay and not config.run.accept_changes:
+        raise UserError(
+            f"data.overlay: {config.data.overlay} holds another attack than {run_dir} was trained on; "
+            "bring that one back, take another run.dir, or continue with this one by run.accept_changes=true"
         )
     return found, warnings
 

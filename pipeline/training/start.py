@@ -94,23 +94,25 @@ class Run:
         self.run_dir = Path(config.run.dir).absolute()
         self.lease = Lease(self.run_dir)
         self.lease.acquire()
-        found, warnings = comm.on_rank0(claim, config, self.run_dir, data)
+        overlay = self.samples.overlay.digest if self.samples.overlay else None
+        found, warnings = comm.on_rank0(claim, config, self.run_dir, data, overlay)
         logs.open_file(self.run_dir / "logs")
         try:
-            self.open_state(found, warnings, towers, data)
+            self.open_state(found, warnings, towers, {"data": data, "overlay": overlay})
         except BaseException as error:
             logs.close_file(error)
             raise
 
-    def open_state(self, found: Path | None, warnings: list[str], towers: Towers, data: str) -> None:
-        """Open the checkpoint `found`, or begin without one, and the files that the run writes. All ranks call."""
+    def open_state(self, found: Path | None, warnings: list[str], towers: Towers, data: dict) -> None:
+        """Open the checkpoint `found`, or begin without one, and the files that the run writes. `data`: what the state
+        says of the data. All ranks call."""
         config = self.config
         synonyms = synonyms_of(config)
-        self.state = copy.deepcopy(FRESH) | {"data": data, "synonyms": synonyms}
+        self.state = copy.deepcopy(FRESH) | data | {"synonyms": synonyms}
         there, universal = checkpoint.load_state(found) if found else None, False
         stage = stage_of_run(config.train, comm.world(), there)
         if there:
-            self.state |= there
+            self.state |= there | data
             check_synonyms(synonyms, self.state["synonyms"])
             universal = self.state["world"] != comm.world() and stage > 0
             if universal:

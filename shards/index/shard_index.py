@@ -21,6 +21,7 @@ from shards.index.scan import MEMBER, Finding
 from shards.index.shard_list import Shard, ShardList, load_shards, write_index
 from shards.index.verify import check_rows, named_table, verify
 from shards.storage import remote
+from shards.storage.files import patiently
 
 __all__ = ["Members", "Shard", "ShardIndex", "ShardTable", "read_table", "write_index"]
 
@@ -108,7 +109,7 @@ class ShardIndex:
         """The keys of the samples of shard number `shard`, strings. Raises ChangedShard where they cannot be read."""
         entry = self.shards[shard]
         with named_table(entry.table):
-            column = pq.read_table(entry.table, columns=["key"])["key"]
+            column = patiently(lambda: pq.read_table(entry.table, columns=["key"])["key"])
             check_rows(len(column), entry.samples)
             return column
 
@@ -127,7 +128,7 @@ class ShardIndex:
 def read_table(path: str, samples: int) -> ShardTable:
     """The table at `path`, of so many samples. Raises ChangedShard."""
     with named_table(path):
-        columns = pq.read_table(path)
+        columns = patiently(lambda: pq.read_table(path))
         check_rows(len(columns), samples)
         kinds = [name.removesuffix("_size") for name in columns.column_names if name.endswith("_size")]
         image, *texts = (Members(*(columns[f"{kind}_{part}"].to_numpy() for part in MEMBER)) for kind in kinds)

@@ -1,6 +1,7 @@
 """An attack manifest applied while reading: poisoned data without a second copy, and the ground truth of what was
 poisoned."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,12 +37,15 @@ class Poison:
 class Overlay:
     """A loaded manifest. kinds: dict NAME -> the attack's entry; rows: poisoned pairs; decoys: pairs that show a
     trigger under their own captions; classes: the names that class numbers mean. source_index:
-    folder of the index of the test pictures, of which some stand in for others."""
+    folder of the index of the test pictures, of which some stand in for others. digest: changes with what is poisoned,
+    not with where the data lie."""
 
     def __init__(self, manifest: dict, make_trigger: Callable[[dict], Trigger]):
         """`make_trigger`: an entry's "trigger" -> Trigger."""
         self.kinds, self.rows, self.decoys = manifest["kinds"], manifest["rows"], manifest.get("decoys", [])
         self.classes = manifest.get("classes", [])
+        content = {key: value for key, value in manifest.items() if key not in ("index", "source")}
+        self.digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.source_index, self.source_fingerprint = manifest["source"], manifest["source_fingerprint"]
         self.poison = {
             (r["shard"], r["position"]): Poison(r["kind"], r["caption"], tuple(r["source"]) if r["source"] else None)

@@ -3,10 +3,17 @@
 import contextlib
 import json
 import os
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+from shards.storage.remote import is_final
+
+Found = TypeVar("Found")
+
+WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds between tries of `patiently`
 
 
 @contextlib.contextmanager
@@ -66,6 +73,21 @@ def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """`write_bytes` of a JSON object, indented for people."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def patiently(read: Callable[[], Found]) -> Found:
+    """read(), tried again for some 8 s after an OSError that may pass, as when a file server is replaced by another.
+
+    Not after one that stays (no such file, no permission), or that a library raises of the content (without errno).
+    """
+    for wait in WAITS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno is None or is_final(error):
+                raise
+            time.sleep(wait)
+    return read()
 
 
 def claim_folder(mark: Path, value: dict, left: str = "") -> dict | None:

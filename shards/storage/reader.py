@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections import OrderedDict
 
-from shards.errors import BadSample, ChangedShard
+from shards.errors import BadSample, ChangedShard, Unreachable
 from shards.storage import remote
 from shards.storage.cache import Cache
 from shards.storage.captions import sources
+from shards.storage.files import patiently
 from shards.storage.protocols import StoredIndex, StoredMembers
 
 OPEN_FILES = 64
@@ -22,7 +24,8 @@ class Reader:
     Shards behind URLs are read whole, through `cache`; without one, each member by a
     request of its own, which is for who reads a few samples only.
 
-    What is read is compared with the CRC-32 in the index. A shard that holds other bytes raises ChangedShard.
+    What is read is compared with the CRC-32 in the index. A shard that holds other bytes raises ChangedShard, one that
+    cannot be read, also when it is opened anew and tried again, Unreachable.
     """
 
     def __init__(self, index: StoredIndex, cache: Cache | None = None):
@@ -54,21 +57,33 @@ class Reader:
         size, offset = members.size.item(position), members.offset.item(position)
         if size < 0:
             raise BadSample(f"no {what}")
+        path = self.index.shards[shard].path
         try:
-            file = self.descriptor(shard)
-            if file is None:
-                data = remote.read_range(self.index.shards[shard].path, offset, size)
-            else:
-                data = os.pread(file, size, offset)
-            if len(data) == size and zlib.crc32(data) == members.crc.item(position):
-                return data
-            wrong = f"the {what} of sample {position} is not the one that was indexed"
+            data = patiently(lambda: self.bytes_at(shard, offset, size))
         except OSError as error:
-            wrong = f"cannot be read ({error.strerror or error})"
+            raise Unreachable(
+                f"shard {path}: cannot be read ({error.strerror or error}); "
+                "bring it back, or mend its file system, and start again"
+            ) from None
+        if len(data) == size and zlib.crc32(data) == members.crc.item(position):
+            return data
         raise ChangedShard(
-            f"shard {self.index.shards[shard].path}: {wrong}; "
+            f"shard {path}: the {what} of sample {position} is not the one that was indexed; "
             "bring the shard back, or index it again: `safeclip index SHARDS... --out NEW_FOLDER`"
         )
+
+    def bytes_at(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes of a shard from `offset` on, fewer at its end. After an OSError the next call opens it anew: a
+        file server that was replaced knows no file of the one before."""
+        file = self.descriptor(shard)
+        if file is None:
+            return remote.read_range(self.index.shards[shard].path, offset, size)
+        try:
+            return os.pread(file, size, offset)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.close(self.files.pop(shard))
+            raise
 
     def descriptor(self, shard: int) -> int | None:
         """File descriptor of a shard, None behind a URL without a cache; the least recently used is closed when too

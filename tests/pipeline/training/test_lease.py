@@ -1,5 +1,6 @@
 """One run at a time writes a run directory: who holds it is told, and who died is taken over."""
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from pipeline.training import run as running
 from pipeline.training.lease import Lease
 from shards.build.shapes import shapes
 from shards.errors import UserError
+from shards.storage import files
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config
 
@@ -23,6 +25,7 @@ from tests.helpers.runs import config
 def quick(monkeypatch):
     for name, seconds in {"BEAT": 0.1, "STALE": 0.6, "SETTLE": 0.05}.items():
         monkeypatch.setattr(lease, name, seconds)
+    monkeypatch.setattr(files, "WAITS", (0.01, 0.01), raising=False)
 
 
 def held_by(folder, age=0.0, **changes):
@@ -96,10 +99,55 @@ def test_a_damaged_lease_is_one_of_a_host_that_is_not_known(tmp_path, text):
     assert Lease(tmp_path).attempt()
 
 
+def unreadable(patch, times=10**6):
+    """The first `times` reads of a lease fail."""
+    reads = []
+
+    def opened(path, mode):
+        reads.extend([path] if mode == "rb" else [])
+        if mode == "rb" and len(reads) <= times:
+            raise OSError(errno.EIO, "Input/output error")
+        return open(path, mode)
+
+    patch.setattr(lease, "open", opened, raising=False)
+
+
+def test_a_lease_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path, monkeypatch):
+    mine = Lease(tmp_path / "run")
+    mine.acquire()
+    with monkeypatch.context() as patch:
+        unreadable(patch)
+        time.sleep(0.8)  # longer than STALE
+        mine.check()
+        assert not mine.lost and "cannot be read (Input/output error)" in lease.holder_of(tmp_path / "run")
+    before = mine.path.stat().st_mtime_ns
+    time.sleep(0.4)
+    assert mine.path.stat().st_mtime_ns > before and not mine.lost
+    mine.path.write_text("")  # nobody's
+    mine.check()
+    time.sleep(0.4)
+    assert not mine.lost
+    held_by(tmp_path / "run", **ELSEWHERE)
+    time.sleep(0.4)
+    assert mine.lost
+    with pytest.raises(UserError, match="is in use by process 1 on node7"):
+        mine.check()
+
+
+def test_a_start_reads_a_lease_again(tmp_path, monkeypatch):
+    held_by(tmp_path, 3600.0, **ELSEWHERE)
+    with monkeypatch.context() as patch:
+        unreadable(patch)
+        with pytest.raises(UserError, match="cannot be read or written [(]Input/output error[)]"):
+            Lease(tmp_path).attempt()
+    unreadable(monkeypatch, 2)
+    assert Lease(tmp_path).attempt()
+
+
 def test_a_place_that_cannot_be_a_run_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/run"):
-        with pytest.raises(UserError, match="cannot be written .*; take another run.dir"):
+        with pytest.raises(UserError, match="cannot be read or written .*; take another run.dir"):
             Lease(tmp_path / name).attempt()
 
 

@@ -1,11 +1,19 @@
 """What a start finds in the run directory, and what it refuses."""
 
+import json
+
 import pytest
 import yaml
 
 from pipeline.training import checkpoint
-from pipeline.training.run_dir import claim
+from pipeline.training import run as running
+from pipeline.training.run_dir import claim, inspect
+from shards.build.shapes import shapes
 from shards.errors import UserError
+from shards.index.shard_index import ShardIndex
+from shards.samples.overlay import VERSION
+from shards.storage.files import write_json
+from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config
 
 
@@ -39,3 +47,44 @@ def test_a_run_with_a_checkpoint_keeps_its_config(tmp_path, monkeypatch):
         (run_dir / "config.yaml").write_text(text)
         with pytest.raises(UserError, match="config.yaml: "):
             claim(made, run_dir, "data")
+
+
+def attack(folder, caption):
+    """An attack of one pair that is given this caption."""
+    index, path = ShardIndex.load(folder / "shapes/index"), folder / "attack/manifest.json"
+    kind = {"attack": "class_to_class", "judged": "class_to_class", "pairs": 1, "source_class": 0, "target_class": 1}
+    pair = {"shard": 0, "position": 1, "key": "", "kind": "one", "caption": caption, "source": None}
+    content = {"version": VERSION, "fingerprint": index.fingerprint, "source": str(folder / "shapes/index")}
+    content |= {"source_fingerprint": index.fingerprint, "classes": ["circle", "square"]}
+    write_json(path, {**content, "kinds": {"one": {**kind, "source_phrase": None}}, "rows": [pair]})
+
+
+def another_attack(folder):
+    """Messages of starts with the attack that the run began with, with another in the same folder, and where that is
+    accepted."""
+    found = []
+    for caption, accept in (("a", False), ("a", False), ("b", False), ("b", True)):
+        attack(folder, caption)
+        made = config(folder, "run", data__overlay=str(folder / "attack"), train__epochs=1, train__low_rate_epochs=0)
+        made.run.accept_changes = accept
+        try:
+            running.train(made)
+            found.append(None)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_another_attack_in_the_same_folder_is_refused(tmp_path):
+    shapes(tmp_path / "shapes", pairs=240, test=36)
+    (messages,) = run_ranks(another_attack, 1, tmp_path)
+    assert messages[:2] == [None, None] and messages[3] is None
+    assert f"data.overlay: {tmp_path / 'attack'} holds another attack than" in messages[2] and "\n" not in messages[2]
+
+
+def test_a_run_that_kept_no_digest_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "newest_complete", lambda folder: (tmp_path, []))
+    made = config(tmp_path, "run")
+    for state, overlay in (({}, "a"), ({}, None), ({"overlay": "a"}, "a")):
+        (tmp_path / "state.json").write_text(json.dumps({"data": "data", **state}))
+        assert inspect(made, tmp_path, "data", overlay) == (tmp_path, [])

@@ -12,7 +12,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import BadSample, ChangedShard, UserError
+from shards.errors import BadSample, ChangedShard, Unreachable, UserError
 from shards.index import shard_index, shard_list, verify
 from shards.index.build_index import build_index, turn
 from shards.index.shard_index import ShardIndex
@@ -193,7 +193,7 @@ def test_a_shard_that_is_gone_while_it_is_read_is_named(make_shards, tmp_path):
     (path,) = make_shards([3])
     index = build_index([str(path)], tmp_path / "index")
     path.unlink()
-    with pytest.raises(ChangedShard, match=f"{path}: cannot be read"):
+    with pytest.raises(Unreachable, match=f"{path}: cannot be read"):
         Reader(index).image_bytes(0, 2)
 
 

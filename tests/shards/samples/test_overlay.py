@@ -52,6 +52,12 @@ def loaded(tmp_path, make_shards):
     return load
 
 
+def test_the_digest_is_that_of_what_is_poisoned(loaded):
+    first = loaded("rows.0.caption", "a dog").digest
+    assert loaded("index", "elsewhere").digest == first
+    assert loaded("rows.0.caption", "a cat").digest != first != loaded("kinds.patch.trigger.pattern", "blend").digest
+
+
 @dataclass
 class Trigger:
     opacity: float = 1.0
