@@ -1,11 +1,14 @@
 """N ranks train what one rank with the whole batch trains, at every ZeRO stage, for every loss."""
 
+import itertools
 import math
 import os
 import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.config.schema import Train
 from pipeline.distributed import comm
@@ -86,6 +89,40 @@ def test_bf16_trains_at_every_stage():
         assert all(0 < loss < 10 for loss in losses) and all(torch.isfinite(w).all() for w in weights.values())
 
 
+class Formats(TorchDispatchMode):
+    """Number formats that collectives add in."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        if operation.namespace == "c10d" and "reduce" in str(operation):
+            self.found |= {x.dtype for x in tree_leaves(args) if torch.is_tensor(x)}
+        return operation(*args, **(kwargs or {}))
+
+
+def formats(stage):
+    """Number formats in which gradients are added over the ranks."""
+    settings = Train(batch_size=ROWS, zero_stage=stage, precision="bf16")
+    engine = engines.start_engine(towers(VIT), settings, comm.device())
+    batch = own_rows(global_batch("clip", 16))
+    image_BD, text_BD, scale = engine(batch.images, batch.tokens)
+    loss = clip_loss(image_BD, text_BD, image_BD, text_BD, scale, batch.valid)
+    with Formats() as formats:
+        engine.backward(loss)
+    return formats.found
+
+
+def formats_all():
+    return [formats(stage) for stage in (0, 1, 2, 3)]
+
+
+def test_gradients_of_bf16_are_added_in_fp32_at_every_stage():
+    for found in run_ranks(formats_all, 2)[0]:
+        assert found == {torch.float32}
+
+
 def places(stage, precision):
     """{name: (bytes from its storage's start, numbers)} of a residual network's weights under the engine."""
     engine = engines.start_engine(
@@ -102,27 +139,37 @@ def test_weights_stand_where_gpu_kernels_read_16_bytes_at_once(precision):
         assert all(offset % 16 == 0 for offset, numbers in place.values() if numbers % 8 == 0), stage
 
 
-def clamp(stage, start):
-    """The logit scale after one step that pushes nothing (rate 0), from weights whose scale starts out of bounds."""
+def clamp(stage, start, precision):
+    """(logit scale, its weight, least and greatest number of this rank's master weights) after steps that push nothing
+    (rate 0), from weights whose scale starts out of bounds."""
     model = towers(VIT)
     model.clip.logit_scale.data.fill_(start)
-    engine = engines.start_engine(model, Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    settings = Train(batch_size=ROWS, zero_stage=stage, precision=precision)
+    engine = engines.start_engine(model, settings, comm.device())
     engines.set_lr(engine, 0.0)
     for _ in range(2):  # the second step starts from the clamped master
         scale = train_step(engine, {}, own_rows(global_batch("clip", 16)), "clip")[1]
-    return float(scale), float(engines.consolidated_state(engine).get("logit_scale", torch.tensor(float("nan"))))
+    weight = engines.consolidated_state(engine).get("logit_scale", torch.tensor(float("nan")))
+    parts = [p for group in engine.optimizer.param_groups for p in group["params"]]
+    parts = getattr(engine.optimizer, "fp32_partitioned_groups_flat", parts)  # ZeRO-3
+    masters = torch.cat([part.detach().flatten() for part in parts])
+    return float(scale), float(weight), float(masters.min()), float(masters.max())
 
 
 def clamp_all():
-    return {(stage, start): clamp(stage, start) for stage in (0, 1, 2, 3) for start in (9.0, -3.0)}
+    cases = itertools.product((0, 1, 2, 3), (9.0, -3.0), ("fp32", "bf16"))
+    return {case: clamp(*case) for case in cases}
 
 
 def test_the_logit_scale_stays_in_bounds_at_every_stage():
     main, other = run_ranks(clamp_all, 2)
-    for (stage, start), (used, weight) in main.items():
-        bounded = MAX_LOG_SCALE if start > 0 else 0.0
-        assert used == other[stage, start][0] == pytest.approx(math.exp(bounded), rel=1e-5), stage
-        assert weight == pytest.approx(bounded, abs=1e-6), stage
+    for case, (used, weight, _, _) in main.items():
+        _, start, precision = case
+        bounded, off = MAX_LOG_SCALE if start > 0 else 0.0, 1e-6 if precision == "fp32" else 2e-2
+        assert used == other[case][0] == pytest.approx(math.exp(bounded), rel=max(off, 1e-5)), case
+        assert weight == pytest.approx(bounded, abs=off), case
+        for _, _, least, greatest in (main[case], other[case]):  # no other weight is so large
+            assert -2.5 < least and greatest <= MAX_LOG_SCALE + 1e-6, case
 
 
 def patience_of_groups(stage):
