@@ -140,7 +140,8 @@ def clamp_logit_scale(engine: DeepSpeedEngine) -> None:
 
 
 def step(engine: DeepSpeedEngine) -> bool:
-    """One optimizer step. False where a gradient was infinite or no number: then nothing has moved, on any rank.
+    """One optimizer step. False where a gradient was infinite or no number: then no weight and no state of the
+    optimizer has moved, on any rank.
 
     engine.gradient_norm: the norm of all gradients of the global batch, before clipping.
     DeepSpeed leaves such a step out by itself at stages 1 to 3 and in bf16, silently; a plain optimizer would take it.

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from timm.layers.norm_act import SyncBatchNormAct
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config.schema import Train
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
+from pipeline.training.batchnorm import share_batch_norm
 from pipeline.training.losses import clip_loss
 from pipeline.training.model import MAX_LOG_SCALE
 from pipeline.training.step import train_step
@@ -82,6 +85,18 @@ def test_gradients_of_ranks_average_to_those_of_the_whole_batch(config):
             # A bias of batch norm sums over all pixels: by the processor float32 was off by 1.7e-5 of the largest.
             atol = 5e-5 * one[name].abs().max().item() + 1e-7
             torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=atol, msg=name)
+
+
+def test_on_gpus_batch_norm_with_an_activation_remains_the_same_model(monkeypatch):
+    """In evaluation, where torch's SyncBatchNorm needs no GPU."""
+    vision = {"image_size": 160, "timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear"}
+    clip, images = towers({**RESNET, "vision_cfg": vision}).clip.eval(), torch.randn(2, 3, 160, 160)
+    before = clip.encode_image(images)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    clip = share_batch_norm(clip)
+    kinds = {type(child) for child in clip.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)}
+    assert all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds) and SyncBatchNormAct in kinds
+    assert torch.equal(clip.encode_image(images), before)
 
 
 def test_bf16_trains_at_every_stage():
@@ -170,6 +185,27 @@ def test_the_logit_scale_stays_in_bounds_at_every_stage():
         assert weight == pytest.approx(bounded, abs=off), case
         for _, _, least, greatest in (main[case], other[case]):  # no other weight is so large
             assert -2.5 < least and greatest <= MAX_LOG_SCALE + 1e-6, case
+
+
+def skipped(stage):
+    """(whether the step was taken, CLIP before it, CLIP after it); the last rank's pictures become no numbers."""
+    engine = engines.start_engine(towers(RESNET), Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    before = engines.consolidated_state(engine)
+    if comm.rank() == comm.world() - 1:
+        engine.module.clip.visual.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
+    finite = train_step(engine, {}, own_rows(global_batch("clip", 32)), "clip")[2]
+    return finite, before, engines.consolidated_state(engine)
+
+
+def skipped_all():
+    return [skipped(stage) for stage in (0, 1, 3)]
+
+
+def test_a_step_without_numbers_leaves_batch_norms_statistics_too():
+    for finite, before, after in run_ranks(skipped_all, 2)[0]:
+        assert not finite and any("running_var" in name for name in before)
+        for name, value in before.items():
+            assert "num_batches" in name or torch.equal(after[name], value), name
 
 
 def patience_of_groups(stage):
