@@ -22,6 +22,9 @@ Found = TypeVar("Found")
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+# By torch's default float32 convolutions are TF32 on a GPU, matrix products are not. training.precision.tf32 has both.
+torch.backends.cudnn.allow_tf32 = False
+
 # On GPUs a gloo group of all ranks for messages between hosts; else the default group is gloo itself.
 _control: dist.ProcessGroup | None = None
 _heartbeat: Heartbeat | None = None

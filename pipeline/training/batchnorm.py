@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
@@ -11,9 +12,9 @@ from shards.errors import UserError
 
 def share_batch_norm(module: nn.Module) -> nn.Module:
     """`module` with every BatchNorm2d sharing its statistics over the ranks: torch's own on GPUs, ours on the CPU (it
-    has none)."""
+    has none). timm converts them, for it keeps the activation that is a part of its BatchNormAct2d."""
     if torch.cuda.is_available():
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             shared = SharedBatchNorm2d(child.num_features, child.eps, child.momentum)
@@ -34,6 +35,13 @@ def batch_norms(module: nn.Module) -> list[str]:
     kind = nn.modules.batchnorm._BatchNorm
     found = [(name, child) for name, child in module.named_modules() if isinstance(child, kind)]
     return [name for name, child in found if any(p.requires_grad for p in child.parameters())]
+
+
+def running_statistics(module: nn.Module) -> list[torch.Tensor]:
+    """Running means and variances of all batch norms in `module`, which a forward pass in training changes."""
+    kind = nn.modules.batchnorm._BatchNorm
+    found = [buffer for child in module.modules() if isinstance(child, kind) for buffer in child.buffers()]
+    return [buffer for buffer in found if buffer.is_floating_point()]
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):

@@ -64,6 +64,7 @@ def start_engine(towers: Towers, train: Train, device: torch.device, universal: 
         "zero_optimization": {"stage": stage, **SETTINGS[stage]},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": train.precision == "bf16"},
+        "communication_data_type": "fp32",  # of gradients, as with autocast; in bf16 each addition of a ring rounds
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
@@ -130,12 +131,17 @@ def clamp_logit_scale(engine: DeepSpeedEngine) -> None:
         scale.ds_tensor.clamp_(0, MAX_LOG_SCALE)
         return
     scale.clamp_(0, MAX_LOG_SCALE)
-    if getattr(scale, "_hp_mapping", None) is not None:  # ZeRO-1 and 2, or bf16: the rank that owns the master
+    if getattr(scale, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: the rank that owns the master
         scale._hp_mapping.get_hp_fragment().clamp_(0, MAX_LOG_SCALE)
+    groups = zip(getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", []))
+    for weight, master in [pair for group in groups for pair in zip(*group)]:  # ZeRO-0 in bf16
+        if weight is scale:
+            master.clamp_(0, MAX_LOG_SCALE)
 
 
 def step(engine: DeepSpeedEngine) -> bool:
-    """One optimizer step. False where a gradient was infinite or no number: then nothing has moved, on any rank.
+    """One optimizer step. False where a gradient was infinite or no number: then no weight and no state of the
+    optimizer has moved, on any rank.
 
     engine.gradient_norm: the norm of all gradients of the global batch, before clipping.
     DeepSpeed leaves such a step out by itself at stages 1 to 3 and in bf16, silently; a plain optimizer would take it.

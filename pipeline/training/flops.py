@@ -6,20 +6,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.distributed import comm
 from pipeline.training.model import build_model, open_clip_config, picture_size
 
-# 1e12 operations a second of matrix products without sparsity: bfloat16, TensorFloat-32, float32 (NVIDIA's data
-# sheets). The first name that is a part of the device's name counts.
+# 1e12 operations a second of matrix products without sparsity: bfloat16, TensorFloat-32 (NVIDIA's data sheets). The
+# first name that is a part of the device's name counts.
 PEAK = {
-    "B200": (2250, 1125, 75),
-    "GH200": (989, 495, 67),
-    "H200 NVL": (835, 418, 60),
-    "H200": (989, 495, 67),
-    "H100 NVL": (835, 418, 60),
-    "H100 PCIe": (756, 378, 51),
-    "H100": (989, 495, 67),
-    "A100": (312, 156, 19.5),
-    "L40S": (362, 183, 91.6),
-    "L4": (121, 60, 30.3),
-    "A10": (125, 62.5, 31.2),
+    "B200": (2250, 1125),
+    "GH200": (989, 495),
+    "H200 NVL": (835, 418),
+    "H200": (989, 495),
+    "H100 NVL": (835, 418),
+    "H100 PCIe": (756, 378),
+    "H100": (989, 495),
+    "A100": (312, 156),
+    "L40S": (362, 183),
+    "L4": (121, 60),
+    "A10": (125, 62.5),
 }
 
 
@@ -52,16 +52,16 @@ def least_seconds(model: dict, device: torch.device, precision: str) -> float | 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Operations a second that a GPU reaches at most in matrix products of this precision; None where it is not known.
 
-    precision: "bf16", or "fp32", which is TensorFloat-32 where torch is allowed to use it.
+    precision: "bf16", or "fp32", which is TensorFloat-32 in a training step (precision.tf32).
     """
     if device.type != "cuda":
         return None
-    return peak_of_name(torch.cuda.get_device_name(device), precision, torch.backends.cuda.matmul.allow_tf32)
+    return peak_of_name(torch.cuda.get_device_name(device), precision)
 
 
-def peak_of_name(name: str, precision: str, tf32: bool) -> float | None:
+def peak_of_name(name: str, precision: str) -> float | None:
     """`peak_flops` of a device by the name that CUDA gives it."""
     for part, peaks in PEAK.items():
         if f" {part} " in f" {name.replace('-', ' ')} ":
-            return 1e12 * peaks[0 if precision == "bf16" else 1 if tf32 else 2]
+            return 1e12 * peaks[0 if precision == "bf16" else 1]
     return None

@@ -28,14 +28,16 @@ def with_precision(config: Config) -> Config:
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Products of float32 matrices in TF32 on GPUs that have it, as convolutions are by torch's default. Scores and
-    guards are calculated outside of it."""
+    """Products of float32 matrices and convolutions in TF32 on GPUs that have it. Scores and guards are calculated
+    outside of it, where comm has switched off both."""
     if not torch.cuda.is_available():
         yield
         return
-    before = torch.get_float32_matmul_precision()
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.training import engine as engines
 from pipeline.training.accumulation import backward_in_parts
+from pipeline.training.batchnorm import running_statistics
 from pipeline.training.losses import clip_loss, info_nce, unimodal_loss
 from pipeline.training.precision import tf32
 from pipeline.training.support_queue import SupportQueue
@@ -24,12 +25,14 @@ def train_step(
     """One step on this rank's rows; the gradient is that of the global batch. parts: in which the rows are forwarded.
 
     Returns (loss, scale of model.Towers, finite). finite: False if the gradient was infinite or NaN and the step was
-    skipped.
+    skipped: then weights, optimizer and statistics of batch norm are what they were.
     """
 
     def loss_of(image_BD: torch.Tensor, text_BD: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return step_loss(kind, image_BD, text_BD, scale, queues, batch.valid)
 
+    statistics = running_statistics(engine.module)
+    before = [value.clone() for value in statistics]
     if parts > 1:
         loss, (image_BD, text_BD, scale) = backward_in_parts(engine, batch.images, batch.tokens, parts, loss_of)
     else:
@@ -41,6 +44,9 @@ def train_step(
         queues["image"].push(image_BD[:rows], batch.valid)
     if finite and kind in ("unimodal", "match"):
         queues["text"].push(text_BD[:rows], batch.valid)
+    if not finite:
+        for value, old in zip(statistics, before):
+            value.copy_(old)
     engines.clamp_logit_scale(engine)
     return loss.detach(), scale.detach(), finite
 

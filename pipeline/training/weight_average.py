@@ -28,7 +28,7 @@ class WeightAverage:
     each parameter, as ZeRO-3 divides it; the last ones are padding."""
 
     def __init__(self, engine: DeepSpeedEngine, decay: float):
-        self.clip, self.decay = engine.module.clip, decay
+        self.engine, self.clip, self.decay = engine, engine.module.clip, decay
         self.parts = {name: part.float().clone() for name, part in self.weights().items()}
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -79,6 +79,7 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """The model has the averages as its weights within the block. All ranks call."""
         before = {}
+        self.engine.empty_partition_cache()  # ZeRO-3 keeps whole weights after a forward pass without gradients
         try:
             for name, value in self.clip.named_parameters():
                 place = getattr(value, "ds_tensor", value).data
@@ -86,6 +87,7 @@ class WeightAverage:
                 place.copy_(self.parts[name] if hasattr(value, "ds_tensor") else self.whole(name, value.shape))
             yield
         finally:
+            self.engine.empty_partition_cache()
             for name, value in self.clip.named_parameters():
                 if name in before:
                     getattr(value, "ds_tensor", value).data.copy_(before[name])

@@ -1,15 +1,21 @@
 """N ranks train what one rank with the whole batch trains, at every ZeRO stage, for every loss."""
 
+import itertools
 import math
 import os
 import sys
 
 import pytest
 import torch
+from timm.layers.norm_act import SyncBatchNormAct
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.config.schema import Train
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
+from pipeline.training.batchnorm import share_batch_norm
 from pipeline.training.losses import clip_loss
 from pipeline.training.model import MAX_LOG_SCALE
 from pipeline.training.step import train_step
@@ -81,9 +87,55 @@ def test_gradients_of_ranks_average_to_those_of_the_whole_batch(config):
             torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=atol, msg=name)
 
 
+def test_on_gpus_batch_norm_with_an_activation_remains_the_same_model(monkeypatch):
+    """In evaluation, where torch's SyncBatchNorm needs no GPU."""
+    vision = {"image_size": 160, "timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear"}
+    clip, images = towers({**RESNET, "vision_cfg": vision}).clip.eval(), torch.randn(2, 3, 160, 160)
+    before = clip.encode_image(images)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    clip = share_batch_norm(clip)
+    kinds = {type(child) for child in clip.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)}
+    assert all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds) and SyncBatchNormAct in kinds
+    assert torch.equal(clip.encode_image(images), before)
+
+
 def test_bf16_trains_at_every_stage():
     for losses, weights in run_ranks(train, 2, [0, 1, 2, 3], "bf16")[0].values():
         assert all(0 < loss < 10 for loss in losses) and all(torch.isfinite(w).all() for w in weights.values())
+
+
+class Formats(TorchDispatchMode):
+    """Number formats that collectives add in."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        if operation.namespace == "c10d" and "reduce" in str(operation):
+            self.found |= {x.dtype for x in tree_leaves(args) if torch.is_tensor(x)}
+        return operation(*args, **(kwargs or {}))
+
+
+def formats(stage):
+    """Number formats in which gradients are added over the ranks."""
+    settings = Train(batch_size=ROWS, zero_stage=stage, precision="bf16")
+    engine = engines.start_engine(towers(VIT), settings, comm.device())
+    batch = own_rows(global_batch("clip", 16))
+    image_BD, text_BD, scale = engine(batch.images, batch.tokens)
+    loss = clip_loss(image_BD, text_BD, image_BD, text_BD, scale, batch.valid)
+    with Formats() as formats:
+        engine.backward(loss)
+    return formats.found
+
+
+def formats_all():
+    return [formats(stage) for stage in (0, 1, 2, 3)]
+
+
+def test_gradients_of_bf16_are_added_in_fp32_at_every_stage():
+    for found in run_ranks(formats_all, 2)[0]:
+        assert found == {torch.float32}
 
 
 def places(stage, precision):
@@ -102,27 +154,58 @@ def test_weights_stand_where_gpu_kernels_read_16_bytes_at_once(precision):
         assert all(offset % 16 == 0 for offset, numbers in place.values() if numbers % 8 == 0), stage
 
 
-def clamp(stage, start):
-    """The logit scale after one step that pushes nothing (rate 0), from weights whose scale starts out of bounds."""
+def clamp(stage, start, precision):
+    """(logit scale, its weight, least and greatest number of this rank's master weights) after steps that push nothing
+    (rate 0), from weights whose scale starts out of bounds."""
     model = towers(VIT)
     model.clip.logit_scale.data.fill_(start)
-    engine = engines.start_engine(model, Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    settings = Train(batch_size=ROWS, zero_stage=stage, precision=precision)
+    engine = engines.start_engine(model, settings, comm.device())
     engines.set_lr(engine, 0.0)
     for _ in range(2):  # the second step starts from the clamped master
         scale = train_step(engine, {}, own_rows(global_batch("clip", 16)), "clip")[1]
-    return float(scale), float(engines.consolidated_state(engine).get("logit_scale", torch.tensor(float("nan"))))
+    weight = engines.consolidated_state(engine).get("logit_scale", torch.tensor(float("nan")))
+    parts = [p for group in engine.optimizer.param_groups for p in group["params"]]
+    parts = getattr(engine.optimizer, "fp32_partitioned_groups_flat", parts)  # ZeRO-3
+    masters = torch.cat([part.detach().flatten() for part in parts])
+    return float(scale), float(weight), float(masters.min()), float(masters.max())
 
 
 def clamp_all():
-    return {(stage, start): clamp(stage, start) for stage in (0, 1, 2, 3) for start in (9.0, -3.0)}
+    cases = itertools.product((0, 1, 2, 3), (9.0, -3.0), ("fp32", "bf16"))
+    return {case: clamp(*case) for case in cases}
 
 
 def test_the_logit_scale_stays_in_bounds_at_every_stage():
     main, other = run_ranks(clamp_all, 2)
-    for (stage, start), (used, weight) in main.items():
-        bounded = MAX_LOG_SCALE if start > 0 else 0.0
-        assert used == other[stage, start][0] == pytest.approx(math.exp(bounded), rel=1e-5), stage
-        assert weight == pytest.approx(bounded, abs=1e-6), stage
+    for case, (used, weight, _, _) in main.items():
+        _, start, precision = case
+        bounded, off = MAX_LOG_SCALE if start > 0 else 0.0, 1e-6 if precision == "fp32" else 2e-2
+        assert used == other[case][0] == pytest.approx(math.exp(bounded), rel=max(off, 1e-5)), case
+        assert weight == pytest.approx(bounded, abs=off), case
+        for _, _, least, greatest in (main[case], other[case]):  # no other weight is so large
+            assert -2.5 < least and greatest <= MAX_LOG_SCALE + 1e-6, case
+
+
+def skipped(stage):
+    """(whether the step was taken, CLIP before it, CLIP after it); the last rank's pictures become no numbers."""
+    engine = engines.start_engine(towers(RESNET), Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    before = engines.consolidated_state(engine)
+    if comm.rank() == comm.world() - 1:
+        engine.module.clip.visual.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
+    finite = train_step(engine, {}, own_rows(global_batch("clip", 32)), "clip")[2]
+    return finite, before, engines.consolidated_state(engine)
+
+
+def skipped_all():
+    return [skipped(stage) for stage in (0, 1, 3)]
+
+
+def test_a_step_without_numbers_leaves_batch_norms_statistics_too():
+    for finite, before, after in run_ranks(skipped_all, 2)[0]:
+        assert not finite and any("running_var" in name for name in before)
+        for name, value in before.items():
+            assert "num_batches" in name or torch.equal(after[name], value), name
 
 
 def patience_of_groups(stage):

@@ -32,7 +32,12 @@ def test_flops_of_a_model_with_batch_norm_and_other_sizes():
     ],
 )
 def test_peak_of_a_device(name, bf16, tf32):
-    assert (peak_of_name(name, "bf16", False), peak_of_name(name, "fp32", True)) == (bf16, tf32)
+    assert (peak_of_name(name, "bf16"), peak_of_name(name, "fp32")) == (bf16, tf32)
+
+
+def test_fp32_counts_as_the_tf32_of_a_step_wherever_it_is_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert not torch.backends.cuda.matmul.allow_tf32 and peak_flops(torch.device("cuda"), "fp32") == 495e12
 
 
 def test_the_cpu_has_no_peak():

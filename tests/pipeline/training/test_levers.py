@@ -179,8 +179,10 @@ def test_tf32_is_on_in_a_step_only(monkeypatch):
     before = torch.get_float32_matmul_precision()
     with pytest.raises(KeyError), tf32():
         assert torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
         raise KeyError
     assert torch.get_float32_matmul_precision() == before == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32  # of convolutions, where torch's default is True
 
 
 def test_garbage_is_collected_at_fixed_steps_and_as_before_afterwards(monkeypatch):

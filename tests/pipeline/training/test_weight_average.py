@@ -25,7 +25,8 @@ ROWS, STEPS, DECAY = 8, 3, 0.3  # the second step's decay is 0.25 by the warm-up
 
 
 def averaged(stage, precision, folder):
-    """[weights after each step], their average, the weights within `applied`, and after it."""
+    """[weights after each step], their average, the weights within `applied`, and after it. Forward passes without
+    gradients, after which ZeRO-3 keeps whole weights, are before and within it."""
     settings = Train(batch_size=ROWS, lr=1e-2, eps=1e-2, zero_stage=stage, precision=precision)
     torch.manual_seed(0)
     towers = Towers(build_model({"config": copy.deepcopy(VIT)}), *pixel_stats())
@@ -42,7 +43,10 @@ def averaged(stage, precision, folder):
         save_file(state, folder / f"average_{stage}_{precision}_{comm.world()}.safetensors")
     comm.barrier()
     average.load(folder / f"average_{stage}_{precision}_2.safetensors")  # by two ranks, also where one rank reads it
-    with average.applied():
+    with torch.no_grad():
+        engine(batch.images, batch.tokens)
+    with average.applied(), torch.no_grad():
+        engine(batch.images, batch.tokens)
         applied = engines.consolidated_state(engine)
     return seen, state, average.state(), applied, engines.consolidated_state(engine)
 
