@@ -186,7 +186,7 @@ def test_a_row_tells_what_its_run_was_of(folder):
     assert changed["setup"] != none["setup"] and changed["recipe"] != none["recipe"]
 
 
-def test_wordnet_is_fetched_where_a_defence_takes_synonyms_and_a_row_names_their_source(folder, tmp_path, monkeypatch):
+def test_wordnet_is_fetched_where_it_is_used_and_a_row_names_the_source(folder, tmp_path, monkeypatch):
     (none,), (paper,) = cells(folder, "none"), cells(folder, "paper")
     one, recipes = {"s": replace(paper.set, data=("photos", "x"))}, []
     for there, source in ((tmp_path, "WordNet 3.0"), (None, "table")):
