@@ -63,7 +63,7 @@ def test_the_step_of_cleanclip_adds_half_the_losses_within_the_modalities():
     assert found.item() == pytest.approx((across + within).item(), rel=1e-9)
 
 
-def test_the_step_of_roclip_matches_pictures_with_the_nearest_captions_of_the_queue():
+def test_the_step_of_roclip_matches_pictures_with_captions_of_the_queue():
     """Yang and Mirzasoleiman 2023: the CLIP loss of the pictures and these captions, in place of their own."""
     image, text, stored = unit(4, 3, torch.float32)
     queue = SupportQueue(ROWS, DIM, "cpu")
