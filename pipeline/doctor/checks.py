@@ -28,7 +28,7 @@ from pipeline.safety.round import mask_folder
 from pipeline.training import checkpoint
 from pipeline.training.curriculum import curriculum
 from pipeline.training.lease import holder_of
-from pipeline.training.run_dir import inspect
+from pipeline.training.run_dir import data_state, inspect
 from pipeline.training.start import steps_per_epoch
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
@@ -115,8 +115,7 @@ def check_run_dir(config: Config, index: ShardIndex, ranks: int) -> Findings:
     if config.run.restart:
         return [("warning", "run.dir", f"run.restart=true: all state in {run_dir} will be deleted")]
     try:
-        overlay = open_overlay(config.data, index)
-        newest, warnings = inspect(config, run_dir, index.fingerprint, overlay.digest if overlay else None)
+        newest, warnings = inspect(config, run_dir, data_state(config, index, open_overlay(config.data, index)))
     except UserError as error:
         return [("fatal", "run.dir", str(error))]
     found = [("warning", "run.dir", f"{text}; delete them when you need them no more") for text in warnings]

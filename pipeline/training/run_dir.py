@@ -10,11 +10,23 @@ from pipeline.config.schema import Config
 from pipeline.guards import REGISTRY
 from pipeline.training import checkpoint
 from shards.errors import UserError
+from shards.index.shard_index import ShardIndex
+from shards.order.safe_mask import fingerprint
+from shards.samples.overlay import Overlay
 from shards.storage.files import write_bytes
 
 
-def claim(config: Config, run_dir: Path, fingerprint: str, overlay: str | None = None) -> tuple[Path | None, list[str]]:
-    """(newest complete checkpoint or None, warnings); writes config.yaml. Rank 0 calls.
+def data_state(config: Config, index: ShardIndex, overlay: Overlay | None) -> dict:
+    """What a run's state says of the data that it is trained on: fingerprints of the shards and of data.mask, digest of
+    the attack."""
+    data = index.fingerprint
+    if config.data.mask:
+        data += "/" + fingerprint(Path(config.data.mask) / "safe.npy")
+    return {"data": data, "overlay": overlay.digest if overlay else None}
+
+
+def claim(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, list[str]]:
+    """(newest complete checkpoint or None, warnings); writes config.yaml. data: of `data_state`. Rank 0 calls.
 
     Raises UserError as `inspect` does, unless a fresh start is asked for.
     """
@@ -29,7 +41,7 @@ def claim(config: Config, run_dir: Path, fingerprint: str, overlay: str | None =
         for name in ("eval.json", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
     else:
-        found, warnings = inspect(config, run_dir, fingerprint, overlay)
+        found, warnings = inspect(config, run_dir, data)
     path = run_dir / "config.yaml"
     if not found or not path.exists() or config.run.accept_changes:
         values = {"hash": config.hash(), **config.model_dump()}
@@ -39,9 +51,8 @@ def claim(config: Config, run_dir: Path, fingerprint: str, overlay: str | None =
     return found, warnings
 
 
-def inspect(config: Config, run_dir: Path, fingerprint: str, overlay: str | None) -> tuple[Path | None, list[str]]:
-    """(newest complete checkpoint or None, warnings) of a run directory, which is only read.
-    overlay: Overlay.digest of data.overlay.
+def inspect(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, list[str]]:
+    """(newest complete checkpoint or None, warnings) of a run directory, which is only read. data: of `data_state`.
 
     Raises UserError when it belongs to another config or other data, or holds a run without a complete checkpoint. The
     config of a start that did not reach its first checkpoint binds nobody.
@@ -57,13 +68,13 @@ def inspect(config: Config, run_dir: Path, fingerprint: str, overlay: str | None
     if found and (run_dir / "config.yaml").exists():
         check_config(config, run_dir)
     state = checkpoint.load_state(found) if found else {}
-    if found and state["data"] != fingerprint:
+    if found and state["data"] != data["data"]:
         raise UserError(
             f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
             "bring them back, or take another run.dir"
         )
     # Runs that began before the digest was kept have none.
-    if state.get("overlay", overlay) != overlay and not config.run.accept_changes:
+    if state.get("overlay", data["overlay"]) != data["overlay"] and not config.run.accept_changes:
         raise UserError(
             f"data.overlay: {config.data.overlay} holds another attack than {run_dir} was trained on; "
             "bring that one back, take another run.dir, or continue with this one by run.accept_changes=true"

@@ -24,13 +24,13 @@ from pipeline.training.metrics import MetricsLogger
 from pipeline.training.model import Towers, open_clip_config, picture_size, tokenizer_for
 from pipeline.training.precision import with_precision
 from pipeline.training.pretrained import make_towers
-from pipeline.training.run_dir import claim
+from pipeline.training.run_dir import claim, data_state
 from pipeline.training.signals import Preempted, ignore_in_worker
 from pipeline.training.support_queue import SupportQueue
 from pipeline.training.weight_average import WeightAverage
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
-from shards.order.safe_mask import SafeMask, fingerprint
+from shards.order.safe_mask import SafeMask
 from shards.samples.bad_samples import PARTS, BadSamplesFiles
 from shards.views.batch import View, Views
 from shards.views.eda import Eda, synonym_source
@@ -83,10 +83,9 @@ class Run:
             raise Preempted
         self.steps_per_epoch = steps_per_epoch(config, self.index, comm.world())
         self.epochs = curriculum(config.train, config.selection.every, self.steps_per_epoch)
-        self.mask, self.excluded, data = None, None, self.index.fingerprint
-        if config.data.mask:
-            self.mask, _ = SafeMask.load(config.data.mask, self.index.fingerprint)
-            data += "/" + comm.on_rank0(fingerprint, Path(config.data.mask) / "safe.npy")
+        self.mask = SafeMask.load(config.data.mask, self.index.fingerprint)[0] if config.data.mask else None
+        self.excluded = None
+        data = comm.on_rank0(data_state, config, self.index, self.samples.overlay)
         torch.manual_seed(config.run.seed)
         towers = make_towers(config.model.model_dump())
         apply_levers(towers, config)
@@ -94,11 +93,10 @@ class Run:
         self.run_dir = Path(config.run.dir).absolute()
         self.lease = Lease(self.run_dir)
         self.lease.acquire()
-        overlay = self.samples.overlay.digest if self.samples.overlay else None
-        found, warnings = comm.on_rank0(claim, config, self.run_dir, data, overlay)
+        found, warnings = comm.on_rank0(claim, config, self.run_dir, data)
         logs.open_file(self.run_dir / "logs")
         try:
-            self.open_state(found, warnings, towers, {"data": data, "overlay": overlay})
+            self.open_state(found, warnings, towers, data)
         except BaseException as error:
             logs.close_file(error)
             raise

@@ -1,13 +1,14 @@
 """What a start finds in the run directory, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from pipeline.training import checkpoint
 from pipeline.training import run as running
-from pipeline.training.run_dir import claim, inspect
+from pipeline.training.run_dir import claim, data_state, inspect
 from shards.build.shapes import shapes
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
@@ -16,37 +17,39 @@ from shards.storage.files import write_json
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config
 
+DATA = {"data": "data", "overlay": None}
+
 
 def test_a_start_without_a_checkpoint_does_not_claim_the_directory(tmp_path):
     made = config(tmp_path, "run", train__lr=3.0)
     run_dir = tmp_path / "run"
     for lr in (3.0, 0.5):
         made.train.lr = lr
-        assert claim(made, run_dir, "data") == (None, [])
+        assert claim(made, run_dir, DATA) == (None, [])
         assert yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["lr"] == lr
     # It died while it wrote its first checkpoint, with a line of metrics: nothing that is worth keeping.
     (run_dir / "checkpoints" / "step_00000000").mkdir(parents=True)
     (run_dir / "metrics.jsonl").write_text("{}\n")
     made.train.lr = 0.1
-    found, (warning,) = claim(made, run_dir, "data")
+    found, (warning,) = claim(made, run_dir, DATA)
     assert found is None and "step_00000000: it has no COMPLETE marker" in warning
     (run_dir / "checkpoints" / "step_00000009").mkdir()
     with pytest.raises(UserError, match="holds a run, but no complete checkpoint"):
-        claim(made, run_dir, "data")
+        claim(made, run_dir, DATA)
 
 
 def test_a_run_with_a_checkpoint_keeps_its_config(tmp_path, monkeypatch):
     made, run_dir = config(tmp_path, "run"), tmp_path / "run"
-    claim(made, run_dir, "data")
+    claim(made, run_dir, DATA)
     monkeypatch.setattr(checkpoint, "newest_complete", lambda folder: (run_dir, []))
     monkeypatch.setattr(checkpoint, "load_state", lambda folder: {"data": "data"})
     made.train.lr = 0.5
     with pytest.raises(UserError, match="train.lr: 0.0005 -> 0.5"):
-        claim(made, run_dir, "data")
+        claim(made, run_dir, DATA)
     for text in ("- a list", "a: [", "\ufeff\x00"):
         (run_dir / "config.yaml").write_text(text)
         with pytest.raises(UserError, match="config.yaml: "):
-            claim(made, run_dir, "data")
+            claim(made, run_dir, DATA)
 
 
 def attack(folder, caption):
@@ -87,4 +90,15 @@ def test_a_run_that_kept_no_digest_resumes(tmp_path, monkeypatch):
     made = config(tmp_path, "run")
     for state, overlay in (({}, "a"), ({}, None), ({"overlay": "a"}, "a")):
         (tmp_path / "state.json").write_text(json.dumps({"data": "data", **state}))
-        assert inspect(made, tmp_path, "data", overlay) == (tmp_path, [])
+        assert inspect(made, tmp_path, {"data": "data", "overlay": overlay}) == (tmp_path, [])
+
+
+def test_the_state_names_shards_mask_and_attack(tmp_path):
+    made, index, overlay = config(tmp_path, "run"), SimpleNamespace(fingerprint="x"), SimpleNamespace(digest="d")
+    assert data_state(made, index, None) == {"data": "x", "overlay": None}
+    made.data.mask, found = str(tmp_path), []
+    for bits in (b"1", b"2"):
+        (tmp_path / "safe.npy").write_bytes(bits)
+        found.append(data_state(made, index, overlay))
+    assert found[0]["data"] != found[1]["data"] and found[0]["overlay"] == "d"
+    assert all(state["data"].startswith("x/") for state in found)
