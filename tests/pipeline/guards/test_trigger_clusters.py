@@ -169,7 +169,7 @@ def data(tmp_path_factory):
 
 GUARDS = {
     "trigger_clusters": {"low": 0.3, "near": 3.0, "least": 3, "ratio": 1.5},  # so that there is something to find
-    "trigger_classifier": {"low": 0.2, "least": 2, "ratio": 1.2},
+    "trigger_classifier": {"low": 0.4, "least": 2, "ratio": 1.1},
 }
 
 
