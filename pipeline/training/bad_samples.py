@@ -53,7 +53,8 @@ def reasons(run: Run) -> str:
 def bad_so_far(run: Run, pending: int = 0) -> tuple[int, float]:
     """(rows, limit): unusable training rows of all ranks, and how many are allowed. pending: of this rank, not recorded
     yet."""
-    limit = run.config.data.max_bad_fraction * max(run.state["sample_views"], min(MIN_SAMPLES, run.index.samples))
+    read = run.state["step"] * run.config.train.batch_size
+    limit = run.config.data.max_bad_fraction * max(read, min(MIN_SAMPLES, run.index.samples))
     return run.state["bad_rows"] + int(comm.all_reduce_sum(np.array([pending]))[0]), limit
 
 

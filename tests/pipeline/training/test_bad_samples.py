@@ -2,10 +2,12 @@
 never stopped."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.training import run as running
+from pipeline.training.bad_samples import bad_so_far
 from shards.errors import UserError
 from shards.index.build_index import build_index
 from shards.samples.bad_samples import read_bad_samples
@@ -66,3 +68,12 @@ def test_too_many_bad_samples_stop_all_ranks_and_lose_nothing(data):
         text = (data / "stopped" / "logs" / f"rank_{rank}.log").read_text()
         assert text.count("240 pairs") == 3 and text.count(": done, ") == 1
         assert text.count(f"ERROR rank {rank} {socket.gethostname()}: ") == text.count(f"UserError: {first}") == 2
+
+
+def test_the_limit_is_of_pairs_however_many_views_a_step_sees(tmp_path):
+    made = config(tmp_path, "run", data__max_bad_fraction=0.01)
+    index = SimpleNamespace(samples=10**6)
+    for views in (1, 2):
+        state = {"step": 5_000, "sample_views": 5_000 * 24 * views, "bad_rows": 7}
+        rows, limit = bad_so_far(SimpleNamespace(config=made, index=index, state=state), pending=2)
+        assert (rows, limit) == (9, pytest.approx(0.01 * 5_000 * made.train.batch_size))
