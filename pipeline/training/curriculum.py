@@ -172,7 +172,7 @@ def released_rate(
     epochs, fractions = warmup_epochs, float(warmup_epochs)
     if epoch.stage == "safeclip":
         epochs = train.epochs - warmup_epochs
-        fractions = sum(first_fraction + number * growth for number in range(epochs))
+        fractions = sum(first_fraction + past * growth for past in range(epochs))
     steps = round(fractions * steps_per_epoch)
     counter = (epoch.number + 1) * (steps // epochs) + number
     if counter < warm:
