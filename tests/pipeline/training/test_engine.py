@@ -155,20 +155,20 @@ def test_weights_stand_where_gpu_kernels_read_16_bytes_at_once(precision):
 
 
 def clamp(stage, start, precision):
-    """(logit scale, its weight, least and greatest number of this rank's master weights) after steps that push nothing
-    (rate 0), from weights whose scale starts out of bounds."""
+    """(logit scale, its weight, other weights that changed) after steps that push nothing (rate 0), from weights whose
+    scale starts out of bounds."""
     model = towers(VIT)
     model.clip.logit_scale.data.fill_(start)
     settings = Train(batch_size=ROWS, zero_stage=stage, precision=precision)
     engine = engines.start_engine(model, settings, comm.device())
     engines.set_lr(engine, 0.0)
+    before = engines.consolidated_state(engine)
     for _ in range(2):  # the second step starts from the clamped master
         scale = train_step(engine, {}, own_rows(global_batch("clip", 16)), "clip")[1]
-    weight = engines.consolidated_state(engine).get("logit_scale", torch.tensor(float("nan")))
-    parts = [p for group in engine.optimizer.param_groups for p in group["params"]]
-    parts = getattr(engine.optimizer, "fp32_partitioned_groups_flat", parts)  # ZeRO-3
-    masters = torch.cat([part.detach().flatten() for part in parts])
-    return float(scale), float(weight), float(masters.min()), float(masters.max())
+    after = engines.consolidated_state(engine)
+    weight = after.get("logit_scale", torch.tensor(float("nan")))
+    changed = [name for name in after if name != "logit_scale" and not torch.equal(before[name], after[name])]
+    return float(scale), float(weight), changed
 
 
 def clamp_all():
@@ -178,13 +178,12 @@ def clamp_all():
 
 def test_the_logit_scale_stays_in_bounds_at_every_stage():
     main, other = run_ranks(clamp_all, 2)
-    for case, (used, weight, _, _) in main.items():
+    for case, (used, weight, changed) in main.items():
         _, start, precision = case
         bounded, off = MAX_LOG_SCALE if start > 0 else 0.0, 1e-6 if precision == "fp32" else 2e-2
         assert used == other[case][0] == pytest.approx(math.exp(bounded), rel=max(off, 1e-5)), case
         assert weight == pytest.approx(bounded, abs=off), case
-        for _, _, least, greatest in (main[case], other[case]):  # no other weight is so large
-            assert -2.5 < least and greatest <= MAX_LOG_SCALE + 1e-6, case
+        assert not changed, case
 
 
 def skipped(stage):
