@@ -16,6 +16,7 @@ import torch
 from pipeline.config.schema import Train
 from pipeline.distributed import comm
 from pipeline.training.model import MAX_LOG_SCALE, Towers, param_groups
+from pipeline.training.reducer import Reducer, backward_order
 from shards.errors import UserError
 
 if TYPE_CHECKING:  # they take seconds, and a process sets them up first: import_deepspeed
@@ -72,8 +73,11 @@ def start_engine(towers: Towers, train: Train, device: torch.device, universal: 
     engine, *_ = deepspeed.initialize(
         model=towers.to(device), optimizer=optimizer, config=config, dist_init_required=False
     )
-    if comm.world() == 1 and stage == 0 and train.precision == "fp32":
-        engine.enable_backward_allreduce = False  # else it copies all gradients into a buffer and back, for nobody
+    if stage == 0:  # DeepSpeed would copy all gradients into one buffer and back, after the backward pass
+        engine.enable_backward_allreduce = comm.world() > 1
+    if stage == 0 and comm.world() > 1:
+        reducer = Reducer(backward_order(towers), BUCKET, engine.is_gradient_accumulation_boundary)
+        engine.allreduce_gradients = reducer.finish
     if comm.world() > 1:
         comm.wait_long(engine.data_parallel_group)  # of the default's ranks, with torch's default timeout
     engine.checkpoint_engine = memory_writer()
