@@ -32,6 +32,7 @@ from pipeline.safety import scoring
 from pipeline.training.copy_ahead import copied_ahead
 from pipeline.training.losses import GatherRows
 from pipeline.training.model import Towers, build_model, param_groups, picture_size, pixel_stats
+from pipeline.training.reducer import Reducer, backward_order
 from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
 from shards.samples.colour import NUMBERS
@@ -103,11 +104,12 @@ def ranks(request):
 
 
 class Engine:
-    """What DeepSpeed's engine is to a training step."""
+    """What DeepSpeed's engine is to a training step, at ZeRO-0."""
 
     def __init__(self, towers):
         self.module, self.optimizer = towers, torch.optim.AdamW(param_groups(towers, 0.1), fused=True)
         self.step, self.train, self.eval = self.optimizer.step, towers.train, towers.eval
+        self.reducer = Reducer(backward_order(towers), 1000, lambda: True) if comm.world() > 1 else None
 
     def __call__(self, *inputs):
         return self.module(*inputs)
@@ -116,6 +118,10 @@ class Engine:
         """Zeros: torch's own backward would ask the driver for the device."""
         for parameter in self.module.parameters():
             parameter.grad = torch.zeros_like(parameter)
+            if self.reducer:
+                self.reducer.ready(parameter)
+        if self.reducer:
+            self.reducer.finish()
 
 
 def engine_of(model):
