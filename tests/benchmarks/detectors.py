@@ -1,7 +1,7 @@
 """What each detector of the audit finds of known poison, alone and combined, and what it costs.
 
-python -m tests.benchmarks.detectors RUN... --out DIR       RUN: runs of `safeclip train` on poisoned data, e.g. of
-launch/reproduce.sh
+python -m tests.benchmarks.detectors RUN... --out DIR       RUN: runs of launch/reproduce.sh on poisoned data, such as
+runs/comparison/photos/b_seed1/none_7bfcaf7ae678
 
 Scores every run's data with its own model (`safeclip score --model RUN`), audits them (with the run's rounds, if it has
 masks; what is there is used again) and writes DIR/detectors.md: AUROC for each attack (clean pairs above poison),
@@ -20,9 +20,10 @@ from shards.storage.files import write_bytes
 
 
 def name_of(run):
-    """ "emoji, default, seed 0" of .../emoji/seed0/default."""
-    data, seed, preset = Path(run).parts[-3:]
-    return f"{data}, {preset}, {seed.replace('seed', 'seed ')}"
+    """ "photos, group b, seed 1, none" of .../photos/b_seed1/none_7bfcaf7ae678."""
+    data, cell, defence = Path(run).parts[-3:]
+    group, seed = cell.split("_seed")
+    return f"{data}, group {group}, seed {seed}, {defence.rpartition('_')[0]}"
 
 
 def section(run, out):
