@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.audit.data import AuditData
 from pipeline.audit.models import load_scorer
 from pipeline.audit.score import score
 from pipeline.safety.score_files import load_scores
@@ -88,6 +89,17 @@ def test_unreadable_pair_is_a_row_with_its_reason(scored):
     table = saved.table(0)
     assert np.isnan(cosines(scored[0] / "scores")[7]) and np.isnan(cosines(scored[0] / "scores")).sum() == 1
     assert "not UTF-8" in table["reason"][7].as_py() and not saved.mask.flags()[7]
+
+
+def test_a_shard_of_which_nothing_can_be_read_is_audited_with_the_others(scored, tmp_path):
+    _, _, model = scored
+    for name, rows in (("first", range(20)), ("all", range(40))):
+        paths = make_pairs(tmp_path / name / "data", ["a thing"] * 40, dict.fromkeys(rows, b"no picture"))
+        score(tmp_path / name / "scores", model, data=paths, workers=0)
+        shapes = [np.load(tmp_path / name / f"scores/img_emb/img_emb_0000{shard}.npy").shape for shard in range(2)]
+        assert shapes == [(20, 16), (20, 16)]
+        data = AuditData(tmp_path / name / "scores")
+        assert not data.images.take(list(rows)).any() and np.isnan(data.score_N).sum() == len(rows)
 
 
 def score_on_rank(out, model, paths):
