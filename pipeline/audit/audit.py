@@ -53,11 +53,7 @@ def audit(
     suspect = combined(found, worst)
     against = against_truth(data, found, suspect)
     write_findings(data, found, suspect, out)
-    mask, first = str(data.saved.folder), ""
-    if not data.saved.mask.fraction:  # the scores are no two groups, so the mask calls no pair safe
-        mask, first = "MASK", f"safeclip mask filter {mask} --by cosine --remove .05 --out MASK && "
-    command = f"{first}safeclip mask apply {mask} SHARDS --out DIR --review review.csv"
-    size = write_report(out / "report.html", data, found, suspect, about, against, command)
+    size = write_report(out / "report.html", data, found, suspect, about, against, advice(data))
     suspects = int(suspect.issue_N.sum())
     meta = data.saved.meta
     write_json(
@@ -81,3 +77,14 @@ def audit(
         f"{out}/report.html: {suspects:,} of {data.N:,} pairs look suspect ({size / 1e6:.1f} MB); "
         "findings.parquet and findings.csv have all"
     )
+
+
+def advice(data: AuditData) -> str:
+    """The command that applies ticks; "" for embeddings of others, whose masks are of no shards that could be
+    copied."""
+    if data.others:
+        return ""
+    mask, first = str(data.saved.folder), ""
+    if not data.saved.mask.fraction:  # the scores are no two groups, so the mask calls no pair safe
+        mask, first = "MASK", f"safeclip mask filter {mask} --by cosine --remove .05 --out MASK && "
+    return f"{first}safeclip mask apply {mask} SHARDS --out DIR --review review.csv"

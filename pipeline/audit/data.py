@@ -73,6 +73,7 @@ class AuditData:
         for other in self.rounds[:-1]:
             require_same_shards(other, self.saved)
         about = self.read_about() if self.scores else {}
+        self.others = bool(about.get("embeddings")) and not about.get("data")  # embeddings of others, of no shards
         self.model = about.get("model") or f"{self.source}, step {self.saved.meta['step']}"
         self.counts_S = self.saved.mask.counts_S
         self.offsets = np.concatenate([[0], np.cumsum(self.counts_S)]).astype(np.int64)

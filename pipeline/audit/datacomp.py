@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.audit.blocks import blocks
 from pipeline.audit.files import find_shards, members, output
 from shards.errors import UserError
 from shards.order.safe_mask import SavedMask
@@ -61,10 +62,11 @@ def write_subset(saved: SavedMask, out: Path | str, found: Iterable[np.ndarray],
     once.
 
     found: UID (N,) of each shard. A uid that a risky pair has too is left out, for DataComp's resharder would take
-    both. 16 bytes a pair are in memory. Format: resharder.py and README of github.com/mlfoundations/datacomp. Raises
-    UserError where a safe pair has no uid; mend: what to do then.
+    both. At most 34 bytes a pair are in memory. Format: resharder.py and README of github.com/mlfoundations/datacomp.
+    Raises UserError where a safe pair has no uid; mend: what to do then.
     """
-    safe, risky = [np.zeros(0, "S16")], [np.zeros(0, "S16")]
+    taken = {view: np.empty(int(saved.mask.counts(view).sum()), "S16") for view in ("safe", "risky")}
+    filled = dict.fromkeys(taken, 0)
     for number, uid_N in enumerate(found):
         safe_N, there_N = saved.mask.shard_flags(number), uid_N["there"]
         without = np.flatnonzero(safe_N & ~there_N)
@@ -74,12 +76,20 @@ def write_subset(saved: SavedMask, out: Path | str, found: Iterable[np.ndarray],
                 f"--format datacomp: sample {key!r} of shard {saved.shards[number]['name']} has no uid, "
                 f'expected 32 hex digits as "uid" in its .json member or as its key; {mend}'
             )
-        safe.append(uid_N["uid"][safe_N])
-        risky.append(uid_N["uid"][~safe_N & there_N])
-    uids = np.setdiff1d(np.concatenate(safe), np.concatenate(risky))  # sorted, each once
-    halves = np.frombuffer(uids.tobytes(), ">u8").reshape(-1, 2)
-    subset = np.empty(len(halves), np.dtype("u8,u8"))
-    subset["f0"], subset["f1"] = halves.T
+        for view, flags_N in (("safe", safe_N), ("risky", ~safe_N & there_N)):
+            here = uid_N["uid"][flags_N]
+            taken[view][filled[view] : filled[view] + len(here)] = here
+            filled[view] += len(here)
+    safe_M, risky_M = taken["safe"], taken["risky"][: filled["risky"]]
+    safe_M.sort()
+    keep_M = np.ones(len(safe_M), bool)
+    keep_M[1:] = safe_M[1:] != safe_M[:-1]
+    for part in blocks(len(risky_M) if len(safe_M) else 0):
+        place_B = np.minimum(np.searchsorted(safe_M, risky_M[part]), len(safe_M) - 1)
+        keep_M[place_B[safe_M[place_B] == risky_M[part]]] = False  # the first of equal ones, the others are out
+    uids = safe_M[keep_M]
+    del taken, safe_M, risky_M
+    subset = uids.view(">u8").astype("u8").view("u8,u8")
     with output(out) as file:
         np.save(file, subset, allow_pickle=False)
     return len(subset)

@@ -125,12 +125,20 @@ class EmbeddingFolder(ShardIndex):
         self.images, self.texts, self.about = (list(found.values()) for found in (images, texts, about))
         shards = []
         for image, text, table in zip(self.images, self.texts, self.about):
+            (_, *image_width), (_, *text_width) = open_part(image).shape, open_part(text).shape
+            if image_width != text_width:
+                raise UserError(
+                    f"embeddings {image}: {image_width} numbers a row, but {text_width} in its text_emb; "
+                    "take both from one CLIP"
+                )
             rows = [len(open_part(image)), len(open_part(text)), pq.read_metadata(table).num_rows]
             if len(set(rows)) > 1:
                 raise UserError(
                     f"embeddings {image}: {rows[0]} rows, but {rows[1]} in its text_emb and {rows[2]} in its metadata"
                 )
             shards.append(Shard(str(image.absolute()), image.stat().st_size, rows[0], fingerprint(image), table=""))
+        if not any(shard.samples for shard in shards):
+            raise UserError(f"--embeddings {folder}: no row in any of its {len(shards)} parts; expected one a pair")
         super().__init__(shards)
         self.folder = folder
 

@@ -10,6 +10,7 @@ oracle                what the attack manifest names goes: the best that any fil
 
 import io
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def filter_pairs(scores: Path | str, by: str, remove: float, out: Path | str) ->
             raise UserError(f"--by {by}: {lacks}")
         score_N = REGISTRY[by]().find(data, remove).score_N
     safe_N = select_top(score_N, round((1 - remove) * data.N))
-    tables = [data.saved.table(shard, ("key", "cosine", "reason")) for shard in range(len(data.counts_S))]
+    tables = (data.saved.table(shard, ("key", "cosine", "reason")) for shard in range(len(data.counts_S)))
     about = {
         "fingerprint": data.saved.meta["fingerprint"],
         "shards": data.saved.shards.batch,
@@ -81,11 +82,6 @@ def keep_unpoisoned(
     if fraction < 1:
         order_N = np.random.default_rng(seed).permutation(index.samples)
         score_N[order_N[score_N[order_N] > 0][round(fraction * index.samples) :]] = 0
-    tables = []
-    for shard, count in enumerate(index.counts):
-        keys = index.keys(shard) if count else pa.array([], pa.string())
-        columns = {"key": keys, "cosine": np.full(count, np.nan, np.float32)}
-        tables.append(pa.table({**columns, "reason": pa.nulls(int(count), pa.string())}))
     about = {
         "fingerprint": index.fingerprint,
         "shards": shard_columns(index.shards),
@@ -94,8 +90,16 @@ def keep_unpoisoned(
         "note": "oracle: what the attack manifest poisons is left out"
         + (f", and all but {fraction:.1%} of the pairs, by seed {seed}" if fraction < 1 else ""),
     }
-    save_filter(Path(out), index.counts, score_N > 0, score_N, tables, about, f"--fraction {fraction}")
+    save_filter(Path(out), index.counts, score_N > 0, score_N, unscored(index), about, f"--fraction {fraction}")
     return f"{out}: {int(score_N.sum()):,} of {index.samples:,} pairs kept, none that {overlay} poisons"
+
+
+def unscored(index: ShardIndex) -> Iterator[pa.Table]:
+    """Yield key, cosine and reason of each shard, whose pairs have no cosine."""
+    for shard, count in enumerate(index.counts.tolist()):
+        keys = index.keys(shard) if count else pa.array([], pa.string())
+        columns = {"key": keys, "cosine": np.full(count, np.nan, np.float32)}
+        yield pa.table({**columns, "reason": pa.nulls(count, pa.string())})
 
 
 def save_filter(
@@ -103,12 +107,12 @@ def save_filter(
     counts_S: np.ndarray,
     safe_N: np.ndarray,
     score_N: np.ndarray,
-    tables: list[pa.Table],
+    tables: Iterable[pa.Table],
     about: dict,
     asked: str,
 ) -> None:
     """Write a mask's folder (shards.order.safe_mask.SavedMask): the scores first, mask.json last. `tables`: of each
-    shard key, cosine and reason; about: entries of mask.json, and the columns of the shards.
+    shard key, cosine and reason, one at a time in memory; about: entries of mask.json, and the columns of the shards.
 
     asked: the option that decides how many pairs are kept. Raises UserError where that keeps none, and where `out`
     holds a mask.
@@ -118,9 +122,10 @@ def save_filter(
     if (out / "mask.json").exists():
         raise UserError(f"--out {out}: holds a mask already; name a new folder")
     made = {"step": json.dumps(about["step"])}
-    for shard, score_B in enumerate(np.split(score_N.astype(np.float32), np.cumsum(counts_S)[:-1])):
+    parts = np.split(score_N.astype(np.float32), np.cumsum(counts_S)[:-1])
+    for shard, (table, score_B) in enumerate(zip(tables, parts, strict=True)):
         if len(score_B):
-            table = tables[shard].append_column("score", pa.array(score_B)).replace_schema_metadata(made)
+            table = table.append_column("score", pa.array(score_B)).replace_schema_metadata(made)
             file = io.BytesIO()
             pq.write_table(table, file)
             write_bytes(out / "scores" / f"{shard:05d}.parquet", file.getbuffer())

@@ -225,9 +225,8 @@ def what_if(folder: Path | str, out: Path | str, posterior: float | None = None,
         count, rule = count_at_least(score_N, threshold), f"posterior > {posterior:g}"
     safe_N = select_top(score_N, count)
     mask = SafeMask.from_flags(saved.mask.counts_S, safe_N)
-    # Files of the scores are copied; those of the mask are written anew, mask.json last.
-    anew = shutil.ignore_patterns("mask.json", "safe.npy", "shards_*.arrow")
-    shutil.copytree(saved.folder, out, ignore=anew, dirs_exist_ok=True)
+    # The scores and nothing else: beside them may lie embeddings of all pairs, a hundred times as large.
+    shutil.copytree(saved.folder / "scores", out / "scores", dirs_exist_ok=True)
     # Without a config hash no run takes this mask for its own.
     changed = {
         "fraction": mask.fraction,

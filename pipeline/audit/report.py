@@ -70,7 +70,6 @@ def contents(
     """All that the page shows."""
     worst = worst_rows(suspect.score_N, TABLE).tolist()
     broken = data.reasons.row_M[np.isnan(data.score_N[data.reasons.row_M])]
-    judged = int((~np.isnan(suspect.score_N)).sum())
     gallery, table = worst[:GALLERY], broken[: TABLE // 10].tolist() + worst
     groups = worst_groups(found)
     items = Items(data, found)
@@ -85,7 +84,7 @@ def contents(
         "command": command,
         "fingerprint": saved.meta["fingerprint"],
         "pairs": data.N,
-        "scored": judged,
+        "scored": sum(counts),
         "suspects": suspects,
         "broken": len(broken),
         "safe": saved.mask.fraction,

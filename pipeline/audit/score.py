@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
 from pipeline.audit.embeddings import EmbeddingFolder, Rows, part_path
 from pipeline.audit.score_batches import Pairs, Rowset
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
     from pipeline.audit.models import Scorer
 
 
-# Of a batch: its rows, their cosines, the captions that these are of, and the embeddings of pictures and captions, None
-# where no row could be read.
-Scored = tuple[Rowset, np.ndarray, list[str | None], np.ndarray | None, np.ndarray | None]
+# Of a batch: its rows, their cosines, the captions that these are of, and the embeddings of pictures and captions,
+# zeros where a row could not be read.
+Scored = tuple[Rowset, np.ndarray, list[str | None], np.ndarray, np.ndarray]
 
 
 def score(
@@ -165,7 +166,7 @@ def score_shards(
     done = set(comm.broadcast_object(files.claim().done() if comm.is_rank0() else None))
     mine = [s for s in assign_shards(index.counts, comm.world(), done)[comm.rank()] if s not in done]
     todo = ShardBatches(index.offsets, mine, batch_size)
-    parts, device = [], comm.device()
+    parts, device, width = [], comm.device(), width_of(scorer)
     dataset = Pairs(samples, todo, scorer.preprocess, scorer.tokenize)
     reading = zip(todo, fetched_ahead(batches(dataset, 0, workers, ignore_in_worker), dataset))
     for (row_B, _), rows in progress(reading, len(todo), "batches of rank 0 scored", comm.is_rank0()):
@@ -174,16 +175,26 @@ def score_shards(
             least_B = least_similar(image_BD, text_TD, rows.caption_of.to(device))
             text_BD, captions = text_TD[least_B], [rows.captions[number] for number in least_B.tolist()]
             cos_B = (image_BD * text_BD).sum(1).masked_fill(~rows.valid.to(device), float("nan"))
-            embeddings = (image_BD.half().cpu().numpy(), text_BD.half().cpu().numpy())
+            unread_B1 = cos_B.isnan()[:, None]
+            embeddings = (some_BD.half().masked_fill(unread_B1, 0).cpu().numpy() for some_BD in (image_BD, text_BD))
             parts.append((rows, cos_B.cpu().numpy(), captions, *embeddings))
         else:
             first = dict(zip(reversed(rows.caption_of.tolist()), reversed(rows.captions)))
             captions = [first[row] for row in range(len(rows.valid))]
-            parts.append((rows, np.full(len(rows.valid), np.nan, np.float32), captions, None, None))
+            none_BD = np.zeros((len(captions), width), np.float16)
+            parts.append((rows, np.full(len(captions), np.nan, np.float32), captions, none_BD, none_BD))
         shard = int(index.place(row_B[0])[0])
         if row_B[-1] + 1 == index.offsets[shard + 1]:
             write_shard(out, shard, index, files, parts, keep)
             parts = []
+
+
+@torch.no_grad()
+def width_of(scorer: "Scorer") -> int:
+    """Numbers of an embedding: also of a shard of which no pair can be read, for all parts have one width."""
+    blank = scorer.preprocess(Image.new("RGB", (8, 8)))[None]
+    device = comm.device()
+    return scorer.encode(blank.to(device), scorer.tokenize([""]).to(device))[0].shape[1]
 
 
 def write_shard(out: Path, shard: int, index: ShardIndex, files: ScoreFiles, parts: list[Scored], keep: bool) -> None:
@@ -191,13 +202,8 @@ def write_shard(out: Path, shard: int, index: ShardIndex, files: ScoreFiles, par
     rowsets, cosines, captions, images, texts = zip(*parts)
     hashes = np.concatenate([rows.hashes for rows in rowsets])
     if keep:
-        width = next((part.shape[1] for part in images if part is not None), 1)
         for kind, arrays in (("img_emb", images), ("text_emb", texts)):
-            filled = [
-                np.zeros((len(c), width), np.float16) if a is None else np.where(np.isnan(c)[:, None], np.float16(0), a)
-                for c, a in zip(cosines, arrays)
-            ]
-            save_array(part_path(out, kind, shard), np.concatenate(filled))
+            save_array(part_path(out, kind, shard), np.concatenate(arrays))
         save_array(part_path(out, "cells", shard), np.concatenate([rows.cells for rows in rowsets]))
     write_metadata(out, shard, index.keys(shard), sum(captions, []), hashes if keep else None)
     cos_N = np.concatenate(cosines)

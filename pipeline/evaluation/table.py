@@ -1,8 +1,10 @@
 """`safeclip compare`: a table, result.json and a picture of a run of plain CLIP and one of SafeCLIP."""
 
+from itertools import cycle
 from pathlib import Path
 
 from pipeline.evaluation.run import read_eval, read_metrics
+from shards.errors import UserError
 from shards.storage.files import write_json
 
 
@@ -10,6 +12,12 @@ def compare(clip_run: str | Path, safe_run: str | Path, out: str | Path) -> str:
     """Write OUT/result.json and OUT/result.png of two evaluated runs; returns the table as text. Raises UserError."""
     out = Path(out)
     result = {"clip": read_eval(clip_run), "safeclip": read_eval(safe_run)}
+    lacking = [name for name in result["clip"]["attacks"] if name not in result["safeclip"]["attacks"]]
+    if lacking:
+        raise UserError(
+            f"run {safe_run}: its eval.json lacks the attack {lacking[0]}, which that of {clip_run} has; "
+            "evaluate both with the same data.overlay"
+        )
     write_json(out / "result.json", result)
     draw(result, read_metrics(clip_run), read_metrics(safe_run), out / "result.png")
     return table(result)
@@ -54,7 +62,8 @@ def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     kinds = list(result["clip"]["attacks"])
-    colours = dict(zip(["clean", *kinds], ["#222222", "#d1495b", "#edae49", "#30638e", "#66a182"]))
+    shades = cycle(("#d1495b", "#edae49", "#30638e", "#66a182", "C4", "C5", "C6", "C8", "C9"))
+    colours = {"clean": "#222222", **dict(zip(kinds, shades))}
     for axis, metrics, title in ((left, clip_metrics, "plain CLIP"), (middle, safe_metrics, "SafeCLIP")):
         found = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
         clean = [(step, figures["clean_top1"]) for step, figures in found if "clean_top1" in figures]
@@ -66,7 +75,11 @@ def draw(result: dict, clip_metrics: list[dict], safe_metrics: list[dict], path:
             label="clean accuracy",
         )
         for kind in kinds:
-            rates = [(step, figures["attacks"][kind]["success"]) for step, figures in found if "attacks" in figures]
+            rates = [
+                (step, figures["attacks"][kind]["success"])
+                for step, figures in found
+                if kind in figures.get("attacks", {})
+            ]
             axis.plot(
                 [step for step, _ in rates],
                 [100 * rate for _, rate in rates],

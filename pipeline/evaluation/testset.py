@@ -25,6 +25,12 @@ class TestSet:
         self.root = Path(evaluation.test)
         self.classnames = read_lines(self.root / "classnames.txt")
         self.templates = read_lines(self.root / "zeroshot_classification_templates.txt")
+        unfit = next((line for line in self.templates or [""] if "{c}" not in line), None)
+        if unfit is not None:
+            raise UserError(
+                f"evaluation.test: {self.root}/zeroshot_classification_templates.txt: got {unfit!r}, expected prompts "
+                "with {c} in place of the class name, one a line, such as `a photo of a {c}`"
+            )
         self.samples = Samples(ShardIndex.load(evaluation.index or self.root / "test_index"))
         self.place_N = all_places(self.samples.index)
         if not self.place_N:
@@ -79,12 +85,21 @@ def read_captions(samples: Samples, shard: int, position: int) -> list[str]:
 
 def read_labels(samples: Samples, places: list[tuple[int, int]]) -> np.ndarray:
     """int64 (N,): the labels at `places` of an index that was made with text="cls". Raises UserError."""
-    try:
-        return np.array([samples.label(*place) for place in places], np.int64)
-    except ValueError as error:
-        raise UserError(
-            f"labels: {samples.index.shards[0].path}: {error}; expected class numbers, index the shards with --text cls"
-        ) from None
+    label_N = np.zeros(len(places), np.int64)
+    for row, place in enumerate(places):
+        try:
+            label_N[row] = samples.label(*place)
+            wrong = f"label {label_N[row]}" if label_N[row] < 0 else ""
+        except BadSample:
+            wrong = "no label"
+        except (ValueError, OverflowError) as error:
+            wrong = str(error)
+        if wrong:
+            raise UserError(
+                f"labels: {samples.index.shards[place[0]].path}: sample {samples.key(*place)!r}: {wrong}; expected "
+                "class numbers from 0 on, index the shards with --text cls"
+            )
+    return label_N
 
 
 def read_lines(path: Path) -> list[str]:

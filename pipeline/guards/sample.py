@@ -97,7 +97,7 @@ class Sample:
         """{name: (S, ...)}: features of some of the rows, ascending."""
         found: dict[str, list[np.ndarray]] = {name: [] for name in names}
         chunk_S = np.searchsorted(self.row_K, row_S) // CHUNK
-        for chunk in np.unique(chunk_S).tolist():
+        for chunk in np.unique(chunk_S).tolist() or range(len(self.chunks))[:1]:  # of no rows the width counts
             table, at = self.read(chunk, names), np.searchsorted(self.chunks[chunk], row_S[chunk_S == chunk])
             for name in names:
                 found[name].append(from_binary(table[name], dtype(name))[at])

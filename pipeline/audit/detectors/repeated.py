@@ -15,6 +15,7 @@ from pipeline.audit.hash_groups import near_groups, repeated
 
 GROUPS = 200  # reported by a detector
 SUMS = 1 << 26  # numbers in the sums of groups that are in memory at once
+ROUNDING = 1e-5  # of a mean cosine: rows this near to the others of their group are taken for equal to them
 
 
 def agreement(rows: Rows, group_N: np.ndarray, count: int) -> np.ndarray:
@@ -36,7 +37,8 @@ def agreement(rows: Rows, group_N: np.ndarray, count: int) -> np.ndarray:
         for piece in pieces:
             row_BD, group_B = unit(rows.take(inside[piece])), group_M[piece]
             others_B = (row_BD * (total_GD[group_B] - row_BD)).sum(1)
-            agree_N[inside[piece]] = others_B / np.maximum(size_G[group_B] - 1, 1)
+            mean_B = others_B / np.maximum(size_G[group_B] - 1, 1)
+            agree_N[inside[piece]] = np.where(mean_B > 1 - ROUNDING, 1, mean_B)
     return agree_N
 
 

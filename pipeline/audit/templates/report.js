@@ -698,9 +698,15 @@ main.replaceChildren(
       el(
         "li",
         {},
-        "Export the ticks and give them to ",
-        el("code", {}, D.command),
-        ": pairs ticked poison are left out, pairs ticked fine are kept.",
+        ...(D.command
+          ? [
+              "Export the ticks and give them to ",
+              el("code", {}, D.command),
+              ": pairs ticked poison are left out, pairs ticked fine are kept.",
+            ]
+          : [
+              "Export the ticks. They name parts of the embeddings and positions there, which no command applies to shards; findings.parquet has the key of each pair.",
+            ]),
       ),
       el(
         "li",

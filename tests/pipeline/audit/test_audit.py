@@ -168,7 +168,9 @@ def test_data_cannot_leave_its_element(audited):
     page = (audited[0] / "audit/report.html").read_text()
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
     assert not set(data) & set("<>&") and data.isascii()
-    captions = {item["c"] for item in json.loads(data)["items"]}
+    content = json.loads(data)
+    captions = {item["c"] for item in content["items"]}
+    assert content["scored"] == sum(content["histogram"]["counts"]) == 59  # of which the mixture is, one is broken
     assert HOSTILE[0] in captions and HOSTILE[6] in captions
     assert page.count("<script") == 2 and "http" not in re.sub(r'"http://www.w3.org/2000/svg"|http-equiv', "", page)
 

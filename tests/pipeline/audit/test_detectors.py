@@ -131,6 +131,17 @@ def test_agreement_is_the_mean_cosine_with_the_others(tmp_path, monkeypatch, sum
         assert found[i] == pytest.approx(np.mean([unit[i] @ unit[j] for j in others]) if others else 1, abs=1e-5)
 
 
+@pytest.mark.parametrize("name, copies", [("repeated_caption", 3), ("near_duplicate", 2), ("near_duplicate", 9)])
+def test_copies_of_one_pair_agree_however_their_embeddings_round(tmp_path, name, copies):
+    """Equal pictures under equal captions are no finding of either."""
+    rows = np.repeat(np.random.default_rng(0).normal(size=(40, 64)), copies, 0).astype(np.float16)
+    data = Data(tmp_path, rows)
+    data.texts, data.hash_N = data.images, np.repeat(np.arange(1, 41, dtype=np.uint64) * 0x0101010101010101, copies)
+    data.captions, data.caption, data.place = [[f"c {i // copies}" for i in range(data.N)]], str, lambda row: (row,)
+    found = REGISTRY[name]().find(data, 0.05)
+    assert found.groups and (found.score_N == 1).all() and not found.issue_N.any()
+
+
 def patched(folder, marked):
     """What CommonPatch reads of 60 pictures, those of `marked` with a patch."""
     found = [signature(Image.fromarray(decode_image(picture(row, row in marked)))) for row in range(60)]

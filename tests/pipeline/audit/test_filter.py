@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.audit import filter as filters
 from pipeline.audit.data import AuditData
 from pipeline.audit.detectors.neighbourhood import DAO, SLOF, KDistance, factors
 from pipeline.audit.filter import filter_pairs, keep_unpoisoned
@@ -37,6 +38,19 @@ def test_the_lowest_cosines_are_left_out_and_the_unreadable(scored, tmp_path):
     order = sorted(range(N), key=lambda row: (np.isnan(cos_N[row]), -cos_N[row], row))
     assert np.flatnonzero(SavedMask(tmp_path / "mask").mask.flags()).tolist() == sorted(order[:48])
     assert not SavedMask(tmp_path / "mask").mask.flags()[7]
+
+
+def test_a_filter_holds_the_keys_of_one_shard_at_a_time(scored, tmp_path, monkeypatch):
+    done, read, write = [], SavedMask.table, filters.write_bytes
+
+    def reading(self, shard, columns):
+        done.append("read" if "key" in columns else None)
+        return read(self, shard, columns)
+
+    monkeypatch.setattr(SavedMask, "table", reading)
+    monkeypatch.setattr(filters, "write_bytes", lambda path, data: (done.append("written"), write(path, data)))
+    filter_pairs(scored / "scores", "cosine", 0.2, tmp_path / "mask")
+    assert [what for what in done if what] == ["read", "written"] * 3
 
 
 @pytest.mark.parametrize("kind", [KDistance, SLOF, DAO])

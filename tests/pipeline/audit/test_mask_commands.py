@@ -223,7 +223,10 @@ def test_any_mask_is_rebuilt_bit_for_bit_and_any_other_bit_is_noticed(tmp_path_f
 def test_replay_as_a_command(here, capsys):
     code, text, _ = run(capsys, "mask", "replay", "masks/one")
     assert code == 0 and "bit for bit" in text
+    Path("masks/one/img_emb").mkdir()
+    Path("masks/one/img_emb/img_emb_00000.npy").write_bytes(b"of all pairs: too large to copy")
     code, text, _ = run(capsys, "mask", "replay", "masks/one", "--posterior", "0.5", "--out", "what")
+    assert not Path("what/img_emb").exists()
     saved, other = SavedMask("masks/one"), SavedMask("what")
     from pipeline.safety.mixture import Mixture, posterior_threshold
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.audit.audit import audit
+from pipeline.audit.data import AuditData
 from pipeline.audit.models import load_scorer
 from pipeline.audit.score import score
 from pipeline.safety.score_files import load_scores
@@ -90,6 +92,17 @@ def test_unreadable_pair_is_a_row_with_its_reason(scored):
     assert "not UTF-8" in table["reason"][7].as_py() and not saved.mask.flags()[7]
 
 
+def test_a_shard_of_which_nothing_can_be_read_is_audited_with_the_others(scored, tmp_path):
+    _, _, model = scored
+    for name, rows in (("first", range(20)), ("all", range(40))):
+        paths = make_pairs(tmp_path / name / "data", ["a thing"] * 40, dict.fromkeys(rows, b"no picture"))
+        score(tmp_path / name / "scores", model, data=paths, workers=0)
+        shapes = [np.load(tmp_path / name / f"scores/img_emb/img_emb_0000{shard}.npy").shape for shard in range(2)]
+        assert shapes == [(20, 16), (20, 16)]
+        data = AuditData(tmp_path / name / "scores")
+        assert not data.images.take(list(rows)).any() and np.isnan(data.score_N).sum() == len(rows)
+
+
 def score_on_rank(out, model, paths):
     return score(out, model, data=paths, workers=0, batch_size=16)
 
@@ -137,8 +150,21 @@ def test_embeddings_of_clip_retrieval_give_the_same_cosines(scored, tmp_path):
     np.testing.assert_allclose(cosines(tmp_path / "out"), cosines(folder / "scores"), atol=2e-3)
     assert SavedMask(tmp_path / "out").table(2, ("key",))["key"][3].as_py() == "2/3"
     assert json.loads((tmp_path / "out/score.json").read_text())["complete"]
+    audit(tmp_path / "out", tmp_path / "audit", detectors=["mismatch"])
+    assert '"command":""' in (tmp_path / "audit/report.html").read_text()  # there are no shards that it could filter
+    np.save(theirs / "text_emb/text_emb_1.npy", np.zeros((20, 3)))
+    with pytest.raises(UserError, match=r"img_emb_1.npy: \[16\] numbers a row, but \[3\] in its text_emb"):
+        score(tmp_path / "again", embeddings=theirs)
     (theirs / "text_emb/text_emb_1.npy").unlink()
     with pytest.raises(UserError, match="3 img_emb, 2 text_emb"):
+        score(tmp_path / "again", embeddings=theirs)
+    for kind in ("img_emb", "text_emb", "metadata"):
+        for path in (theirs / kind).iterdir():
+            path.unlink()
+    for kind in ("img_emb", "text_emb"):
+        np.save(theirs / f"{kind}/{kind}_0.npy", np.zeros((0, 16)))
+    pq.write_table(pa.table({"caption": pa.array([], pa.string())}), theirs / "metadata/metadata_0.parquet")
+    with pytest.raises(UserError, match="no row in any of its 1 parts"):
         score(tmp_path / "again", embeddings=theirs)
 
 

@@ -1,5 +1,6 @@
 """The ranks share what is encoded, and all get the same figures as one rank alone."""
 
+import re
 import tarfile
 
 import numpy as np
@@ -79,6 +80,22 @@ def test_embeddings_are_in_order_and_those_of_the_model(test_set):
         np.testing.assert_allclose(model(image_BCHW, None)[0][0].detach().numpy(), image_ND[row], atol=1e-6)
     assert figures["clean_top5"] is None and "attacks" not in figures
     assert set(figures["retrieval"]) == {"image_to_text", "text_to_image"}
+
+
+@pytest.mark.parametrize("text, got", [("a {c}\na photo of a {}\n", "got 'a photo of a {}'"), ("\n", "got ''")])
+def test_prompts_without_a_place_for_the_class_are_refused(test_set, text, got):
+    """They would read every picture as the first class."""
+    (test_set / "zeroshot_classification_templates.txt").write_text(text)
+    with pytest.raises(UserError, match=re.escape(got) + ".*a photo of a {c}"):
+        evaluators_of(test_set)
+
+
+@pytest.mark.parametrize("label, said", [(None, "no label"), (b"-1", "label -1"), (b"9" * 20, "large"), (b"", "''")])
+def test_a_label_that_is_no_class_is_named_with_its_sample(test_set, label, said):
+    members = [("a.png", b"x"), ("a.cls", b"0"), ("b.png", b"x"), *([] if label is None else [("b.cls", label)])]
+    build_index([str(write_tar(test_set / "labels.tar", members))], test_set / "test_index", text="cls")
+    with pytest.raises(UserError, match=f"labels.tar: sample 'b': .*{said}.*; expected class numbers from 0 on"):
+        evaluators_of(test_set)
 
 
 def damaged(folder, rows):

@@ -7,11 +7,11 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
-from pipeline.guards import excluded, sample
+from pipeline.guards import excluded, make_guards, sample
 from pipeline.guards.features import FEATURES, take
 from pipeline.guards.sample import Sample
 from pipeline.safety.score_files import ScoreFiles
-from pipeline.safety.scoring import Reading, score_all_pairs
+from pipeline.safety.scoring import NO_ROWS, Reading, score_all_pairs
 from pipeline.training import run as running
 from pipeline.training import selection_round
 from pipeline.training.model import Towers, build_model, pixel_stats
@@ -152,3 +152,20 @@ def test_a_round_decodes_each_picture_once_whatever_dies(data):
     np.testing.assert_array_equal(safe_N, resumed_N)
     found = run_ranks(run_with_guards, 2, data, "two")
     assert sum(scored for scored, *_ in found) == rounds * (PAIRS + CONTROLS)
+
+
+def found_where_no_score_is_low(folder):
+    """What guards find where more pairs than the lowest fraction have the lowest score, and what is left of none."""
+    made, found = Sample(folder / "equal", (reading := reading_of(folder)).samples, 150, FEATURES, 7), []
+    made.score(reading, {"step": 5})
+    made.cos_R[made.cos_R < np.median(made.cos_R)] = -1
+    for name in ("trigger_clusters", "trigger_classifier"):
+        (guard,) = make_guards({name: {}})
+        assert not len(made.low_and_high(0.1, 64, reading.device)[0])
+        found.append(guard.found_in(made, reading.device))
+    return found, {name: feature.shape for name, feature in made.features(NO_ROWS, list(FEATURES)).items()}
+
+
+def test_guards_find_nothing_where_no_score_is_low(data):
+    ((found, shapes),) = run_ranks(found_where_no_score_is_low, 1, data)
+    assert found == [[], None] and shapes["hash"] == (0,) and shapes["pixels"] == (0, 768)
