@@ -42,8 +42,9 @@ def init(timeout: float = 60.0) -> None:
     if dist.is_initialized():
         return
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+    # Not SLURM_NTASKS, which is set in a batch script too, where only one process runs.
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         if "MASTER_ADDR" not in env:
             raise UserError(
                 "MASTER_ADDR: missing under srun; start with launch/slurm.sbatch, which takes it from scontrol"
