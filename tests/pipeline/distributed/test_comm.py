@@ -86,6 +86,19 @@ def test_every_process_has_a_gpu_of_its_own_or_says_what_to_start():
             comm.own_gpu(1, 1, env)
 
 
+def test_a_host_with_too_few_gpus_is_said_by_a_process_that_prints():
+    """By all processes of torchrun, so that none waits for the others, and by each task of srun that has none."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}
+    for rank in range(2):
+        with pytest.raises(UserError, match="LOCAL_RANK: got 1 .*1 GPU.*PROCESSES") as found:
+            comm.own_gpu(rank, 1, torchrun)
+        assert not found.value.alone
+    assert comm.own_gpu(0, 2, {"SLURM_PROCID": "0", "LOCAL_WORLD_SIZE": "8"}) == 0  # of whoever submitted the job
+    with pytest.raises(UserError, match="LOCAL_RANK: got 2 .*2 GPU") as found:
+        comm.own_gpu(2, 2, {"SLURM_PROCID": "2"})
+    assert found.value.alone
+
+
 class Joins(Exception):
     """init has come to where it joins the others."""
 
