@@ -7,12 +7,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
 . launch/train_run.sh
+. launch/gpus.sh
 install ""
 seed=${SEED:-0}
 out=runs/quickstart
 [ "$seed" = 0 ] || out=runs/quickstart_seed$seed
 processes=2
-if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ]; then processes=1; fi
+if [ "$(gpus)" = 1 ]; then processes=1; fi
 prepare shapes "$seed"
 for preset in ${PRESETS:-clip default}; do
     train_run configs/quickstart.yaml shapes "$preset" "$seed" "$out" "$processes"

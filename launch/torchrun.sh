@@ -11,7 +11,8 @@ set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
 [ ! -d "$here/.venv" ] || export PATH="$here/.venv/bin:$PATH"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"  # relative paths are those of the folder in which it is called
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+. "$here/launch/gpus.sh"
+gpus=$(gpus)
 processes=${PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # Seconds in which a large model can be saved.

@@ -17,7 +17,17 @@ WHOLE = ("sources", "config")  # keys whose mappings replace those of a lower la
 
 
 class Loader(yaml.SafeLoader):
-    """Reads 5e-4 as a number, as YAML 1.2 does."""
+    """Reads 5e-4 as a number, as YAML 1.2 does, and refuses a key that stands twice, of which YAML takes the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                text = f"{key.value} stands twice in one mapping; keep one of them, with what both hold"
+                raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -41,6 +51,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     values.pop("hash", None)  # in the config.yaml of a run directory
     if not isinstance(own, dict) or not all(isinstance(one, dict) for one in own.values()):
         raise UserError("presets: expected a mapping of settings for each preset: {NAME: {train: {lr: 0.001}}}")
+    for name in own:
+        if name not in PRESETS:
+            raise UserError(
+                f"presets.{name}: unknown, and its settings would be lost; known here: {', '.join(PRESETS)}"
+            )
     values = merged(values, own.get(str(values.get("preset", "paper")), {}))
     override(values, [word for word in words if not word.startswith("presets.")])
     config = make_config(values)
@@ -108,9 +123,11 @@ def override(values: dict, words: Iterable[str]) -> None:
         *parents, last = key.split(".")
         section = values
         for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
+            found = section.get(parent, {})
+            if not isinstance(found, dict):
                 raise UserError(f"command line: {key}: {parent} is not a section")
+            # A copy: with an anchor of YAML (`&mild`, `*mild`) several keys are the same mapping.
+            section[parent] = section = dict(found)
         try:
             section[last] = yaml.load(value, Loader) if value else None
         except (yaml.YAMLError, ValueError, RecursionError) as error:

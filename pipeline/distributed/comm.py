@@ -42,8 +42,9 @@ def init(timeout: float = 60.0) -> None:
     if dist.is_initialized():
         return
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+    # Not SLURM_NTASKS, which is set in a batch script too, where only one process runs.
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         if "MASTER_ADDR" not in env:
             raise UserError(
                 "MASTER_ADDR: missing under srun; start with launch/slurm.sbatch, which takes it from scontrol"
@@ -100,12 +101,17 @@ def own_gpu(local_rank: int, count: int, env: Mapping[str, str]) -> int:
     """
     if count == 1 and "SLURM_PROCID" in env and "TORCHELASTIC_RUN_ID" not in env:
         return 0
-    if local_rank >= count:
-        raise UserError(
-            f"LOCAL_RANK: got {local_rank} on {socket.gethostname()}, where {count} GPU(s) can be seen; "
-            "start no more processes a host than it has GPUs (--nproc-per-node, --ntasks-per-node), "
-            "or hide them with CUDA_VISIBLE_DEVICES= to train on the CPU"
+    under_torchrun = "TORCHELASTIC_RUN_ID" in env  # which tells every process how many it starts here
+    started = max(local_rank + 1, int(env.get("LOCAL_WORLD_SIZE") or 1) if under_torchrun else 1)
+    if started > count:
+        error = UserError(
+            f"LOCAL_RANK: got {started - 1} on {socket.gethostname()}, where {count} GPU(s) can be seen; "
+            "start no more processes a host than that "
+            "(PROCESSES for launch/torchrun.sh, --nproc-per-node, --ntasks-per-node), "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
+        error.alone = not under_torchrun  # of srun's tasks only those without a GPU meet it
+        raise error
     return local_rank
 
 

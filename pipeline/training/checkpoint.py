@@ -64,8 +64,10 @@ def fault(folder: Path) -> str | None:
 
 
 def checkpoints(run_dir: Path | str) -> list[Path]:
-    """All checkpoint folders of a run, complete or not, oldest first."""
-    return sorted(Path(run_dir).glob("checkpoints/step_*"))
+    """All checkpoint folders of a run, complete or not, oldest first. A copy that somebody has made beside them, as
+    step_00012000_good, is none of them: it is neither resumed from nor removed."""
+    found = Path(run_dir).glob("checkpoints/step_*")
+    return sorted(folder for folder in found if folder.name.removeprefix("step_").isdecimal())
 
 
 def newest_complete(run_dir: Path | str) -> tuple[Path | None, list[str]]:
@@ -252,7 +254,8 @@ def to_universal(folder: Path) -> None:
     jobs out."""
     done = folder / "universal"
     with open(folder / "universal.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system when its holder dies
+        with contextlib.suppress(OSError):  # a disk without locks: the lease of the run directory keeps others out
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system when its holder dies
         if done.exists():
             return
         part = folder / "universal.part"

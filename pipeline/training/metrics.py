@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
+from shards.errors import UserError
 from shards.storage.files import write_bytes
 
 if TYPE_CHECKING:
@@ -39,17 +40,23 @@ class MetricsLogger:
             id_file = run_dir / "wandb_id"  # kept, so that a resumed run is the same run there
             if not id_file.exists():
                 write_bytes(id_file, uuid.uuid4().hex[:8].encode())
-            self.wandb = wandb.init(
-                project=config.wandb.project,
-                mode=config.wandb.mode,
-                dir=str(run_dir),
-                id=id_file.read_text(),
-                name=config.wandb.name or run_dir.name,
-                tags=config.wandb.tags,
-                config={**config.model_dump(), "code": commit() or version("safeclip")},
-                resume="allow",
-                settings=wandb.Settings(silent=True),
-            )
+            try:
+                self.wandb = wandb.init(
+                    project=config.wandb.project,
+                    mode=config.wandb.mode,
+                    dir=str(run_dir),
+                    id=id_file.read_text(),
+                    name=config.wandb.name or run_dir.name,
+                    tags=config.wandb.tags,
+                    config={**config.model_dump(), "code": commit() or version("safeclip")},
+                    resume="allow",
+                    settings=wandb.Settings(silent=True),
+                )
+            except wandb.Error as error:  # nobody is logged in, or no network
+                words = " ".join(str(error).split())
+                raise UserError(
+                    f"wandb.mode: {config.wandb.mode} fails here ({words}); run `wandb login`, or set it to offline"
+                ) from None
         if config.tensorboard.enabled:
             self.tensorboard = tensorboard_writer(run_dir, path)
 

@@ -38,6 +38,8 @@ def claim(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, list[
     if restart:
         for name in ("masks", "checkpoints", "bad_samples", "tensorboard", "profile"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
+            if (run_dir / name).exists():  # a start later would resume from what is left
+                raise UserError(f"run.restart: {run_dir / name} cannot be removed; remove it, or take another run.dir")
         for name in ("eval.json", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
     else:

@@ -121,3 +121,29 @@ def test_a_mistake_of_the_user_is_said_once_and_not_tried_again(folder, words, f
     assert end(launch(folder, name, words, PROCESSES=2)) == 2
     said = (folder / f"{name}.log").read_text()
     assert said.count("safeclip:") == 1 and found in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "smi, visible, found",
+    [
+        (8, None, "8"),
+        (8, "0,3", "2"),
+        (8, "5", "1"),
+        (8, "", "0"),
+        (2, "0,1,2,3", "2"),
+        (0, None, "0"),
+        (0, "0,1", "0"),
+    ],
+)
+def test_processes_are_as_many_as_the_gpus_that_they_will_see(tmp_path, smi, visible, found):
+    """smi: how many nvidia-smi lists, each with an instance of MIG below it."""
+    lines = "".join(f"echo 'GPU {number}: NVIDIA H100'; echo '  MIG 1g.10gb'\n" for number in range(smi))
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/bash\n{lines}exit {0 if smi else 9}\n")
+    program.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        env["CUDA_VISIBLE_DEVICES"] = visible
+    words = ["bash", "-euo", "pipefail", "-c", '. "$0"; gpus=$(gpus); echo "$gpus"', str(ROOT / "launch" / "gpus.sh")]
+    assert subprocess.run(words, env=env, check=True, capture_output=True, text=True).stdout.strip() == found

@@ -262,6 +262,32 @@ def test_a_file_that_is_no_config_is_refused(file, text):
         load_config(file(text))
 
 
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("wandb: {project: a}\nwandb: {name: b}\n", "wandb stands twice in one mapping.*line "),
+        ("wandb: {name: a, name: b}\n", "name stands twice"),
+        ("presets: {defualt: {train: {lr: 0.5}}}\n", "presets.defualt: unknown.*known here: paper, .*default"),
+    ],
+)
+def test_no_setting_of_a_file_is_lost_unsaid(file, text, names):
+    with pytest.raises(UserError, match=names):
+        load_config(file(BASE + text))
+
+
+def test_an_anchor_may_be_merged_and_overridden(file):
+    path = file(BASE + "wandb: &one {name: a, project: b}\npresets: {clip: {wandb: {<<: *one, name: c}}}\n")
+    config = load_config(path, ["preset=clip"])
+    assert (config.wandb.name, config.wandb.project) == ("c", "b")
+
+
+def test_a_word_sets_one_of_two_keys_that_share_a_mapping(file):
+    text = BASE.replace("{index: here,", "{clip_augment: &a {blur: 0.5}, unimodal_augment: *a, index: here,")
+    assert text != BASE
+    data = load_config(file(text), ["data.clip_augment.blur=0.125"]).data
+    assert (data.clip_augment.blur, data.unimodal_augment.blur) == (0.125, 0.5)
+
+
 def test_tensorboard_that_is_not_installed_is_refused(file, monkeypatch):
     monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="tensorboard.enabled: .*pip install tensorboard"):

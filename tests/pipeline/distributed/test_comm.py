@@ -86,6 +86,19 @@ def test_every_process_has_a_gpu_of_its_own_or_says_what_to_start():
             comm.own_gpu(1, 1, env)
 
 
+def test_a_host_with_too_few_gpus_is_said_by_a_process_that_prints():
+    """By all processes of torchrun, so that none waits for the others, and by each task of srun that has none."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}
+    for rank in range(2):
+        with pytest.raises(UserError, match="LOCAL_RANK: got 1 .*1 GPU.*PROCESSES") as found:
+            comm.own_gpu(rank, 1, torchrun)
+        assert not found.value.alone
+    assert comm.own_gpu(0, 2, {"SLURM_PROCID": "0", "LOCAL_WORLD_SIZE": "8"}) == 0  # of whoever submitted the job
+    with pytest.raises(UserError, match="LOCAL_RANK: got 2 .*2 GPU") as found:
+        comm.own_gpu(2, 2, {"SLURM_PROCID": "2"})
+    assert found.value.alone
+
+
 class Joins(Exception):
     """init has come to where it joins the others."""
 
@@ -97,7 +110,7 @@ def test_deepspeed_is_told_the_gpu_of_a_task_that_sees_no_other(monkeypatch):
     def meet(*where):
         raise Joins
 
-    srun = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "MASTER_ADDR": "127.0.0.1"}
+    srun = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "MASTER_ADDR": "127.0.0.1"}
     for name, value in srun.items():
         monkeypatch.setenv(name, value)
     for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
@@ -112,6 +125,25 @@ def test_deepspeed_is_told_the_gpu_of_a_task_that_sees_no_other(monkeypatch):
         with pytest.raises(Joins):
             comm.init()
         assert os.environ["LOCAL_RANK"] == str(expected) and os.environ["RANK"] == "3" and chosen.pop() == expected
+
+
+def test_a_command_in_a_batch_script_is_one_process(monkeypatch):
+    """There SLURM sets the number of the job's tasks, though srun has started none of them."""
+    met = []
+
+    def meet(rank, world, timeout):
+        met.append((rank, world))
+        raise Joins
+
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "")  # so that what init sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(comm, "meet", meet)
+    with pytest.raises(Joins):
+        comm.init()
+    assert met == [(0, 1)]
 
 
 def fetched_ahead(cache):

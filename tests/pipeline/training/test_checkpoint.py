@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -145,3 +146,28 @@ def failing(folder):
 def test_every_rank_is_told(tmp_path):
     first, second = run_ranks(failing, 2, tmp_path)
     assert first == second and "rank 1: MemoryError" in first[0] and "rank 0: MemoryError" in first[1]
+
+
+def test_a_copy_that_somebody_made_beside_a_checkpoint_stays(tmp_path):
+    saver = saver_in(tmp_path)
+    save(saver, 1)
+    copy = tmp_path / "checkpoints/step_00000001_good"
+    shutil.copytree(tmp_path / "checkpoints/step_00000001", copy)
+    save(saver, 2)
+    save(saver, 3)
+    assert names(tmp_path) == ["step_00000003"] and checkpoint.fault(copy) is None
+    assert checkpoint.newest_complete(tmp_path) == (tmp_path / "checkpoints/step_00000003", [])
+
+
+def test_a_checkpoint_is_converted_on_a_disk_without_locks(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def convert(command, **_):
+        Path(command[command.index("--output_folder") + 1]).mkdir()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    monkeypatch.setattr(checkpoint.subprocess, "run", convert)
+    checkpoint.to_universal(tmp_path)
+    assert (tmp_path / "universal").is_dir()

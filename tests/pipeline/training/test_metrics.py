@@ -4,9 +4,11 @@ import json
 import time
 
 import pytest
+import wandb
 
 from pipeline.config.schema import Config
 from pipeline.training.metrics import MetricsLogger, commit, flat, keep_whole_lines
+from shards.errors import UserError
 
 BLOCK = 32_768
 
@@ -109,3 +111,15 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     ]
     assert found.Scalars("eval/top1")[-1].value == pytest.approx(0.8)
     assert "stage" not in found.Tags()["scalars"]
+
+
+def test_a_service_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    def init(**_):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = Config(preset="default")
+    config.wandb.mode = "online"
+    with pytest.raises(UserError, match="wandb.mode: online fails here .No API key.*set it to offline") as found:
+        MetricsLogger(tmp_path, config)
+    assert "\n" not in str(found.value)

@@ -52,6 +52,14 @@ def test_a_run_with_a_checkpoint_keeps_its_config(tmp_path, monkeypatch):
             claim(made, run_dir, DATA)
 
 
+def test_a_restart_that_cannot_remove_the_state_of_a_run_is_refused(tmp_path, monkeypatch):
+    made, run_dir = config(tmp_path, "run", run__restart=True), tmp_path / "run"
+    (run_dir / "checkpoints" / "step_00012000").mkdir(parents=True)
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)  # no permission, or busy
+    with pytest.raises(UserError, match="run.restart: .*checkpoints cannot be removed"):
+        claim(made, run_dir, DATA)
+
+
 def attack(folder, caption):
     """An attack of one pair that is given this caption."""
     index, path = ShardIndex.load(folder / "shapes/index"), folder / "attack/manifest.json"
