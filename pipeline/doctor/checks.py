@@ -128,8 +128,9 @@ def check_run_dir(config: Config, index: ShardIndex, ranks: int) -> Findings:
     )
     if state["epoch_step"]:
         epochs = curriculum(config.train, config.selection.every, index.views // config.train.batch_size)
-        epoch = epochs[state["epoch"]]
-        if epoch.mask_of is not None and not (mask := mask_folder(run_dir, epoch.mask_of) / "mask.json").exists():
+        left = epochs[state["epoch"] :]  # none where train.epochs was lowered
+        made = left[0].mask_of if left else None
+        if made is not None and not (mask := mask_folder(run_dir, made) / "mask.json").exists():
             found.append(
                 (
                     "fatal",

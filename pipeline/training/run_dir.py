@@ -15,6 +15,10 @@ from shards.order.safe_mask import fingerprint
 from shards.samples.overlay import Overlay
 from shards.storage.files import write_bytes
 
+# Keys that decide which pairs the batches of an epoch hold.
+PLAN = ("run.seed", "train.batch_size", "train.method", "data.streams", "data.window", "data.weights")
+PLAN += ("selection.risky", "selection.refill", "train.steps_before_selection")
+
 
 def data_state(config: Config, index: ShardIndex, overlay: Overlay | None) -> dict:
     """What a run's state says of the data that it is trained on: fingerprints of the shards and of data.mask, digest of
@@ -67,9 +71,9 @@ def inspect(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, lis
             f"run.dir: {run_dir} holds a run, but no complete checkpoint ({'; '.join(warnings) or 'none at all'}); "
             "bring one back, or start it anew with run.restart=true"
         )
-    if found and (run_dir / "config.yaml").exists():
-        check_config(config, run_dir)
     state = checkpoint.load_state(found) if found else {}
+    if found and (run_dir / "config.yaml").exists():
+        check_config(config, run_dir, state.get("epoch_step", 0))
     if found and state["data"] != data["data"]:
         raise UserError(
             f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
@@ -84,12 +88,22 @@ def inspect(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, lis
     return found, warnings
 
 
-def check_config(config: Config, run_dir: Path) -> None:
-    """Raise UserError, naming the keys, if the run directory has a config with another hash."""
+def check_config(config: Config, run_dir: Path, epoch_step: int = 0) -> None:
+    """Raise UserError, naming the keys, if the run directory has a config with another hash, which is not accepted, or
+    cannot be after `epoch_step` steps of an epoch."""
     there = read_yaml(run_dir / "config.yaml")
-    if there.pop("hash", None) == config.hash() or config.run.accept_changes:
+    if there.pop("hash", None) == config.hash():
         return
     found = differences(there, config.model_dump())
+    if config.run.accept_changes:
+        fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in found if key in PLAN]
+        if epoch_step and fixed:
+            raise UserError(
+                f"run.accept_changes: {run_dir} resumes after {epoch_step:,} steps of an epoch, and what is left of it "
+                f"would hold other pairs ({', '.join(fixed)}); finish the epoch with the old value, or remove its "
+                "checkpoints to go back to the end of the epoch before"
+            )
+        return
     # A run has what "auto" means where it runs; `safeclip doctor` may be called elsewhere.
     found = [one for one in found if (one[0], one[2]) != ("train.precision", "auto")]
     if not found:

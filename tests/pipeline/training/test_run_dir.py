@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from pipeline.config.load import to_yaml
 from pipeline.training import checkpoint
 from pipeline.training import run as running
 from pipeline.training.run_dir import claim, data_state, inspect
@@ -91,6 +92,22 @@ def test_another_attack_in_the_same_folder_is_refused(tmp_path):
     (messages,) = run_ranks(another_attack, 1, tmp_path)
     assert messages[:2] == [None, None] and messages[3] is None
     assert f"data.overlay: {tmp_path / 'attack'} holds another attack than" in messages[2] and "\n" not in messages[2]
+
+
+@pytest.mark.parametrize("key, value", [("batch_size", 48), ("lr", 0.5)])
+def test_within_an_epoch_its_batches_cannot_change(tmp_path, monkeypatch, key, value):
+    monkeypatch.setattr(checkpoint, "newest_complete", lambda folder: (tmp_path, []))
+    made = config(tmp_path, "run")
+    (tmp_path / "config.yaml").write_bytes(to_yaml({"hash": made.hash(), **made.model_dump()}))
+    made.run.accept_changes = True
+    setattr(made.train, key, value)
+    for epoch_step in (0, 8):
+        (tmp_path / "state.json").write_text(json.dumps({"data": "data", "epoch_step": epoch_step}))
+        if key == "batch_size" and epoch_step:
+            with pytest.raises(UserError, match=rf"after 8 steps of an epoch.*\(train.batch_size: \d+ -> {value}\)"):
+                inspect(made, tmp_path, {"data": "data", "overlay": None})
+        else:
+            assert inspect(made, tmp_path, {"data": "data", "overlay": None}) == (tmp_path, [])
 
 
 def test_a_run_that_kept_no_digest_resumes(tmp_path, monkeypatch):
