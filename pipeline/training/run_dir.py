@@ -16,8 +16,8 @@ from shards.samples.overlay import Overlay
 from shards.storage.files import write_bytes
 
 # Keys that decide which pairs the batches of an epoch hold.
-PLAN = ("run.seed", "train.batch_size", "train.method", "data.streams", "data.window", "data.weights")
-PLAN += ("selection.risky", "selection.refill", "train.steps_before_selection")
+PLAN: tuple[str, ...] = ("run.seed", "train.batch_size", "train.method", "train.steps_before_selection")
+PLAN += ("data.streams", "data.window", "data.weights", "selection.risky", "selection.refill")
 
 
 def data_state(config: Config, index: ShardIndex, overlay: Overlay | None) -> dict:
