@@ -79,7 +79,10 @@ class Reader:
         if file is None:
             return remote.read_range(self.index.shards[shard].path, offset, size)
         try:
-            return os.pread(file, size, offset)
+            data = os.pread(file, size, offset)
+            while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
+                data += more  # a network file system may give less than it was asked for
+            return data
         except OSError:
             with contextlib.suppress(OSError):
                 os.close(self.files.pop(shard))
