@@ -21,19 +21,19 @@ OPEN_COPIES = 8  # of shards behind URLs: an open copy keeps its place in the ca
 class Reader:
     """Reads members of an index's shards. Files are opened where they are read, so it can be sent to worker processes.
 
-    Shards behind URLs are read whole, through `cache`; without one, each member by a
-    request of its own, which is for who reads a few samples only.
+    Shards behind URLs are read whole, through `cache`. Without one, and where not `whole`, each member is read by a
+    request of its own, which is for who reads a few samples only; but a command gives its shard to the cache only.
 
     What is read is compared with the CRC-32 in the index. A shard that holds other bytes raises ChangedShard, one that
     cannot be read, also when it is opened anew and tried again, Unreachable.
     """
 
-    def __init__(self, index: StoredIndex, cache: Cache | None = None):
-        self.index, self.cache = index, cache
+    def __init__(self, index: StoredIndex, cache: Cache | None = None, whole: bool = True):
+        self.index, self.cache, self.whole = index, cache, whole
         self.files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
 
     def __getstate__(self) -> dict:
-        return {"index": self.index, "cache": self.cache, "files": OrderedDict()}
+        return {**vars(self), "files": OrderedDict()}
 
     def image_bytes(self, shard: int, position: int) -> bytes:
         """The encoded picture. Raises BadSample."""
@@ -77,7 +77,8 @@ class Reader:
         file server that was replaced knows no file of the one before."""
         file = self.descriptor(shard)
         if file is None:
-            return remote.read_range(self.index.shards[shard].path, offset, size)
+            timeout = self.cache.timeout if self.cache else remote.TIMEOUT
+            return remote.read_range(self.index.shards[shard].path, offset, size, timeout)
         try:
             data = os.pread(file, size, offset)
             while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
@@ -89,13 +90,14 @@ class Reader:
             raise
 
     def descriptor(self, shard: int) -> int | None:
-        """File descriptor of a shard, None behind a URL without a cache; the least recently used is closed when too
+        """File descriptor of a shard, None where its members are requested; the least recently used is closed when too
         many are open."""
         if shard in self.files:
             self.files.move_to_end(shard)
             return self.files[shard]
         entry = self.index.shards[shard]
-        if entry.remote and self.cache is None:
+        command = entry.path.startswith("pipe:")
+        if entry.remote and (self.cache is None or not (self.whole or command)):
             return None
         self.files[shard] = self.cache.open(entry) if entry.remote else os.open(entry.path, os.O_RDONLY)
         while len(self.files) > (OPEN_COPIES if entry.remote else OPEN_FILES):
