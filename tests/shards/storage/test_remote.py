@@ -16,7 +16,7 @@ from shards.storage.cache import Cache
 from shards.storage.prefetch import fetched_ahead
 from shards.storage.reader import Reader
 from shards.views.loader import PlainBatches
-from tests.helpers.servers import flaky, gs, s3
+from tests.helpers.servers import Flaky, flaky, gs, s3
 from tests.helpers.tars import contents
 
 
@@ -112,6 +112,18 @@ def test_commands_are_run_only_where_they_are_allowed(make_shards, tmp_path):
     assert read_all(index, Cache(tmp_path / "cache", 10**9, allow_pipe=True)) == local and mark.exists()
     with pytest.raises(Unreachable, match="the command ends with 3"):
         build_index(["pipe:exit 3"], tmp_path / "other", allow_pipe=True, timeout=1.0)
+
+
+def test_a_server_that_tells_no_sizes(make_shards, tmp_path, monkeypatch):
+    paths, send = make_shards([3, 4]), Flaky.send_header
+    monkeypatch.setattr(Flaky, "protocol_version", "HTTP/1.0")  # the end of the connection is that of the file
+    monkeypatch.setattr(Flaky, "send_header", lambda *header: header[1] == "Content-Length" or send(*header))
+    with flaky(tmp_path, ranges=False) as (address, _):
+        urls = [f"{address}/{path.relative_to(tmp_path)}" for path in paths]
+        index = build_index(urls, tmp_path / "index", workers=1)
+        index.verify()
+        local = build_index([str(path) for path in paths], tmp_path / "local")
+        assert read_all(index, Cache(tmp_path / "cache", 10**9)) == contents(index) == contents(local)
 
 
 def test_single_samples_need_no_whole_shard_but_that_of_a_command(make_shards, tmp_path):
