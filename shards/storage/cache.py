@@ -98,6 +98,13 @@ class Cache:
         if descriptor is not None:
             os.close(descriptor)
 
+    def drop(self, shard: StoredShard, descriptor: int) -> None:
+        """The copy behind `descriptor` is damaged: remove it, unless another process has and fetched a new one."""
+        whole = self.folder / f"{shard.fingerprint}.tar"
+        with self.turn():
+            if is_same(descriptor, whole):
+                whole.unlink()
+
     def make_room(self, descriptor: int, size: int, over_limit: bool) -> bool:
         """Set the part behind `descriptor` to `size`, having removed what must go; False where it does not fit."""
         with self.turn():

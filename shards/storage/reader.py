@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import zlib
 from collections import OrderedDict
@@ -13,6 +14,8 @@ from shards.storage.cache import Cache
 from shards.storage.captions import sources
 from shards.storage.files import patiently
 from shards.storage.protocols import StoredIndex, StoredMembers
+
+logger = logging.getLogger(__name__)
 
 OPEN_FILES = 64
 OPEN_COPIES = 8  # of shards behind URLs: an open copy keeps its place in the cache
@@ -31,6 +34,7 @@ class Reader:
     def __init__(self, index: StoredIndex, cache: Cache | None = None, whole: bool = True):
         self.index, self.cache, self.whole = index, cache, whole
         self.files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
+        self.dropped: set[int] = set()  # shards of which a copy was damaged
 
     def __getstate__(self) -> dict:
         return {**vars(self), "files": OrderedDict()}
@@ -57,20 +61,33 @@ class Reader:
         size, offset = members.size.item(position), members.offset.item(position)
         if size < 0:
             raise BadSample(f"no {what}")
-        path = self.index.shards[shard].path
-        try:
-            data = patiently(lambda: self.bytes_at(shard, offset, size))
-        except OSError as error:
-            raise Unreachable(
-                f"shard {path}: cannot be read ({error.strerror or error}); "
-                "bring it back, or mend its file system, and start again"
-            ) from None
-        if len(data) == size and zlib.crc32(data) == members.crc.item(position):
-            return data
-        raise ChangedShard(
-            f"shard {path}: the {what} of sample {position} is not the one that was indexed; "
-            "bring the shard back, or index it again: `safeclip index SHARDS... --out NEW_FOLDER`"
-        )
+        entry = self.index.shards[shard]
+        while True:
+            try:
+                data = patiently(lambda: self.bytes_at(shard, offset, size))
+            except OSError as error:
+                raise Unreachable(
+                    f"shard {entry.path}: cannot be read ({error.strerror or error}); "
+                    "bring it back, or mend its file system, and start again"
+                ) from None
+            if len(data) == size and zlib.crc32(data) == members.crc.item(position):
+                return data
+            if not self.drop_copy(shard):
+                raise ChangedShard(
+                    f"shard {entry.path}: the {what} of sample {position} is not the one that was indexed; "
+                    "bring the shard back, or index it again: `safeclip index SHARDS... --out NEW_FOLDER`"
+                )
+
+    def drop_copy(self, shard: int) -> bool:
+        """Whether a shard is read from a copy, which is then fetched anew: it was right when it was fetched."""
+        entry = self.index.shards[shard]
+        if not entry.remote or shard not in self.files or shard in self.dropped:
+            return False
+        logger.warning(f"shard {entry.path}: its copy in {self.cache.folder} is damaged; it is fetched again")
+        self.dropped.add(shard)
+        self.cache.drop(entry, self.files[shard])
+        os.close(self.files.pop(shard))
+        return True
 
     def bytes_at(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes of a shard from `offset` on, fewer at its end. After an OSError the next call opens it anew: a

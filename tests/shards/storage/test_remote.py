@@ -5,9 +5,10 @@ import pickle
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from shards.errors import Unreachable, UserError
+from shards.errors import ChangedShard, Unreachable, UserError
 from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
 from shards.samples.samples import Samples
@@ -124,6 +125,25 @@ def test_a_server_that_tells_no_sizes(make_shards, tmp_path, monkeypatch):
         index.verify()
         local = build_index([str(path) for path in paths], tmp_path / "local")
         assert read_all(index, Cache(tmp_path / "cache", 10**9)) == contents(index) == contents(local)
+
+
+def test_a_copy_that_was_damaged_on_disk_is_fetched_again_once(make_shards, tmp_path, caplog):
+    (path,) = make_shards([3])
+    with flaky(tmp_path) as (address, log):
+        index = build_index([f"{address}/{path.relative_to(tmp_path)}"], tmp_path / "index", workers=1)
+        cache = Cache(tmp_path / "cache", 10**9)
+        expected = read_all(index, cache)
+        (copy,) = (tmp_path / "cache").glob("*.tar")
+        copy.write_bytes(bytes(byte ^ 1 for byte in copy.read_bytes()))
+        first, second = Reader(index, cache), Reader(index, cache)
+        assert second.descriptor(0) is not None  # both have the damaged copy open
+        log.clear()
+        for reader in (first, second):
+            assert [reader.image_bytes(0, position) for position in range(3)] == [row[1] for row in expected]
+        assert [method for method, *_ in log].count("GET") == 1 and "is damaged" in caplog.text
+        others = replace(index.table(0).image, crc=np.zeros(3, np.uint32))
+        with pytest.raises(ChangedShard, match="00000.tar: the picture of sample 1 is not the one that was indexed"):
+            Reader(index, cache).read(0, 1, "picture", others)
 
 
 def test_single_samples_need_no_whole_shard_but_that_of_a_command(make_shards, tmp_path):
