@@ -20,7 +20,7 @@ from shards.index.scan import PICTURES, Finding, scan_shard
 from shards.index.shard_index import Shard, ShardIndex, write_index
 from shards.index.tar import NO_TAR
 from shards.progress import progress
-from shards.shares import Parts, Share, processes
+from shards.shares import Parts, Share, in_order, processes
 from shards.storage import remote
 from shards.storage.cache import is_same
 from shards.storage.captions import sources
@@ -136,7 +136,8 @@ def scan_all(
     own, scanned = share.of(urls), []
     workers = min(workers, len(own))
     with ProcessPoolExecutor(workers, initializer=ignore_signals) if workers > 1 else ThreadPoolExecutor(1) as pool:
-        for entry, found in progress(pool.map(scan, own), len(own), "shards indexed", share.shown):
+        scans = in_order(pool, scan, ((url,) for url in own), 8 * workers)
+        for entry, found in progress(scans, len(own), "shards indexed", share.shown):
             scanned.append((entry, [asdict(finding) for finding in found]))
     return scanned
 
