@@ -1,8 +1,10 @@
 """Make an index of shards: one pass over each shard, shards in parallel, what is known of unchanged shards is kept."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import signal
@@ -26,6 +28,9 @@ from shards.storage.cache import is_same
 from shards.storage.captions import sources
 from shards.storage.files import write_bytes
 
+logger = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre without `flock`, or NFS without its lock service
 SHOWN = 3  # shards that a message names
 MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the key
 # Names of tables, and of what killed processes have left of them; other files in their folder are the user's.
@@ -40,8 +45,13 @@ def turn(out: Path) -> Iterator[None]:
     path = out / ".lock"
     while True:
         with open(path, "ab") as file:
-            # Of this process alone: workers that outlive it do not hold the lock, as they would that of flock().
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            try:
+                # Of this process alone: workers that outlive it do not hold the lock, as they would that of flock().
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                logger.warning(f"{out}: its disk has no locks ({error.strerror}); use it for one job at a time")
             if not is_same(file.fileno(), path):  # who held it has removed it
                 continue
             try:

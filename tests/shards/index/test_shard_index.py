@@ -1,6 +1,7 @@
 """The index finds every sample, reads what webdataset reads, and notices every damage."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import tarfile
@@ -295,3 +296,12 @@ def test_few_shards_wait_at_a_time(monkeypatch):
     monkeypatch.setattr(build, "ThreadPoolExecutor", Pool)
     assert [entry["path"] for entry, _ in build.scan_all(scan, urls, Share(), 1)] == urls
     assert len(waiting) == 300 and max(waiting) < 10
+
+
+def test_a_disk_without_locks_takes_one_job_at_a_time(make_shards, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    index = build_index([str(path) for path in make_shards([2, 3])], tmp_path / "index", workers=1)
+    assert len(contents(index)) == 5 and "has no locks (Function not implemented)" in caplog.text
