@@ -134,11 +134,18 @@ def digest(value: Any) -> str:
 
 
 def in_order(pool: Executor, function: Callable[..., Found], jobs: Iterable[tuple], ahead: int) -> Iterator[Found]:
-    """Yield function(*job) of each job, in order. At most `ahead` of them are in the pool at a time."""
+    """Yield function(*job) of each job, in order. At most `ahead` of them are in the pool at a time.
+
+    After an error those that have not begun are left out.
+    """
     waiting: deque[Future[Found]] = deque()
-    for job in jobs:
-        waiting.append(pool.submit(function, *job))
-        if len(waiting) == ahead:
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(function, *job))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,8 +1,10 @@
 """Make an index of shards: one pass over each shard, shards in parallel, what is known of unchanged shards is kept."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import signal
@@ -20,12 +22,15 @@ from shards.index.scan import PICTURES, Finding, scan_shard
 from shards.index.shard_index import Shard, ShardIndex, write_index
 from shards.index.tar import NO_TAR
 from shards.progress import progress
-from shards.shares import Parts, Share, processes
+from shards.shares import Parts, Share, in_order, processes
 from shards.storage import remote
 from shards.storage.cache import is_same
 from shards.storage.captions import sources
 from shards.storage.files import write_bytes
 
+logger = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre without `flock`, or NFS without its lock service
 SHOWN = 3  # shards that a message names
 MEMBERS = r"[a-z0-9][a-z0-9_.-]*(,[a-z0-9][a-z0-9_.-]*)*"  # names behind the key
 # Names of tables, and of what killed processes have left of them; other files in their folder are the user's.
@@ -40,8 +45,13 @@ def turn(out: Path) -> Iterator[None]:
     path = out / ".lock"
     while True:
         with open(path, "ab") as file:
-            # Of this process alone: workers that outlive it do not hold the lock, as they would that of flock().
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            try:
+                # Of this process alone: workers that outlive it do not hold the lock, as they would that of flock().
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                logger.warning(f"{out}: its disk has no locks ({error.strerror}); use it for one job at a time")
             if not is_same(file.fileno(), path):  # who held it has removed it
                 continue
             try:
@@ -136,7 +146,8 @@ def scan_all(
     own, scanned = share.of(urls), []
     workers = min(workers, len(own))
     with ProcessPoolExecutor(workers, initializer=ignore_signals) if workers > 1 else ThreadPoolExecutor(1) as pool:
-        for entry, found in progress(pool.map(scan, own), len(own), "shards indexed", share.shown):
+        scans = in_order(pool, scan, ((url,) for url in own), 8 * workers)
+        for entry, found in progress(scans, len(own), "shards indexed", share.shown):
             scanned.append((entry, [asdict(finding) for finding in found]))
     return scanned
 

@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 
 from shards.errors import UserError
 from shards.storage import remote
-from shards.storage.columns import Rows, open_columns, record_batch, remove_unnamed, select, to_numpy, write_columns
-from shards.storage.files import write_json
+from shards.storage.columns import Rows, open_columns, record_batch, select, to_numpy, write_named
 
 VERSION = 4
 COLUMNS = {"path": str, "size": int, "samples": int, "fingerprint": str, "table": str}
@@ -139,10 +138,8 @@ def batch_of(shards: Sequence[Shard]) -> pa.RecordBatch:
 
 def write_index(folder: Path, shards: Sequence[Shard], text: str, image: str) -> None:
     """Write the list of the shards, whose tables are in `folder`/tables already. text, image: of `build_index`."""
-    name = write_columns(folder, batch_of(shards))
-    about = {"version": VERSION, "text": text, "image": image, "shards": len(shards), "columns": name}
-    write_json(folder / "index.json", about)
-    remove_unnamed(folder, name)
+    about = {"version": VERSION, "text": text, "image": image, "shards": len(shards)}
+    write_named(folder / "index.json", about, batch_of(shards))
 
 
 def load_shards(folder: str | Path) -> ShardList:

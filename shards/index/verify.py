@@ -61,7 +61,7 @@ def difference(shard: Shard, timeout: float) -> str | None:
     """How a shard differs from what was indexed; None where it does not."""
     if shard.remote:
         size, _ = remote.about(shard.path, timeout)
-        return None if size == shard.size else f"{size} bytes, but {shard.size} were indexed"
+        return None if size in (None, shard.size) else f"{size} bytes, but {shard.size} were indexed"
     try:
         found = os.stat(shard.path)
         if found.st_size != shard.size:

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from shards.errors import UserError
 from shards.order.shard_names import COLUMNS
-from shards.storage.columns import open_columns, record_batch, remove_unnamed, select, to_numpy, write_columns
-from shards.storage.files import read_json, whole_file, write_json
+from shards.storage.columns import open_columns, record_batch, select, to_numpy, write_named
+from shards.storage.files import read_json, whole_file
 
 VERSION = 2  # of mask.json
 VIEWS = ("all", "safe", "risky")
@@ -102,10 +102,8 @@ class SafeMask:
             np.save(file, self.bits, allow_pickle=False)
         columns = {"counts": self.counts_S, "safe_counts": self.counts("safe")}
         named = {} if shards is None else {name: shards[name] for name in COLUMNS}
-        name = write_columns(folder, record_batch({**COUNTS, **{key: COLUMNS[key] for key in named}}, columns | named))
-        about = {"version": VERSION, "shards": len(self.counts_S), "columns": name}
-        write_json(folder / "mask.json", {**meta, **about})
-        remove_unnamed(folder, name)
+        batch = record_batch({**COUNTS, **{key: COLUMNS[key] for key in named}}, columns | named)
+        write_named(folder / "mask.json", {**meta, "version": VERSION, "shards": len(self.counts_S)}, batch)
 
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str | None = None) -> tuple["SafeMask", dict]:

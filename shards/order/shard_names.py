@@ -3,8 +3,8 @@
 import hashlib
 import os
 from bisect import bisect_left
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -28,13 +28,19 @@ def shard_columns(shards: ShardList) -> pa.RecordBatch:
     """
     paths = shards.column("path")
     if pc.any(pc.match_substring_regex(paths, ODD)).as_py():
-        pieces = (paths.slice(start, PIECE).to_pylist() for start in range(0, len(paths), PIECE))
-        usual = ([to_bytes(as_path(to_text(path))) for path in piece] for piece in pieces)
-        paths = pa.concat_arrays([pa.array(piece, pa.large_binary()) for piece in usual])
+        usual = mapped(as_path, paths)
+        paths = usual if distinct(usual) else mapped(partial(as_path, whole=True), paths)
     common = common_folder(pc.unique(pc.replace_substring_regex(paths, r"/[^/]*\z", "")).to_pylist())
     names = pc.binary_replace_slice(paths, 0, len(common) + 1, b"")
     sizes, prints = shards.column("size"), shards.column("fingerprint")
     return record_batch(COLUMNS, {"name": names, "bytes": sizes, "fingerprint": prints})
+
+
+def mapped(function: Callable[[str], str], paths: pa.Array) -> pa.Array:
+    """function(path) of each path in a column."""
+    pieces = (paths.slice(start, PIECE).to_pylist() for start in range(0, len(paths), PIECE))
+    made = ([to_bytes(function(to_text(path))) for path in piece] for piece in pieces)
+    return pa.concat_arrays([pa.array(piece, pa.large_binary()) for piece in made])
 
 
 def common_folder(folders: Iterable[bytes]) -> bytes:
@@ -48,16 +54,19 @@ def common_folder(folders: Iterable[bytes]) -> bytes:
     return common or b""
 
 
-def as_path(url: str) -> str:
+def as_path(url: str, whole: bool = False) -> str:
     """An absolute path for a shard's path or URL: s3://bucket/a.tar is /s3/bucket/a.tar, a `pipe:` command is the tar
-    that it names."""
+    that it names.
+
+    whole: with the query of a URL, and all that a command says, of shards that differ in nothing else.
+    """
     if url.startswith("pipe:"):
         url = next(
-            (word.strip("'\"") for word in url.split() if ".tar" in word),
+            (word.strip("'\"") for word in url.split() if ".tar" in word and not whole),
             "pipe/" + hashlib.sha256(url.encode()).hexdigest(),
         )
     if "://" in url:
-        url = url.partition("?")[0].replace("://", "/")
+        url = (url if whole else url.partition("?")[0]).replace("://", "/")
     return "/" + os.path.normpath(os.path.join("/", url)).lstrip("/")
 
 
@@ -82,8 +91,11 @@ class NamedShards(Rows[dict]):
     def find(self, url: str) -> int | None:
         """Number of the shard that a path or URL names: the longest tail that is a shard's name, or its base name if no
         other shard has it."""
-        parts = PurePosixPath(as_path(url)).parts
-        numbers = (self.number("/".join(parts[start:])) for start in range(1, len(parts)))
+        usual, whole = (PurePosixPath(as_path(url, whole)).parts for whole in (False, True))
+        # No tail begins in a query, which may hold the name of another shard.
+        last = len(whole) if url.startswith("pipe:") else len(usual)
+        tails = [whole[start:] for start in range(1, last)] + [usual[start:] for start in range(1, len(usual))]
+        numbers = (self.number("/".join(tail)) for tail in tails)
         return next((number for number in numbers if number is not None), None)
 
     # Sorted columns are searched: a dict of all names would take more memory than the mask, in each process.

@@ -44,9 +44,11 @@ class Samples:
             self.source.verify(timeout, stop)
 
     def scattered(self) -> "Samples":
-        """The same samples, for reading a few of many shards: remote shards are not fetched whole."""
+        """The same samples, for reading a few of many shards: remote shards are not fetched whole, but those of
+        commands."""
         other = copy.copy(self)
-        other.reader, other.source = Reader(self.index), self.source and self.source.scattered()
+        other.reader = Reader(self.index, self.reader.cache, whole=False)
+        other.source = self.source and self.source.scattered()
         return other
 
     def replacement(self, shard: int, position: int) -> tuple[Poison | None, Trigger | None]:

@@ -38,9 +38,10 @@ class Cache:
         )  # bytes to fetch ahead: what is in use, and was, shall not be driven out by it
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self.folder / "lock").touch()
+            with self.turn():  # a disk without locks is told now
+                os.utime(self.folder / "lock")
         except OSError as error:
-            raise UserError(f"data.cache: {folder} cannot be written ({error.strerror}); name another folder") from None
+            raise UserError(f"data.cache: {folder} cannot be used ({error.strerror}); name another folder") from None
         if os.stat(self.folder).st_uid != os.getuid():  # what is in it would be read as it is
             raise UserError(f"data.cache: {folder} belongs to somebody else; name a folder of your own")
 
@@ -97,6 +98,13 @@ class Cache:
         if descriptor is not None:
             os.close(descriptor)
 
+    def drop(self, shard: StoredShard, descriptor: int) -> None:
+        """The copy behind `descriptor` is damaged: remove it, unless another process has and fetched a new one."""
+        whole = self.folder / f"{shard.fingerprint}.tar"
+        with self.turn():
+            if is_same(descriptor, whole):
+                whole.unlink()
+
     def make_room(self, descriptor: int, size: int, over_limit: bool) -> bool:
         """Set the part behind `descriptor` to `size`, having removed what must go; False where it does not fit."""
         with self.turn():
@@ -124,7 +132,7 @@ class Cache:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Only one process of the host at a time is in the block."""
-        with open(self.folder / "lock") as file:
+        with open(self.folder / "lock", "a") as file:  # who tidies /tmp may have removed it
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -167,7 +175,7 @@ def open_whole(path: str | Path) -> int | None:
 def remove(path: str | Path) -> bool:
     """Whether the file was removed: not if any process has it open (or it is gone)."""
     with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR)  # NFS locks for one alone only what may be written
         try:
             if lock(descriptor, fcntl.LOCK_EX):
                 os.unlink(path)

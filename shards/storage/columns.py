@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import time
 from bisect import bisect_right
@@ -18,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
-from shards.storage.files import write_bytes
+from shards.storage.files import read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,6 +90,26 @@ def write_columns(folder: Path, batch: pa.RecordBatch) -> str:
     return name
 
 
+def write_named(about: Path, value: dict, batch: pa.RecordBatch) -> None:
+    """Write a file of the columns, and then the JSON file `about` beside it: `value`, and the file's name as "columns".
+
+    What `about` named before stays for KEPT seconds from now; older files that it does not name are removed.
+    """
+    before = None
+    with contextlib.suppress(OSError, ValueError):
+        before = read_json(about).get("columns")
+    name = write_columns(about.parent, batch)
+    write_json(about, {**value, "columns": name})
+    for path in about.parent.glob("shards_*.arrow"):
+        if not NAME.fullmatch(path.name) or path.name == name:
+            continue
+        with contextlib.suppress(OSError):
+            if path.name == before:
+                os.utime(path)
+            elif time.time() - path.stat().st_mtime > KEPT:
+                path.unlink()
+
+
 def open_columns(folder: Path, name: str, rows: int) -> pa.RecordBatch:
     """The columns of `rows` rows in a file, as views on its map. Raises ValueError."""
     import pyarrow as pa
@@ -122,14 +143,6 @@ def to_numpy(column: pa.Array) -> np.ndarray:
     if pa.types.is_boolean(column.type):
         return np.from_dlpack(column.cast(pa.uint8())).astype(bool)
     return np.from_dlpack(column)
-
-
-def remove_unnamed(folder: Path, named: str) -> None:
-    """Remove the files of columns that have been there for a while and are not `named`, as far as that can be done."""
-    for path in folder.glob("shards_*.arrow"):
-        with contextlib.suppress(OSError):
-            if NAME.fullmatch(path.name) and path.name != named and time.time() - path.stat().st_mtime > KEPT:
-                path.unlink()
 
 
 def digest(data: memoryview) -> str:

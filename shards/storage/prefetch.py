@@ -13,9 +13,10 @@ THREADS = 4  # that fetch at the same time, in each rank
 
 
 def fetched_ahead(reading: Iterator[Item], dataset: StoredDataset, start: int = 0) -> Iterator[Item]:
-    """`reading`, the items of `dataset` from `start` on, with FetchAhead where its samples are read through a cache."""
-    cache = dataset.samples.reader.cache
-    return FetchAhead(reading, dataset, start, cache) if cache else reading
+    """`reading`, the items of `dataset` from `start` on, with FetchAhead where whole shards are read through a
+    cache."""
+    reader = dataset.samples.reader
+    return FetchAhead(reading, dataset, start, reader.cache) if reader.cache and reader.whole else reading
 
 
 class FetchAhead(Generic[Item]):

@@ -1,6 +1,7 @@
 """Processes that share a job take each item once, and one of them concludes."""
 
 import multiprocessing
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -126,3 +127,17 @@ def test_results_come_in_order_and_few_jobs_wait():
         for number, found in enumerate(in_order(pool, int.__add__, jobs, 4)):
             assert found == number + 1 and len(taken) <= number + 4
     assert len(taken) == 20
+
+
+def test_after_an_error_no_other_job_begins():
+    begun = []
+
+    def fail(number):
+        begun.append(number)
+        time.sleep(0.01)
+        if number == 1:
+            raise UserError("one is enough")
+
+    with pytest.raises(UserError, match="one is enough"), ThreadPoolExecutor(1) as pool:
+        list(in_order(pool, fail, ((number,) for number in range(100)), 50))
+    assert len(begun) < 10

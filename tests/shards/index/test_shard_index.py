@@ -1,9 +1,12 @@
 """The index finds every sample, reads what webdataset reads, and notices every damage."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import BadSample, ChangedShard, Unreachable, UserError
+from shards.index import build_index as build
 from shards.index import shard_index, shard_list, verify
 from shards.index.build_index import build_index, turn
 from shards.index.shard_index import ShardIndex
+from shards.shares import Share
 from shards.storage.reader import Reader
 from tests.helpers.pictures import picture
 from tests.helpers.tars import contents, write_tar
@@ -273,3 +278,30 @@ def test_a_table_that_cannot_be_used_is_named(make_shards, tmp_path, damage):
 def test_what_is_no_regular_file_is_refused(tmp_path, make):
     make(tmp_path / "a.tar")
     refused([tmp_path / "a.tar"], tmp_path, "a.tar: no regular file")
+
+
+def test_few_shards_wait_at_a_time(monkeypatch):
+    """All at once would take a gigabyte for half a million shards, and minutes before the first is read."""
+    waiting, urls = [], [str(number) for number in range(300)]
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *job):
+            waiting.append(self._work_queue.qsize())
+            return super().submit(*job)
+
+    def scan(url):
+        time.sleep(0.001)
+        return {"path": url}, []
+
+    monkeypatch.setattr(build, "ThreadPoolExecutor", Pool)
+    assert [entry["path"] for entry, _ in build.scan_all(scan, urls, Share(), 1)] == urls
+    assert len(waiting) == 300 and max(waiting) < 10
+
+
+def test_a_disk_without_locks_takes_one_job_at_a_time(make_shards, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    index = build_index([str(path) for path in make_shards([2, 3])], tmp_path / "index", workers=1)
+    assert len(contents(index)) == 5 and "has no locks (Function not implemented)" in caplog.text

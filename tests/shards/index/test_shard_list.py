@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 from dataclasses import asdict, replace
 
@@ -68,6 +69,26 @@ def test_an_index_is_sent_to_another_process_as_its_files(tmp_path):
         assert other.repetitions.tolist() == index.repetitions.tolist() and other.views == index.views
     in_memory = pickle.loads(pickle.dumps(ShardIndex(shards)))
     assert in_memory.shards == shards
+
+
+def test_a_list_that_another_one_replaces_stays_for_a_day_from_then_on(tmp_path):
+    lists = [[Shard(f"/d/{n}.tar", 1, 5, f"{n:032x}", f"{n}.parquet")] for n in range(3)]
+
+    def files():
+        return {file.name for file in tmp_path.glob("shards_*.arrow")}
+
+    def write(shards):
+        for name in files():  # all that stands there was written long ago
+            os.utime(tmp_path / name, (0, 0))
+        write_index(tmp_path, shards, "txt", "")
+        return json.loads((tmp_path / "index.json").read_text())["columns"]
+
+    first = write(lists[0])
+    sent = pickle.dumps(ShardIndex.load(tmp_path))
+    second = write(lists[1])
+    assert files() == {first, second} and pickle.loads(sent).shards[0].path == "/d/0.tar"
+    third = write(lists[2])
+    assert files() == {second, third}
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "other", "count"])

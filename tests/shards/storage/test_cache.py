@@ -1,6 +1,8 @@
 """A folder that processes share: every byte right, never above its limit, one fetch for all, and nothing half after
 kill -9."""
 
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -144,6 +146,44 @@ def test_a_folder_that_is_no_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.cache: .*/file"):
         Cache(tmp_path / "file", 1)
+
+
+def test_a_disk_without_locks_is_named_at_the_start(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(
+        UserError, match="data.cache: .*/cache cannot be used [(]Function not implemented[)]; name another"
+    ):
+        Cache(tmp_path / "cache", 1)
+
+
+def test_a_disk_that_locks_as_nfs_does(shards, tmp_path, monkeypatch):
+    """By flock(2) a lock for one alone needs a file that is open for writing."""
+    flock = fcntl.flock
+
+    def as_nfs(file, kind):
+        number = file if isinstance(file, int) else file.fileno()
+        if kind & fcntl.LOCK_EX and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    with flaky(tmp_path) as (address, log):
+        there = shards(address)
+        cache = Cache(tmp_path / "cache", 2 * there[0].size)
+        for shard in there:
+            check(cache.open(shard), shard)
+    assert 0 < occupied(cache.folder)[0] <= cache.limit
+
+
+def test_a_lock_that_somebody_has_tidied_away_is_made_anew(shards, tmp_path):
+    with flaky(tmp_path) as (address, log):
+        there, cache = shards(address), Cache(tmp_path / "cache", 10**9)
+        for shard in there[:2]:
+            (cache.folder / "lock").unlink()
+            check(cache.open(shard), shard)
 
 
 def open_on_a_full_disk(cache, shard, results):

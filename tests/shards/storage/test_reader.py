@@ -5,6 +5,8 @@ import os
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from shards.errors import ChangedShard, Unreachable
 from shards.index.build_index import build_index
@@ -38,6 +40,15 @@ def test_a_read_that_fails_is_tried_again_with_the_file_opened_anew(index, monke
     reads, opened = failing(monkeypatch, os, "pread", 2), failing(monkeypatch, os, "open", 0)
     assert [reader.image_bytes(0, position) for position in range(3)] == expected
     assert (len(reads), len(opened), len(reader.files)) == (5, 2, 1)
+
+
+@given(most=st.integers(1, 3000))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_reads_that_give_less_than_they_were_asked_for(index, most):
+    expected, pread = [Reader(index).image_bytes(0, position) for position in range(3)], os.pread
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, most), offset))
+        assert [Reader(index).image_bytes(0, position) for position in range(3)] == expected
 
 
 def test_a_shard_that_cannot_be_opened_for_a_moment(index, monkeypatch):

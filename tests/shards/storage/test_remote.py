@@ -1,18 +1,23 @@
 """Shards behind URLs: the same index and the same bytes as of local ones, whatever the server does; and a lost server
 is an error in time."""
 
+import pickle
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from shards.errors import Unreachable, UserError
+from shards.errors import ChangedShard, Unreachable, UserError
 from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
+from shards.samples.samples import Samples
 from shards.storage import remote
 from shards.storage.cache import Cache
+from shards.storage.prefetch import fetched_ahead
 from shards.storage.reader import Reader
-from tests.helpers.servers import flaky, gs, s3
+from shards.views.loader import PlainBatches
+from tests.helpers.servers import Flaky, flaky, gs, s3
 from tests.helpers.tars import contents
 
 
@@ -108,6 +113,61 @@ def test_commands_are_run_only_where_they_are_allowed(make_shards, tmp_path):
     assert read_all(index, Cache(tmp_path / "cache", 10**9, allow_pipe=True)) == local and mark.exists()
     with pytest.raises(Unreachable, match="the command ends with 3"):
         build_index(["pipe:exit 3"], tmp_path / "other", allow_pipe=True, timeout=1.0)
+
+
+def test_a_server_that_tells_no_sizes(make_shards, tmp_path, monkeypatch):
+    paths, send = make_shards([3, 4]), Flaky.send_header
+    monkeypatch.setattr(Flaky, "protocol_version", "HTTP/1.0")  # the end of the connection is that of the file
+    monkeypatch.setattr(Flaky, "send_header", lambda *header: header[1] == "Content-Length" or send(*header))
+    with flaky(tmp_path, ranges=False) as (address, _):
+        urls = [f"{address}/{path.relative_to(tmp_path)}" for path in paths]
+        index = build_index(urls, tmp_path / "index", workers=1)
+        index.verify()
+        local = build_index([str(path) for path in paths], tmp_path / "local")
+        assert read_all(index, Cache(tmp_path / "cache", 10**9)) == contents(index) == contents(local)
+
+
+def test_a_copy_that_was_damaged_on_disk_is_fetched_again_once(make_shards, tmp_path, caplog):
+    (path,) = make_shards([3])
+    with flaky(tmp_path) as (address, log):
+        index = build_index([f"{address}/{path.relative_to(tmp_path)}"], tmp_path / "index", workers=1)
+        cache = Cache(tmp_path / "cache", 10**9)
+        expected = read_all(index, cache)
+        (copy,) = (tmp_path / "cache").glob("*.tar")
+        copy.write_bytes(bytes(byte ^ 1 for byte in copy.read_bytes()))
+        first, second = Reader(index, cache), Reader(index, cache)
+        assert second.descriptor(0) is not None  # both have the damaged copy open
+        log.clear()
+        for reader in (first, second):
+            assert [reader.image_bytes(0, position) for position in range(3)] == [row[1] for row in expected]
+        assert [method for method, *_ in log].count("GET") == 1 and "is damaged" in caplog.text
+        others = replace(index.table(0).image, crc=np.zeros(3, np.uint32))
+        with pytest.raises(ChangedShard, match="00000.tar: the picture of sample 1 is not the one that was indexed"):
+            Reader(index, cache).read(0, 1, "picture", others)
+
+
+def test_single_samples_need_no_whole_shard_but_that_of_a_command(make_shards, tmp_path):
+    here, there = make_shards([3, 4])
+    local = contents(build_index([str(here), str(there)], tmp_path / "local"))
+    with flaky(tmp_path) as (address, log):
+        urls = [f"pipe:cat {here}", f"{address}/{there.relative_to(tmp_path)}"]
+        index = build_index(urls, tmp_path / "index", workers=1, allow_pipe=True)
+        cache = Cache(tmp_path / "cache", 10**9, allow_pipe=True)
+        samples = pickle.loads(pickle.dumps(Samples(index, cache=cache).scattered()))
+        found = [(s, p, samples.reader.image_bytes(s, p)) for s in range(2) for p in range(index.counts[s])]
+    assert [data for *_, data in found] == [picture for _, picture, _ in local]
+    assert [path.stem for path in (tmp_path / "cache").glob("*.tar")] == [index.shards[0].fingerprint]
+    reading = iter([])
+    assert fetched_ahead(reading, PlainBatches(samples, [([3], [3])], None)) is reading
+
+
+def test_single_samples_of_a_lost_server_are_waited_for_as_long_as_it_is_said(make_shards, tmp_path):
+    (path,) = make_shards([3])
+    index = build_index([str(path)], tmp_path / "index")
+    index.shards = [replace(index.shards[0], path="http://127.0.0.1:1/00000.tar")]
+    samples = Samples(index, cache=Cache(tmp_path / "cache", 10**9, timeout=0.5)).scattered()
+    with pytest.raises(Unreachable, match="nothing came for 0.5 s"):
+        samples.captions(0, 1)
 
 
 @pytest.mark.parametrize(
