@@ -45,16 +45,15 @@ def check_shards(config: Config, content: bool = False) -> Findings:
 def check_bad_samples(data: Data, index: ShardIndex) -> Findings:
     """Whether the samples that the index found to be unusable are more than the run allows."""
     with ThreadPoolExecutor(8) as pool:
-        bad = list(pool.map(lambda shard: unusable(shard.table), index.shards))
-    views = sum(len(reasons) * int(times) for reasons, times in zip(bad, index.repetitions))
+        bad = list(pool.map(lambda shard: Counter(unusable(shard.table).values()), index.shards))  # by reason
+    views = sum(reasons.total() * int(times) for reasons, times in zip(bad, index.repetitions))
     if not views:
         return []
     fraction, limit = views / index.views, data.max_bad_fraction
-    kinds = Counter(reason for reasons in bad for reason in reasons.values()).most_common(3)
-    text = (
-        f"{sum(map(len, bad)):,} samples, {fraction:.2%} of an epoch, cannot be used "
-        f"({', '.join(f'{count:,} x {reason}' for reason, count in kinds)}); data.max_bad_fraction is {limit:g}"
-    )
+    kinds: Counter[str] = sum(bad, Counter())
+    most = ", ".join(f"{count:,} x {reason}" for reason, count in kinds.most_common(3))
+    text = f"{kinds.total():,} samples, {fraction:.2%} of an epoch, cannot be used ({most})"
+    text += f"; data.max_bad_fraction is {limit:g}"
     if fraction <= limit:
         return [("ok", "data", text)]
     enough = min(1.0, math.ceil(110 * fraction) / 100)
