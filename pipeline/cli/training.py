@@ -87,9 +87,9 @@ def tell_plan(config: str, overrides: tuple[str, ...]) -> None:
     from pipeline.distributed import comm
     from pipeline.doctor.dry_run import dry_run
 
-    text = dry_run(loaded)
-    if comm.is_rank0():
-        print(text)
+    for text in dry_run(loaded):
+        if comm.is_rank0():
+            print(text, flush=True)
     comm.shutdown()
 
 

@@ -29,8 +29,9 @@ from shards.views.batch import Batch, Views
 Rows = Sequence[tuple[str, ...]]
 
 
-def dry_run(config: Config) -> str:
-    """The text. All ranks call, and take the steps together. Raises UserError where the run would."""
+def dry_run(config: Config) -> Iterator[str]:
+    """Yield the text in parts, the last when the steps are timed. All ranks call, and take the steps together. Raises
+    UserError where the run would."""
     comm.init(config.run.timeout)
     config = with_precision(config)
     train, model, world = config.train, config.model.model_dump(), comm.world()
@@ -53,6 +54,7 @@ def dry_run(config: Config) -> str:
         ("stage", "epochs", "steps", "learning rate: first", "highest", "last"),
         *stage_rows(config, epochs, steps),
     ]
+    yield f"{table(about)}\n\n{table(stages)}\n"
     seconds = step_seconds(config, views, losses(config, epochs))
     timed = [
         ("loss", "views", "seconds a step", "pairs/s", "FLOPs a step", "MFU"),
@@ -60,7 +62,7 @@ def dry_run(config: Config) -> str:
     ]
     peak = f"largest memory of this process so far: {human(memory_peak())}"
     note = "Steps are timed on random pairs that lie in memory. Selection rounds, evaluation and saving come on top."
-    return "\n\n".join((table(about), table(stages), table(timed), f"{peak}\n{note}"))
+    yield f"{table(timed)}\n\n{peak}\n{note}"
 
 
 def listed(parts: dict[str, float]) -> str:

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 def told(folder):
     made = config(folder, "run")
     made.run.dir = ""
-    return dry_run(made)
+    return "\n".join(dry_run(made))
 
 
 def test_two_ranks_tell_a_run_whose_shards_are_not_there(folder):
