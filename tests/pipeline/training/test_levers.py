@@ -54,7 +54,8 @@ def compiled(clip):
 
 
 def results():
-    clips = {(plain, 0): 10.0, (plain, 1): 10.0, (compiled, 1): 10.0, (plain, 3): 0.0, (checkpoint_activations, 3): 0.0}
+    clips = dict.fromkeys([(plain, 0), (compiled, 0), (checkpoint_activations, 0), (plain, 1), (compiled, 1)], 10.0)
+    clips |= dict.fromkeys([(plain, 3), (checkpoint_activations, 3)], 0.0)
     return {(change.__name__, stage): trained(change, stage, clip) for (change, stage), clip in clips.items()}
 
 
@@ -63,7 +64,9 @@ def found():
     return run_ranks(results, 2)[0]
 
 
-@pytest.mark.parametrize("change, stage", [("compiled", 1), ("checkpoint_activations", 3)])
+@pytest.mark.parametrize(
+    "stage, change", [(0, "compiled"), (0, "checkpoint_activations"), (1, "compiled"), (3, "checkpoint_activations")]
+)
 def test_two_ranks_train_and_score_what_plain_towers_do(found, change, stage):
     weights, embedded, _ = found[change, stage]
     wanted, others, _ = found["plain", stage]
