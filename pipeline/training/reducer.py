@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.training.model import Towers
-
-ALIGNED = 8  # numbers: a gradient starts where GPU kernels read 16 bytes at once, in fp32 and bf16
+from pipeline.training.model import ALIGNED, Towers
 
 
 @dataclass
@@ -107,6 +105,7 @@ def split(parameters: list[nn.Parameter], numbers: int) -> list[list[nn.Paramete
 
 
 def make_bucket(parameters: list[nn.Parameter]) -> Bucket:
+    """Bucket of the parameters, each of whose gradients starts where GPU kernels read several numbers at once."""
     starts = [0]
     for parameter in parameters:
         starts.append(starts[-1] + -(-parameter.numel() // ALIGNED) * ALIGNED)

@@ -12,6 +12,7 @@ Recorded in tests/benchmarks/detectors.md.
 import argparse
 import json
 from pathlib import Path
+from textwrap import fill
 
 from pipeline.audit.audit import audit
 from pipeline.audit.detectors import REGISTRY
@@ -39,7 +40,7 @@ def section(run, out):
     poison = ", ".join(f"{found['truth']['poison'][kind]} {kind}" for kind in kinds)
     lines = [
         f"\n## {name_of(run)}\n",
-        f"{found['pairs']:,} pairs, poison: {poison}.\n",
+        fill(f"{found['pairs']:,} pairs, poison: {poison}.", 120) + "\n",
         f"| detector | {' | '.join(f'AUROC {kind}' for kind in kinds)} | precision at 0.1 % | at 1 % | s per 100,000 |",
         "|---|" + "---|" * (len(kinds) + 3),
     ]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pipeline.distributed import comm
-from pipeline.training.reducer import ALIGNED, Reducer, backward_order
+from pipeline.training.model import ALIGNED
+from pipeline.training.reducer import Reducer, backward_order
 from tests.helpers.models import RESNET, VIT
 from tests.helpers.ranks import run_ranks
 from tests.helpers.steps import global_batch, towers
