@@ -43,13 +43,14 @@ def success_cell(found: GroupRows, attack: str, rows: list[dict]) -> str:
 
 def summary_table(groups: list[GroupRows], chosen: bool) -> str:
     """All groups of a set together, of seeds that rules may be chosen on, or of the others: over the runs that all its
-    lines have.
+    lines have. Lines: the defences with at least half as many runs as the one with most.
 
     groups: of the set. "" where such runs are of fewer than two groups, or no attack takes in them.
     """
-    names = [name for name in DEFENCES if any(one.of(name, chosen) for one in groups)]
-    there = [{(one.group, row["seed"]) for one in groups for row in one.of(name, chosen)} for name in names]
-    shared = set.intersection(*there) if there else set()
+    there = {name: {(one.group, row["seed"]) for one in groups for row in one.of(name, chosen)} for name in DEFENCES}
+    most = max(map(len, there.values()))
+    names = [name for name, found in there.items() if found and len(found) >= most / 2]
+    shared = set.intersection(*(there[name] for name in names)) if len(names) > 1 else set()
     of_shared = {one: [r for r in one.poisoned if (r["group"], r["seed"]) in shared] for one in groups}
     took = [(one, attack) for one in groups for attack in one.attacks if one.void(attack, of_shared[one]) is False]
     took = [(one, attack) for one, attack in took if of_shared[one]]

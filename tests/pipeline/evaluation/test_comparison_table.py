@@ -63,7 +63,9 @@ def test_groups_are_taken_together_over_the_runs_that_all_have():
     rows.append(row("default", 0, 0.65, badnets=0.1))
     assert summary_table(groups_of(rows), True) == ""
     rows.append(row("default", 0, 0.55, group="b", sig=0.3))
+    rows.append(row("dao", 0, 0.6, badnets=0.5))  # a third of the runs of none: without a line
     table = summary_table(groups_of(rows), True)
+    assert "dao" not in table
     assert "(a: seeds 0; b: seeds 0)" in table and summary_table(groups_of(rows), False) == ""
     table = table[table.index("|") :]
     for defence, clean, rates in (("none", "60.0", "95.0 / 100.0"), ("default", "60.0", "20.0 / 30.0")):
