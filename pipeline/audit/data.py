@@ -18,6 +18,7 @@ from pipeline.config.data import open_index, open_overlay, open_samples
 from pipeline.config.load import load_config
 from pipeline.config.schema import Data
 from pipeline.safety.mixture import DegenerateFit, Mixture, posterior_threshold
+from pipeline.safety.score_files import saved_rounds
 from pipeline.safety.selection import RANGES
 from pipeline.settings import read
 from shards.errors import UserError
@@ -62,7 +63,7 @@ class AuditData:
         self.scores = Path(scores) if scores else self.source if (self.source / "score.json").exists() else None
         self.rounds = []
         if self.run_dir:
-            self.rounds = [SavedMask(path.parent) for path in sorted(self.run_dir.glob("masks/epoch_*/mask.json"))]
+            self.rounds = [SavedMask(folder) for folder in saved_rounds(self.run_dir / "masks")]
             if not self.rounds:
                 raise UserError(
                     f"run {source}: no selection round; use `safeclip score --model {source} --out OUT`, audit OUT"

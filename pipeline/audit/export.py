@@ -5,6 +5,7 @@ the mask's own files, by the first process alone: most of the work is writing on
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def parquet(
 ) -> int:
     """All pairs, typed; the file's metadata says of which mask they are."""
     about = {key: saved.meta[key] for key in ("fingerprint", "epoch", "step", "threshold", "fraction", "config")}
+    if not math.isfinite(about["threshold"]):
+        about["threshold"] = None
     written = 0
     with output(out) as file:
         with pq.ParquetWriter(file, schema.with_metadata({"safeclip_mask": json.dumps(about)})) as writer:

@@ -88,8 +88,7 @@ def contents(
         "suspects": suspects,
         "broken": len(broken),
         "safe": saved.mask.fraction,
-        "shards": [shard["name"] for shard in saved.shards],
-        "shard_prints": [shard["fingerprint"] for shard in saved.shards],
+        "shard_count": len(saved.shards),
         "histogram": {"low": low, "high": high, "counts": counts},
         "ranked_by": saved.meta.get("score", "cosine"),
         "mixture": saved.meta["mixture"],
@@ -127,6 +126,10 @@ def contents(
     content["map"] = embedding_map(data, items, suspect)
     content["table"] = items.plain(table)
     content["items"] = items.finish()
+    named = {item["s"] for item in content["items"] + content["table"]}
+    named |= {shard for group in content["groups"] for shard, _ in group["members"]}
+    for key, field in ("shards", "name"), ("shard_prints", "fingerprint"):
+        content[key] = {shard: saved.shards[shard][field] for shard in sorted(named)}
     return content
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.safety.score_files import load_scores
+from pipeline.safety.score_files import load_scores, number_of, saved_rounds
 from pipeline.training import checkpoint
 from shards.errors import UserError
 from shards.index.shard_index import ShardIndex
@@ -44,8 +44,7 @@ def selection_rounds(run_dir: str | Path, config: Config, index: ShardIndex) -> 
     damaged, and where data.mask or the index are not those that the run was trained on.
     """
     check_data(run_dir, config, index)
-    folders = [path.parent for path in sorted(Path(run_dir).glob("masks/epoch_*/mask.json"))]
-    rounds = [(int(folder.name.removeprefix("epoch_")), folder) for folder in folders]
+    rounds = [(number_of(folder), folder) for folder in saved_rounds(Path(run_dir, "masks"))]
     if config.data.mask and config.train.method != "cleanclip":
         rounds = [(None, Path(config.data.mask))]
     return [Round(epoch, SafeMask.load(folder, index.fingerprint)[0], folder) for epoch, folder in rounds]

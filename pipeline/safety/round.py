@@ -4,6 +4,7 @@
 """
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class SelectionRound:
     """Result of a selection round: the mixture fitted to the scores of all pairs, the threshold, and the safe set."""
 
     mixture: Mixture | None
-    threshold: float  # lowest score of the safe set
+    threshold: float  # lowest score of the safe set, infinite where that is empty
     fraction: float  # safe pairs / all pairs
     first_fraction: float  # safe fraction of the run's first round, from which the schedule grows
     mask: SafeMask
@@ -57,7 +58,7 @@ class SelectionRound:
         return {
             "fraction": self.fraction,
             "first_fraction": self.first_fraction,
-            "threshold": self.threshold,
+            "threshold": self.threshold if math.isfinite(self.threshold) else None,  # JSON has no infinity
             "rank_by": self.rank_by,
             "note": self.note,
             "mixture": self.mixture.to_dict() if self.mixture else None,
@@ -242,7 +243,7 @@ def load_round(folder: Path, index: ShardIndex) -> SelectionRound:
     mixture = Mixture.from_dict(meta["mixture"]) if meta["mixture"] else None
     return SelectionRound(
         mixture,
-        meta["threshold"],
+        math.inf if meta["threshold"] is None else meta["threshold"],
         meta["fraction"],
         meta["first_fraction"],
         mask,

@@ -149,14 +149,20 @@ def prune_scores(folder: Path, keep: int) -> None:
     Only rounds that are complete lose their scores: a run that resumes, from any checkpoint, reads their masks alone.
     Rank 0 calls, when the round is saved.
     """
-    made = [path.parent for path in folder.parent.glob("epoch_*/mask.json")]
-    made = sorted((path for path in made if number_of(path) <= number_of(folder)), key=number_of)
+    made = [path for path in saved_rounds(folder.parent) if number_of(path) <= number_of(folder)]
     for old in made[:-keep]:
         gone = old / "scores.old"  # which nobody takes for all scores, when only a part of it is left
         shutil.rmtree(gone, ignore_errors=True)
         with contextlib.suppress(OSError):
             (old / "scores").rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def saved_rounds(masks: Path) -> list[Path]:
+    """Folders in `masks` of a run's rounds whose masks are complete, in their order. A copy that somebody has made beside
+    them, as epoch_003_good, is none of them."""
+    found = (path.parent for path in masks.glob("epoch_*/mask.json"))
+    return sorted((folder for folder in found if folder.name.removeprefix("epoch_").isdecimal()), key=number_of)
 
 
 def number_of(folder: Path) -> int:

@@ -6,6 +6,7 @@ A mask's folder is an artefact of its own: with the shards and nothing else of t
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,8 @@ class SavedMask:
             raise UserError(
                 f"mask {folder}: mask.json has no {lacking[0]!r}; it was not saved by a run, or was changed"
             )
+        if self.meta["threshold"] is None:  # nothing is safe
+            self.meta["threshold"] = math.inf
         try:
             self.shards = NamedShards(self.mask.columns)
         except ValueError:

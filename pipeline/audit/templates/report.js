@@ -660,7 +660,7 @@ main.replaceChildren(
   el(
     "div",
     { class: "tiles" },
-    tile(whole(D.pairs), `pairs in ${whole(D.shards.length)} shards`),
+    tile(whole(D.pairs), `pairs in ${whole(D.shard_count)} shards`),
     tile(whole(D.suspects), `suspects to look at first (worst ${percent(D.suspects / D.pairs)})`),
     tile(whole(D.groups.length), "groups shown: repeated captions, copies, patches"),
     tile(whole(D.broken), "pairs that cannot be read"),
@@ -741,7 +741,7 @@ main.replaceChildren(
     select(
       "shard",
       "all shards",
-      D.shards.map((name, i) => [i, name]),
+      Object.entries(D.shards),
     ),
     el("button", { class: "main", id: "export", onclick: save }, ""),
     el("span", { id: "ticked", class: "small soft", "aria-live": "polite" }, ""),

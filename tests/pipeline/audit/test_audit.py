@@ -172,6 +172,7 @@ def test_data_cannot_leave_its_element(audited):
     captions = {item["c"] for item in content["items"]}
     assert content["scored"] == sum(content["histogram"]["counts"]) == 59  # of which the mixture is, one is broken
     assert HOSTILE[0] in captions and HOSTILE[6] in captions
+    assert set(content["shards"]) == set(content["shard_prints"]) == {str(item["s"]) for item in content["table"]}
     assert page.count("<script") == 2 and "http" not in re.sub(r'"http://www.w3.org/2000/svg"|http-equiv', "", page)
 
 

@@ -1,5 +1,7 @@
 """The figures of a selection round mean what they say."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from pipeline.safety.diagnosis import LEAST_PAIRS, change, out_of_range, separat
 from pipeline.safety.mixture import Mixture, fit_mixture, histogram
 from pipeline.safety.round import load_round, save_round, select_pairs
 from shards.index.build_index import build_index
-from shards.order.safe_mask import SafeMask
+from shards.order.safe_mask import SafeMask, SavedMask
 from tests.helpers.embeddings import draw
 
 
@@ -60,6 +62,14 @@ def test_a_round_tells_how_it_came_about_and_is_the_same_when_loaded(index, tmp_
     loaded = load_round(tmp_path / "second", index)
     assert loaded.summary() == second.summary() and np.array_equal(loaded.mask.bits, second.mask.bits)
     assert "1 in, 0 out" in second.line()
+
+
+def test_a_round_without_a_safe_pair_is_plain_json(index, tmp_path):
+    none = select_pairs(np.full(100, np.nan, np.float32), index.counts, Selection(), 0)
+    save_round(tmp_path / "none", none, index, {"epoch": 2, "step": 0, "config": ""})
+    text = (tmp_path / "none" / "mask.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["threshold"] is None and not none.mask.flags().any()
+    assert load_round(tmp_path / "none", index).threshold == np.inf == SavedMask(tmp_path / "none").meta["threshold"]
 
 
 @pytest.mark.parametrize("scores", [draw(0, 0.0, (0, 0.2), (1, 0.05), 100), np.full(100, 0.2, np.float32)])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.safety.score_files import ScoreFiles, load_scores, neighbours, prune_scores
+from pipeline.safety.score_files import ScoreFiles, load_scores, neighbours, number_of, prune_scores, saved_rounds
 from shards.index.build_index import build_index
 from tests.helpers.ranks import run_ranks
 
@@ -103,9 +103,12 @@ def test_scores_of_the_last_rounds_are_kept_and_all_masks(tmp_path_factory, numb
     for number in whole:
         (masks / f"epoch_{number:03d}" / "mask.json").write_text("{}")
         (masks / f"epoch_{number:03d}" / "scores.old").mkdir()  # a removal that was cut off
+    (masks / "epoch_001_good").mkdir()  # somebody's copy
+    (masks / "epoch_001_good/mask.json").write_text("{}")
+    assert [number_of(folder) for folder in saved_rounds(masks)] == sorted(whole)
     last, keep = data.draw(st.sampled_from(numbers)), data.draw(st.integers(1, 3))
     prune_scores(masks / f"epoch_{last:03d}", keep)
     gone = sorted(number for number in whole if number <= last)[:-keep]
     there = {int(path.parent.name[6:]) for path in masks.glob("*/scores")}
-    assert there == set(numbers) - set(gone) and len(list(masks.glob("*/mask.json"))) == len(whole)
+    assert there == set(numbers) - set(gone) and len(saved_rounds(masks)) == len(whole)
     assert not any((masks / f"epoch_{number:03d}" / "scores.old").exists() for number in gone)
