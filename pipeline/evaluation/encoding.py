@@ -100,7 +100,7 @@ class PictureBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
                 readable_B[row] = False
                 continue
             images[row] = plain_view(self.trigger.apply(image, place) if self.trigger else image, self.size)
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), readable_B
+        return torch.from_numpy(images).permute(0, 3, 1, 2), readable_B
 
 
 class TokenBatches(Dataset[tuple[torch.Tensor]]):

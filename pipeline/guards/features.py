@@ -108,6 +108,7 @@ FEATURES = {
 
 def take(images_BCHW: torch.Tensor, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """{name: (B, ...)}: these features of unaugmented pictures, uint8, on their device."""
+    images_BCHW = images_BCHW.contiguous()
     return {name: FEATURES[name](images_BCHW) for name in names}
 
 

@@ -159,8 +159,8 @@ def prune_scores(folder: Path, keep: int) -> None:
 
 
 def saved_rounds(masks: Path) -> list[Path]:
-    """Folders in `masks` of a run's rounds whose masks are complete, in their order. A copy that somebody has made beside
-    them, as epoch_003_good, is none of them."""
+    """Folders in `masks` of a run's rounds whose masks are complete, in their order. A copy that somebody has made
+    beside them, as epoch_003_good, is none of them."""
     found = (path.parent for path in masks.glob("epoch_*/mask.json"))
     return sorted((folder for folder in found if folder.name.removeprefix("epoch_").isdecimal()), key=number_of)
 

@@ -40,7 +40,8 @@ def as_numbers(colour: DrawnColour) -> np.ndarray:
 
 def coloured_batch(images_NCHW: torch.Tensor, numbers_NP: torch.Tensor) -> torch.Tensor:
     """uint8 (N, C, H, W): the views with their colours changed, on the device of both."""
-    x, p = images_NCHW.float(), numbers_NP.float().t()[:, :, None, None, None]
+    x = images_NCHW.to(torch.float32, memory_format=torch.contiguous_format)
+    p = numbers_NP.float().t()[:, :, None, None, None]
     for at in range(4):
         step, amount = p[at], p[4 + at]
         changed = torch.where(step == 3, turned(x, amount), blended(x, step, amount))

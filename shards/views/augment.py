@@ -93,7 +93,12 @@ def drawn_view(
         grey < augment.grey,
         rng.uniform(0.1, 2.0) * size / 224 if blur < augment.blur else 0.0,
     )
-    return pixels_HWC[:, ::-1] if flip < augment.flip else pixels_HWC, colour
+    return mirrored(pixels_HWC) if flip < augment.flip else pixels_HWC, colour
+
+
+def mirrored(pixels_HWC: np.ndarray) -> np.ndarray:
+    """The mirror image: torch copies it in a tenth of numpy's time."""
+    return torch.from_numpy(np.require(pixels_HWC, requirements="W")).flip(1).numpy()
 
 
 def coloured(pixels_HWC: np.ndarray, colour: Colour) -> np.ndarray:
@@ -140,8 +145,10 @@ def resized(image: Image.Image | np.ndarray, size: int, box: Box) -> np.ndarray:
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     left, top, right, bottom = (round(edge) for edge in box)
     left, top = min(left, width - 1), min(top, height - 1)
-    cut_HWC = np.require(np.asarray(image)[top : max(bottom, top + 1), left : max(right, left + 1)], requirements="W")
-    cut_1CHW = torch.from_numpy(cut_HWC).permute(2, 0, 1)[None]
+    cut_HWC = np.asarray(image)[top : max(bottom, top + 1), left : max(right, left + 1)]
+    # Dense, and with a batch axis before axes are permuted: torch takes longer where strides do not tell that channels
+    # are last.
+    cut_1CHW = torch.from_numpy(np.require(cut_HWC, requirements=("C", "W")))[None].permute(0, 3, 1, 2)
     found_1CHW = torch.nn.functional.interpolate(cut_1CHW, (size, size), mode="bicubic", antialias=True)
     return found_1CHW[0].permute(1, 2, 0).numpy()
 

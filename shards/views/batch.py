@@ -22,7 +22,7 @@ from shards.views.augment import Colour, ImageAugment, drawn_view, plain_view, s
 class Batch:
     """One rank's rows of a batch. A row that could not be read is there, blank and with valid = False."""
 
-    images: torch.Tensor  # uint8 (V*B, C, H, W): all first views, then all second views
+    images: torch.Tensor  # uint8 (V*B, C, H, W), channels last in memory: all first views, then all second views
     tokens: torch.Tensor  # int64 (V*B, L), or (T, L) with caption_of
     valid: torch.Tensor  # bool (B,)
     rows: torch.Tensor  # int64 (B,): number of the sample over all shards
@@ -106,14 +106,14 @@ def collate(
     is `drawn` and not done yet; one caption where there are several views. Raises BadSample.
     """
     size, rows = views.size, len(shard_B)
-    images = np.zeros((count, rows, 3, size, size), np.uint8)
+    images = np.zeros((count, rows, size, size, 3), np.uint8)
     captions = [[[""] for _ in range(rows)] for _ in range(count)]
     colours_VBP = np.zeros((count, rows, NUMBERS), np.float32) if drawn else None
     valid, bad = np.zeros(rows, bool), []
     for row, (shard, position) in enumerate(zip(shard_B.tolist(), position_B.tolist())):
         try:
             for view, (picture, found, *colour) in enumerate(read(row, shard, position)):
-                images[view, row], captions[view][row] = picture.transpose(2, 0, 1), found
+                images[view, row], captions[view][row] = picture, found
                 if drawn:
                     colours_VBP[view, row] = as_numbers(*colour)
             valid[row] = True
@@ -122,7 +122,7 @@ def collate(
             bad.append((shard, position, samples.key(shard, position), str(error)))
     tokens = views.tokenize([caption for view in captions for found in view for caption in found])
     caption_of = [row for view in captions for row, found in enumerate(view) for _ in found]
-    pixels = torch.from_numpy(images.reshape(count * rows, 3, size, size))
+    pixels = torch.from_numpy(images.reshape(count * rows, size, size, 3)).permute(0, 3, 1, 2)
     numbers = torch.from_numpy(samples.index.offsets[shard_B] + position_B)
     colours = torch.from_numpy(colours_VBP.reshape(count * rows, NUMBERS)) if drawn else None
     several = torch.tensor(caption_of) if len(caption_of) > count * rows else None
