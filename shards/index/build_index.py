@@ -18,7 +18,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.index.names import named
-from shards.index.scan import PICTURES, Finding, scan_shard
+from shards.index.scan import PICTURES, Finding, Findings, scan_shard
 from shards.index.shard_index import Shard, ShardIndex, write_index
 from shards.index.tar import NO_TAR
 from shards.progress import progress
@@ -26,7 +26,7 @@ from shards.shares import Parts, Share, in_order, processes
 from shards.storage import remote
 from shards.storage.cache import is_same
 from shards.storage.captions import sources
-from shards.storage.files import write_bytes
+from shards.storage.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +116,11 @@ def build_index(
         if share.world > 1:  # tables are whole or absent, and may be written at the same time; the list of them not
             stack.enter_context(turn(out))
         scanned = [found[number % share.world][number // share.world] for number in range(len(urls))]
-        findings = [Finding(**finding) for _, listed in scanned for finding in listed]
+        findings = Findings(out / "tables", {entry["table"]: count for entry, count in scanned if count})
         shards = [Shard(**entry, text=text, image=image) for entry, _ in scanned]
         if report:
-            write_bytes(report, "".join(json.dumps(asdict(finding)) + "\n" for finding in findings).encode())
+            with whole_file(report) as file:
+                file.writelines(f"{json.dumps(asdict(finding))}\n".encode() for finding in findings)
         check_findings(shards, findings, paths, bool(report))
         return save_index(out, shards, findings)
 
@@ -141,45 +142,47 @@ def check_members(text: str, image: str) -> None:
 
 def scan_all(
     scan: Callable[[str], tuple[dict, list[Finding]]], urls: list[str], share: Share, workers: int
-) -> list[tuple[dict, list[dict]]]:
-    """What `scan` finds in the shards of this share, the findings as JSON objects."""
+) -> list[tuple[dict, int]]:
+    """What `scan` finds in the shards of this share: what the index says of each, and the number of findings."""
     own, scanned = share.of(urls), []
     workers = min(workers, len(own))
     with ProcessPoolExecutor(workers, initializer=ignore_signals) if workers > 1 else ThreadPoolExecutor(1) as pool:
         scans = in_order(pool, scan, ((url,) for url in own), 8 * workers)
         for entry, found in progress(scans, len(own), "shards indexed", share.shown):
-            scanned.append((entry, [asdict(finding) for finding in found]))
+            scanned.append((entry, len(found)))
     return scanned
 
 
-def check_findings(shards: list[Shard], findings: list[Finding], paths: Sequence[str], reported: bool) -> None:
+def check_findings(shards: list[Shard], findings: Findings, paths: Sequence[str], reported: bool) -> None:
     """Raise UserError where a shard is damaged, unless that is reported, and where no sample can be used."""
-    damage = [finding for finding in findings if finding.damage]
-    if damage and not reported:
-        others = f" (and {len(damage) - 1} more of the kind)" if len(damage) > 1 else ""
-        where, mend = f", at byte {damage[0].byte}", "fetch or write it again, "
-        if damage[0].reason.startswith(NO_TAR):  # it says itself how to mend it
+    first = None if reported else next((finding for finding in findings if finding.damage), None)
+    if first:
+        more = sum(finding.damage for finding in findings) - 1
+        others = f" (and {more} more of the kind)" if more else ""
+        where, mend = f", at byte {first.byte}", "fetch or write it again, "
+        if first.reason.startswith(NO_TAR):  # it says itself how to mend it
             where = mend = ""
         raise UserError(
-            f"shard {damage[0].shard}: {damage[0].reason}{where}{others}; "
+            f"shard {first.shard}: {first.reason}{where}{others}; "
             f"{mend}leave it out, or let --report FILE list all damage and index what is intact"
         )
-    unusable = {(finding.shard, finding.position): finding for finding in findings if finding.unusable}
-    if sum(shard.samples for shard in shards) == len(unusable):
+    unusable = sum(1 for _ in findings.by_sample())
+    if sum(shard.samples for shard in shards) == unusable:
         text, image = shards[0].text, shards[0].image
-        kinds = Counter(finding.kind for finding in unusable.values())
-        most = next((finding for finding in unusable.values() if finding.kind == kinds.most_common(1)[0][0]), None)
-        why = f" (most often, {kinds[most.kind]:,} times: sample {most.key!r}: {most.reason})" if most else ""
+        kinds = Counter(finding.kind for finding in findings.by_sample())
+        kind, times = next(iter(kinds.most_common(1)), ("", 0))
+        most = next((finding for finding in findings.by_sample() if finding.kind == kind), None)
+        why = f" (most often, {times:,} times: sample {most.key!r}: {most.reason})" if most else ""
         picture = image or ",".join(PICTURES)
         caption = ",".join(dict.fromkeys(name for source in sources(text) for name in source.members))
         raise UserError(
             f"shards {' '.join(map(str, paths[:SHOWN]))}{' ...' if len(paths) > SHOWN else ''}: none of "
-            f"{len(unusable):,} samples in them has both, a picture and a usable text{why}; expected "
+            f"{unusable:,} samples in them has both, a picture and a usable text{why}; expected "
             f"members KEY.({picture.replace(',', '|')}) and KEY.({caption.replace(',', '|')}), the key without a dot"
         )
 
 
-def save_index(out: Path, shards: list[Shard], findings: list[Finding]) -> ShardIndex:
+def save_index(out: Path, shards: list[Shard], findings: Findings) -> ShardIndex:
     """The index of `shards`, written while nobody else writes to `out`."""
     before: set[str] = set()
     with contextlib.suppress(UserError):

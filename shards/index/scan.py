@@ -9,7 +9,9 @@ import re
 import stat
 import sys
 import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,6 +47,27 @@ class Finding:
     def kind(self) -> str:
         """The reason without its names and numbers, to be counted."""
         return re.sub(r"'.*'|(?<!UTF-)\b[0-9]+\b|[^ ]+\.parquet", "...", self.reason)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All findings in the shards of an index, in order; read from their tables when they are asked for, for they may be
+    too many to hold. counts: of each table that has some."""
+
+    tables: Path
+    counts: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __iter__(self) -> Iterator[Finding]:
+        for name in self.counts:
+            yield from (Finding(**finding) for finding in (saved(self.tables / name) or {"findings": ()})["findings"])
+
+    def by_sample(self) -> Iterator[Finding]:
+        """One finding for each sample that cannot be used."""
+        for _, found in groupby(self, lambda finding: finding.shard):
+            yield from {finding.position: finding for finding in found if finding.unusable}.values()
 
 
 def scan_shard(

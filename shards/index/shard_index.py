@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
-from shards.index.scan import MEMBER, Finding
+from shards.index.scan import MEMBER, Findings
 from shards.index.shard_list import Shard, ShardList, load_shards, write_index
 from shards.index.verify import check_rows, named_table, verify
 from shards.storage import remote
@@ -54,7 +54,7 @@ class ShardIndex:
     An index that is loaded is sent to another process as the names of its files.
     """
 
-    findings: Sequence[Finding] = ()
+    findings: Findings | tuple[()] = ()
 
     def __init__(self, shards: Sequence[Shard], weights: Sequence[int] | None = None):
         """weights: repetitions of the samples in each part of a ShardList; None: 1."""

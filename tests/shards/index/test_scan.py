@@ -114,6 +114,7 @@ def test_what_is_lacking_is_counted_and_keeps_its_place(tmp_path):
     index = build_index([str(path)], tmp_path / "index")
     assert index.samples == 4
     found = {(finding.position, finding.reason) for finding in index.findings}
+    assert len(index.findings) == 4 == len(list(index.findings)) and len(list(index.findings.by_sample())) == 3
     assert found == {(0, "no caption"), (1, "no picture"), (2, "empty picture"), (2, "empty caption")}
     with pytest.raises(UserError, match="none of 2 samples in them has both.*'a': no caption"):
         build_index([str(write_tar(tmp_path / "b.tar", members[:2]))], tmp_path / "index2")
