@@ -48,12 +48,10 @@ def claim(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, list[
             (run_dir / name).unlink(missing_ok=True)
     else:
         found, warnings = inspect(config, run_dir, data)
-    path = run_dir / "config.yaml"
-    if not found or not path.exists() or config.run.accept_changes:
-        values = {"hash": config.hash(), **config.model_dump()}
-        values["guards"] = dict.fromkeys(REGISTRY) | values["guards"]  # null: off, also where a preset has it
-        values["run"].update(restart=False, accept_changes=False)
-        write_bytes(path, to_yaml(values))
+    values = {"hash": config.hash(), **config.model_dump()}  # of the last start: what is no part of the hash may change
+    values["guards"] = dict.fromkeys(REGISTRY) | values["guards"]  # null: off, also where a preset has it
+    values["run"].update(restart=False, accept_changes=False)
+    write_bytes(run_dir / "config.yaml", to_yaml(values))
     return found, warnings
 
 

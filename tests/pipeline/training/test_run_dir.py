@@ -44,6 +44,9 @@ def test_a_run_with_a_checkpoint_keeps_its_config(tmp_path, monkeypatch):
     claim(made, run_dir, DATA)
     monkeypatch.setattr(checkpoint, "newest_complete", lambda folder: (run_dir, []))
     monkeypatch.setattr(checkpoint, "load_state", lambda folder: {"data": "data"})
+    made.evaluation.every = 3  # changes nothing that is learnt
+    claim(made, run_dir, DATA)
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["evaluation"]["every"] == 3
     made.train.lr = 0.5
     with pytest.raises(UserError, match="train.lr: 0.0005 -> 0.5"):
         claim(made, run_dir, DATA)
