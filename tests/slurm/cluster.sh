@@ -54,6 +54,7 @@ print(*[each.getsockname()[1] for each in found])'))
     # The nodes' names are addresses of this host: jobs take a node's name for MASTER_ADDR, and it has to be found.
     # A job that was requeued waits until its credentials have expired: 5 s is the least.
     # A job that has ended is remembered for an hour, so that tests can ask how it ended.
+    # A job that is past its time limit has been warned, but is killed only 5 minutes later: time for a slow host.
     # A job's port follows from its number: two clusters at a time on this host must not both begin with 1.
     cat > "$SLURM_CONF" <<END
 ClusterName=test
@@ -63,6 +64,7 @@ FirstJobId=$((RANDOM % 9000 + 1))
 SlurmUser=$user
 SlurmdUser=$user
 MinJobAge=3600
+OverTimeLimit=5
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/%n

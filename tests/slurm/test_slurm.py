@@ -51,6 +51,15 @@ class Job:
         words = self.slurm("scontrol", "show", "job", self.number).split()
         return {word.split("=", 1)[1] for word in words if word.startswith("JobState=")}
 
+    def minutes(self):
+        """Full minutes that it has run."""
+        days, _, clock = self.facts()["RunTime"].rpartition("-")
+        hours, minutes, _ = map(int, clock.split(":"))
+        return (int(days or 0) * 24 + hours) * 60 + minutes
+
+    def limit(self, minutes):
+        self.slurm("scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}")
+
     def end(self):
         """(state, exit code, restarts) when it is over."""
         wait(lambda: self.facts()["JobState"] not in UNFINISHED, self)
@@ -163,17 +172,18 @@ def files(folder):
 
 
 def test_a_job_that_nears_its_time_limit_saves_and_goes_back_into_the_queue(whole):
-    """The real limit: one minute, which SLURM looks at every 30 s. The ranks are held, so that the run lasts until the
-    warning."""
-    job = Training(whole.folder, "limited", "--time=1", "--signal=USR1@1")
+    """The ranks are held before the limit is set to the next full minute, and until the warning came, so that a fast
+    host does not finish earlier. (SLURM may continue what it warns.)"""
+    job = Training(whole.folder, "limited", "--signal=USR1@1")
     job.wait_for_step(5)
     ranks = job.ranks()
     send(ranks, signal.SIGSTOP)
-    wait(lambda: all(map(warned, ranks)) or "asked to stop" in job.said(), job)
-    job.slurm(
-        "scontrol", "update", f"JobId={job.number}", "TimeLimit=30"
-    )  # what is left may take longer on a slow host
+    assert ranks and "done, " not in job.said()
+    job.limit(job.minutes() + 1)
+    wait(lambda: all(map(warned, ranks)), job)
     send(ranks, signal.SIGCONT)
+    wait(lambda: int(job.facts()["Restarts"]) >= 1, job)
+    job.limit(30)  # one that is completing cannot be changed: only now
     state, code, restarts = job.end()
     assert (state, code) == ("COMPLETED", 0) and restarts >= 1
     said = job.said()
