@@ -7,8 +7,7 @@ import pyarrow.parquet as pq
 
 from pipeline.doctor.footprint import Findings
 from shards.errors import BadSample, ChangedShard, Unreachable
-from shards.index import scan
-from shards.index.scan import Finding
+from shards.index.findings import findings_of
 from shards.samples.samples import Samples
 
 SPREAD = 32  # shards of which one sample is decoded
@@ -47,5 +46,5 @@ def unusable(table: str) -> dict[int, str]:
     image_N, *texts = (column.to_numpy() for column in sizes.columns)
     found = {int(position): "no picture" for position in np.flatnonzero(image_N <= 0)}
     found |= {int(position): "no caption" for position in np.flatnonzero(np.maximum.reduce(texts) <= 0)}
-    listed = (Finding(**one) for one in (scan.saved(Path(table)) or {"findings": []})["findings"])
-    return found | {one.position: one.kind for one in listed if one.position is not None and not one.damage}
+    listed = (one for one in findings_of(Path(table)) if one.position is not None and not one.damage)
+    return found | {one.position: one.kind for one in listed}

@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.index.findings import Finding, Findings
 from shards.index.names import named
-from shards.index.scan import PICTURES, Finding, Findings, scan_shard
+from shards.index.scan import scan_shard
 from shards.index.shard_index import Shard, ShardIndex, write_index
 from shards.index.tar import NO_TAR
+from shards.index.tar_samples import PICTURES
 from shards.progress import progress
 from shards.shares import Parts, Share, in_order, processes
 from shards.storage import remote

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
-from shards.index.scan import MEMBER, Findings
+from shards.index.findings import Findings
 from shards.index.shard_list import Shard, ShardList, load_shards, write_index
+from shards.index.tar_samples import MEMBER
 from shards.index.verify import check_rows, named_table, verify
 from shards.storage import remote
 from shards.storage.files import patiently

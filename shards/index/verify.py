@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.errors import ChangedShard, UserError
-from shards.index.scan import fingerprint_of, saved, table_name
+from shards.index.findings import saved
+from shards.index.scan import fingerprint_of, table_name
 from shards.index.shard_list import PIPE, Part, Shard, ShardList
 from shards.progress import progress
 from shards.storage import remote

@@ -343,8 +343,8 @@ def contents_of(index, position):
 
 def test_only_new_and_changed_shards_are_read(make_shards, tmp_path, monkeypatch):
     paths = [str(path) for path in make_shards([2, 3, 1, 4])]
-    read, original = [], scan.read_samples
-    monkeypatch.setattr(scan, "read_samples", lambda path, *rest: (read.append(path), original(path, *rest))[1])
+    read, original = [], scan.TarSamples
+    monkeypatch.setattr(scan, "TarSamples", lambda path, *rest: (read.append(path), original(path, *rest))[1])
 
     def index(paths, **words):
         read.clear()
