@@ -58,8 +58,7 @@ class AuditData:
         """`source`: run directory, folder of `safeclip score`, or a mask's folder. Raises UserError."""
         self.source, self.sample = Path(source), sample
         self.cache: dict[str, Any] = {}
-        parts_of_run = (self.source / "masks", self.source / "checkpoints")
-        self.run_dir = self.source if any(part.is_dir() for part in parts_of_run) else None
+        self.run_dir = self.source if any((self.source / part).is_dir() for part in ("masks", "checkpoints")) else None
         self.scores = Path(scores) if scores else self.source if (self.source / "score.json").exists() else None
         self.rounds = []
         if self.run_dir:
@@ -163,9 +162,8 @@ class AuditData:
             if found.fingerprint != self.saved.meta["fingerprint"]:
                 where = data.index or ", ".join(source.index for source in data.sources.values())
                 raise UserError(f"index {where}: of other shards than the scores; bring those back, or score again")
-            self.samples = Samples(
-                found, open_overlay(data, found), limits=data.limits
-            )  # a few: whole shards are not fetched
+            # Only a few samples are read: whole shards are not fetched.
+            self.samples = Samples(found, open_overlay(data, found), limits=data.limits)
             self.shards = data
             self.overlay = open_overlay(data, found, truth)
         elif truth:

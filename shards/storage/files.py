@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from shards.storage.remote import is_final
+from shards.storage.retry import is_final
 
 Found = TypeVar("Found")
 

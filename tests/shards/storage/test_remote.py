@@ -12,7 +12,7 @@ from shards.errors import ChangedShard, Unreachable, UserError
 from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
 from shards.samples.samples import Samples
-from shards.storage import remote
+from shards.storage import remote, retry
 from shards.storage.cache import Cache
 from shards.storage.prefetch import fetched_ahead
 from shards.storage.reader import Reader
@@ -58,7 +58,7 @@ def test_buckets(make_shards, tmp_path, monkeypatch, kind, store):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_server_that_fails_at_random(make_shards, tmp_path, monkeypatch, ranges):
     monkeypatch.setattr(remote, "CHUNK", 2000)
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
     paths = make_shards([6, 4, 5])
     names = [str(path.relative_to(tmp_path)) for path in paths]
     local = build_index([str(path) for path in paths], tmp_path / "local")
@@ -72,7 +72,7 @@ def test_a_server_that_fails_at_random(make_shards, tmp_path, monkeypatch, range
 @pytest.mark.parametrize("how", ["hangs", "refuses", "is gone"])
 def test_a_lost_server_is_one_line_in_time(make_shards, tmp_path, monkeypatch, how):
     (path,) = make_shards([3])
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.05)
     index = build_index([str(path)], tmp_path / "index")
     with flaky(tmp_path, 1.0, seconds=100, kinds=["hang" if how == "hangs" else "503"]) as (address, _):
         url = f"{'http://127.0.0.1:1' if how == 'is gone' else address}/{path.relative_to(tmp_path)}"
