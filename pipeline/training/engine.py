@@ -154,8 +154,7 @@ def step(engine: DeepSpeedEngine) -> bool:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         engine.gradient_norm = torch.stack(torch._foreach_norm(gradients)).norm()
         if not engine.gradient_norm.isfinite():  # gradients are averaged: the same on every rank
-            engine.optimizer.zero_grad()
-            engine.step()  # without gradients it only counts
+            engine.optimizer.zero_grad()  # and no engine.step(), whose clipping fails without gradients
             return False
         engine.step()
         return True
