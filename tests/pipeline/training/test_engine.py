@@ -256,3 +256,24 @@ def save_and_load_all(folder):
 def test_what_is_saved_resumes_bit_for_bit_at_every_stage(tmp_path):
     for stage, (whole, resumed) in run_ranks(save_and_load_all, 2, str(tmp_path))[0].items():
         assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole), stage
+
+
+def load_with_other_settings(folder, stage):
+    """[(betas, eps, weight decay)] of the optimizer's groups, of an engine that loads one of other settings."""
+    saved = engines.start_engine(towers(VIT), Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    for path, data in engines.serialise(saved, f"{folder}/{stage}/deepspeed").items():
+        write_bytes(path, data)
+    settings = Train(batch_size=ROWS, zero_stage=stage, beta1=0.5, beta2=0.8, eps=1e-3, weight_decay=0.7)
+    engine = engines.start_engine(towers(VIT), settings, comm.device())
+    engines.load(engine, f"{folder}/{stage}/deepspeed")
+    return [(group["betas"], group["eps"], group["weight_decay"]) for group in engine.optimizer.param_groups]
+
+
+def load_all_with_other_settings(folder):
+    return [load_with_other_settings(folder, stage) for stage in (0, 1, 3)]
+
+
+def test_a_loaded_optimizer_has_the_settings_of_the_config(tmp_path):
+    """With run.accept_changes they may be others than those of the checkpoint."""
+    (found,) = run_ranks(load_all_with_other_settings, 1, str(tmp_path))
+    assert found == [[((0.5, 0.8), 1e-3, 0.7), ((0.5, 0.8), 1e-3, 0.0)]] * 3
