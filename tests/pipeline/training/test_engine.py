@@ -104,6 +104,21 @@ def test_bf16_trains_at_every_stage():
         assert all(0 < loss < 10 for loss in losses) and all(torch.isfinite(w).all() for w in weights.values())
 
 
+def own_weights():
+    """This rank's weights after steps in bf16 at ZeRO 0, where each rank keeps all of them."""
+    settings = Train(batch_size=ROWS, lr=1e-2, zero_stage=0, precision="bf16", clip=1.0)
+    engine = engines.start_engine(towers(VIT), settings, comm.device())
+    for step in range(STEPS):
+        train_step(engine, {}, own_rows(global_batch("clip", 16, step)), "clip")
+    return {name: p.detach().float() for name, p in engine.module.named_parameters()}
+
+
+def test_ranks_keep_the_same_weights_in_bf16():
+    """They read different rows: each would go its own way if gradients were not averaged."""
+    one, two = run_ranks(own_weights, 2)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 class Formats(TorchDispatchMode):
     """Number formats that collectives add in."""
 
