@@ -7,6 +7,7 @@ RUN/checkpoints/step_00001200/
     support_queue.safetensors
                           past embeddings of each modality
     state.json            step, epoch, step in the epoch, world size, ZeRO stage, ...
+    evaluated.json        what replaces some of that when the evaluation of the epoch is done
     COMPLETE              {"files": {name: bytes}}, written last: a folder without it, or with other sizes, is ignored
     universal/            DeepSpeed's universal form, made when a run resumes with another number of ranks
 """
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MARKER = "COMPLETE"
+MARKER, ADDED = "COMPLETE", "evaluated.json"
 # Of the parameters in the optimizer, by model.param_groups: a checkpoint holds them end to end, without names.
 ORDER = 2
 
@@ -108,13 +110,16 @@ class Saver:
         self.error: str | None = None
         self.written, self.abandoned = threading.Event(), threading.Event()
 
+    def folder_of(self, state: dict) -> Path:
+        return self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
+
     def save(self, state: dict) -> None:
         """Start saving everything that a resumed run needs; all ranks call. `state`: JSON object with "step".
 
         Waits for the save before it, and raises UserError on every rank if that one failed on any.
         """
         self.wait()
-        self.folder = folder = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
+        self.folder = folder = self.folder_of(state)
         if comm.is_rank0():
             shutil.rmtree(folder, ignore_errors=True)  # only ever an incomplete one: a complete one was resumed from
             folder.mkdir(parents=True)
@@ -139,6 +144,12 @@ class Saver:
         self.written.clear()
         self.thread = threading.Thread(target=self.write, args=(folder, files, comm.rank(), comm.world()), daemon=True)
         self.thread.start()
+
+    def add(self, state: dict, keys: Sequence[str]) -> None:
+        """Replace `keys` of the state in the checkpoint of its step, which may still be written. All ranks call."""
+        if comm.is_rank0():
+            with contextlib.suppress(OSError):  # then they stay as they were
+                write_json(self.folder_of(state) / ADDED, {key: state[key] for key in keys})
 
     def write(self, folder: Path, files: engines.Files, rank: int, world: int) -> None:
         """Thread: write this rank's files, then its receipt; on rank 0 also the marker. No collectives.
@@ -246,7 +257,10 @@ def load_checkpoint(folder: Path, engine: DeepSpeedEngine, queues: dict[str, Sup
 
 def load_state(folder: Path) -> dict:
     """The JSON state of a checkpoint."""
-    return json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_text())
+    if (folder / ADDED).exists():
+        state |= json.loads((folder / ADDED).read_text())
+    return state
 
 
 def to_universal(folder: Path) -> None:

@@ -154,8 +154,7 @@ def step(engine: DeepSpeedEngine) -> bool:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         engine.gradient_norm = torch.stack(torch._foreach_norm(gradients)).norm()
         if not engine.gradient_norm.isfinite():  # gradients are averaged: the same on every rank
-            engine.optimizer.zero_grad()
-            engine.step()  # without gradients it only counts
+            engine.optimizer.zero_grad()  # and no engine.step(), whose clipping fails without gradients
             return False
         engine.step()
         return True
@@ -206,13 +205,12 @@ def serialise(engine: DeepSpeedEngine, folder: Path | str) -> Files:
 
 def load(engine: DeepSpeedEngine, folder: Path | str) -> None:
     """Restore what `serialise` gave, from files in `folder`; all ranks call."""
-    groups = engine.optimizer.param_groups
-    decays = [group["weight_decay"] for group in groups]
+    kept = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in engine.optimizer.param_groups]
     path, _ = engine.load_checkpoint(str(Path(folder).parent), tag=Path(folder).name)
-    # ZeRO-3 loads the universal form with the settings of the first group in all groups, and one step counter shared by
-    # all.
-    for group, decay in zip(groups, decays):
-        group["weight_decay"] = decay
+    # The settings are those of the config, which may have changed. ZeRO-3 loads the universal form with those of the
+    # first group in all groups, and with one step counter shared by all.
+    for group, settings in zip(engine.optimizer.param_groups, kept):
+        group.update(settings)
     for parameter, state in engine.optimizer.state.items():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].to(parameter.device, copy=True)

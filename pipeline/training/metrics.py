@@ -104,7 +104,7 @@ def keep_whole_lines(file: BinaryIO, length: int) -> None:
     kept = Path(file.name).read_bytes()[:length]
     if len(kept) < length:
         logger.warning(f"{file.name}: lines are lost: {len(kept):,} of {length:,} bytes are there")
-    file.truncate(kept.rfind(b"\n") + 1)
+    file.seek(file.truncate(kept.rfind(b"\n") + 1))  # `length` is asked for perhaps before the next line
 
 
 def tensorboard_writer(run_dir: Path, metrics: Path) -> "SummaryWriter":

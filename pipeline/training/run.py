@@ -36,6 +36,7 @@ from shards.views.loader import TrainBatches
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 20  # steps between lines of metrics.jsonl
+LAST_SAVE = 60.0  # seconds that a save has to end in after an error; other ranks may be dead
 
 
 class Evaluator(Protocol):
@@ -61,6 +62,7 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
         if any(comm.all_reduce_max(stop.received)):
             run.exit_preempted()  # asked while it started
         stop_where_bad(run, *bad_so_far(run))
+        evaluate(run, clock, evaluators or {})  # an epoch whose evaluation was cut off
         for epoch in run.epochs[state["epoch"] :]:
             mask = mask_for(run, epoch, stop)
             steps = epoch_steps(epoch, run.index.counts, mask, config, run.index.repetitions)
@@ -99,9 +101,11 @@ def train(config: Config, evaluators: Mapping[str, Evaluator] | None = None, sto
                     report(run, epoch, step, meter, loss, scale, rate)
                 if meter.done < len(steps) and save_now(run, clock, bad, stop):
                     bad = save(run, clock, bad, stop)
-            state.update(epoch=epoch.number + 1, epoch_step=0)
-            evaluate(run, epoch, evaluators or {})
-            save(run, clock, bad, stop)
+            state.update(
+                epoch=epoch.number + 1, epoch_step=0, to_evaluate=bool(evaluators) and is_evaluated(run, epoch)
+            )
+            save(run, clock, bad, stop)  # before the evaluation, which may take long, or fail
+            evaluate(run, clock, evaluators or {})
         run.saver.wait()
         views, seconds = state["sample_views"], state["seconds"]
         logger.info(f"{run.run_dir}: done, {state['step']} steps, {views:,} sample views, {seconds:.0f} s")
@@ -123,6 +127,11 @@ class SaveClock:
     def __init__(self) -> None:
         self.saved = self.counted = time.monotonic()
         self.agreement = Agreement()
+
+    def count(self) -> float:
+        """Seconds since this was called last."""
+        before, self.counted = self.counted, time.monotonic()
+        return self.counted - before
 
 
 def save_now(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) -> bool:
@@ -151,9 +160,8 @@ def save(run: Run, clock: SaveClock, bad: list[Unread], stop: StopSignal) -> lis
     """
     comm.on_rank0(run.lease.check)
     run.state["bad_rows"] += record(run, bad)
-    now = time.monotonic()
-    run.state.update(seconds=run.state["seconds"] + now - clock.counted, metrics_bytes=run.logger.length())
-    clock.saved = clock.counted = now
+    run.state.update(seconds=run.state["seconds"] + clock.count(), metrics_bytes=run.logger.length())
+    clock.saved = clock.counted
     run.saver.save(run.state)
     if any(comm.all_reduce_max(stop.received)):
         run.exit_preempted()
@@ -179,15 +187,33 @@ def not_finite(run: Run, epoch: Epoch, step: Step, loss: torch.Tensor) -> None:
         logger.warning(f"skipped {text} ({run.state['skipped']} so far)")
 
 
-def evaluate(run: Run, epoch: Epoch, evaluators: Mapping[str, Evaluator]) -> None:
-    """Run the evaluators after an epoch, if the config asks for it."""
+def is_evaluated(run: Run, epoch: Epoch) -> bool:
+    """Whether the config asks for an evaluation after this epoch."""
     done, every = epoch.number + 1, run.config.evaluation.every
-    if done == len(run.epochs) or every and done % every == 0 and epoch.end is None:
+    return done == len(run.epochs) or bool(every) and done % every == 0 and epoch.end is None
+
+
+def evaluate(run: Run, clock: SaveClock, evaluators: Mapping[str, Evaluator]) -> None:
+    """Run the evaluators after the last epoch that is done, if that is still to do. All ranks call.
+
+    Its checkpoint is told: a run that resumes from it has the figures, and evaluates only where they are missing.
+    """
+    state = run.state
+    if not state["to_evaluate"]:
+        return
+    epoch = run.epochs[: state["epoch"]][-1]
+    try:
         with run.average.applied() if run.average else nullcontext():
             for name, evaluator in evaluators.items():
                 figures = evaluator(run.engine, run.views, run.device)
-                run.logger.log(step=run.state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
+                run.logger.log(step=state["step"], epoch=epoch.number, stage=epoch.stage, **{name: figures})
                 logger.info(f"  epoch {epoch.number:3d} {epoch.stage:9s} {name}: " + evaluator.line(figures))
+    except Exception:
+        if run.saver.thread:
+            run.saver.thread.join(LAST_SAVE)  # which would end with the process
+        raise
+    state.update(to_evaluate=False, seconds=state["seconds"] + clock.count(), metrics_bytes=run.logger.length())
+    run.saver.add(state, ("to_evaluate", "seconds", "metrics_bytes"))
 
 
 def report(

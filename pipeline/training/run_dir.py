@@ -44,7 +44,7 @@ def claim(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, list[
             shutil.rmtree(run_dir / name, ignore_errors=True)
             if (run_dir / name).exists():  # a start later would resume from what is left
                 raise UserError(f"run.restart: {run_dir / name} cannot be removed; remove it, or take another run.dir")
-        for name in ("eval.json", "wandb_id"):
+        for name in ("eval.json", "wandb_id", "metrics.jsonl"):  # lines without a checkpoint are a run that is refused
             (run_dir / name).unlink(missing_ok=True)
     else:
         found, warnings = inspect(config, run_dir, data)

@@ -49,6 +49,7 @@ FRESH: dict = {
     "first_fraction": None,  # of the pairs, in the first safe set
     "first_views": None,  # the same of the samples of an epoch; differs with weights of data.sources
     "metrics_bytes": 0,
+    "to_evaluate": False,  # the last of the epochs that are done
 }
 
 

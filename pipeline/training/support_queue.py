@@ -39,8 +39,15 @@ class SupportQueue:
         return {"queue": self.queue_PD, "place": torch.tensor([self.head, self.filled])}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.queue_PD.copy_(state["queue"])
-        self.head, self.filled = state["place"].tolist()
+        """Restore a queue; of one of another size the newest embeddings that there is room for."""
+        saved_PD, (head, filled) = state["queue"], state["place"].tolist()
+        size = len(self.queue_PD)
+        if len(saved_PD) != size:  # another train.support_queue
+            saved_PD = saved_PD.roll(-head, 0)[len(saved_PD) - filled :][-size:]
+            filled = len(saved_PD)
+            head = filled % size
+        self.queue_PD[: len(saved_PD)] = saved_PD.to(self.queue_PD.device)
+        self.head, self.filled = head, filled
 
 
 @torch.library.custom_op("safeclip::nearest", mutates_args=())

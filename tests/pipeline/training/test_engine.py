@@ -104,6 +104,21 @@ def test_bf16_trains_at_every_stage():
         assert all(0 < loss < 10 for loss in losses) and all(torch.isfinite(w).all() for w in weights.values())
 
 
+def own_weights():
+    """This rank's weights after steps in bf16 at ZeRO 0, where each rank keeps all of them."""
+    settings = Train(batch_size=ROWS, lr=1e-2, zero_stage=0, precision="bf16", clip=1.0)
+    engine = engines.start_engine(towers(VIT), settings, comm.device())
+    for step in range(STEPS):
+        train_step(engine, {}, own_rows(global_batch("clip", 16, step)), "clip")
+    return {name: p.detach().float() for name, p in engine.module.named_parameters()}
+
+
+def test_ranks_keep_the_same_weights_in_bf16():
+    """They read different rows: each would go its own way if gradients were not averaged."""
+    one, two = run_ranks(own_weights, 2)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 class Formats(TorchDispatchMode):
     """Number formats that collectives add in."""
 
@@ -187,13 +202,19 @@ def test_the_logit_scale_stays_in_bounds_at_every_stage():
 
 
 def skipped(stage):
-    """(whether the step was taken, CLIP before it, CLIP after it); the last rank's pictures become no numbers."""
-    engine = engines.start_engine(towers(RESNET), Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    """(whether each of two steps was taken, CLIP before and after the first); in that one the last rank's pictures
+    become no numbers. Gradients are clipped."""
+    settings, batch = Train(batch_size=ROWS, zero_stage=stage, clip=1.0), own_rows(global_batch("clip", 32))
+    engine = engines.start_engine(towers(RESNET), settings, comm.device())
     before = engines.consolidated_state(engine)
-    if comm.rank() == comm.world() - 1:
-        engine.module.clip.visual.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
-    finite = train_step(engine, {}, own_rows(global_batch("clip", 32)), "clip")[2]
-    return finite, before, engines.consolidated_state(engine)
+    last = comm.rank() == comm.world() - 1
+    hook = engine.module.clip.visual.register_forward_pre_hook(
+        lambda module, inputs: (inputs[0] * float("nan"),) if last else None
+    )
+    first = train_step(engine, {}, batch, "clip")[2]
+    after = engines.consolidated_state(engine)
+    hook.remove()
+    return (first, train_step(engine, {}, batch, "clip")[2]), before, after
 
 
 def skipped_all():
@@ -201,8 +222,8 @@ def skipped_all():
 
 
 def test_a_step_without_numbers_leaves_batch_norms_statistics_too():
-    for finite, before, after in run_ranks(skipped_all, 2)[0]:
-        assert not finite and any("running_var" in name for name in before)
+    for taken, before, after in run_ranks(skipped_all, 2)[0]:
+        assert taken == (False, True) and any("running_var" in name for name in before)
         for name, value in before.items():
             assert "num_batches" in name or torch.equal(after[name], value), name
 
@@ -250,3 +271,24 @@ def save_and_load_all(folder):
 def test_what_is_saved_resumes_bit_for_bit_at_every_stage(tmp_path):
     for stage, (whole, resumed) in run_ranks(save_and_load_all, 2, str(tmp_path))[0].items():
         assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole), stage
+
+
+def load_with_other_settings(folder, stage):
+    """[(betas, eps, weight decay)] of the optimizer's groups, of an engine that loads one of other settings."""
+    saved = engines.start_engine(towers(VIT), Train(batch_size=ROWS, zero_stage=stage), comm.device())
+    for path, data in engines.serialise(saved, f"{folder}/{stage}/deepspeed").items():
+        write_bytes(path, data)
+    settings = Train(batch_size=ROWS, zero_stage=stage, beta1=0.5, beta2=0.8, eps=1e-3, weight_decay=0.7)
+    engine = engines.start_engine(towers(VIT), settings, comm.device())
+    engines.load(engine, f"{folder}/{stage}/deepspeed")
+    return [(group["betas"], group["eps"], group["weight_decay"]) for group in engine.optimizer.param_groups]
+
+
+def load_all_with_other_settings(folder):
+    return [load_with_other_settings(folder, stage) for stage in (0, 1, 3)]
+
+
+def test_a_loaded_optimizer_has_the_settings_of_the_config(tmp_path):
+    """With run.accept_changes they may be others than those of the checkpoint."""
+    (found,) = run_ranks(load_all_with_other_settings, 1, str(tmp_path))
+    assert found == [[((0.5, 0.8), 1e-3, 0.7), ((0.5, 0.8), 1e-3, 0.0)]] * 3

@@ -81,6 +81,7 @@ def test_whole_lines_before_the_checkpoint_are_kept(tmp_path, length, expected):
     (tmp_path / "metrics.jsonl").write_bytes(b"one\ntwo\nthr")
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         keep_whole_lines(file, length)
+        assert file.tell() == len(expected)  # which the next checkpoint takes for the length
     assert (tmp_path / "metrics.jsonl").read_bytes() == expected
 
 

@@ -64,6 +64,16 @@ def test_a_restart_that_cannot_remove_the_state_of_a_run_is_refused(tmp_path, mo
         claim(made, run_dir, DATA)
 
 
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_that_dies_before_its_first_checkpoint_is_started_again(tmp_path, monkeypatch, launcher):
+    made, run_dir = config(tmp_path, "run", run__restart=True), tmp_path / "run"
+    (run_dir / "checkpoints" / "step_00012000").mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text('{"step": 12000}\n')
+    assert claim(made, run_dir, DATA) == (None, [])
+    monkeypatch.setenv(launcher, "1")  # the state is not deleted once more
+    assert claim(made, run_dir, DATA) == (None, [])
+
+
 def attack(folder, caption):
     """An attack of one pair that is given this caption."""
     index, path = ShardIndex.load(folder / "shapes/index"), folder / "attack/manifest.json"

@@ -47,6 +47,27 @@ def test_it_is_restored():
     )
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(1, 12))
+def test_a_queue_of_another_size_takes_the_newest_rows(pushes, size, other):
+    """As if they had been pushed into it; and it goes on from there."""
+    queue, restored, expected = (
+        SupportQueue(size, 1, "cpu"),
+        SupportQueue(other, 1, "cpu"),
+        SupportQueue(other, 1, "cpu"),
+    )
+    rows = torch.arange(sum(pushes)).float()[:, None]
+    for part in rows.split(pushes):
+        queue.push(part, torch.ones(len(part), dtype=torch.bool))
+    restored.load_state_dict(queue.state_dict())
+    expected.push(rows[-min(size, len(rows)) :], torch.ones(min(size, len(rows)), dtype=torch.bool))
+    for _ in range(2):
+        assert restored.filled == expected.filled
+        held = [set(one.queue_PD[: one.filled, 0].tolist()) for one in (restored, expected)]
+        assert held[0] == held[1]
+        for one in (restored, expected):
+            one.push(torch.full((1, 1), -1.0), torch.ones(1, dtype=torch.bool))
+
+
 def push(size):
     queue = SupportQueue(size, 2, comm.device())
     for step in range(3):
