@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from pipeline.audit.data import AuditData
 from pipeline.safety.scoring import ShardBatches
-from pipeline.training.signals import ignore_in_worker
+from pipeline.training.signals import ignore
 from shards.errors import BadSample
 from shards.progress import progress
 from shards.samples.samples import Samples
@@ -112,7 +112,7 @@ def measure_all(data: AuditData) -> Measured:
     todo = ShardBatches(samples.index.offsets, range(len(samples.index.counts)), BATCH)
     dataset = Measures(samples, todo)
     workers = min(WORKERS, os.cpu_count() or 1) if len(todo) >= WORKERS else 0
-    reading = fetched_ahead(batches(dataset, 0, workers, ignore_in_worker), dataset)
+    reading = fetched_ahead(batches(dataset, 0, workers, ignore), dataset)
     parts = list(progress(reading, len(todo), "batches of pictures measured"))
     frame, hash_M2 = pd.concat([part.frame for part in parts]), np.concatenate([part.hash_M2 for part in parts])
     scored_M = ~np.isnan(data.score_N[frame.index])

@@ -25,7 +25,7 @@ from pipeline.distributed import comm
 from pipeline.safety.round import SelectionRound, save_round, select_pairs
 from pipeline.safety.score_files import ScoreFiles, shared_scores
 from pipeline.safety.scoring import ShardBatches, assign_shards, least_similar
-from pipeline.training.signals import ignore_in_worker
+from pipeline.training.signals import ignore
 from shards.errors import UserError
 from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
@@ -168,7 +168,7 @@ def score_shards(
     todo = ShardBatches(index.offsets, mine, batch_size)
     parts, device, width = [], comm.device(), width_of(scorer)
     dataset = Pairs(samples, todo, scorer.preprocess, scorer.tokenize)
-    reading = zip(todo, fetched_ahead(batches(dataset, 0, workers, ignore_in_worker), dataset))
+    reading = zip(todo, fetched_ahead(batches(dataset, 0, workers, ignore), dataset))
     for (row_B, _), rows in progress(reading, len(todo), "batches of rank 0 scored", comm.is_rank0()):
         if rows.valid.any():
             image_BD, text_TD = scorer.encode(rows.images.to(device), rows.tokens.to(device))

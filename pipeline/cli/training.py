@@ -53,7 +53,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Train from a config, or resume a run. A run resumes from the newest complete checkpoint of run.dir."""
     if dry_run:
         return tell_plan(config, overrides)
-    from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal
+    from pipeline.training.signals import EXIT_CODE, Preempted, StopSignal, ignore
 
     try:
         # From the first moment: the imports that follow take seconds, minutes on a cluster's file system.
@@ -75,6 +75,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
             train_run(loaded, evaluators, stop)
             comm.shutdown()
     except Preempted:  # on all ranks
+        ignore()  # one more signal would change the exit code
         comm.shutdown()
         raise click.exceptions.Exit(EXIT_CODE) from None
 

@@ -47,7 +47,8 @@ class Run(Section):
     keep: Positive = 2
     """Newest complete checkpoints to keep, and selection rounds whose scores are kept. All masks are."""
     keep_every: Count = 0
-    """Keep also the checkpoint at the end of every n-th epoch; 0 = none."""
+    """Keep also the checkpoint at the end of every n-th epoch; 0 = none. The steps before the first selection round
+    count as one."""
     restart: bool = False
     """Delete the state of the run directory and start from the beginning."""
     accept_changes: bool = False
@@ -253,7 +254,8 @@ class Evaluation(Section):
     """Index of the training shards with text="cls", for the linear probe; null: the folder `labels` beside data.index,
     where it is there."""
     every: Count = 1
-    """Evaluate after every n-th epoch; 0 = only at the end."""
+    """Evaluate after every n-th epoch; 0 = only at the end. The steps before the first selection round count as one,
+    which is not evaluated."""
 
 
 class Wandb(Section):

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.config.schema import Config
 from pipeline.distributed import comm
 from pipeline.training.accumulation import check_parts
-from pipeline.training.batchnorm import batch_norms
+from pipeline.training.batchnorm import batch_norms, running_statistics
 from pipeline.training.model import Towers
 from shards.errors import UserError
 
@@ -21,6 +21,11 @@ from shards.errors import UserError
 def apply_levers(towers: Towers, config: Config) -> None:
     """Make `towers`, in place, ready for training by `config`. Raises UserError for what the model cannot do."""
     train = config.train
+    if train.precision == "bf16" and comm.device().type == "cpu" and running_statistics(towers):
+        raise UserError(
+            "train.precision: got bf16, but the model has batch norm, whose statistics stay fp32, and CPUs mix no "
+            "formats; set train.precision=fp32"
+        )
     check_parts(towers, train.batch_size // comm.world(), train.accumulate)
     if config.model.patch_dropout:
         drop_patches(towers.clip.visual, config.model.patch_dropout)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 import time
 import uuid
@@ -65,7 +66,7 @@ class MetricsLogger:
         if not self.file:
             return
         figures = {"step": step, **figures}
-        self.file.write((json.dumps(figures) + "\n").encode())
+        self.file.write((json.dumps(finite(figures)) + "\n").encode())
         self.file.flush()
         if self.tensorboard:
             for name, value in flat(figures):
@@ -97,6 +98,13 @@ class MetricsLogger:
             self.wandb.finish()
         if self.tensorboard:
             self.tensorboard.close()
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null in place of infinity and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_whole_lines(file: BinaryIO, length: int) -> None:

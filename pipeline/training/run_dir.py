@@ -40,7 +40,8 @@ def claim(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, list[
     found: Path | None = None
     warnings: list[str] = []
     if restart:
-        for name in ("masks", "checkpoints", "bad_samples", "tensorboard", "profile"):
+        # Checkpoints first: were it cut off after the masks, the next start would resume without them.
+        for name in ("checkpoints", "masks", "bad_samples", "tensorboard", "profile"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
             if (run_dir / name).exists():  # a start later would resume from what is left
                 raise UserError(f"run.restart: {run_dir / name} cannot be removed; remove it, or take another run.dir")
@@ -76,6 +77,12 @@ def inspect(config: Config, run_dir: Path, data: dict) -> tuple[Path | None, lis
         raise UserError(
             f"data: these are other shards, other captions or another data.mask than {run_dir} was trained on; "
             "bring them back, or take another run.dir"
+        )
+    saved, asked = state.get("zero_stage"), config.train.zero_stage
+    if saved and saved != asked and {saved, asked} != {1, 2}:
+        raise UserError(
+            f"train.zero_stage: got {asked}, and {run_dir} is saved at stage {saved}, which no other stage can read "
+            f"but 1 and 2 each other; set train.zero_stage={saved}"
         )
     # Runs that began before the digest was kept have none.
     if state.get("overlay", data["overlay"]) != data["overlay"] and not config.run.accept_changes:

@@ -116,7 +116,7 @@ class ExitOnSignal:
             signal.signal(number, handler)
 
 
-def ignore_in_worker(_worker: int = 0) -> None:
-    """Initialize a reading process: signals to the job are handled by its rank."""
+def ignore(_worker: int = 0) -> None:
+    """Ignore signals to the job from now on: in a reading process, whose rank handles them, and in one that ends."""
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

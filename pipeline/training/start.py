@@ -25,7 +25,7 @@ from pipeline.training.model import Towers, open_clip_config, picture_size, toke
 from pipeline.training.precision import with_precision
 from pipeline.training.pretrained import make_towers
 from pipeline.training.run_dir import claim, data_state
-from pipeline.training.signals import Preempted, ignore_in_worker
+from pipeline.training.signals import Preempted, ignore
 from pipeline.training.support_queue import SupportQueue
 from pipeline.training.weight_average import WeightAverage
 from shards.errors import UserError
@@ -76,7 +76,7 @@ class Run:
         self.config, self.device = config, comm.device()
         self.index = open_index(config.data)
         self.samples, self.views = open_samples(config.data, self.index), make_views(config)
-        self.readers = Readers(self.samples, self.views, config.data.workers, ignore_in_worker)
+        self.readers = Readers(self.samples, self.views, config.data.workers, ignore)
         comm.on_rank0(self.samples.verify, config.data.remote_timeout, stop)
         # With run.restart the directory is emptied first: a job that is put back into the queue does not do it again.
         if any(comm.all_reduce_max(stop())) and not config.run.restart:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.learnt import differences
 from pipeline.config.load import make_config, to_yaml
-from pipeline.config.schema import Train
+from pipeline.config.schema import Config, Train
 from pipeline.distributed import comm
 from pipeline.training import engine as engines
 from pipeline.training import levers
@@ -116,6 +116,9 @@ def test_what_a_model_cannot_do_is_refused_by_name():
             checkpoint_activations(towers(config).clip)
     with pytest.raises(UserError, match="train.compile: .* train.zero_stage 3"):
         compile_towers(towers(VIT).clip, 3)
+    with pytest.raises(UserError, match="train.precision: got bf16, but the model has batch norm"):
+        apply_levers(towers(RESNET), Config(train={"precision": "bf16"}))
+    apply_levers(towers(VIT), Config(train={"precision": "bf16"}))
 
 
 def test_a_compiler_that_is_lacking_is_named_before_the_run_begins(monkeypatch):

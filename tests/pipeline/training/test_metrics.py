@@ -76,6 +76,14 @@ def test_flat_names_of_nested_figures():
     assert dict(flat({"a": 1, "b": {"c": {"d": 2}, "e": 3}})) == {"a": 1, "b/c/d": 2, "b/e": 3}
 
 
+def test_a_line_is_strict_json(tmp_path):
+    logger = MetricsLogger(tmp_path, Config(), 0)
+    logger.log(step=1, loss=float("nan"), deep={"a": float("inf"), "b": 0.5})
+    logger.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 1, "loss": None, "deep": {"a": None, "b": 0.5}}
+
+
 @pytest.mark.parametrize("length, expected", [(0, b""), (4, b"one\n"), (6, b"one\n"), (99, b"one\ntwo\n")])
 def test_whole_lines_before_the_checkpoint_are_kept(tmp_path, length, expected):
     (tmp_path / "metrics.jsonl").write_bytes(b"one\ntwo\nthr")

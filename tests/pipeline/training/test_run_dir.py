@@ -123,6 +123,20 @@ def test_within_an_epoch_its_batches_cannot_change(tmp_path, monkeypatch, key, v
             assert inspect(made, tmp_path, {"data": "data", "overlay": None}) == (tmp_path, [])
 
 
+@pytest.mark.parametrize(
+    "saved, asked, read", [(1, 2, True), (0, 3, True), (1, 3, False), (3, 1, False), (2, 0, False)]
+)
+def test_a_zero_stage_that_cannot_read_the_checkpoint_is_refused(tmp_path, monkeypatch, saved, asked, read):
+    monkeypatch.setattr(checkpoint, "newest_complete", lambda folder: (tmp_path, []))
+    made = config(tmp_path, "run", train__zero_stage=asked, run__accept_changes=True)
+    (tmp_path / "state.json").write_text(json.dumps({"data": "data", "zero_stage": saved}))
+    if read:  # of stage 0 the run stays there
+        assert inspect(made, tmp_path, DATA) == (tmp_path, [])
+    else:
+        with pytest.raises(UserError, match=f"train.zero_stage: got {asked}, .* saved at stage {saved}, .*={saved}"):
+            inspect(made, tmp_path, DATA)
+
+
 def test_a_run_that_kept_no_digest_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "newest_complete", lambda folder: (tmp_path, []))
     made = config(tmp_path, "run")
