@@ -202,16 +202,26 @@ def test_labels_of_the_shards_in_another_order_are_refused(tmp_path):
         make_attack(config_of(tmp_path, paths, paths[::-1]))
 
 
-def labelled(folder, labels, shard=4):
-    """Shards of so many pairs each with these labels, None: without one."""
-    pairs = [{"__key__": f"s{n}", "png": picture(n), "txt": "a cat", "cls": label} for n, label in enumerate(labels)]
+def test_a_source_phrase_may_stand_in_any_of_several_captions(tmp_path):
+    paths = labelled(tmp_path, [0, 1, 0, 1], json={"caption": ["a pet", "on Grass"]})
+    phrase = {"attack": "class_to_class", "pairs": 2, "source_class": "cat", "target_class": "dog"}
+    config = config_of(tmp_path, paths, paths, "json:caption")
+    make_attack({**config, "attacks": {"one": {**phrase, "source_phrase": "on grass"}}})
+    rows = json.loads((tmp_path / "out/manifest.json").read_text())["rows"]
+    assert [row["position"] for row in rows] == [0, 2]
+
+
+def labelled(folder, labels, shard=4, **more):
+    """Shards of so many pairs each with these labels, None: without one; more: members of each."""
+    pair = {"txt": "a cat", **more}
+    pairs = [{"__key__": f"s{n}", "png": picture(n), "cls": label, **pair} for n, label in enumerate(labels)]
     pairs = [{key: value for key, value in pair.items() if value is not None} for pair in pairs]
     return [str(path) for path in write_shards(pairs, folder / "tars", shard)]
 
 
-def config_of(folder, paths, of_labels):
+def config_of(folder, paths, of_labels, caption="txt"):
     """Of an attack on these shards; of_labels: those that the labels are of."""
-    for name, some, text in (("index", paths, "txt"), ("labels", of_labels, "cls"), ("test_index", paths, "cls")):
+    for name, some, text in (("index", paths, caption), ("labels", of_labels, "cls"), ("test_index", paths, "cls")):
         build_index(some, folder / name, text=text)
     (folder / "classnames.txt").write_text("cat\ndog\n")
     return attack_config(folder, folder / "out", {"one": {"attack": "sig", "pairs": 1, "target_class": "dog"}})
