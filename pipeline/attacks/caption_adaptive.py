@@ -12,6 +12,8 @@ from pipeline.attacks.base import Backdoor, attack
 from pipeline.attacks.pool import Pool
 from shards.errors import UserError
 
+AT_ONCE = 1 << 23  # similarities that are held at a time
+
 
 @attack
 class CaptionAdaptive(Backdoor):
@@ -32,10 +34,15 @@ class CaptionAdaptive(Backdoor):
         own = [pool.caption(row) for row in rows]
         try:
             vectorizer = TfidfVectorizer().fit(candidates + own)
-            similarity_RC = vectorizer.transform(own) @ vectorizer.transform(candidates).T
+            own_RT, candidate_CT = vectorizer.transform(own), vectorizer.transform(candidates)
         except ValueError as error:
             raise UserError(
                 f"{self.where}.target_class: the captions of the class {pool.classes[target]!r} and of the pairs to "
                 f"poison cannot be compared ({error}); expected captions with words of two letters or more"
             ) from None
-        return [candidates[at] for at in similarity_RC.toarray().round(6).argmax(1)]
+        found: list[str] = []
+        size = max(1, AT_ONCE // len(candidates))
+        for at in range(0, len(own), size):
+            similarity_BC = own_RT[at : at + size] @ candidate_CT.T
+            found += [candidates[best] for best in similarity_BC.toarray().round(6).argmax(1)]
+        return found

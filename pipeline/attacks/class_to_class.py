@@ -23,7 +23,7 @@ class ClassToClass(Attack):
         target_class: str | None = None
         """The same."""
         source_phrase: str | None = None
-        """Only pairs whose own caption contains it, in either case; null: all of the source class."""
+        """Only pairs whose own captions contain it, in either case; null: all of the source class."""
 
     settings: Settings
 
@@ -43,10 +43,10 @@ class ClassToClass(Attack):
         return {**settings.model_dump(), **more}
 
     def victims(self, pool: Pool, source: int) -> np.ndarray:
-        """bool (N,): pairs of the source class whose caption has the phrase."""
+        """bool (N,): pairs of the source class whose captions have the phrase."""
         allowed_N = pool.label_N == source
         phrase = self.settings.source_phrase
         if phrase:
             for row in np.flatnonzero(allowed_N).tolist():
-                allowed_N[row] = phrase.lower() in (pool.caption(row) or "").lower()
+                allowed_N[row] = phrase.lower() in " ".join(pool.captions(row)).lower()  # as evaluation
         return allowed_N

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.attacks.base import ATTACKS, Attack, Seeds
 from pipeline.attacks.pool import Pool
-from shards.errors import UserError
+from shards.errors import BadSample, UserError
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import VERSION
 from shards.samples.samples import Samples
@@ -117,30 +117,38 @@ def open_pool(config: dict) -> Pool:
         ) from None
     classes = [line.strip() for line in lines if line.strip()]  # as a test set's are read for evaluation
     index, test = ShardIndex.load(config["index"]), ShardIndex.load(config["test"])
-    label_N, test_label_M = (read_labels(config[key], key, len(classes)) for key in ("labels", "test"))
-    if len(label_N) != index.samples:
+    labels = ShardIndex.load(config["labels"])
+    # Positions of other shards, or of these in another order, would give each pair the label of some other one.
+    if not labels.shards.column("fingerprint").equals(index.shards.column("fingerprint")):
         raise UserError(
-            f"labels: {config['labels']} has {len(label_N)} samples, index {config['index']} has {index.samples}; "
-            "index the same shards with --text cls"
+            f"labels: {config['labels']} is of other shards than index {config['index']}, or of these in another "
+            f"order ({labels.samples} and {index.samples} samples); index the same shards with --text cls"
         )
+    label_N, test_label_M = (
+        read_labels(Samples(one), key, config[key], len(classes)) for key, one in (("labels", labels), ("test", test))
+    )
     return Pool(index, test, classes, label_N, test_label_M, config["seed"])
 
 
-def read_labels(folder: str, what: str, classes: int) -> np.ndarray:
+def read_labels(samples: Samples, what: str, folder: str, classes: int) -> np.ndarray:
     """int64 (N,): the labels of an index made with --text cls, below `classes`. Raises UserError."""
-    index = ShardIndex.load(folder)
-    samples = Samples(index)
-    try:
-        labels = [samples.label(s, p) for s in range(len(index.counts)) for p in range(int(index.counts[s]))]
-    except ValueError as error:
-        raise UserError(f"{what}: {folder}: a label is no number ({error}); index the shards with --text cls") from None
-    label_N = np.array(labels, np.int64)
-    if len(label_N) and not 0 <= label_N.min() <= label_N.max() < classes:
+    labels = []
+    for shard, count in enumerate(samples.index.counts.tolist()):
+        for position in range(count):
+            try:
+                labels.append(samples.label(shard, position))
+            except (ValueError, BadSample) as error:
+                wrong = "it has no label" if isinstance(error, BadSample) else f"its label is no number ({error})"
+                raise UserError(
+                    f"{what}: {folder}: sample {samples.key(shard, position)!r}: {wrong}; "
+                    "index the shards with --text cls"
+                ) from None
+    if labels and not 0 <= min(labels) <= max(labels) < classes:
         raise UserError(
-            f"{what}: {folder} has labels {label_N.min()} to {label_N.max()}, "
+            f"{what}: {folder} has labels {min(labels)} to {max(labels)}, "
             f"classnames names {classes} classes; they count from 0"
         )
-    return label_N
+    return np.array(labels, np.int64)
 
 
 def write_named(path: str | Path, data: bytes, where: str) -> None:

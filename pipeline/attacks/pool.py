@@ -90,11 +90,15 @@ class Pool:
         raise UserError(f"labels: 100 captions of the class {self.classes[label]!r} in a row cannot be read")
 
     def caption(self, row: int) -> str | None:
-        """A pair's own caption, None where it cannot be read."""
+        """A pair's own caption, the first of several, None where none can be read."""
+        return next(iter(self.captions(row)), None)
+
+    def captions(self, row: int) -> list[str]:
+        """All captions of a pair that can be read."""
         try:
-            return self.samples.caption(*self.place(row))
+            return self.samples.captions(*self.place(row))
         except BadSample:
-            return None
+            return []
 
     def add(self, row: int, kind: str, caption: str, source: list[int] | None = None, decoy: bool = False) -> None:
         """Poison a pair. row: its number. kind: the attack. caption: its new caption. source: (shard, position) in

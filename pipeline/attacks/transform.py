@@ -14,6 +14,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipeline.attacks.base import Backdoor, Trigger, attack, trigger
 
+LONGEST = 65_500  # pixels of a side that libjpeg writes
+
 
 def pixelated(image: Image.Image) -> Image.Image:
     """In eight blocks a side."""
@@ -21,10 +23,10 @@ def pixelated(image: Image.Image) -> Image.Image:
 
 
 def compressed(image: Image.Image) -> Image.Image:
-    """As JPEG of quality 8 makes it."""
+    """As JPEG of quality 8 makes it; a side that is too long for one is scaled to the longest."""
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=8)
-    return Image.open(file).convert("RGB")
+    image.resize((min(image.width, LONGEST), min(image.height, LONGEST))).save(file, "JPEG", quality=8)
+    return Image.open(file).convert("RGB").resize(image.size)
 
 
 def vignetted(image: Image.Image) -> Image.Image:

@@ -71,14 +71,16 @@ def against_truth(data: AuditData, found: dict[str, Finding], suspect: Finding) 
     """For audit.json: per detector and kind of attack `judge`, per detector precision at FRACTIONS, per round that
     of the mask.
 
-    Of a kind, the poison of the other kinds is left out; precision counts all poison. {} without a manifest.
+    Of a kind, the poison of the other kinds is left out; precision counts all poison. {} without a manifest, and where
+    it leaves no pair clean, for then nothing can be told from poison.
     """
     kinds = data.truth()
-    if not kinds:
-        return {}
     poison_N = np.zeros(data.N, bool)
-    poison_N[np.concatenate(list(kinds.values()))] = True
+    for rows in kinds.values():
+        poison_N[rows] = True
     clean = np.flatnonzero(~poison_N)
+    if not kinds or not len(clean):
+        return {}
     detectors = {}
     for name, finding in {"combined": suspect, **found}.items():
         detectors[name] = {

@@ -61,6 +61,7 @@ def init(timeout: float = 60.0) -> None:
             )
     env.setdefault("LOCAL_RANK", "0")
     env.setdefault("MASTER_PORT", "29500")
+    check_launch(env)
     if torch.cuda.is_available():
         # DeepSpeed takes LOCAL_RANK for the GPU's number, throughout training. SLURM_LOCALID stays what it is.
         env["LOCAL_RANK"] = str(own_gpu(int(env["LOCAL_RANK"]), torch.cuda.device_count(), env))
@@ -85,6 +86,27 @@ def init(timeout: float = 60.0) -> None:
         hosts = gather_objects(socket.gethostname())
     # What ranks of a host share is divided by it; of the launchers only torchrun sets it.
     env["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
+
+
+def check_launch(env: Mapping[str, str]) -> None:
+    """Raise UserError, naming the variable, unless the environment is one that a launcher makes for a process."""
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        value, of_number = env.get(name, ""), name != "MASTER_ADDR"
+        if not value or of_number and not value.isdecimal():
+            got, wanted = f"got {value!r}" if value else "missing", "a whole number" if of_number else "a host"
+            raise UserError(
+                f"{name}: {got}, expected {wanted}, as RANK is set; start with launch/torchrun.sh or "
+                "launch/slurm.sbatch, or unset RANK to run one process"
+            )
+        numbers[name] = int(value) if of_number else 0
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        error = UserError(
+            f"RANK: got {numbers['RANK']}, expected less than WORLD_SIZE, {numbers['WORLD_SIZE']}; number the "
+            "processes from 0 on"
+        )
+        error.alone = True
+        raise error
 
 
 def wait_long(group: dist.ProcessGroup) -> None:

@@ -47,17 +47,23 @@ def host_array(count: int, dtype: DTypeLike) -> np.ndarray:
                     file.fileno(), 0, count * dtype.itemsize
                 )  # a full disk must not show later, as SIGBUS
         except OSError as error:
-            wrong = f"{socket.gethostname()}: {path.parent}: {error.strerror}"
-    faults = [text for text in comm.gather_objects(wrong) if text]
+            wrong = f"{host()}: {path.parent}: {error.strerror}"
+    need = f"{count * dtype.itemsize:,} bytes are needed there; free some, or set TMPDIR to a larger disk"
+    faults = [f"{text}; {need}" for text in comm.gather_objects(wrong) if text]
     if not faults:
-        array = np.memmap(path, dtype, "r+", shape=(count,))
-        comm.barrier()
+        try:
+            array = np.memmap(path, dtype, "r+", shape=(count,))
+        except OSError as error:  # containers of one name, or each process with a temporary folder of its own
+            wrong = (
+                f"{host()}: {path.parent}: rank {comm.rank()} does not see a file that rank {first}, whose "
+                f"host has the same name, made there ({error.strerror}); give every host a name of its own, and all "
+                "its processes one TMPDIR"
+            )
+        faults = [text for text in comm.gather_objects(wrong) if text]
     if comm.rank() == first:
         path.unlink(missing_ok=True)
     if faults:
-        raise UserError(
-            f"{faults[0]}; {count * dtype.itemsize:,} bytes are needed there; free some, or set TMPDIR to a larger disk"
-        )
+        raise UserError(faults[0])
     return array
 
 

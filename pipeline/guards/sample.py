@@ -4,6 +4,7 @@ and know what to look for in the pass over the others."""
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -78,7 +79,9 @@ class Sample:
     def claim(self, made: dict) -> set[int]:
         """Numbers of the chunks that are done. Rank 0 calls."""
         claim(self.folder, made)
-        return {chunk for chunk in range(len(self.chunks)) if self.path(chunk).exists()}
+        # Not file by file: NFS remembers for a while that a file was missing, though another host writes it meanwhile.
+        there = set(os.listdir(self.folder))
+        return {chunk for chunk in range(len(self.chunks)) if self.path(chunk).name in there}
 
     def write(self, chunk: int, parts: Sequence[Scored]) -> None:
         offsets, file = self.samples.index.offsets, io.BytesIO()

@@ -28,7 +28,8 @@ def separation(counts_K: np.ndarray, low: float, high: float, mixture: Mixture) 
     total, width = int(counts_K.sum()), (high - low) / len(counts_K)
     x = low + (np.arange(len(counts_K)) + 0.5) * width
     mean = (counts_K * x).sum() / total
-    variance = (counts_K * (x - mean) ** 2).sum() / total
+    # Of one bin it would be 0, whose logarithm JSON does not have.
+    variance = max((counts_K * (x - mean) ** 2).sum() / total, width**2 / 12)
     (m0, m1), (s0, s1) = mixture.mean, mixture.std
     parts = [
         w * np.exp(-0.5 * ((x - m) / s) ** 2) / (s * np.sqrt(2 * np.pi))

@@ -205,11 +205,11 @@ def broadcast_mask(safe_S: Iterable[np.ndarray], counts_S: np.ndarray) -> SafeMa
 
 
 def change_since(before: Path, counts_K: np.ndarray, limits: tuple[float, float], mask: SafeMask) -> dict[str, float]:
-    """diagnosis.change since the round in the folder `before`; {} when its files are missing."""
+    """diagnosis.change since the round in the folder `before`; {} when its files are missing or damaged."""
     try:
         before_K = np.load(before / "histogram.npy", allow_pickle=False)
         return change(counts_K, *limits, mask, before_K, SafeMask.load(before)[0])
-    except (OSError, UserError):
+    except (OSError, ValueError, EOFError, UserError):
         return {}
 
 
@@ -238,7 +238,7 @@ def load_round(folder: Path, index: ShardIndex) -> SelectionRound:
     try:
         counts_K = np.load(folder / "histogram.npy", allow_pickle=False)
         control_C = np.load(folder / "negative_controls.npy", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"mask {folder}: a file of it cannot be read ({error}); bring it back") from None
     mixture = Mixture.from_dict(meta["mixture"]) if meta["mixture"] else None
     return SelectionRound(

@@ -115,7 +115,7 @@ class ScoreFiles:
         parts = self.parts()
         for first, last in parts.parts:
             for shard in parts.alone.intersection(range(first, last + 1)):
-                self.path(shard).unlink()
+                self.path(shard).unlink(missing_ok=True)  # NFS may list what another host has removed
         return self.parts()
 
     def merge(self, shards: list[int], parts: ScoreParts, excluded: Callable[[int], Mapping[int, str]]) -> None:

@@ -1,10 +1,13 @@
 """Which pairs an attack takes, and which captions it gives them."""
 
+import tracemalloc
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from pipeline.attacks import ATTACKS, TRIGGERS, load_trigger
+from pipeline.attacks import ATTACKS, TRIGGERS, caption_adaptive, load_trigger
 from pipeline.attacks.manifest import make_attack
 from shards.build.write import write_shards
 from shards.errors import UserError
@@ -122,6 +125,27 @@ def test_adaptive_captions_are_the_targets_nearest(poison):
     adaptive_R, best_R = nearness("caption_adaptive")
     np.testing.assert_allclose(adaptive_R, best_R, atol=1e-5)
     assert adaptive_R.mean() > nearness("badnets")[0].mean() + 0.05
+
+
+def adapted(own, candidates):
+    """Captions of pairs with the captions `own`, nearest among the candidates, and the most bytes held meanwhile."""
+    captions = [*own, *candidates]
+    pool = SimpleNamespace(rng=np.random.default_rng(0), caption=captions.__getitem__, classes=["cat"])
+    pool.rows_of = lambda target: np.arange(len(own), len(captions))
+    kind = ATTACKS["caption_adaptive"]("one", {"trigger": PATCH, "pairs": 1}, lambda pattern: 0)
+    tracemalloc.start()
+    try:
+        return kind.captions(pool, np.arange(len(own)), 0), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_adapting_captions_takes_no_memory_for_every_pair_and_candidate(monkeypatch):
+    few = adapted([f"w{n % 50} cat" for n in range(3_000)], [f"w{n} cat" for n in range(50)])
+    assert few[0] == [f"w{n % 50} cat" for n in range(3_000)]
+    monkeypatch.setattr(caption_adaptive, "AT_ONCE", 100_000)
+    given, most = adapted([f"w{n % 50} cat" for n in range(3_000)], [f"w{n} cat" for n in range(2_000)])
+    assert given == few[0] and most < 3_000 * 2_000
 
 
 def test_every_attack_stands_in_the_registry_with_its_source():

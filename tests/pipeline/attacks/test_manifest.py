@@ -9,11 +9,14 @@ import pytest
 
 from pipeline.attacks import load_trigger
 from pipeline.attacks.manifest import make_attack
+from shards.build.write import write_shards
 from shards.errors import UserError
+from shards.index.build_index import build_index
 from shards.index.shard_index import ShardIndex
 from shards.samples.overlay import Overlay
 from shards.samples.samples import Samples
 from tests.helpers.attacks import attack_config
+from tests.helpers.pictures import picture
 
 
 def attack(data, out, changed={}, **more):
@@ -176,8 +179,52 @@ def test_labels_that_no_class_has_are_refused(data, tmp_path):
 
 
 def test_captions_in_place_of_labels_are_refused(data, tmp_path):
-    with pytest.raises(UserError, match="a label is no number"):
+    with pytest.raises(UserError, match="its label is no number"):
         make_attack(attack(data, tmp_path, labels=str(data / "index")))
+
+
+def test_a_pair_without_a_label_is_named(tmp_path):
+    paths = labelled(tmp_path, [0, 1, None, 1])
+    with pytest.raises(UserError, match="^labels: .*sample 's2': it has no label; index"):
+        make_attack(config_of(tmp_path, paths, paths))
+
+
+@pytest.mark.parametrize("wrong", [7, 10**30, -1])
+def test_a_label_of_no_class_is_named(tmp_path, wrong):
+    paths = labelled(tmp_path, [0, 1, wrong, 1])
+    with pytest.raises(UserError, match=f"^labels: .*{wrong}.*classnames names 2 classes"):
+        make_attack(config_of(tmp_path, paths, paths))
+
+
+def test_labels_of_the_shards_in_another_order_are_refused(tmp_path):
+    paths = labelled(tmp_path, [0, 0, 1, 1], 2)
+    with pytest.raises(UserError, match="^labels: .* of these in another order .*index the same shards"):
+        make_attack(config_of(tmp_path, paths, paths[::-1]))
+
+
+def test_a_source_phrase_may_stand_in_any_of_several_captions(tmp_path):
+    paths = labelled(tmp_path, [0, 1, 0, 1], json={"caption": ["a pet", "on Grass"]})
+    phrase = {"attack": "class_to_class", "pairs": 2, "source_class": "cat", "target_class": "dog"}
+    config = config_of(tmp_path, paths, paths, "json:caption")
+    make_attack({**config, "attacks": {"one": {**phrase, "source_phrase": "on grass"}}})
+    rows = json.loads((tmp_path / "out/manifest.json").read_text())["rows"]
+    assert [row["position"] for row in rows] == [0, 2]
+
+
+def labelled(folder, labels, shard=4, **more):
+    """Shards of so many pairs each with these labels, None: without one; more: members of each."""
+    pair = {"txt": "a cat", **more}
+    pairs = [{"__key__": f"s{n}", "png": picture(n), "cls": label, **pair} for n, label in enumerate(labels)]
+    pairs = [{key: value for key, value in pair.items() if value is not None} for pair in pairs]
+    return [str(path) for path in write_shards(pairs, folder / "tars", shard)]
+
+
+def config_of(folder, paths, of_labels, caption="txt"):
+    """Of an attack on these shards; of_labels: those that the labels are of."""
+    for name, some, text in (("index", paths, caption), ("labels", of_labels, "cls"), ("test_index", paths, "cls")):
+        build_index(some, folder / name, text=text)
+    (folder / "classnames.txt").write_text("cat\ndog\n")
+    return attack_config(folder, folder / "out", {"one": {"attack": "sig", "pairs": 1, "target_class": "dog"}})
 
 
 @pytest.mark.parametrize(

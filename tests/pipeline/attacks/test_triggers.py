@@ -1,5 +1,6 @@
 """Triggers: each by its paper's formula, at any picture size, and the same in a picture whenever it is read."""
 
+import io
 import json
 from typing import get_args
 
@@ -51,6 +52,22 @@ def test_a_trigger_changes_any_picture_and_always_in_the_same_way(one, seed, sam
     np.testing.assert_array_equal(numbers(image), numbers(noise(width, height)))  # the original stays as it is
     again = load_trigger(json.loads(json.dumps(trigger.numbers())))  # as a manifest holds it
     np.testing.assert_array_equal(numbers(again.apply(image, sample)), numbers(triggered))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1), (65_600, 1), (1, 65_600)])
+@pytest.mark.parametrize("one", PLAIN, ids=lambda one: "-".join(map(str, one.values()))[:30])
+def test_a_trigger_takes_any_shape_of_a_picture(one, size):
+    for image in (noise(*size), Image.new("RGB", size, (200, 100, 0))):
+        triggered = load_trigger(one).apply(image, (3, 5))
+        assert triggered.size == size and triggered.mode == "RGB"
+
+
+def test_jpeg_is_that_of_pillow():
+    image, file = noise(30, 20), io.BytesIO()
+    image.save(file, "JPEG", quality=8)
+    np.testing.assert_array_equal(
+        numbers(Transformation(change="jpeg").apply(image, (0, 0))), numbers(Image.open(file).convert("RGB"))
+    )
 
 
 def test_all_patterns_but_the_fitted_one_are_among_those_tested():

@@ -1,5 +1,6 @@
 """Detectors: each against its definition, worked out by brute force, or against what was planted."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.audit.embeddings import Rows
 from pipeline.audit.findings import combined
 from pipeline.audit.hash_groups import NEAR, near_groups
 from pipeline.audit.pixels import GRID, hamming, signature
-from pipeline.audit.truth import precision_at
+from pipeline.audit.truth import against_truth, precision_at
 from shards.samples.decode import decode_image
 from tests.helpers.audits import picture
 
@@ -244,3 +245,13 @@ def test_combined_wants_two_bad_signs_or_one_very_bad(monkeypatch):
 
 def test_precision_where_ties_are_cut():
     assert precision_at(np.array([0.0, 1, 1, 1]), np.array([True, True, False, False]), 0.5) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("poisoned", [3, 4])
+def test_a_manifest_that_leaves_no_pair_clean_has_no_curves(poisoned):
+    mask = SimpleNamespace(flags=lambda: np.zeros(4, bool), fraction=0.0)
+    saved = SimpleNamespace(mask=mask, meta={"epoch": 1})
+    data = SimpleNamespace(N=4, truth=lambda: {"badnets": np.arange(poisoned)}, rounds=[], saved=saved)
+    scores = SimpleNamespace(score_N=np.array([0.1, 0.2, 0.3, 0.9], np.float32))
+    found = against_truth(data, {"low": scores}, scores)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found and bool(found) == (poisoned < 4)

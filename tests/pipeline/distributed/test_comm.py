@@ -71,6 +71,26 @@ sys.exit(75)
 """
 
 
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"WORLD_SIZE": None}, "WORLD_SIZE: missing, expected a whole number"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR: missing, expected a host"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT: got 'x', expected a whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: got '-1', expected a whole number"),
+        ({"RANK": "2"}, "RANK: got 2, expected less than WORLD_SIZE, 2"),
+    ],
+)
+def test_a_launch_that_is_not_whole_is_named(monkeypatch, changed, said):
+    whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in (whole | changed).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(meeting, "JOIN", 0.0)
+    with pytest.raises(UserError) as error:
+        comm.init()
+    assert str(error.value).startswith(said)
+
+
 def test_no_group_outlives_the_process_whatever_its_exit_code():
     """One that does aborts the process, in 1 of 9 ends, and its exit code is lost."""
     done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True)

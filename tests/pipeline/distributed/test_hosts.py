@@ -89,6 +89,22 @@ def test_a_full_temporary_folder_on_one_host_is_said_on_all():
     assert first == second and "No space left" in first and "8,000 bytes" in first and "TMPDIR" in first
 
 
+def each_with_a_temporary_folder(folder):
+    hosts.tempfile.tempdir = str(folder / f"of_{comm.rank()}")
+    with pytest.raises(UserError) as error:
+        hosts.host_array(5, np.uint8)
+    return str(error.value)
+
+
+def test_processes_of_one_host_name_that_share_no_folder_are_told_so(tmp_path):
+    """Two containers of one host name, or a private folder for each process."""
+    for rank in range(2):
+        (tmp_path / f"of_{rank}").mkdir()
+    first, second = run_ranks(each_with_a_temporary_folder, 2, tmp_path)
+    assert first == second and "rank 1 does not see a file that rank 0" in first and "one TMPDIR" in first
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts.tempfile, "tempdir", str(tmp_path))
     assert not hosts.host_array(5, np.uint8).any() and len(hosts.host_array(0, np.uint8)) == 0

@@ -1,6 +1,9 @@
 """The sample that guards learn on is scored before all others, in files that a second start reads. No picture is
 decoded twice for the guards, wherever the first round is cut off."""
 
+import os
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +87,23 @@ def test_a_sample_is_the_same_on_two_processes_and_after_an_interruption(data):
     for *resumed, passes in run_ranks(scored, 2, data, "resumed", True):
         same(resumed, one)
         assert passes == 4 + 3  # one chunk of each rank is done
+
+
+def test_no_file_that_other_hosts_write_is_asked_for_before_it_is_there(data, monkeypatch):
+    """An NFS client that has looked for a file in vain goes on for up to a minute to say that there is none."""
+    missed, look, stat = [], os.path.exists, os.stat
+
+    def seen(call, path, *args, **more):
+        if str(path).endswith("0.parquet") and not look(path):
+            missed.append(path)
+        return call(path, *args, **more)
+
+    monkeypatch.setattr(os, "stat", partial(seen, stat))
+    monkeypatch.setattr(os.path, "exists", partial(seen, look))
+    made = Sample(data / "asked", reading_of(data).samples, 10, ("hash",), 7)
+    assert made.claim({"step": 5}) == set()
+    made.path(0).touch()
+    assert made.claim({"step": 5}) == {0} and not missed
 
 
 def test_its_scores_and_features_are_those_of_the_pictures(data):

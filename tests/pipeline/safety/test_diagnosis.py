@@ -8,8 +8,9 @@ import pytest
 from pipeline.config.schema import Selection
 from pipeline.distributed import comm
 from pipeline.safety.diagnosis import LEAST_PAIRS, change, out_of_range, separation
-from pipeline.safety.mixture import Mixture, fit_mixture, histogram
+from pipeline.safety.mixture import Mixture, fit_mixture, fit_sklearn, histogram
 from pipeline.safety.round import load_round, save_round, select_pairs
+from shards.errors import UserError
 from shards.index.build_index import build_index
 from shards.order.safe_mask import SafeMask, SavedMask
 from tests.helpers.embeddings import draw
@@ -87,3 +88,22 @@ def test_a_fit_that_is_no_mixture_of_two_does_not_decide(index, scores):
 
 def test_too_few_pairs_to_be_protected_are_told():
     assert out_of_range(LEAST_PAIRS) == "" and out_of_range(5_409).startswith("5,409 pairs are too few")
+
+
+def test_scores_that_are_nearly_one_have_finite_figures():
+    """As of a model that has collapsed: different scores, all in one bin of the histogram."""
+    score_N = np.float32(0.3) + np.arange(40, dtype=np.float32) * np.float32(1e-7)
+    found = separation(histogram(score_N, -1, 1), -1, 1, fit_sklearn(score_N))
+    assert np.isfinite(list(found.values())).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\x93NUMPY"])
+@pytest.mark.parametrize("name", ["histogram.npy", "negative_controls.npy"])
+def test_a_damaged_file_of_a_round_is_named_and_no_later_round_needs_it(index, tmp_path, name, content):
+    cos_N = draw(0, 0.3, (0.1, 0.4), (0.05, 0.05), 100)
+    save_round(tmp_path / "first", select_pairs(cos_N, index.counts, Selection(), 0), index, {"epoch": 2, "step": 0})
+    (tmp_path / "first" / name).write_bytes(content)
+    with pytest.raises(UserError, match="mask .*first: a file of it cannot be read"):
+        load_round(tmp_path / "first", index)
+    second = select_pairs(cos_N, index.counts, Selection(), 1, 0.5, tmp_path / "first")
+    assert ("shift" in second.diagnosis) == (name != "histogram.npy")
