@@ -71,7 +71,8 @@ def replace(kind: str, handler: logging.Handler | None) -> None:
 
 def rank() -> int:
     """Rank of this process by the launcher's variables, which are there before the process group is."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    given = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(given) if given.isdecimal() else 0  # the process group refuses what is no number
 
 
 def origin() -> str:

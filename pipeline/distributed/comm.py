@@ -5,13 +5,14 @@ import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline.distributed.environment import complete, own_gpu
 from pipeline.distributed.heartbeat import Heartbeat
 from pipeline.distributed.meeting import first_line, meet
 from shards.errors import RunFailed, UserError
@@ -42,26 +43,7 @@ def init(timeout: float = 60.0) -> None:
     if dist.is_initialized():
         return
     env = os.environ
-    # Not SLURM_NTASKS, which is set in a batch script too, where only one process runs.
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
-        if "MASTER_ADDR" not in env:
-            raise UserError(
-                "MASTER_ADDR: missing under srun; start with launch/slurm.sbatch, which takes it from scontrol"
-            )
-    if "RANK" not in env:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            env.update(
-                RANK="0",
-                WORLD_SIZE="1",
-                LOCAL_RANK="0",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(free.getsockname()[1]),
-            )
-    env.setdefault("LOCAL_RANK", "0")
-    env.setdefault("MASTER_PORT", "29500")
-    check_launch(env)
+    complete(env)
     if torch.cuda.is_available():
         # DeepSpeed takes LOCAL_RANK for the GPU's number, throughout training. SLURM_LOCALID stays what it is.
         env["LOCAL_RANK"] = str(own_gpu(int(env["LOCAL_RANK"]), torch.cuda.device_count(), env))
@@ -88,53 +70,10 @@ def init(timeout: float = 60.0) -> None:
     env["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
 
 
-def check_launch(env: Mapping[str, str]) -> None:
-    """Raise UserError, naming the variable, unless the environment is one that a launcher makes for a process."""
-    numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
-        value, of_number = env.get(name, ""), name != "MASTER_ADDR"
-        if not value or of_number and not value.isdecimal():
-            got, wanted = f"got {value!r}" if value else "missing", "a whole number" if of_number else "a host"
-            raise UserError(
-                f"{name}: {got}, expected {wanted}, as RANK is set; start with launch/torchrun.sh or "
-                "launch/slurm.sbatch, or unset RANK to run one process"
-            )
-        numbers[name] = int(value) if of_number else 0
-    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
-        error = UserError(
-            f"RANK: got {numbers['RANK']}, expected less than WORLD_SIZE, {numbers['WORLD_SIZE']}; number the "
-            "processes from 0 on"
-        )
-        error.alone = True
-        raise error
-
-
 def wait_long(group: dist.ProcessGroup) -> None:
     """Let the collectives of a group that another package has made wait as long as those of `init`."""
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
     set_timeout(PATIENCE, group)
-
-
-def own_gpu(local_rank: int, count: int, env: Mapping[str, str]) -> int:
-    """Which of the `count` GPUs that this process sees is its own. Raises UserError where there are too few.
-
-    A process that sees a single GPU was given it by SLURM (--gpus-per-task, --gpu-bind); torchrun shows all of the
-    host's to each.
-    """
-    if count == 1 and "SLURM_PROCID" in env and "TORCHELASTIC_RUN_ID" not in env:
-        return 0
-    under_torchrun = "TORCHELASTIC_RUN_ID" in env  # which tells every process how many it starts here
-    started = max(local_rank + 1, int(env.get("LOCAL_WORLD_SIZE") or 1) if under_torchrun else 1)
-    if started > count:
-        error = UserError(
-            f"LOCAL_RANK: got {started - 1} on {socket.gethostname()}, where {count} GPU(s) can be seen; "
-            "start no more processes a host than that "
-            "(PROCESSES for launch/torchrun.sh, --nproc-per-node, --ntasks-per-node), "
-            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
-        error.alone = not under_torchrun  # of srun's tasks only those without a GPU meet it
-        raise error
-    return local_rank
 
 
 def shutdown(well: bool = True) -> None:

@@ -25,6 +25,7 @@ from pipeline.training.model import Towers, open_clip_config, picture_size, toke
 from pipeline.training.precision import with_precision
 from pipeline.training.pretrained import make_towers
 from pipeline.training.run_dir import claim, data_state
+from pipeline.training.saver import Saver
 from pipeline.training.signals import Preempted, ignore
 from pipeline.training.support_queue import SupportQueue
 from pipeline.training.weight_average import WeightAverage
@@ -128,9 +129,7 @@ class Run:
         self.view_seconds = least_seconds(config.model.model_dump(), self.device, config.train.precision)
         self.logger = MetricsLogger(self.run_dir, config, self.state["metrics_bytes"])
         self.bad_samples = BadSamplesFiles(self.run_dir / "bad_samples", range(comm.rank(), PARTS, comm.world()))
-        self.saver = checkpoint.Saver(
-            self.run_dir, self.engine, self.queues, self.average, config.run.keep, config.run.keep_every
-        )
+        self.saver = Saver(self.run_dir, self.engine, self.queues, self.average, config.run.keep, config.run.keep_every)
         for warning in warnings if comm.is_rank0() else ():
             logger.warning(f"{self.run_dir}: {warning}")
         logger.info(self.headline(found))

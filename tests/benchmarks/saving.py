@@ -20,9 +20,10 @@ import torch
 
 from pipeline.config.schema import Train
 from pipeline.distributed import comm
-from pipeline.training import checkpoint
+from pipeline.training.checkpoint import checkpoints
 from pipeline.training.engine import start_engine
 from pipeline.training.model import Towers, build_model, open_clip_config, picture_size, pixel_stats, tokenizer_for
+from pipeline.training.saver import Saver
 from pipeline.training.step import train_step
 from pipeline.training.support_queue import SupportQueue
 
@@ -55,7 +56,7 @@ def main():
     engine = start_engine(towers, Train(batch_size=args.batch * comm.world(), zero_stage=args.zero), device)
     width, size = open_clip_config(model)["embed_dim"], picture_size(model)
     queues = {name: SupportQueue(QUEUE, width, device) for name in ("image", "text")}
-    saver = checkpoint.Saver(args.dir, engine, queues, None, keep=1)
+    saver = Saver(args.dir, engine, queues, None, keep=1)
     batch = SimpleNamespace(
         images=torch.randint(0, 256, (args.batch, 3, size, size), dtype=torch.uint8, device=device),
         tokens=tokenizer_for(model)(["a caption"] * args.batch).to(device),
@@ -84,7 +85,7 @@ def main():
         writes.append(time.monotonic() - started)
         saver.wait()
     if comm.is_rank0():
-        (folder,) = checkpoint.checkpoints(args.dir)
+        (folder,) = checkpoints(args.dir)
         figures = {
             "model": args.model,
             "ranks": comm.world(),

@@ -12,6 +12,7 @@ import torch
 from pipeline.config.data import open_cache
 from pipeline.config.schema import Data
 from pipeline.distributed import comm, meeting
+from pipeline.distributed.environment import own_gpu
 from shards.errors import RunFailed, UserError
 from tests.helpers.ranks import run_ranks
 
@@ -66,6 +67,7 @@ ENDS = """
 import atexit, sys, torch.distributed as dist
 atexit.register(lambda: print(dist.is_initialized()))  # runs after what is registered later
 from pipeline.distributed import comm
+from pipeline.distributed.environment import own_gpu
 comm.init()
 sys.exit(75)
 """
@@ -78,6 +80,7 @@ sys.exit(75)
         ({"MASTER_ADDR": None}, "MASTER_ADDR: missing, expected a host"),
         ({"MASTER_PORT": "x"}, "MASTER_PORT: got 'x', expected a whole number"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: got '-1', expected a whole number"),
+        ({"RANK": "x"}, "RANK: got 'x', expected a whole number"),
         ({"RANK": "2"}, "RANK: got 2, expected less than WORLD_SIZE, 2"),
     ],
 )
@@ -98,12 +101,12 @@ def test_no_group_outlives_the_process_whatever_its_exit_code():
 
 
 def test_every_process_has_a_gpu_of_its_own_or_says_what_to_start():
-    assert [comm.own_gpu(rank, 4, {"TORCHELASTIC_RUN_ID": "1"}) for rank in range(4)] == [0, 1, 2, 3]
-    assert [comm.own_gpu(rank, 4, {"SLURM_PROCID": str(rank)}) for rank in range(4)] == [0, 1, 2, 3]
-    assert comm.own_gpu(3, 1, {"SLURM_PROCID": "3"}) == 0
+    assert [own_gpu(rank, 4, {"TORCHELASTIC_RUN_ID": "1"}) for rank in range(4)] == [0, 1, 2, 3]
+    assert [own_gpu(rank, 4, {"SLURM_PROCID": str(rank)}) for rank in range(4)] == [0, 1, 2, 3]
+    assert own_gpu(3, 1, {"SLURM_PROCID": "3"}) == 0
     for env in ({"TORCHELASTIC_RUN_ID": "1", "SLURM_PROCID": "0"}, {}):
         with pytest.raises(UserError, match="LOCAL_RANK: got 1 .*1 GPU.*nproc-per-node"):
-            comm.own_gpu(1, 1, env)
+            own_gpu(1, 1, env)
 
 
 def test_a_host_with_too_few_gpus_is_said_by_a_process_that_prints():
@@ -111,11 +114,11 @@ def test_a_host_with_too_few_gpus_is_said_by_a_process_that_prints():
     torchrun = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}
     for rank in range(2):
         with pytest.raises(UserError, match="LOCAL_RANK: got 1 .*1 GPU.*PROCESSES") as found:
-            comm.own_gpu(rank, 1, torchrun)
+            own_gpu(rank, 1, torchrun)
         assert not found.value.alone
-    assert comm.own_gpu(0, 2, {"SLURM_PROCID": "0", "LOCAL_WORLD_SIZE": "8"}) == 0  # of whoever submitted the job
+    assert own_gpu(0, 2, {"SLURM_PROCID": "0", "LOCAL_WORLD_SIZE": "8"}) == 0  # of whoever submitted the job
     with pytest.raises(UserError, match="LOCAL_RANK: got 2 .*2 GPU") as found:
-        comm.own_gpu(2, 2, {"SLURM_PROCID": "2"})
+        own_gpu(2, 2, {"SLURM_PROCID": "2"})
     assert found.value.alone
 
 

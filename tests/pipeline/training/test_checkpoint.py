@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.distributed import comm
 from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Saver
+from pipeline.training import saver as saving
+from pipeline.training.saver import Saver
 from shards.errors import UserError
 from shards.storage import files
 from tests.helpers.ranks import run_ranks
@@ -69,7 +70,7 @@ def test_old_checkpoints_that_cannot_be_read_are_no_failure(tmp_path, monkeypatc
     saver = saver_in(tmp_path)
     save(saver, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "fault", lambda folder: raise_error(OSError(errno.ESTALE, "Stale file handle")))
+        patch.setattr(saving, "fault", lambda folder: raise_error(OSError(errno.ESTALE, "Stale file handle")))
         save(saver, 2)
     assert "old checkpoints cannot be removed" in caplog.text and len(names(tmp_path)) == 2
     save(saver, 3)
@@ -77,14 +78,14 @@ def test_old_checkpoints_that_cannot_be_read_are_no_failure(tmp_path, monkeypatc
 
 
 def test_a_complete_checkpoint_stays_after_an_error(tmp_path, monkeypatch):
-    write_json = checkpoint.write_json
+    write_json = saving.write_json
 
     def marked_and_failed(path, value):
         write_json(path, value)
         if path.name == checkpoint.MARKER:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "write_json", marked_and_failed)
+    monkeypatch.setattr(saving, "write_json", marked_and_failed)
     with pytest.raises(UserError, match="cannot be written [(]rank 0: Input/output error[)]"):
         save(saver_in(tmp_path), 1)
     assert checkpoint.newest_complete(tmp_path)[0].name == "step_00000001"
@@ -95,11 +96,11 @@ def raise_error(error):
 
 
 FAILURES = {
-    "memory": (checkpoint, "write_bytes", MemoryError(), "MemoryError"),
+    "memory": (saving, "write_bytes", MemoryError(), "MemoryError"),
     "polling": (Path, "exists", OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
     "reading": (Path, "read_text", OSError(errno.EIO, "Input/output error"), "Input/output error"),
     "damage": (Path, "read_text", ValueError("no JSON"), "no JSON"),
-    "marking": (checkpoint, "sync_folder", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    "marking": (saving, "sync_folder", OSError(errno.EIO, "Input/output error"), "Input/output error"),
 }
 
 
@@ -135,7 +136,7 @@ def failing(folder):
     for failing_rank, name in ((comm.world() - 1, "write_bytes"), (0, "sync_folder")):
         with pytest.MonkeyPatch.context() as patch:
             if comm.rank() == failing_rank:
-                patch.setattr(checkpoint, name, lambda *args: raise_error(MemoryError()))
+                patch.setattr(saving, name, lambda *args: raise_error(MemoryError()))
             with pytest.raises(UserError) as error:
                 save(saver_in(folder), 1)
         found.append(str(error.value))

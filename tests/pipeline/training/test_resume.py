@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.schema import Train
 from pipeline.distributed import comm
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, saver
 from pipeline.training import run as running
 from pipeline.training import step as training_step
 from pipeline.training.curriculum import curriculum
@@ -248,14 +248,14 @@ def test_a_checkpoint_with_its_parameters_in_another_order_is_refused(finished, 
 
 def disk_fills(folder):
     """Saves of the last rank fail from the second on, as on a full disk."""
-    original = checkpoint.write_bytes
+    original = saver.write_bytes
 
     def write_bytes(path, data):
         if comm.rank() == comm.world() - 1 and "step_00000010" in str(path):
             raise OSError(28, "No space left on device", str(path))
         original(path, data)
 
-    checkpoint.write_bytes = write_bytes
+    saver.write_bytes = write_bytes
     try:
         running.train(config(folder, "full"))
     except UserError as error:
