@@ -84,12 +84,12 @@ def test_a_server_lost_in_a_reading_process_is_one_line(folders, tmp_path):
 
 FAILS_WHILE_IT_READS = """
 from pipeline.cli.main import main
-from pipeline.training.signals import ignore_in_worker
+from pipeline.training.signals import ignore
 from shards.errors import UserError
 from shards.index import build_index
 from shards.views.readers import batches
 
-reading = batches(range(100), workers=1, in_worker=ignore_in_worker)
+reading = batches(range(100), workers=1, in_worker=ignore)
 
 def fail(**options):
     next(reading)
